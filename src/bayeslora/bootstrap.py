@@ -1,0 +1,148 @@
+"""Percentile bootstrap intervals (Efron, 1979): how far a score would move with another test set of the same size.
+
+Rows are drawn with replacement, the score is computed again, and the interval holds the middle ``level`` of the
+results. It measures the choice of test examples, not that of training data or seeds. Scores that are biased upwards in
+small samples, such as the calibration error of a well calibrated model, are more so in a resample, so their interval
+lies high and may even leave out the score itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bayeslora.errors import InputError
+
+
+def bootstrap(
+    metric: Callable[..., float], *arrays: Tensor, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Compute the interval of a score, drawing the rows of all arrays jointly.
+
+    Args:
+        metric: The score as a function of the arrays, such as `bayeslora.metrics.nll`.
+        *arrays: Tensors with one row per example: [N C] predictions, [N] labels.
+        resamples: Number of resampled test sets.
+        level: Share of the resampled scores that the interval holds.
+        seed: Seed of the resampling; equal seeds draw the same rows for every metric.
+
+    Returns:
+        ``(low, high)``; NaN both if the score of some resample is NaN.
+    """
+    rows = _rows(arrays)
+    generator = torch.Generator().manual_seed(seed)
+    return _interval([metric(*_take(arrays, _drawn(rows, generator))) for _ in range(resamples)], level)
+
+
+def bootstrap_two(
+    metric: Callable[..., float],
+    negative: Tensor,
+    positive: Tensor,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Compute the interval of a score of two samples, drawing from each on its own.
+
+    Args:
+        metric: The score as a function of both samples, such as `bayeslora.detection.auroc`.
+        negative: First sample, [N ...].
+        positive: Second sample, [M ...].
+        resamples: Number of resampled pairs of samples.
+        level: Share of the resampled scores that the interval holds.
+        seed: Seed of the resampling.
+
+    Returns:
+        ``(low, high)``; NaN both if the score of some resample is NaN.
+    """
+    first, second = _rows([negative]), _rows([positive])
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(resamples):
+        (left,) = _take([negative], _drawn(first, generator))
+        (right,) = _take([positive], _drawn(second, generator))
+        values.append(metric(left, right))
+    return _interval(values, level)
+
+
+def paired_bootstrap(
+    metric: Callable[..., float],
+    arrays_a: Sequence[Tensor],
+    arrays_b: Sequence[Tensor],
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Compute the interval of metric(a) - metric(b) for two predictors of the same examples.
+
+    The same rows are drawn for both, so what makes an example hard for both cancels.
+
+    Args:
+        metric: The score as a function of one predictor's arrays.
+        arrays_a: The first predictor's arrays, such as ``(log_p, labels)``.
+        arrays_b: The second predictor's arrays, row by row the same examples.
+        resamples: Number of resampled test sets.
+        level: Share of the resampled differences that the interval holds.
+        seed: Seed of the resampling.
+
+    Returns:
+        ``(low, high)`` of the difference; an interval without 0 says that the predictors differ. NaN both if the
+        difference in some resample is NaN.
+    """
+    rows = _rows([*arrays_a, *arrays_b])
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(resamples):
+        drawn = _drawn(rows, generator)
+        values.append(metric(*_take(arrays_a, drawn)) - metric(*_take(arrays_b, drawn)))
+    return _interval(values, level)
+
+
+def _rows(arrays: Sequence[Tensor]) -> int:
+    """Return the common number of rows.
+
+    Raises:
+        InputError: If there are no rows, or not equally many in each array.
+    """
+    lengths = [len(array) if array.ndim else 0 for array in arrays]
+    if not lengths or lengths[0] == 0 or len(set(lengths)) > 1:
+        raise InputError(f"the arrays have {lengths} rows; give arrays of the same number of examples, at least one.")
+    return lengths[0]
+
+
+def _drawn(rows: int, generator: torch.Generator) -> Tensor:
+    """Return as many row numbers as there are rows, drawn with replacement."""
+    return torch.randint(rows, (rows,), generator=generator)
+
+
+def _take(arrays: Sequence[Tensor], drawn: Tensor) -> list[Tensor]:
+    """Return the drawn rows of each array."""
+    return [array.index_select(0, drawn.to(array.device)) for array in arrays]
+
+
+def _interval(values: Sequence[float], level: float) -> tuple[float, float]:
+    """Return the central quantiles of the values, interpolated linearly between order statistics.
+
+    Raises:
+        InputError: If there are no values, or the level is not between 0 and 1.
+    """
+    if not values or not 0 < level < 1:
+        raise InputError(f"resamples={len(values)}, level={level}: give at least one resample and a level in (0, 1).")
+    ordered = sorted(float(value) for value in values)
+    if any(math.isnan(value) for value in ordered):
+        return math.nan, math.nan
+    tail = (1 - level) / 2
+    return _quantile(ordered, tail), _quantile(ordered, 1 - tail)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Return the quantile of sorted values, which may be infinite."""
+    position = share * (len(ordered) - 1)
+    left, right = ordered[math.floor(position)], ordered[math.ceil(position)]
+    part = position - math.floor(position)
+    return left if left == right else (1 - part) * left + part * right

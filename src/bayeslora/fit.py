@@ -1,0 +1,176 @@
+"""Training in one call: a model, a task and a method, with the stock Trainer of transformers."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, final
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from bayeslora.errors import InputError, Interrupted
+from bayeslora.methods import Ensemble, Method
+from bayeslora.methods.regularisers import answer_loss
+from bayeslora.params import initialise, write
+from bayeslora.posteriors import Posterior
+from bayeslora.predict.encode import Encoded
+from bayeslora.predict.readouts import readout_for
+from bayeslora.storage import load_posterior
+from bayeslora.tasks.types import Task
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    method: Method,
+    args: TrainingArguments,
+    *,
+    tokenizer: Any = None,
+    start: Posterior | Sequence[Posterior] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Posterior:
+    """Train a model on a task by a method.
+
+    The loss is the cross-entropy over the choices, so that what is trained is what is evaluated. An ensemble trains its
+    members one after another in ``<output_dir>/member-k`` and keeps each there when it is done. Ctrl-C writes a
+    checkpoint and stops; a second one stops at once.
+
+    Args:
+        model: PEFT model with a LoRA adapter. It is trained from the adapter that it has, and ends in the last state of
+            training; ensembles draw each member's start by its seed.
+        task: The task; ``train`` is trained on, ``validation`` is evaluated on as the arguments say.
+        method: How.
+        args: Arguments of the Trainer.
+        tokenizer: The model's tokenizer; None loads the one that was saved with the model.
+        start: Where to start from instead: a posterior's mean, or one for each member of an ensemble.
+        resume: Whether to go on from the last checkpoint in ``output_dir``, if there is one.
+        callbacks: More callbacks for the Trainer.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        InputError: If the task cannot be trained on, or something does not fit.
+    """
+    if task.train is None or not len(task.train):
+        raise InputError(f"the task {task.name} has no training examples; give data with a train split")
+    unknown = [i for i, example in enumerate(task.train) if example.label is None]
+    if unknown:
+        raise InputError(f"row {unknown[0]} of {task.train.name} has no label; training needs one in every row")
+    starts = list(start) if isinstance(start, Sequence) else None
+    if not isinstance(method, Ensemble):
+        if starts is not None:
+            raise InputError(f"{method.name} is one run and starts from one posterior; {len(starts)} were given")
+        return _run(model, task, method, args, tokenizer, start, resume, callbacks)  # type: ignore[arg-type]
+    if starts is not None and len(starts) != method.members:
+        raise InputError(f"the ensemble has {method.members} members, and {len(starts)} starts were given")
+    members = []
+    for k in range(method.members):
+        own = method.member_arguments(args, k)
+        done = Path(own.output_dir) / "posterior"
+        if resume and done.exists():
+            members.append(load_posterior(done))
+            continue
+        initialise(model, own.seed)
+        begin = starts[k] if starts is not None else start
+        member = _run(model, task, method.member, own, tokenizer, begin, resume, callbacks)  # type: ignore[arg-type]
+        member.save_pretrained(done, overwrite=True)
+        members.append(member)
+    return method.mixture(members, model)
+
+
+def _run(
+    model: nn.Module,
+    task: Task,
+    method: Method,
+    args: TrainingArguments,
+    tokenizer: Any,
+    start: Posterior | None,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Posterior:
+    """Train once."""
+    assert task.train is not None
+    if start is not None:
+        write(model, start.mean)
+    readout = readout_for(model, task.train, tokenizer)
+    rows, _ = readout.encode(task.train)
+    held_out = readout.encode(task.validation)[0] if task.validation is not None and len(task.validation) else None
+    kwargs = method.trainer_kwargs(model, len(rows))
+    stop = _Stop()
+    kwargs["callbacks"] = [*kwargs.get("callbacks", ()), *callbacks, stop]
+    kwargs.setdefault("compute_loss_func", answer_loss)
+    own = copy.copy(args)
+    own.remove_unused_columns = False
+    own.label_names = ["labels"]
+    if not torch.cuda.is_available():
+        own.dataloader_pin_memory = False
+    with readout.attached(model), stop.listening():
+        trainer = Trainer(
+            model=model,
+            args=own,
+            train_dataset=_Rows(rows),
+            eval_dataset=None if held_out is None else _Rows(held_out),
+            data_collator=readout.collate,
+            **kwargs,
+        )
+        checkpoint = get_last_checkpoint(own.output_dir) if resume and Path(own.output_dir).is_dir() else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.asked:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {own.output_dir}")
+    return method.posterior(model)
+
+
+@final
+class _Rows(torch.utils.data.Dataset[Encoded]):
+    """Encoded examples as the Trainer wants them."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+@final
+class _Stop(TrainerCallback):
+    """Ends training after the step in which Ctrl-C was pressed, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take Ctrl-C for the length of a ``with`` block, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop if asked."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,19 @@
+"""The methods, one paper a file, and the table by which the command line and the tests know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bayeslora.methods.base import Method
+from bayeslora.methods.ensemble import Ensemble, multi_swag
+from bayeslora.methods.map import Map
+from bayeslora.methods.swag import Swag
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "map": Map,
+    "ensemble": Ensemble,
+    "swag": Swag,
+    "multiswag": multi_swag,
+}
+
+__all__ = ["METHODS", "Ensemble", "Map", "Method", "Swag", "multi_swag"]

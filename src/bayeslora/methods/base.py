@@ -1,0 +1,186 @@
+"""What a method is: hyper-parameters, what to hand to a Trainer, and the posterior afterwards.
+
+A method never subclasses a Trainer. What has to be remembered between training and `posterior` is kept per model, weakly,
+so that it goes when the model goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, cast, final
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora.errors import InputError
+from bayeslora.origin import Origin, origin_of
+from bayeslora.params import require_lora
+from bayeslora.posteriors import Posterior
+
+
+class Method(ABC):
+    """A way to learn a posterior while a Trainer trains.
+
+    Attributes:
+        name: The method's name on the command line and on disk.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+        """Return what to splat into any Hugging Face or TRL Trainer.
+
+        Args:
+            model: The model that the Trainer will train.
+            num_data: Number of training examples N.
+
+        Returns:
+            Keyword arguments of the Trainer: ``callbacks``, and ``compute_loss_func`` where the method changes the
+            loss.
+        """
+
+    @abstractmethod
+    def posterior(self, model: nn.Module) -> Posterior:
+        """Return what was learned, after ``trainer.train()``.
+
+        Args:
+            model: The model that was trained (``trainer.model``).
+
+        Returns:
+            The posterior over its active adapter.
+        """
+
+
+@dataclass
+class Record:
+    """What a training run leaves behind for `Method.posterior`.
+
+    Attributes:
+        method: Name of the method that trained.
+        num_data: Number of training examples N.
+        kept: What the method needs, in its own type.
+    """
+
+    method: str
+    num_data: int
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+
+_RECORDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.WeakKeyDictionary()
+
+
+def remember(model: nn.Module, record: Record) -> None:
+    """Keep the record of a run for as long as the model lives.
+
+    Args:
+        model: The model in training.
+        record: What to keep; it replaces an earlier record of the same method.
+    """
+    _RECORDS.setdefault(model, {})[record.method] = record
+
+
+def recall(model: nn.Module, method: str) -> Record | None:
+    """Return the record of the last run of a method on a model.
+
+    Args:
+        model: The model that was trained.
+        method: Name of the method.
+
+    Returns:
+        The record; None if there was no run.
+    """
+    return _RECORDS.get(model, {}).get(method)
+
+
+def require_record(model: nn.Module, method: str) -> Record:
+    """Return the record of the last run of a method on a model, or refuse.
+
+    Args:
+        model: The model that was trained.
+        method: Name of the method.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: If there was no run.
+    """
+    record = recall(model, method)
+    if record is None:
+        raise InputError(
+            f"this model was not trained with {method}: pass **method.trainer_kwargs(model, num_data) to its Trainer, "
+            "train, and ask for method.posterior(trainer.model)"
+        )
+    return record
+
+
+def settings(method: Method) -> dict[str, Any]:
+    """Return a method's hyper-parameters, ready for JSON.
+
+    Args:
+        method: A method.
+
+    Returns:
+        Field name to value; a method inside (an ensemble's member) as an object with its own ``name``.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(cast(Any, method)):
+        value = getattr(method, f.name)
+        if isinstance(value, Method):
+            found[f.name] = {"name": value.name, **settings(value)}
+        else:
+            found[f.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return found
+
+
+def origin_for(model: nn.Module, method: Method) -> Origin:
+    """Return the origin of the posterior that a method learned on a model.
+
+    Args:
+        model: The model that was trained.
+        method: The method.
+
+    Returns:
+        The origin, with the number of training examples if the run is on record.
+    """
+    record = recall(model, method.name)
+    return origin_of(model, method.name, settings(method), record.num_data if record else None)
+
+
+def check_num_data(num_data: int) -> int:
+    """Return the number of training examples, or refuse it.
+
+    Args:
+        num_data: Number of training examples N.
+
+    Returns:
+        The same number.
+
+    Raises:
+        InputError: If it is not a positive whole number.
+    """
+    if not isinstance(num_data, int) or num_data < 1:
+        raise InputError(f"num_data must be the number of training examples, at least 1, and it is {num_data!r}")
+    return num_data
+
+
+@final
+class Recorder(TrainerCallback):
+    """Puts a run on record when it begins, under the model that the Trainer really trains.
+
+    Args:
+        method: Name of the method.
+        num_data: Number of training examples N.
+    """
+
+    def __init__(self, method: str, num_data: int) -> None:
+        self.record = Record(method, check_num_data(num_data))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the model has a LoRA adapter, and keep the record."""
+        remember(require_lora(kwargs["model"]), self.record)

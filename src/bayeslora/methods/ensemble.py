@@ -1,0 +1,172 @@
+"""LoRA ensembles: several adapters of one base model, each from its own start on its own order of the data.
+
+Wang, Aitchison and Rudolph 2023 (arXiv 2310.00035). The prediction is the mean of the members' probabilities. The member
+is any method: `Map` gives the paper's ensembles (its KL term and its decay of B are the paper's regularisers), `Swag`
+gives MultiSWAG, and so on. With ``dropout_draws`` a member is not one adapter but all those that its dropout makes.
+
+What we do differently from published code elsewhere: members differ in start *and* data order, probabilities rather than
+logits are averaged, and the mutual information is taken over members before they are averaged.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora.errors import InputError
+from bayeslora.methods.base import Method, Record, check_num_data, origin_for, recall, remember, require_record
+from bayeslora.methods.map import Map
+from bayeslora.methods.swag import Swag
+from bayeslora.params import initialise, require_lora
+from bayeslora.posteriors import ColumnDropout, Mixture, Point, Posterior
+
+
+@final
+@dataclass(frozen=True)
+class Ensemble(Method):
+    """An equal mixture of several runs of a method.
+
+    With a Trainer of one's own, train once per member with that member's arguments, and ask for the posterior last::
+
+        for member in range(method.members):
+            args = method.member_arguments(arguments, member)
+            Trainer(model, args, ..., **method.trainer_kwargs(model, num_data)).train()
+        posterior = method.posterior(model)
+
+    Attributes:
+        members: Number M of runs.
+        member: The method of each run.
+        dropout_draws: Whether each member's draws drop columns of A, at the adapter's dropout rate.
+    """
+
+    name: ClassVar[str] = "ensemble"
+    members: int = 5
+    member: Method = field(default_factory=Map)
+    dropout_draws: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an empty ensemble and one inside another.
+
+        Raises:
+            InputError: If there is no member, or the member is an ensemble, or not a point while dropout is asked for.
+        """
+        if self.members < 1:
+            raise InputError(f"an ensemble needs at least 1 member, and it has {self.members}")
+        if isinstance(self.member, Ensemble):
+            raise InputError("the members of an ensemble cannot be ensembles; multiply the number of members instead")
+        if self.dropout_draws and not isinstance(self.member, Map):
+            raise InputError(f"dropout draws need members that are points, and these are {self.member.name}; use Map()")
+
+    def member_arguments(self, args: TrainingArguments, member: int) -> TrainingArguments:
+        """Return the Trainer's arguments for one member: its own seed, data order and output folder.
+
+        Args:
+            args: Arguments for the whole.
+            member: Number of the member, from 0; member 0 has the seed of ``args``.
+
+        Returns:
+            A changed copy.
+        """
+        own = copy.copy(args)
+        own.seed = args.seed + member
+        own.data_seed = None if args.data_seed is None else args.data_seed + member
+        own.output_dir = str(Path(args.output_dir) / f"member-{member}")
+        return own
+
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+        """Return the member's arguments, with the callback that gives it its start and keeps its posterior."""
+        kwargs = self.member.trainer_kwargs(model, num_data)
+        return {**kwargs, "callbacks": [_Member(self, check_num_data(num_data)), *kwargs["callbacks"]]}
+
+    def posterior(self, model: nn.Module) -> Mixture:
+        """Return the mixture of the members that were trained.
+
+        Raises:
+            InputError: If fewer were trained than the ensemble has.
+        """
+        kept: dict[int, Posterior] = require_record(model, self.name).kept
+        if len(kept) < self.members:
+            raise InputError(
+                f"{len(kept)} of the ensemble's {self.members} members are trained; call trainer.train() for each, "
+                "with method.member_arguments(args, member)"
+            )
+        return self.mixture([kept[seed] for seed in sorted(kept)][: self.members], model)
+
+    def mixture(self, members: list[Posterior], model: nn.Module) -> Mixture:
+        """Return the ensemble of members that were trained one by one.
+
+        Args:
+            members: The members' posteriors, first member first.
+            model: The model, for the origin and the dropout rate.
+
+        Returns:
+            The mixture.
+        """
+        if self.dropout_draws:
+            members = [_with_dropout(m, model) for m in members]
+        return Mixture(tuple(members), origin_for(model, self))
+
+
+def multi_swag(members: int = 3, **settings: Any) -> Ensemble:
+    """Return MultiSWAG: several SWAG runs, all their draws averaged (Wilson and Izmailov 2020, arXiv 2002.08791).
+
+    Args:
+        members: Number of runs.
+        **settings: Settings of `Swag`.
+
+    Returns:
+        An ensemble of `Swag`.
+    """
+    return Ensemble(members, Swag(**settings))
+
+
+def _with_dropout(posterior: Posterior, model: nn.Module) -> Posterior:
+    """Return the adapters that dropout makes of one."""
+    config = require_lora(model).active_peft_config
+    if config.use_dora:
+        raise InputError("dropout draws are not weight draws under DoRA; use plain LoRA")
+    strength = {name: 1.0 for name in posterior.mean if name.endswith("lora_A.weight")}
+    if not isinstance(posterior, Point) or not strength:
+        raise InputError("dropout draws need members that are points over LoRA matrices A")
+    return ColumnDropout(posterior.mean, config.lora_dropout, strength, posterior.origin)
+
+
+@final
+class _Member(TrainerCallback):
+    """Gives a run its own start, and keeps its posterior when it ends."""
+
+    def __init__(self, ensemble: Ensemble, num_data: int) -> None:
+        self.ensemble, self.num_data = ensemble, num_data
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the start, unless the run is resumed.
+
+        Raises:
+            InputError: If an earlier member had the same seed.
+        """
+        model, name = require_lora(kwargs["model"]), self.ensemble.name
+        record = recall(model, name)
+        if record is None or len(record.kept) >= self.ensemble.members:
+            record = Record(name, self.num_data)
+            remember(model, record)
+        if args.seed in record.kept:
+            raise InputError(
+                f"an earlier member was trained with seed {args.seed} already; give each member its own arguments, "
+                "method.member_arguments(args, member)"
+            )
+        if state.global_step == 0:
+            initialise(model, args.seed)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the member."""
+        model = kwargs["model"]
+        require_record(model, self.ensemble.name).kept[args.seed] = self.ensemble.member.posterior(model)

@@ -1,0 +1,160 @@
+"""The loss on the answer, its KL term to the base model, and decoupled weight decay, for any Trainer.
+
+Losses divide by ``num_items_in_batch``, so that gradient accumulation gives the gradient of the joint batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora._typing import Float, Int
+from bayeslora.errors import InputError
+from bayeslora.params import live, require_lora
+
+
+def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
+    """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer.
+
+    Args:
+        outputs: The model's outputs; ``logits`` are [B C], or [B T V] for a language model.
+        labels: [B], or [B T] with -100 where nothing is predicted.
+        num_items_in_batch: What to divide the sum by; None for the mean.
+
+    Returns:
+        The loss.
+    """
+    logits, targets = _flat(outputs["logits"], labels)
+    total = functional.cross_entropy(logits, targets, reduction="sum")
+    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _flat(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "P C"], Int[Tensor, " P"]]:
+    """Return the predicted positions' logits, float32, and their labels; a language model's are shifted by one."""
+    if logits.ndim == 3:
+        logits, labels = logits[:, :-1], labels[:, 1:].to(logits.device)
+        kept = labels != -100
+        return logits[kept].float(), labels[kept]
+    return logits.float(), labels.to(logits.device)
+
+
+@final
+class KlToBase(TrainerCallback):
+    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1).
+
+    The base model is the same model with its adapter off and without dropout, one more forward pass without gradient.
+
+    Args:
+        weight: β.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self._model: nn.Module | None = None
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start to keep each training batch for the second pass.
+
+        Raises:
+            InputError: If the model's answers come from a head that is new, so that the base model has none.
+        """
+        model = require_lora(kwargs["model"])
+        if model.active_peft_config.modules_to_save:
+            raise InputError(
+                "kl needs a base model with answers of its own, and this one has a new head "
+                f"({', '.join(model.active_peft_config.modules_to_save)}); use kl=0"
+            )
+        self._model = model
+
+        def keep(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                self._inputs = positional, dict(named)
+
+        self._hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._model = self._inputs = None
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
+        """Return the cross-entropy, in training with the divergence added.
+
+        Args:
+            outputs: The model's outputs with ``logits``.
+            labels: See `answer_loss`.
+            num_items_in_batch: See `answer_loss`.
+
+        Returns:
+            The loss.
+        """
+        loss = answer_loss(outputs, labels, num_items_in_batch)
+        if self._inputs is None or self._model is None or not torch.is_grad_enabled():
+            return loss
+        (positional, named), self._inputs = self._inputs, None
+        model = require_lora(self._model)
+        model.eval()
+        try:
+            with torch.no_grad(), model.disable_adapter():
+                base = model(*positional, **named)["logits"]
+        finally:
+            model.train()
+        ours, _ = _flat(outputs["logits"], labels)
+        theirs, _ = _flat(base, labels)
+        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        kept = torch.isfinite(log_p) & torch.isfinite(log_q)
+        gap = log_p.masked_fill(~kept, 0) - log_q.masked_fill(~kept, 0)
+        divergence = (log_p.exp().masked_fill(~kept, 0) * gap).sum()
+        return loss + self.weight * divergence / (len(ours) if num_items_in_batch is None else num_items_in_batch)
+
+
+@final
+class DecoupledDecay(TrainerCallback):
+    """Multiplies parameters by 1 − η·λ before each optimiser step, as AdamW does (Loshchilov and Hutter 2019).
+
+    Args:
+        everything: λ for all adapter parameters.
+        b: λ for the matrices B alone, in addition.
+    """
+
+    def __init__(self, everything: float, b: float) -> None:
+        self.everything, self.b = everything, b
+        self._rates: dict[int, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note which parameter decays how fast.
+
+        Raises:
+            InputError: If a step would turn a parameter's sign.
+        """
+        rates = {name: self.everything + self.b * ("lora_B" in name) for name in live(kwargs["model"])}
+        if max(rates.values()) * args.learning_rate >= 1:
+            raise InputError(
+                f"weight decay {max(rates.values()):g} times learning rate {args.learning_rate:g} is not below 1; "
+                "lower one of them"
+            )
+        self._rates = {id(p): rates[name] for name, p in live(kwargs["model"]).items()}
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decay, at the learning rate of the step that comes."""
+        for group in kwargs["optimizer"].param_groups:
+            for p in group["params"]:
+                rate = self._rates.get(id(p), 0.0)
+                if rate and p.grad is not None:
+                    p.mul_(1 - group["lr"] * rate)

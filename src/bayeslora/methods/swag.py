@@ -1,0 +1,265 @@
+"""SWAG-LoRA: the adapter's path at a constant learning rate, summed up as a Gaussian.
+
+Onal et al. 2024 (arXiv 2405.03425); Maddox et al. 2019 (arXiv 1902.02476), algorithm 1. After ``start`` steps the
+learning rate is constant, and every ``interval`` steps the adapter θ is collected: mean θ̄ and diagonal
+Σ_d = E[θ²] − θ̄² by Welford's recurrence in float32, and the last K raw snapshots. A draw is
+
+    θ = θ̄ + √scale · ( √Σ_d ⊙ ε₁ + Dᵀε₂ / √(K−1) ),   D = snapshots − θ̄,  scale = ½
+
+What we do differently from the released code: the snapshots are centred on the final mean when drawn, K counts the
+snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora.errors import InputError
+from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
+from bayeslora.params import Params, live, require_lora
+from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
+
+_STATE_FILE = "bayeslora_swag.safetensors"
+
+
+@final
+@dataclass(frozen=True)
+class Swag(Method):
+    """Stochastic weight averaging, Gaussian.
+
+    Attributes:
+        kind: ``full`` (diagonal plus low rank), ``diagonal``, or ``swa`` (the mean alone).
+        start: When to begin: a step, or a share of all steps if it is a float below 1. 0 continues from an adapter
+            that has converged.
+        interval: Steps between collections; None collects 2·``rank`` times.
+        learning_rate: Constant rate from ``start`` on; None for a tenth of the Trainer's peak, as in the paper.
+        rank: Number K of snapshots that are kept.
+        scale: Factor on the covariance; None for ½ with the low-rank part and 1 without.
+    """
+
+    name: ClassVar[str] = "swag"
+    kind: Literal["full", "diagonal", "swa"] = "full"
+    start: int | float = 0.5
+    interval: int | None = None
+    learning_rate: float | None = None
+    rank: int = 5
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            InputError: If a setting is out of range; the message says which.
+        """
+        if self.kind not in ("full", "diagonal", "swa"):
+            raise InputError(f"kind must be full, diagonal or swa, and it is {self.kind!r}")
+        if self.start < 0 or (isinstance(self.start, float) and self.start >= 1):
+            raise InputError(f"start must be a step or a share in [0, 1), and it is {self.start}")
+        if self.rank < 2 or (self.interval is not None and self.interval < 1):
+            raise InputError(f"rank must be at least 2 and interval at least 1; they are {self.rank}, {self.interval}")
+        if (self.scale is not None and self.scale < 0) or (self.learning_rate is not None and self.learning_rate <= 0):
+            raise InputError("scale must not be negative, and learning_rate must be positive")
+
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+        """Return the callback that holds the learning rate and collects."""
+        return {"callbacks": [_Collector(self, check_num_data(num_data))]}
+
+    def posterior(self, model: nn.Module) -> Posterior:
+        """Return the Gaussian over the collected path; a `Point` for ``swa``.
+
+        Raises:
+            InputError: If the model was not trained with SWAG, or too few snapshots were collected.
+        """
+        moments: Moments = require_record(model, self.name).kept["moments"]
+        needed = 1 if self.kind == "swa" else 2
+        if moments.count < needed:
+            raise InputError(
+                f"SWAG collected {moments.count} snapshots and needs {needed}; train longer, start earlier or collect "
+                "more often"
+            )
+        return self.summary(moments, model)
+
+    def summary(self, moments: Moments, model: nn.Module) -> Posterior:
+        """Return the posterior of collected moments.
+
+        Args:
+            moments: What was collected.
+            model: The model, for the origin and for parameters that were not trained.
+
+        Returns:
+            A posterior of the family that ``kind`` names.
+        """
+        origin = origin_for(model, self)
+        mean = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in live(model).items()}
+        mean |= {n: m.cpu().clone() for n, m in moments.mean.items()}
+        if self.kind == "swa":
+            return Point(mean, origin)
+        scale = self.scale if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
+        variance = {n: (m / moments.count).clamp(min=1e-30).cpu() for n, m in moments.squares.items()}
+        if self.kind == "diagonal":
+            return DiagonalGaussian(mean, {n: v * scale for n, v in variance.items()}, origin)
+        snapshots = {n: torch.stack([s[n].cpu() for s in moments.snapshots]) for n in variance}
+        return LowRankGaussian(mean, variance, snapshots, scale, origin)
+
+
+class Moments:
+    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots.
+
+    Args:
+        rank: How many snapshots to keep.
+
+    Attributes:
+        count: Number of collections.
+        mean: Mean of each parameter.
+        squares: Sum of squared deviations from the mean.
+        snapshots: The last raw values, oldest first.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.count = 0
+        self.mean: Params = {}
+        self.squares: Params = {}
+        self.snapshots: deque[Params] = deque(maxlen=rank)
+
+    def add(self, params: Params) -> None:
+        """Collect one value of every parameter.
+
+        Args:
+            params: Float32 copies that the moments may keep.
+        """
+        self.count += 1
+        for name, value in params.items():
+            mean = self.mean.setdefault(name, torch.zeros_like(value))
+            squares = self.squares.setdefault(name, torch.zeros_like(value))
+            delta = value - mean
+            mean += delta / self.count
+            squares += delta * (value - mean)
+        self.snapshots.append(params)
+
+    def save(self, path: Path) -> None:
+        """Write the moments to a safetensors file, at once or not at all."""
+        tensors = {f"mean/{n}": t for n, t in self.mean.items()} | {f"squares/{n}": t for n, t in self.squares.items()}
+        for i, snapshot in enumerate(self.snapshots):
+            tensors |= {f"{i}/{n}": t for n, t in snapshot.items()}
+        partial = path.with_suffix(".partial")
+        save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"count": str(self.count)})
+        os.replace(partial, path)
+
+    def load(self, path: Path, device: torch.device) -> None:
+        """Read the moments back.
+
+        Args:
+            path: A file that `save` wrote.
+            device: Where to keep them.
+
+        Raises:
+            InputError: If the file is missing or damaged.
+        """
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                self.count = int(file.metadata()["count"])
+                snapshots: dict[int, Params] = {}
+                for key in file.keys():  # noqa: SIM118
+                    part, _, name = key.partition("/")
+                    home = {"mean": self.mean, "squares": self.squares}.get(part)
+                    (snapshots.setdefault(int(part), {}) if home is None else home)[name] = file.get_tensor(key)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"the checkpoint has no readable {path}, which SWAG needs to go on; resume from an earlier checkpoint"
+            ) from error
+        self.snapshots.extend(snapshots[i] for i in sorted(snapshots))
+
+
+@final
+class _Collector(TrainerCallback):
+    """Holds the learning rate from the start step on, and collects every so many steps."""
+
+    def __init__(self, method: Swag, num_data: int) -> None:
+        self.method, self.num_data = method, num_data
+        self.moments = Moments(method.rank)
+        self.start = self.interval = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the collections, hold the schedule, and take up the moments of a checkpoint.
+
+        Raises:
+            InputError: If too few snapshots would be collected.
+        """
+        model, method = require_lora(kwargs["model"]), self.method
+        start = method.start
+        self.start = round(start * state.max_steps) if isinstance(start, float) else start
+        left = state.max_steps - self.start
+        self.interval = method.interval or max(1, left // (2 * method.rank))
+        if left // self.interval < (1 if method.kind == "swa" else 2):
+            raise InputError(
+                f"SWAG from step {self.start} every {self.interval} steps collects {max(0, left // self.interval)} "
+                f"snapshots in {state.max_steps} steps; train longer, start earlier or collect more often"
+            )
+        self.moments = Moments(method.rank)
+        if state.global_step > self.start:
+            self.moments.load(_state_file(args, state), next(iter(live(model).values())).device)
+        remember(model, Record(method.name, self.num_data, {"moments": self.moments}))
+        hold(kwargs["lr_scheduler"], self.start, method.learning_rate or args.learning_rate / 10)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Collect if it is time."""
+        since = state.global_step - self.start
+        if since > 0 and since % self.interval == 0:
+            self.moments.add(
+                {
+                    name: p.detach().to(torch.float32, copy=True)
+                    for name, p in live(kwargs["model"]).items()
+                    if p.requires_grad
+                }
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the moments into the checkpoint."""
+        if state.is_world_process_zero and state.global_step > self.start:
+            self.moments.save(_state_file(args, state))
+
+
+def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the file that holds the moments in the checkpoint of the present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE
+
+
+def hold(scheduler: Any, start: int, rate: float) -> None:
+    """Make a schedule constant from a step on.
+
+    Args:
+        scheduler: The Trainer's schedule: a function of the step, as all of transformers' are but
+            ``reduce_lr_on_plateau``.
+        start: First step at the constant rate.
+        rate: The constant rate.
+
+    Raises:
+        InputError: If the schedule is not a function of the step.
+    """
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(inner, LambdaLR):
+        raise InputError(
+            f"SWAG cannot hold the learning rate of a {type(inner).__name__}; use lr_scheduler_type='linear'"
+        )
+
+    def held(before: Any, base: float) -> Any:
+        return lambda step: rate / base if step >= start else before(step)
+
+    inner.lr_lambdas = [held(f, float(base)) for f, base in zip(inner.lr_lambdas, inner.base_lrs, strict=True)]
+    rates = [base * f(inner.last_epoch) for f, base in zip(inner.lr_lambdas, inner.base_lrs, strict=True)]
+    for group, now in zip(inner.optimizer.param_groups, rates, strict=True):
+        group["lr"] = now
+    inner._last_lr = rates

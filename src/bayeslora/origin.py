@@ -1,0 +1,127 @@
+"""Where a posterior comes from: adapter configuration, base model, method; and the check that a model is that base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayeslora.errors import InputError
+from bayeslora.params import require_lora
+
+_SKETCH = 64
+"""How many weights of the base model are kept to recognise it."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is written beside the tensors of a posterior.
+
+    Attributes:
+        adapter_config: PEFT's configuration of the adapter, ready for JSON.
+        base_model: Name or path of the base model, as transformers knows it.
+        fingerprint: What recognises the base model: see `fingerprint`.
+        method: Name of the method that made the posterior.
+        settings: The method's hyper-parameters, ready for JSON.
+        num_data: Number of training examples N; None where it is not known.
+    """
+
+    adapter_config: Mapping[str, Any]
+    base_model: str
+    fingerprint: Mapping[str, Any]
+    method: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_data: int | None = None
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return what recognises a base model in any dtype, on any device, quantised or not.
+
+    Layer names are hashed, and a few weights of the layers that quantisation leaves alone (norms and the input
+    embedding) are kept as numbers, so that rounding can be told from another model.
+
+    Args:
+        model: A PEFT model with a LoRA adapter.
+
+    Returns:
+        ``{"names": hexadecimal digest, "sketch": up to 64 numbers}``, ready for JSON.
+    """
+    base = require_lora(model).get_base_model()
+    skip = ("lora_", "modules_to_save", "original_module")
+    kept = {
+        name.replace(".base_layer.", "."): p
+        for name, p in base.named_parameters()
+        if not any(part in name for part in skip) and name.split(".")[0] not in ("score", "classifier")
+    }
+    names = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:16]
+    embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    plain = [p for name, p in sorted(kept.items()) if p.ndim == 1 and p.is_floating_point()]
+    if isinstance(embedding, nn.Embedding):
+        plain = [embedding.weight, *plain]
+    sketch: list[float] = []
+    for p in plain[: _SKETCH // 2]:
+        flat = p.detach().reshape(-1)
+        share = _SKETCH // 2 if not sketch else 1
+        rows = torch.linspace(0, flat.numel() - 1, share + 2, dtype=torch.float64)[1:-1].long()
+        sketch += [float(f"{v:.6g}") for v in flat[rows.to(flat.device)].float().tolist()]
+    return {"names": names, "sketch": sketch[:_SKETCH]}
+
+
+def origin_of(
+    model: nn.Module, method: str = "", settings: Mapping[str, Any] | None = None, num_data: int | None = None
+) -> Origin:
+    """Return the origin of a posterior over this model's active adapter.
+
+    Args:
+        model: A PEFT model with a LoRA adapter.
+        method: Name of the method.
+        settings: The method's hyper-parameters.
+        num_data: Number of training examples N.
+
+    Returns:
+        The origin, complete.
+    """
+    peft = require_lora(model)
+    config = {k: _plain(v) for k, v in peft.active_peft_config.to_dict().items()}
+    config["inference_mode"] = True
+    base = peft.get_base_model()
+    name = config.get("base_model_name_or_path") or getattr(base.config, "_name_or_path", "") or ""
+    return Origin(config, name, fingerprint(peft), method, dict(settings or {}), num_data)
+
+
+def check_base(origin: Origin, model: nn.Module) -> None:
+    """Refuse a base model other than the one that a posterior was trained on.
+
+    Weights may differ by rounding (another dtype); at most a tenth of the sketch may differ by more than 1 %.
+
+    Args:
+        origin: Origin of the posterior.
+        model: The model that it is to be used with.
+
+    Raises:
+        InputError: If the model's layers or weights are those of another model.
+    """
+    own = fingerprint(model)
+    theirs = origin.fingerprint
+    wanted = f"the posterior was trained on {origin.base_model or 'an unnamed model'}"
+    if own["names"] != theirs.get("names"):
+        raise InputError(f"{wanted}, and this model has other layers; load that base model")
+    a, b = torch.tensor(own["sketch"]), torch.tensor(theirs["sketch"])
+    far = (a - b).abs() > 0.01 * torch.maximum(a.abs(), b.abs())
+    if a.shape != b.shape or far.float().mean().item() > 0.1:
+        raise InputError(f"{wanted}, and this model has the same layers with other weights; load that base model")
+
+
+def _plain(value: Any) -> Any:
+    """Turn what PEFT keeps in a configuration into what JSON can hold."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return getattr(value, "value", value)

@@ -1,0 +1,135 @@
+"""Examples as token ids: prompts, answers found in context, and what had to be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bayeslora.errors import InputError
+from bayeslora.params import require_lora
+from bayeslora.tasks.render import answer_text, render, resolve_format
+from bayeslora.tasks.types import Split
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example, ready to be batched.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        answers: Token ids of each answer that may follow it; empty for a classification head.
+        label: Index of the right answer; -1 where it is not known.
+    """
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    label: int
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """Return the tokenizer that was saved with a model.
+
+    Args:
+        model: A PEFT model.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        InputError: If none is found under the model's name or path.
+    """
+    from transformers import AutoTokenizer
+
+    name = require_lora(model).get_base_model().config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"no tokenizer was found under the model's name {name!r}; pass tokenizer=...") from error
+
+
+def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tuple[list[Encoded], int]:
+    """Return the split's examples as token ids.
+
+    Args:
+        split: Examples and their format.
+        tokenizer: The model's tokenizer.
+        readout: ``letters``, ``likelihood`` or ``head``.
+        limit: Most tokens that the model reads at once; None if there is no limit.
+
+    Returns:
+        The encoded examples in order, and how many prompts lost their beginning to the format's ``max_length``.
+
+    Raises:
+        InputError: If an answer has no token of its own, or a prompt is longer than the model and the format sets no
+            ``max_length``.
+    """
+    form = resolve_format(split.format, readout)
+    prompts = [render(example, form) for example in split]
+    prompt_ids = _ids(tokenizer, prompts)
+    if readout == "head":
+        answer_ids: list[tuple[tuple[int, ...], ...]] = [() for _ in prompts]
+    else:
+        answer_ids = _answers(split, prompts, prompt_ids, tokenizer, readout)
+    cut = 0
+    encoded = []
+    for row, (ids, answers, example) in enumerate(zip(prompt_ids, answer_ids, split, strict=True)):
+        room = None if limit is None else limit - max((len(a) - 1 for a in answers), default=0)
+        longest = min((n for n in (form.max_length, room) if n is not None), default=None)
+        if room is not None and len(ids) > room and form.max_length is None:
+            raise InputError(
+                f"row {row} of {split.name} has {len(ids)} tokens, and the model reads at most {room}; set max_length "
+                "to cut the beginning of long prompts"
+            )
+        if longest is not None and len(ids) > longest:
+            ids, cut = _shortened(ids, longest, tokenizer), cut + 1
+        encoded.append(Encoded(tuple(ids), answers, -1 if example.label is None else example.label))
+    return encoded, cut
+
+
+def _answers(
+    split: Split, prompts: Sequence[str], prompt_ids: Sequence[list[int]], tokenizer: Any, readout: str
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Return each choice's tokens, as they follow the prompt."""
+    answers = [[answer_text(example, i, readout) for i in range(len(example.choices))] for example in split]
+    whole = iter(_ids(tokenizer, [p + a for p, group in zip(prompts, answers, strict=True) for a in group]))
+    found = []
+    for row, (ids, group) in enumerate(zip(prompt_ids, answers, strict=True)):
+        tails = []
+        for text in group:
+            full = next(whole)
+            if full[: len(ids)] != ids:
+                raise InputError(
+                    f"row {row} of {split.name}: the end of the prompt and the choice {text!r} become one token; end the "
+                    "template with a sign such as ':'"
+                )
+            tail = tuple(full[len(ids) :])
+            if not tail:
+                raise InputError(f"row {row} of {split.name}: the choice {text!r} becomes no token; reword it")
+            tails.append(tail)
+        if readout == "letters" and (any(len(t) > 1 for t in tails) or len(set(tails)) < len(tails)):
+            raise InputError(
+                f"row {row} of {split.name}: the choices' letters are not one token each with this tokenizer; use "
+                "readout='likelihood'"
+            )
+        found.append(tuple(tails))
+    return found
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokenise, without an end-of-text token that a tokenizer may add."""
+    if not texts:
+        return []
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    adds_end = end is not None and tokenizer("a")["input_ids"][-1:] == [end] and tokenizer.sep_token_id is None
+    return [row[:-1] for row in rows] if adds_end else rows
+
+
+def _shortened(ids: list[int], longest: int, tokenizer: Any) -> list[int]:
+    """Cut a prompt's beginning, but not the special tokens that open it."""
+    special = set(tokenizer.all_special_ids)
+    opening = [i for i in ids[:1] if i in special]
+    return opening + ids[len(ids) - longest + len(opening) :]

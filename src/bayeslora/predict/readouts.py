@@ -1,0 +1,285 @@
+"""How an answer is read from a model: batches go in, logits [B C] come out, in training as in prediction.
+
+While a readout is attached, ``model(**batch).logits`` holds one number per choice, whatever the model: a causal language
+model becomes a classifier over the choices, and any Trainer can train it with a cross-entropy. The language model's head
+then sees the positions that are asked for and no others.
+
+A choice's logit is the log-likelihood of its tokens after the prompt. Where every choice is a single token the normaliser
+over the vocabulary is the same for all of them and is left out. Where choices are longer, they share the pass over their
+prompt: all of them follow it in one sequence, at the positions they would have, and see the prompt and themselves only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from bayeslora._typing import Bool, Float
+from bayeslora.errors import InputError
+from bayeslora.params import generator, require_lora
+from bayeslora.predict.encode import Encoded, encode, tokenizer_of
+from bayeslora.tasks.types import Split
+
+Batch = dict[str, Tensor]
+_ROWS = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout_shape")
+
+
+@final
+@dataclass(frozen=True)
+class Readout:
+    """How answers are read from one model.
+
+    Attributes:
+        name: ``letters``, ``likelihood`` or ``head``.
+        tokenizer: The model's tokenizer.
+        limit: Most tokens that the model reads at once.
+        shared: Whether choices of several tokens share the pass over their prompt.
+        dtype: Dtype of the model's activations, for the attention mask of shared passes.
+    """
+
+    name: Literal["letters", "likelihood", "head"]
+    tokenizer: Any
+    limit: int | None
+    shared: bool
+    dtype: torch.dtype
+
+    def encode(self, split: Split) -> tuple[list[Encoded], int]:
+        """Return the split as token ids, and how many prompts were cut; see `bayeslora.predict.encode.encode`."""
+        return encode(split, self.tokenizer, self.name, self.limit)
+
+    def length(self, row: Encoded) -> int:
+        """Return how many tokens of the batch an example takes."""
+        tails = [len(a) - 1 for a in row.answers]
+        if self.shared or not any(tails):
+            return len(row.prompt) + sum(tails)
+        return (len(row.prompt) + max(tails)) * len(tails)
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """Return a batch for the model, padded on the right to its longest row."""
+        labels = torch.tensor([row.label for row in rows])
+        if self.name == "head":
+            ids = {"input_ids": [list(row.prompt) for row in rows]}
+            batch: Batch = dict(self.tokenizer.pad(ids, padding_side="right", return_tensors="pt"))
+            return {**batch, "labels": labels}
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        # the Trainer counts examples by `shift_labels`: language models' `labels` would be counted one short
+        return {
+            **choice_batch(rows, padding, shared=self.shared, dtype=self.dtype),
+            "labels": labels,
+            "shift_labels": labels,
+        }
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Make ``model(**batch).logits`` the choices' logits [B C] for the length of a ``with`` block.
+
+        Args:
+            model: A PEFT model.
+
+        Yields:
+            Nothing; afterwards the model is as before.
+        """
+        if self.name == "head":
+            yield
+            return
+        peft = require_lora(model)
+        head = peft.get_base_model().get_output_embeddings()
+        asked: Batch = {}
+
+        def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            asked.clear()
+            asked.update({key: kwargs.pop(key) for key in _ROWS if key in kwargs})
+            for key in ("labels", "shift_labels", "num_items_in_batch"):
+                kwargs.pop(key, None)
+            return args, {**kwargs, "use_cache": False}
+
+        def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0].flatten(0, -2)[asked["readout_keep"]], *args[1:])
+
+        def after(_: nn.Module, args: Any, outputs: Any) -> SequenceClassifierOutput:
+            return SequenceClassifierOutput(logits=choice_logits(outputs.logits, asked))
+
+        handles = [
+            peft.register_forward_pre_hook(before, with_kwargs=True),
+            head.register_forward_pre_hook(narrow),
+            peft.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def readout_for(model: nn.Module, split: Split, tokenizer: Any = None) -> Readout:
+    """Return how a split's answers are read from a model.
+
+    Args:
+        model: A PEFT model: a causal language model, or one with a classification head.
+        split: The split; its format may name the readout, or leave it to the model.
+        tokenizer: The model's tokenizer; None loads the one that was saved with the model.
+
+    Returns:
+        The readout.
+
+    Raises:
+        InputError: If the model and the readout or the split's classes do not fit.
+    """
+    peft = require_lora(model)
+    base = peft.get_base_model()
+    classifier = "ForSequenceClassification" in type(base).__name__
+    name = split.format.readout
+    if name == "auto":
+        name = "head" if classifier else ("likelihood" if split.classes else "letters")
+    if (name == "head") != classifier:
+        raise InputError(
+            f"the readout {name!r} does not fit a {type(base).__name__}; "
+            + ("use readout='head'" if classifier else "load it with AutoModelForSequenceClassification")
+        )
+    if not classifier and base.get_output_embeddings() is None:
+        raise InputError(f"a {type(base).__name__} has no language model head; load a causal language model")
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
+    if name == "head":
+        if split.classes is None:
+            raise InputError(
+                f"{split.name} has choices that change from row to row; a classification head cannot "
+                "answer it, use a causal language model"
+            )
+        if base.config.num_labels != len(split.classes):
+            raise InputError(
+                f"{split.name} has {len(split.classes)} classes, the model's head {base.config.num_labels}; "
+                f"load the model with num_labels={len(split.classes)}"
+            )
+        if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
+            raise InputError(
+                "a classification head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id"
+            )
+    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
+    shared = name == "likelihood" and _shares_prompts(peft, base)
+    return Readout(name, tokenizer, limit, shared, base.dtype)
+
+
+def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: torch.dtype) -> Batch:
+    """Return the model's inputs for prompts followed by choices, and where the choices' tokens are predicted.
+
+    ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of token
+    ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c.
+
+    Args:
+        rows: Encoded examples with answers.
+        padding: Token id to pad with.
+        shared: Whether the choices follow one copy of their prompt; else each has its own.
+        dtype: Dtype of the additive attention mask.
+
+    Returns:
+        The batch.
+    """
+    choices = max(len(row.answers) for row in rows)
+    sequences: list[list[int]] = []
+    segments: list[list[int]] = []
+    positions: list[list[int]] = []
+    keep: list[tuple[int, int]] = []
+    predictions: list[tuple[int, int, int]] = []
+    for b, row in enumerate(rows):
+        own = not shared and any(len(a) > 1 for a in row.answers)
+        for c, answer in enumerate(row.answers):
+            if c == 0 or own:
+                sequences.append(list(row.prompt))
+                segments.append([0] * len(row.prompt))
+                positions.append(list(range(len(row.prompt))))
+                keep.append((len(sequences) - 1, len(row.prompt) - 1))
+                last = len(keep) - 1
+            predictions.append((last, answer[0], b * choices + c))
+            for k, (token, following) in enumerate(pairwise(answer)):
+                sequences[-1].append(token)
+                segments[-1].append(c + 1)
+                positions[-1].append(len(row.prompt) + k)
+                keep.append((len(sequences) - 1, len(sequences[-1]) - 1))
+                predictions.append((len(keep) - 1, following, b * choices + c))
+    longest = max(map(len, sequences))
+    ids = torch.tensor([s + [padding] * (longest - len(s)) for s in sequences])
+    segment = torch.tensor([s + [-1] * (longest - len(s)) for s in segments])
+    row_, token_, slot_ = torch.tensor(predictions).unbind(1)
+    return {
+        "input_ids": ids,
+        "attention_mask": branch_mask(segment, dtype)
+        if shared and bool((segment > 1).any())
+        else (segment >= 0).long(),
+        "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in positions]),
+        "readout_keep": torch.tensor([b * longest + t for b, t in keep]),
+        "readout_row": row_,
+        "readout_token": token_,
+        "readout_slot": slot_,
+        "readout_shape": torch.tensor([len(rows), choices]),
+    }
+
+
+def branch_mask(segment: Tensor, dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
+    """Return the additive attention mask of prompts (segment 0) with branches (1, 2, …) and padding (-1).
+
+    Args:
+        segment: Segment of each position [B T].
+        dtype: Dtype of the mask.
+
+    Returns:
+        0 where a position may look: back, at its prompt and its own branch; the dtype's lowest number elsewhere.
+    """
+    length = segment.shape[1]
+    asks, looked = segment[:, :, None], segment[:, None, :]
+    back: Bool[Tensor, "T T"] = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = back & ((looked == 0) | (looked == asks))
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return mask[:, None]
+
+
+def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "B C"]:
+    """Return the choices' log-likelihoods, up to a constant per example.
+
+    Args:
+        logits: The head's output at the kept positions.
+        asked: The ``readout_`` tensors of the batch.
+
+    Returns:
+        Float32; minus infinity for choices that an example does not have.
+    """
+    row, token, slot = (asked[f"readout_{key}"] for key in ("row", "token", "slot"))
+    size = torch.Size(asked["readout_shape"].tolist())
+    values = logits[row, token].float()
+    if len(row) > len(slot.unique()):  # some choice has several tokens: normalise each prediction
+        values = values - logits.float().logsumexp(-1)[row]
+    filled = torch.zeros(size.numel(), device=values.device).index_add(0, slot, values)
+    there = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
+    return filled.masked_fill(~there, -torch.inf).view(size)
+
+
+@torch.no_grad()
+def _shares_prompts(peft: nn.Module, base: nn.Module) -> bool:
+    """Try on the model itself whether branches after one prompt give what separate sequences give."""
+    config = base.config
+    if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
+        return False
+    vocabulary = base.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, min(vocabulary, 1000), (9,), generator=generator("branches")).tolist()
+    rows = [Encoded(tuple(ids[:4]), ((ids[4], ids[5], ids[6]), (ids[7], ids[8], ids[4])), 0)]
+    device = base.get_input_embeddings().weight.device
+    modes = [(module, module.training) for module in peft.modules()]
+    peft.eval()
+    try:
+        found = []
+        for shared in (True, False):
+            batch = {k: v.to(device) for k, v in choice_batch(rows, 0, shared=shared, dtype=base.dtype).items()}
+            asked = {key: batch.pop(key) for key in _ROWS}
+            logits = peft(**batch, use_cache=False).logits.flatten(0, -2)[asked["readout_keep"]]
+            found.append(logits[asked["readout_row"]].float())
+    finally:
+        for module, training in modes:
+            module.training = training
+    return bool((found[0] - found[1]).abs().max() <= 0.05 * found[1].std())

@@ -1,0 +1,266 @@
+"""What a posterior says about a set of examples: the draws' probabilities, what follows from them, and their file."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from bayeslora import uncertainty
+from bayeslora._typing import Float, Int
+from bayeslora.errors import InputError
+
+_FORMAT = "bayeslora.prediction"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The probabilities that S draws of the weights give to the choices of N examples.
+
+    Attributes:
+        log_probs: Natural logarithms, float32, [S N C]; -inf for choices that an example does not have.
+        mean_log_probs: The same from one pass at the posterior mean's weights, [N C]; None if there was none.
+        components: The mixture member that each draw came from; None for a posterior that is no mixture.
+        truncated: Number of examples whose prompt was cut to fit.
+        readout: How the answers were read: ``letters``, ``likelihood`` or ``head``.
+        seconds: Time that the passes took; None if it was not measured.
+
+    Raises:
+        InputError: If a shape, type or row cannot be a prediction.
+    """
+
+    log_probs: Float[Tensor, "S N C"]
+    mean_log_probs: Float[Tensor, "N C"] | None = None
+    components: tuple[int, ...] | None = None
+    truncated: int = 0
+    readout: str = ""
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def draws(self) -> int:
+        """Number of draws S."""
+        return self.log_probs.shape[0]
+
+    @property
+    def log_p(self) -> Float[Tensor, "N C"]:
+        """Logarithm of the draws' average probability."""
+        return uncertainty.average(self.log_probs)
+
+    @property
+    def probs(self) -> Float[Tensor, "N C"]:
+        """The draws' average probability."""
+        return self.log_p.exp()
+
+    @property
+    def answer(self) -> Int[Tensor, " N"]:
+        """The most probable choice on average."""
+        return self.log_p.argmax(-1)
+
+    @property
+    def confidence(self) -> Float[Tensor, " N"]:
+        """The average probability of the most probable choice."""
+        return self.probs.amax(-1)
+
+    @property
+    def entropy(self) -> Float[Tensor, " N"]:
+        """Total uncertainty in nats: the entropy of the average."""
+        return uncertainty.entropy(self.log_p.double()).to(self.log_probs.dtype)
+
+    @property
+    def expected_entropy(self) -> Float[Tensor, " N"]:
+        """Uncertainty in nats that knowing the weights would leave: the average of the entropies."""
+        return uncertainty.expected_entropy(self.log_probs)
+
+    @property
+    def mutual_information(self) -> Float[Tensor, " N"]:
+        """Uncertainty in nats that comes from the weights."""
+        return uncertainty.mutual_information(self.log_probs)
+
+    @property
+    def disagreement(self) -> Float[Tensor, " N"]:
+        """Share of draws whose answer is not `answer`."""
+        return uncertainty.disagreement(self.log_probs)
+
+    @property
+    def between(self) -> Float[Tensor, " N"]:
+        """Mutual information between the answer and the mixture member, in nats; 0 for no mixture."""
+        if self.components is None:
+            return torch.zeros_like(self.mutual_information)
+        return uncertainty.between_within(self.log_probs, self.components)[0]
+
+    @property
+    def within(self) -> Float[Tensor, " N"]:
+        """Mutual information that lies within the mixture members, in nats; all of it for no mixture."""
+        if self.components is None:
+            return self.mutual_information
+        return uncertainty.between_within(self.log_probs, self.components)[1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the prediction to one ``.safetensors`` file, whole or not at all.
+
+        Args:
+            path: Where to write; missing folders are made, an existing file is replaced.
+
+        Raises:
+            InputError: If the file cannot be written there.
+        """
+        tensors = {"log_probs": _own(self.log_probs)}
+        if self.mean_log_probs is not None:
+            tensors["mean_log_probs"] = _own(self.mean_log_probs)
+        fields = {
+            "version": _VERSION,
+            "components": self.components,
+            "truncated": self.truncated,
+            "readout": self.readout,
+            "seconds": self.seconds,
+        }
+        content = save(tensors, metadata={_FORMAT: json.dumps(fields)})
+        target = Path(path)
+        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except OSError as error:
+            raise InputError(
+                f"cannot write the prediction to {target} ({error.strerror}); choose another path."
+            ) from error
+        finally:
+            if partial.exists():
+                partial.unlink()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Prediction:
+        """Read a prediction written by `save`.
+
+        Args:
+            path: The ``.safetensors`` file.
+
+        Returns:
+            The prediction, on the CPU.
+
+        Raises:
+            InputError: If there is no such file, or it is not a whole prediction.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise InputError(f"{source} is not a file; give the .safetensors file that Prediction.save wrote.")
+        try:
+            with safe_open(source, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{source} is truncated or no .safetensors file ({error}); write it again.") from error
+        fields = _fields(metadata, source)
+        if not {"log_probs"} <= tensors.keys() <= {"log_probs", "mean_log_probs"}:
+            raise InputError(
+                f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again."
+            )
+        try:
+            return cls(**tensors, **fields)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+
+
+def validate(prediction: Prediction) -> None:
+    """Refuse values that cannot be a prediction.
+
+    Args:
+        prediction: The prediction to look at.
+
+    Raises:
+        InputError: If a shape or type is wrong, or a row is NaN or does not sum to 1; the first such row is named.
+    """
+    log_probs, mean = prediction.log_probs, prediction.mean_log_probs
+    if log_probs.ndim != 3 or log_probs.numel() == 0:
+        raise InputError(
+            f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one of each."
+        )
+    if mean is not None and mean.shape != log_probs.shape[1:]:
+        raise InputError(
+            f"mean_log_probs has shape {list(mean.shape)}, log_probs {list(log_probs.shape)}; give both the same rows."
+        )
+    for name, values in (("log_probs", log_probs), ("mean_log_probs", mean)):
+        if values is not None:
+            _check_rows(name, values)
+    components = prediction.components
+    if components is not None and len(components) != log_probs.shape[0]:
+        raise InputError(
+            f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw."
+        )
+    if prediction.truncated < 0:
+        raise InputError(f"truncated is {prediction.truncated}; give the number of examples whose prompt was cut.")
+
+
+def _own(values: Tensor) -> Tensor:
+    """Return a copy that shares no memory, as the file format asks."""
+    return values.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check_rows(name: str, values: Tensor) -> None:
+    """Look at the rows of [S N C] or [N C] log-probabilities.
+
+    Raises:
+        InputError: If the type is not float32, or a row is NaN or does not sum to 1.
+    """
+    if values.dtype != torch.float32:
+        raise InputError(f"{name} has type {values.dtype}; give float32 (call .float() on it).")
+    total = values.logsumexp(-1)
+    bad = ~(total.abs() < 1e-2)
+    if not bool(bad.any()):
+        return
+    *draw, row = bad.nonzero()[0].tolist() if values.ndim == 2 else _first_row(bad)
+    place = f"{name}: row {row}" + (f" of draw {draw[0]}" if draw else "")
+    if bool(values[(*draw, row)].isnan().any()):
+        raise InputError(f"{place} is NaN; the model's output overflowed, predict again in float32 or bfloat16.")
+    raise InputError(f"{place} does not sum to 1; give log-probabilities (log_softmax of the choices' scores).")
+
+
+def _first_row(bad: Tensor) -> list[int]:
+    """Return the draw and number of the first bad row, the row counting before the draw; [S N]."""
+    row = int(bad.any(0).nonzero()[0])
+    return [int(bad[:, row].nonzero()[0]), row]
+
+
+def _fields(metadata: Mapping[str, str], source: Path) -> dict[str, Any]:
+    """Return the fields of a prediction that are no tensors.
+
+    Raises:
+        InputError: If the metadata are missing, of another version or damaged.
+    """
+    if _FORMAT not in metadata:
+        raise InputError(
+            f"{source} is a .safetensors file but no prediction; give the file that Prediction.save wrote."
+        )
+    try:
+        fields = json.loads(metadata[_FORMAT])
+        version, components = int(fields["version"]), fields["components"]
+        known = {
+            "components": None if components is None else tuple(int(member) for member in components),
+            "truncated": int(fields["truncated"]),
+            "readout": str(fields["readout"]),
+            "seconds": None if fields["seconds"] is None else float(fields["seconds"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{source} has damaged metadata ({error!r}); write the prediction again.") from error
+    if version != _VERSION:
+        raise InputError(
+            f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it."
+        )
+    return known

@@ -1,0 +1,253 @@
+"""Posteriors on disk: a plain PEFT adapter and, beside it, what makes it a posterior.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` are the mean, for every tool that reads PEFT adapters.
+``posterior_config.json`` holds family, method, base model and checksums, ``posterior.safetensors`` the spread. Members
+of a mixture are sub-folders. A folder appears at once, when all of it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayeslora.errors import InputError
+from bayeslora.operations import draw_count
+from bayeslora.origin import Origin
+from bayeslora.params import Params
+from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+from bayeslora.version import __version__
+
+FORMAT_VERSION = 1
+FAMILIES: dict[str, Callable[..., Posterior]] = {
+    family.__name__: family for family in (Point, DiagonalGaussian, LowRankGaussian, ColumnDropout, Mixture)
+}
+_ADAPTER, _SPREAD, _CONFIG = "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json"
+
+
+@contextmanager
+def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that takes the target's place when the block ends well, and vanishes otherwise.
+
+    Args:
+        target: The folder to make.
+        overwrite: Whether a folder that is there may be replaced.
+
+    Yields:
+        The temporary folder, beside the target.
+
+    Raises:
+        InputError: If the target is there and may not be replaced, or the disk is full or not writable.
+    """
+    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
+        raise InputError(f"{target} is there already; choose another folder or pass overwrite=True")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{target} cannot be made: {error.strerror}") from error
+    try:
+        work.chmod(0o755)
+        yield work
+        if target.exists():
+            old = work.with_name(work.name + "-old")
+            os.replace(target, old)
+            os.replace(work, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target} could not be written, and nothing of it was kept: {reason}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_posterior(posterior: Posterior, folder: Path, *, overwrite: bool = False) -> None:
+    """Write a posterior to a folder; see the module for its layout.
+
+    Args:
+        posterior: Any posterior with an origin.
+        folder: Where to.
+        overwrite: Whether a folder that is there may be replaced.
+    """
+    with appearing(folder, overwrite=overwrite) as work:
+        _write_posterior(posterior, work)
+
+
+def load_posterior(name: str | Path, *, revision: str | None = None) -> Posterior:
+    """Read a posterior from a folder or from the Hugging Face Hub.
+
+    Args:
+        name: Folder, or repository ``org/name``.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        The posterior, checked: format version, checksums, and every tensor's name and shape.
+
+    Raises:
+        InputError: If it is no posterior, one of another format, or a file is damaged; the message says which.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(str(name), revision)
+    return _read_posterior(folder)
+
+
+def export_draws(posterior: Posterior, folder: str | Path, draws: int, *, seed: int = 0) -> list[Path]:
+    """Write draws as plain PEFT adapters, for any tool that reads them.
+
+    Args:
+        posterior: Any posterior with an origin.
+        folder: Where to; it gets a sub-folder ``draw-000`` … for each draw.
+        draws: How many; see `bayeslora.operations.draw_count`.
+        seed: Which stream of draws.
+
+    Returns:
+        The adapters' folders.
+    """
+    target = Path(folder)
+    names = [f"draw-{k:03d}" for k in range(draw_count(posterior, draws))]
+    with appearing(target) as work:
+        for k, name in enumerate(names):
+            (work / name).mkdir()
+            _write_adapter(posterior.draw(k, seed), _origin(posterior), work / name)
+    return [target / name for name in names]
+
+
+def _write_posterior(posterior: Posterior, folder: Path) -> None:
+    """Write one posterior, and a mixture's members below it."""
+    origin = _origin(posterior)
+    _write_adapter(posterior.mean, origin, folder)
+    tensors: Params = {}
+    scalars: dict[str, Any] = {}
+    for f in fields(cast(Any, posterior)):
+        value = getattr(posterior, f.name)
+        if f.name in ("mean", "origin", "members"):
+            continue
+        if isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values()):
+            tensors |= {f"{f.name}/{name}": v.contiguous() for name, v in value.items()}
+        else:
+            scalars[f.name] = dict(value) if isinstance(value, Mapping) else value
+    if tensors:
+        save_file(tensors, folder / _SPREAD)
+    members = posterior.members if isinstance(posterior, Mixture) else ()
+    for i, member in enumerate(members):
+        (folder / f"member-{i}").mkdir()
+        _write_posterior(member, folder / f"member-{i}")
+    files = [f for f in (_ADAPTER, _SPREAD) if (folder / f).exists()]
+    config = {
+        "format_version": FORMAT_VERSION,
+        "bayeslora_version": __version__,
+        "family": type(posterior).__name__,
+        "scalars": scalars,
+        "members": len(members),
+        **{k: v for k, v in asdict(origin).items() if k != "adapter_config"},
+        "sha256": {f: _sha256(folder / f) for f in files},
+    }
+    _write_json(folder / _CONFIG, config)
+
+
+def _read_posterior(folder: Path) -> Posterior:
+    """Read one posterior, and a mixture's members below it."""
+    config = _read_json(folder / _CONFIG, f"{folder} is not a posterior of bayeslora (it has no {_CONFIG})")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has format version {version}, and this bayeslora {__version__} reads "
+            f"{FORMAT_VERSION}; install the bayeslora that wrote it ({config.get('bayeslora_version')})"
+        )
+    family = FAMILIES.get(str(config.get("family")))
+    if family is None:
+        raise InputError(f"{folder / _CONFIG} names the family {config.get('family')!r}; known: {', '.join(FAMILIES)}")
+    for file, digest in config.get("sha256", {}).items():
+        if not (folder / file).exists():
+            raise InputError(f"{folder / file} is missing; copy the whole folder again")
+        if _sha256(folder / file) != digest:
+            raise InputError(
+                f"{folder / file} is damaged or was changed (its checksum is not the one written with "
+                "it); copy the folder again"
+            )
+    adapter = _read_json(folder / "adapter_config.json", f"{folder} has no adapter_config.json; copy the folder again")
+    keys = ("base_model", "fingerprint", "method", "settings", "num_data")
+    origin = Origin(adapter, **{k: cast(Any, config.get(k)) for k in keys})
+    try:
+        if family is Mixture:
+            members = tuple(_read_posterior(folder / f"member-{i}") for i in range(int(config["members"])))
+            return Mixture(members, origin)
+        mean = _read_tensors(folder / _ADAPTER)
+        parts: dict[str, Any] = dict(config["scalars"])
+        spread = _read_tensors(folder / _SPREAD) if (folder / _SPREAD).exists() else {}
+        for key, value in spread.items():
+            field, _, name = key.partition("/")
+            parts.setdefault(field, {})[name] = value
+        return family(mean=mean, origin=origin, **parts)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{folder} lacks a part of a {config['family']} ({error}); copy the folder again") from error
+
+
+def _write_adapter(params: Params, origin: Origin, folder: Path) -> None:
+    """Write a plain PEFT adapter."""
+    _write_json(folder / "adapter_config.json", origin.adapter_config)
+    save_file({k: v.contiguous() for k, v in params.items()}, folder / _ADAPTER, metadata={"format": "pt"})
+
+
+def _read_tensors(path: Path) -> Params:
+    """Read a safetensors file, in words when it cannot be."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON for people to read."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    """Read a JSON object, in words when it is missing or is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(missing) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object; copy the folder again")
+    return value
+
+
+def _origin(posterior: Posterior) -> Origin:
+    """Return the posterior's origin, or refuse."""
+    if posterior.origin is None:
+        raise InputError("a posterior without an origin cannot be written; build it with origin=origin_of(model)")
+    return posterior.origin
+
+
+def _sha256(path: Path) -> str:
+    """Return a file's checksum."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Fetch a posterior's repository from the Hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{name} is neither a folder nor a repository that the Hub gives; check the name") from error

@@ -1,0 +1,226 @@
+"""A generated data set whose true answer probabilities are known: sentences about urns, dice and wheels.
+
+Every sentence states how often each outcome occurs, such as 3 red, 5 blue and 2 green marbles in a bag. The true
+probability of an outcome is its count over the total, and the label is one sample from it. So a model can learn the
+rule, and a model that learns the labels by heart is over-confident by an amount that can be measured. The sentences of
+:func:`chance_ood` ask questions of another kind, whose answer nothing in the data says.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from bayeslora.errors import InputError
+from bayeslora.tasks.types import Example, Format, Split, Task
+
+__all__ = ["chance_ood", "chance_task"]
+
+FORMAT = Format(template="{text}", readout="likelihood")
+MOST_ROWS = 100_000
+
+BOXES = ("bag", "urn", "jar", "box", "bowl", "basket")
+OBJECTS = ("marbles", "balls", "beads", "stones", "buttons", "tokens")
+COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "orange", "pink", "purple")
+SIGNS = ("star", "moon", "sun", "heart", "cross", "circle", "square", "leaf", "fish", "bird", "tree", "bell")
+
+URN_TEMPLATES = (
+    "{A_box} holds {listed} {objects}. One is drawn. Its colour is",
+    "There are {listed} {objects} in {a_box}. One taken at random is",
+    "From {a_box} with {listed} {objects} a child picks one blindly. It is",
+    "{A_box} was filled with {listed} {objects}. Without looking, someone takes one that is",
+    "Inside {a_box}: {listed} {objects}. The colour of one drawn by chance is",
+)
+DIE_TEMPLATES = (
+    "A die shows {placed} of its {total} sides. It is rolled and lands on the",
+    "The {total} sides of a die are {listed}. It is thrown. On top is the",
+    "Someone rolls a die with {listed} sides. It shows the",
+)
+WHEEL_TEMPLATES = (
+    "A wheel has {listed} fields. It is spun and stops on",
+    "The fields of a lucky wheel are {listed}. After a spin it points to",
+)
+
+CITIES = ("Oslo", "Paris", "Rome", "Cairo", "Lima", "Delhi", "Tokyo", "Berlin", "Milan", "Athens", "Dublin", "Prague")
+NAMES = ("Anna", "Ben", "Carl", "Emma", "Ivan", "Jane", "Kate", "Leo", "Maria", "Nina", "Oscar", "Paul", "Rosa", "Tom")
+WEATHERS = ("sunny", "rainy", "windy", "snowy", "cloudy", "stormy")
+CAUSES = ("snow", "wind", "rain", "staff", "signals", "floods")
+TREATS = ("tea", "coffee", "juice", "milk", "soup", "bread", "rice", "cheese", "fruit", "eggs")
+HOURS = ("dawn", "noon", "midnight", "breakfast", "lunch", "dinner")
+
+
+def chance_task(train_rows: int = 200, validation_rows: int = 100, test_rows: int = 400, seed: int = 0) -> Task:
+    """Generate the task: sentences that state the odds, labels sampled from them.
+
+    No sentence occurs twice, neither within a split nor in two splits. The choices of a row stand in random order.
+
+    Args:
+        train_rows: Rows to fit on.
+        validation_rows: Held-out rows of the same kind.
+        test_rows: Rows to evaluate on.
+        seed: Seed of everything random; the same seed and sizes give the same rows on every machine.
+
+    Returns:
+        The task ``chance``; every example has its true ``probs`` and a ``label`` sampled from them.
+
+    Raises:
+        InputError: If a number of rows is not between 1 and 100,000.
+    """
+    seen: set[str] = set()
+    sizes = {"train": train_rows, "validation": validation_rows, "test": test_rows}
+    splits = {
+        name: _split(f"chance/{name}", rows, seed, (_urn, _urn, _die, _wheel), seen) for name, rows in sizes.items()
+    }
+    return Task("chance", **splits)
+
+
+def chance_ood(rows: int = 300, seed: int = 0) -> Split:
+    """Generate questions of another kind: weather, late trains, people's wishes, races.
+
+    They have as many choices as the rows of :func:`chance_task`, but no template, noun or outcome of theirs.
+
+    Args:
+        rows: Number of rows; no sentence occurs twice.
+        seed: Seed of everything random.
+
+    Returns:
+        The split ``chance/ood``. Races are decided evenly: their ``probs`` are uniform and their ``label`` is sampled.
+        The other rows have neither.
+
+    Raises:
+        InputError: If the number of rows is not between 1 and 100,000.
+    """
+    return _split("chance/ood", rows, seed, (_weather, _train, _wish, _race), set())
+
+
+def _split(
+    name: str, rows: int, seed: int, kinds: tuple[Callable[[random.Random], Example], ...], seen: set[str]
+) -> Split:
+    """Generate one split from its own random stream, leaving out the sentences in ``seen`` and adding its own to it."""
+    if not 1 <= rows <= MOST_ROWS:
+        raise InputError(f"{name} cannot have {rows} rows: ask for 1 to {MOST_ROWS:,}")
+    rng = random.Random(f"{name} {seed}")
+    examples: list[Example] = []
+    while len(examples) < rows:
+        example = rng.choice(kinds)(rng)
+        if example.text not in seen:
+            seen.add(example.text)
+            examples.append(example)
+    return Split(name, tuple(examples), FORMAT)
+
+
+def _number_of_choices(rng: random.Random) -> int:
+    """Draw how many choices a row has."""
+    return rng.choice((2, 2, 3, 3, 4))
+
+
+def _counts(rng: random.Random, choices: int) -> list[int]:
+    """Draw a count for each choice: mixed (1 to 9 each), lopsided (up to 19 to 1) or even."""
+    mood = rng.random()
+    if mood < 0.5:
+        return [rng.randint(1, 9) for _ in range(choices)]
+    if mood < 0.8:
+        counts = [rng.choice((9, 12, 15, 17, 18, 19)), *(rng.choice((1, 1, 2)) for _ in range(choices - 1))]
+        rng.shuffle(counts)
+        return counts
+    return [rng.randint(1, 9)] * choices
+
+
+def _odds(rng: random.Random, text: Callable[[list[tuple[int, str]]], str], outcomes: tuple[str, ...]) -> Example:
+    """Draw outcomes and counts, put them into a sentence, and sample the label."""
+    stated = rng.sample(outcomes, _number_of_choices(rng))
+    counted = list(zip(_counts(rng, len(stated)), stated, strict=True))
+    sentence = text(counted)
+    rng.shuffle(counted)
+    counts = [count for count, _ in counted]
+    label = rng.choices(range(len(counts)), weights=counts)[0]
+    total = sum(counts)
+    return Example(sentence, tuple(word for _, word in counted), label, tuple(count / total for count in counts))
+
+
+def _urn(rng: random.Random) -> Example:
+    """Draw a sentence about things of several colours in a container."""
+    template, box, objects = rng.choice(URN_TEMPLATES), rng.choice(BOXES), rng.choice(OBJECTS)
+    a_box = f"{'an' if box == 'urn' else 'a'} {box}"
+    names = {"a_box": a_box, "A_box": a_box[0].upper() + a_box[1:], "objects": objects}
+    return _odds(rng, lambda counted: template.format(listed=_listed(counted), **names), COLOURS)
+
+
+def _die(rng: random.Random) -> Example:
+    """Draw a sentence about a die that shows each sign on a number of its sides."""
+    template = rng.choice(DIE_TEMPLATES)
+
+    def text(counted: list[tuple[int, str]]) -> str:
+        placed = _joined([f"a {sign} on {count}" for count, sign in counted])
+        return template.format(placed=placed, listed=_listed(counted), total=sum(count for count, _ in counted))
+
+    return _odds(rng, text, SIGNS)
+
+
+def _wheel(rng: random.Random) -> Example:
+    """Draw a sentence about a wheel with fields of several colours."""
+    template = rng.choice(WHEEL_TEMPLATES)
+    return _odds(rng, lambda counted: template.format(listed=_listed(counted)), COLOURS)
+
+
+def _listed(counted: list[tuple[int, str]]) -> str:
+    """Return ``3 red, 5 blue and 2 green``."""
+    return _joined([f"{count} {word}" for count, word in counted])
+
+
+def _joined(parts: list[str]) -> str:
+    """Return ``x, y and z``."""
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _weather(rng: random.Random) -> Example:
+    """Ask for tomorrow's weather in some city."""
+    template = rng.choice(
+        (
+            "The sky over {city} looked strange at {hour}. Next day the weather was",
+            "A letter from {name} in {city} says that the weather there is",
+            "On the day {name} flew to {city}, the weather around {hour} turned",
+        )
+    )
+    text = template.format(city=rng.choice(CITIES), name=rng.choice(NAMES), hour=rng.choice(HOURS))
+    return Example(text, tuple(rng.sample(WEATHERS, _number_of_choices(rng))))
+
+
+def _train(rng: random.Random) -> Example:
+    """Ask why a train was late."""
+    start, end = rng.sample(CITIES, 2)
+    template = rng.choice(
+        (
+            "The express from {start} to {end} was late again around {hour}, this time because of",
+            "Why did {name} wait so long for the train to {end}? The cause was",
+        )
+    )
+    text = template.format(start=start, end=end, name=rng.choice(NAMES), hour=rng.choice(HOURS))
+    return Example(text, tuple(rng.sample(CAUSES, _number_of_choices(rng))))
+
+
+def _wish(rng: random.Random) -> Example:
+    """Ask which of several things a person prefers."""
+    choices = rng.sample(TREATS, _number_of_choices(rng))
+    template = rng.choice(
+        (
+            "At {hour} in {city} {name} could have {listed}, and wanted",
+            "Of all things, {name} likes {listed}, but most of all",
+        )
+    )
+    text = template.format(
+        hour=rng.choice(HOURS), city=rng.choice(CITIES), name=rng.choice(NAMES), listed=_joined(choices)
+    )
+    rng.shuffle(choices)
+    return Example(text, tuple(choices))
+
+
+def _race(rng: random.Random) -> Example:
+    """Ask who won; the names are exchangeable, so the truth is even and the label sampled."""
+    names = rng.sample(NAMES, _number_of_choices(rng))
+    template = rng.choice(
+        ("{listed} ran a race in {city}. The winner was", "In {city} {listed} played chess until {hour}. First came")
+    )
+    text = template.format(listed=_joined(names), city=rng.choice(CITIES), hour=rng.choice(HOURS))
+    rng.shuffle(names)
+    return Example(text, tuple(names), rng.randrange(len(names)), (1 / len(names),) * len(names))

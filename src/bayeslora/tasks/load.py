@@ -1,0 +1,244 @@
+"""``load_task``: a known task from the Hub or a folder, or the user's own data, as splits ready for a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from bayeslora.errors import InputError
+from bayeslora.tasks.columns import Columns, guess_columns, make_columns
+from bayeslora.tasks.files import Rows, find_file, read_rows
+from bayeslora.tasks.hub import hub_rows
+from bayeslora.tasks.render import check_template
+from bayeslora.tasks.rows import find_classes, split_from_rows
+from bayeslora.tasks.table import STEMS, KnownTask, SplitName, find_task, unknown_task
+from bayeslora.tasks.types import Format, ReadoutName, Split, Task
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many examples go where.
+
+    Attributes:
+        few_shot: Examples taken from the training rows into the prompt.
+        train: Most training rows; None keeps all.
+        test: Most test rows; None keeps all.
+        validation: Rows (an integer) or share of rows (a float below 1) of train held out; 0 holds out none.
+        seed: Decides which rows.
+    """
+
+    few_shot: int = 0
+    train: int | None = None
+    test: int | None = None
+    validation: int | float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers without a meaning.
+
+        Raises:
+            InputError: A number is negative, zero where rows are needed, or a share of one and more.
+        """
+        if self.few_shot < 0:
+            raise InputError(f"few_shot is {self.few_shot}: give 0 or more.")
+        for name, rows in (("train_rows", self.train), ("test_rows", self.test)):
+            if rows is not None and rows < 1:
+                raise InputError(f"{name} is {rows}: give 1 or more, or None for all.")
+        share = isinstance(self.validation, float)
+        if self.validation < 0 or (share and self.validation >= 1):
+            raise InputError(f"validation is {self.validation}: give a number of rows, or a share below 1.0.")
+
+
+def load_task(
+    name: str | None = None,
+    data: str | Path | None = None,
+    *,
+    readout: ReadoutName = "auto",
+    template: str | None = None,
+    few_shot: int = 0,
+    max_length: int | None = None,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    validation: int | float = 0.1,
+    seed: int = 0,
+    columns: Columns | Mapping[str, object] | None = None,
+    file_as: Literal["test", "train"] = "test",
+) -> Task:
+    """Load a known task, or one's own data.
+
+    Known are ``winogrande_xs``, ``_s``, ``_m``, ``arc_easy``, ``arc_challenge``, ``openbookqa``, ``boolq``, ``sst2``,
+    ``trec``, the groups ``mmlu_chemistry``, ``_physics``, ``_biology``, ``_cs`` and each ``mmlu:<subject>`` (test only).
+
+    Which rows are held out depends on the seed and ``validation`` alone, which are few-shot examples on ``few_shot``
+    too, and a smaller ``train_rows`` or ``test_rows`` gives a subset of a larger one.
+
+    Args:
+        name: A known task, or a name for one's own data; None takes the name of the file or folder.
+        data: Folder that holds the task's folder or files (``train``, ``validation`` or ``dev``, ``test``, ending in
+            ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``), or a single file. None loads from the Hub.
+        readout: How answers are read; see ``Format``.
+        template: Prompt with ``{text}`` and, for letters, ``{choices}``; None takes the default.
+        few_shot: Solved examples in the prompt, taken out of the training rows.
+        max_length: Longest prompt in tokens; see ``Format``.
+        train_rows: Most rows to train on.
+        test_rows: Most rows to test on.
+        validation: Rows, or share of the rows, held out of train; 0 for none. A validation split of the source's own is
+            used instead, whole.
+        seed: Decides which rows are held out, put into the prompt and kept.
+        columns: Where text, choices and label are, as ``Columns`` or some of its fields: ``{"text": "review", "label":
+            "stars"}``, or with ``"choices"`` for multiple choice. None: the task's own, or ``text``, ``choices``,
+            ``label``.
+        file_as: What a single file is: the test split, whose labels may be missing, or training rows, of which
+            ``validation`` are held out.
+
+    Returns:
+        The task; a split without a source is None.
+
+    Raises:
+        InputError: The task is unknown, its data cannot be found or read, or an argument does not fit them.
+    """
+    sizes = Sizes(few_shot, train_rows, test_rows, validation, seed)
+    fmt = _format(readout, template, max_length)
+    known, name, sources = _sources(name, data, file_as, own=columns is not None)
+    layouts = [] if known is None else [known.hub] if data is None else [known.local, known.hub]
+    base = layouts[0] if layouts else Columns()
+    given = None if columns is None else make_columns(columns, base)
+    chosen = {split: given or _layout(rows, layouts) for split, rows in sources.items()}
+    reference: SplitName = "train" if "train" in sources else next(iter(sources))
+    first = chosen[reference]
+    classes = None if first.choices is not None else first.classes or find_classes(sources[reference], first.label)
+    fmt = replace(fmt, kind=known.kind if known else "question" if classes is None else "class")
+    names_label = isinstance(columns, Mapping) and columns.get("label") is not None
+    splits = {
+        split: split_from_rows(
+            rows,
+            fmt,
+            name=f"{name}/{split}",
+            columns=chosen[split],
+            classes=classes,
+            need_labels=split != "test" or names_label,
+            allow_duplicates=known is not None and given is None,
+        )
+        for split, rows in sources.items()
+    }
+    return _sampled(name, splits, sizes)
+
+
+def _format(readout: ReadoutName, template: str | None, max_length: int | None) -> Format:
+    """Return the format without its few-shot examples and kind."""
+    if readout not in get_args(ReadoutName):
+        raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}.")
+    if template is not None and not template:
+        raise InputError("The template is empty: give one with {text}, or None for the default.")
+    if max_length is not None and max_length < 1:
+        raise InputError(f"max_length is {max_length}: give a number of tokens, or None for the model's limit.")
+    check_template(template or "", readout)
+    return Format(template or "", readout, (), max_length)
+
+
+def _sources(
+    name: str | None, data: str | Path | None, file_as: str, *, own: bool
+) -> tuple[KnownTask | None, str, dict[SplitName, Rows]]:
+    """Return the known task if it is one, the task's name and the rows of each split that there is."""
+    if data is None:
+        if name is None:
+            raise InputError("load_task needs a task or data: give the name of a known task, or data=FOLDER.")
+        known = find_task(name)
+        if known is None:
+            raise unknown_task(name)
+        return known, known.name, {split: hub_rows(known, split) for split in known.splits}
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise InputError(f"There is no file or folder {path}: give data=FOLDER with the task's files.")
+    plain = path.resolve().stem if path.is_file() else path.resolve().name
+    known = find_task(name or plain)
+    if path.is_file():
+        if file_as not in {"test", "train"}:
+            raise InputError(f"file_as is {file_as!r}: give 'test' or 'train'.")
+        only: SplitName = "train" if file_as == "train" else "test"
+        paths: dict[SplitName, Path] = {only: path}
+    else:
+        paths = _locate(path, name, known, own=own)
+    return known, known.name if known else name or plain, {split: read_rows(file) for split, file in paths.items()}
+
+
+def _locate(data: Path, name: str | None, known: KnownTask | None, *, own: bool) -> dict[SplitName, Path]:
+    """Return the file of each split, from the first of the possible folders that holds any."""
+    places: list[tuple[Path, Mapping[SplitName, tuple[str, ...]]]] = [(data, STEMS)]
+    if known is not None:
+        claimed = {stem for stems in known.stems.values() for stem in stems}
+        free = {split: tuple(stem for stem in stems if stem not in claimed) for split, stems in STEMS.items()}
+        both = {split: (*known.stems.get(split, ()), *free[split]) for split in STEMS}
+        in_own = both if data.name == known.name else known.stems
+        places = [(data / known.folder, known.stems), (data / known.name, both), (data, both if own else in_own)]
+    elif name is not None:
+        places.append((data / name, STEMS))
+    for folder, stems in places:
+        found = {split: path for split in stems if (path := find_file(folder, stems[split])) is not None}
+        if found:
+            return found
+    wanted = " or ".join(
+        f"{folder}/{{{','.join(stem for group in stems.values() for stem in group)}}}.jsonl" for folder, stems in places
+    )
+    if name is not None and known is None:
+        raise unknown_task(name, also=f" (as one's own data it would need {wanted}, .json, .csv, .tsv or .parquet)")
+    raise InputError(f"{data} does not hold the data: looked for {wanted}, .json, .csv, .tsv and .parquet.")
+
+
+def _layout(rows: Rows, layouts: list[Columns]) -> Columns:
+    """Return the first layout whose columns the rows have, the first of all where none fits."""
+    if not layouts:
+        return guess_columns(rows.columns)
+
+    def lacks(columns: Columns, *, label: bool) -> bool:
+        choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
+        needed = (columns.text, columns.context, *choices, columns.label if label else None)
+        return any(column is not None and column not in rows.columns for column in needed)
+
+    fitting = [c for label in (True, False) for c in layouts if not lacks(c, label=label)]
+    return (fitting or layouts)[0]
+
+
+def _shuffled(count: int, seed: int, split: SplitName) -> list[int]:
+    """Return a seeded order of the rows of one split."""
+    order = list(range(count))
+    random.Random(f"{seed}/{split}").shuffle(order)
+    return order
+
+
+def _sampled(name: str, splits: dict[SplitName, Split], sizes: Sizes) -> Task:
+    """Hold out the validation rows, take the few-shot examples and keep the rows asked for, in the source's order."""
+    train, held, test = splits.get("train"), splits.get("validation"), splits.get("test")
+    shots = ()
+    if train is None and sizes.few_shot:
+        raise InputError(
+            f"few_shot={sizes.few_shot} takes examples from the training rows, and {name} has none: use few_shot=0."
+        )
+    if train is not None:
+        count = len(train)
+        out = 0 if held is not None else _held_out(count, sizes.validation)
+        if out + sizes.few_shot >= count:
+            raise InputError(
+                f"{train.name} has {count} rows, of which {out} for validation and {sizes.few_shot} for the prompt "
+                "leave none to train on: ask for fewer."
+            )
+        order = _shuffled(count, sizes.seed, "train")
+        held = train.take(sorted(order[:out])) if out else held
+        shots = train.take(order[count - sizes.few_shot :]).examples
+        train = train.take(sorted(order[out : count - sizes.few_shot][: sizes.train]))
+    if test is not None and sizes.test is not None:
+        test = test.take(sorted(_shuffled(len(test), sizes.seed, "test")[: sizes.test]))
+    done = [None if s is None else replace(s, format=replace(s.format, few_shot=shots)) for s in (train, held, test)]
+    if done[1] is not None:
+        done[1] = replace(done[1], name=f"{name}/validation")
+    return Task(name, done[0], done[1], done[2])
+
+
+def _held_out(count: int, validation: int | float) -> int:
+    """Return the number of rows to hold out."""
+    if isinstance(validation, float):
+        return max(1, round(count * validation)) if validation else 0
+    return validation

@@ -1,0 +1,155 @@
+"""How an example becomes a prompt and an answer: templates, their defaults, and rendering."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from bayeslora.errors import InputError
+from bayeslora.tasks.types import Example, Format, Split, TaskKind
+
+ConcreteReadout = Literal["letters", "likelihood", "head"]
+
+LETTERS = string.ascii_uppercase
+
+_BLANK = "Fill in the blank (_) in the sentence.\nSentence: {text}\n"
+
+DEFAULT_TEMPLATES: Mapping[TaskKind, Mapping[ConcreteReadout, str]] = {
+    "question": {
+        "letters": "Question: {text}\n{choices}\nAnswer:",
+        "likelihood": "Question: {text}\nAnswer:",
+        "head": "Question: {text}\nAnswer:",
+    },
+    "blank": {
+        "letters": _BLANK + "{choices}\nAnswer:",
+        "likelihood": _BLANK + "Answer:",
+        "head": _BLANK + "Answer:",
+    },
+    "class": {
+        "letters": "Text: {text}\n{choices}\nAnswer:",
+        "likelihood": "Text: {text}\nLabel:",
+        "head": "{text}",
+    },
+}
+
+_CONCRETE: Mapping[str, ConcreteReadout] = {"letters": "letters", "likelihood": "likelihood", "head": "head"}
+
+
+def check_template(template: str, readout: str) -> None:
+    """Refuse a template that cannot be filled.
+
+    Args:
+        template: Python format string; empty means the default and is accepted.
+        readout: The readout it is for; ``letters`` needs ``{choices}``.
+
+    Raises:
+        InputError: ``{text}`` is missing, ``{choices}`` is missing for letters, another placeholder is used, or a brace
+            is not closed.
+    """
+    if not template:
+        return
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"The template {template!r} is malformed ({error}): write {{{{ for a brace.") from None
+    fields = {name for _, name, _, _ in parts if name is not None}
+    plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
+    unknown = sorted(fields - {"text", "choices"})
+    if unknown or not plain:
+        named = f"the unknown placeholder {{{unknown[0]}}}" if unknown else "a conversion or a format specification"
+        raise InputError(f"The template {template!r} has {named}: use only {{text}} and {{choices}}.")
+    if "text" not in fields:
+        raise InputError(f"The template {template!r} has no {{text}}: say where the question or text goes.")
+    if readout == "letters" and "choices" not in fields:
+        raise InputError(
+            f"The template {template!r} has no {{choices}}, which the letters readout needs: add it, or choose "
+            "readout='likelihood'."
+        )
+
+
+def resolve_format(source: Split | Format, readout: str) -> Format:
+    """Return the format with its readout settled and its template filled in.
+
+    Args:
+        source: A format, or a split whose format is used.
+        readout: ``letters``, ``likelihood`` or ``head``, whatever the format names.
+
+    Returns:
+        The format with that readout and, where its template was empty, the default of its kind for that readout.
+
+    Raises:
+        InputError: The readout is not one of the three, or the format's template does not suit it.
+    """
+    fmt = source.format if isinstance(source, Split) else source
+    concrete = _CONCRETE.get(readout)
+    if concrete is None:
+        raise InputError(f"The readout {readout!r} cannot be used: give one of {', '.join(_CONCRETE)}.")
+    template = fmt.template or DEFAULT_TEMPLATES[fmt.kind][concrete]
+    check_template(template, concrete)
+    return replace(fmt, template=template, readout=concrete)
+
+
+def answer_text(example: Example, index: int, readout: str) -> str:
+    """Return what follows the prompt when the given choice is the answer, with its leading space.
+
+    Args:
+        example: The example.
+        index: Index of the choice.
+        readout: ``letters`` gives the choice's letter, every other readout its text.
+
+    Returns:
+        ``" A"`` or ``" "`` and the text of the choice.
+
+    Raises:
+        InputError: The example has no such choice, or the letters readout is asked for more than 26.
+    """
+    if not 0 <= index < len(example.choices):
+        raise InputError(f"There is no choice {index} among the {len(example.choices)} of {example.text[:60]!r}.")
+    if readout == "letters":
+        _check_letters(example)
+        return " " + LETTERS[index]
+    return " " + example.choices[index]
+
+
+def render(example: Example, fmt: Format) -> str:
+    """Return the prompt: the solved few-shot examples, then the example, with blank lines between them.
+
+    Args:
+        example: The example to ask about; its label is not used.
+        fmt: A format from ``resolve_format``.
+
+    Returns:
+        The prompt, which ends without a space so that an answer's leading space stays with its word.
+
+    Raises:
+        InputError: The format is not resolved, a few-shot example has no label, or there are too many choices for
+            letters.
+    """
+    if not fmt.template or fmt.readout == "auto":
+        raise InputError("The format's readout is not settled: call resolve_format before rendering.")
+    parts = []
+    for shot in fmt.few_shot:
+        if shot.label is None:
+            raise InputError(f"The few-shot example {shot.text[:60]!r} has no label: give solved examples.")
+        parts.append(_fill(shot, fmt) + answer_text(shot, shot.label, fmt.readout))
+    return "\n\n".join([*parts, _fill(example, fmt)])
+
+
+def _fill(example: Example, fmt: Format) -> str:
+    """Return the template filled with one example, without trailing spaces."""
+    listed = ""
+    if "{choices}" in fmt.template:
+        _check_letters(example)
+        listed = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(example.choices))
+    return fmt.template.format(text=example.text, choices=listed).rstrip(" \t")
+
+
+def _check_letters(example: Example) -> None:
+    """Refuse more choices than there are letters."""
+    if len(example.choices) > len(LETTERS):
+        raise InputError(
+            f"{example.text[:60]!r} has {len(example.choices)} choices, more than the {len(LETTERS)} letters: choose "
+            "readout='likelihood' and a template without {choices}."
+        )

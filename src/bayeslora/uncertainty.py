@@ -1,0 +1,127 @@
+"""How unsure a set of predictions is, and which part of it more data could remove.
+
+Every function takes ``log_probs [S N C]``: natural logarithms of the S draws' probabilities for N examples with up to
+C choices, ``-inf`` for choices that an example does not have. With p̄ = (1/S) Σ_s p_s the total uncertainty splits as
+
+    H(p̄)  =  (1/S) Σ_s H(p_s)  +  I,     I = mutual information between the answer and the draw,
+
+the first part being the noise in the answers themselves, the second the ignorance about the weights (Depeweg et al.,
+2018, *Decomposition of Uncertainty in Bayesian Deep Learning*, eq. 6-7; Houlsby et al., 2011, eq. 2). All results are
+in nats, are computed in float64 and come back in the type of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bayeslora._typing import Float
+from bayeslora.errors import InputError
+
+_ROUNDING = 1e-12
+"""Mutual information under this many nats is the rounding of a difference of entropies, and is returned as 0."""
+
+
+def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
+    """Average the draws' probabilities: log p̄ = logsumexp_s log p_s - log S.
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+
+    Returns:
+        Log-probabilities of the equal-weight mixture of the draws; -inf where every draw has -inf.
+
+    Raises:
+        InputError: If there are not three dimensions, or no draws.
+    """
+    if log_probs.ndim != 3 or log_probs.shape[0] == 0:
+        raise InputError(
+            f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one draw."
+        )
+    mixed = torch.logsumexp(log_probs.double(), dim=0) - math.log(log_probs.shape[0])
+    return mixed.to(log_probs.dtype)
+
+
+def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch"]:
+    """Compute the entropy H(p) = -Σ_c p_c log p_c, where 0 log 0 = 0.
+
+    Args:
+        log_p: Log-probabilities, the choices on the last axis: [N C], or [S N C] for every draw on its own.
+
+    Returns:
+        Entropy in nats, between 0 and log C.
+    """
+    return torch.special.entr(log_p.double().exp()).sum(-1).to(log_p.dtype)
+
+
+def expected_entropy(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
+    """Average the draws' entropies, (1/S) Σ_s H(p_s): the uncertainty that stays when the weights are known.
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+
+    Returns:
+        Expected entropy of each example in nats.
+    """
+    return entropy(log_probs.double()).mean(0).to(log_probs.dtype)
+
+
+def mutual_information(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
+    """Compute I = H(p̄) - (1/S) Σ_s H(p_s): the uncertainty that comes from not knowing the weights.
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+
+    Returns:
+        Mutual information of each example in nats, between 0 and log min(S, C); what is within rounding of 0 is 0, so
+        that identical draws tie exactly.
+    """
+    draws = log_probs.double()
+    information = entropy(average(draws)) - expected_entropy(draws)
+    return information.masked_fill(information < _ROUNDING, 0.0).to(log_probs.dtype)
+
+
+def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
+    """Compute the share of draws whose answer differs from the answer of their average.
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+
+    Returns:
+        1 - (1/S) Σ_s 1[argmax p_s = argmax p̄] of each example; choices that tie count as the first of them.
+    """
+    agrees = log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)
+    return 1 - agrees.to(log_probs.dtype).mean(0)
+
+
+def between_within(
+    log_probs: Float[Tensor, "S N C"], components: Sequence[int]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Split a mixture's mutual information into what lies between its members and what lies within them.
+
+    With p_m the average over member m's draws and p the equal-weight average over the members,
+    between = H(p) - mean_m H(p_m) and within = mean_m [H(p_m) - mean_{s in m} H(p_s)]: the chain rule of mutual
+    information over (member, draw).
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+        components: The member that each draw came from, one number per draw.
+
+    Returns:
+        ``(between, within)`` in nats; they sum to the mutual information when every member has equally many draws.
+
+    Raises:
+        InputError: If there is not one component per draw.
+    """
+    if len(components) != log_probs.shape[0]:
+        raise InputError(
+            f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw."
+        )
+    draws, member = log_probs.double(), torch.tensor(components, device=log_probs.device)
+    groups = [draws[member == m] for m in sorted(set(components))]
+    between = mutual_information(torch.stack([average(group) for group in groups]))
+    within = torch.stack([mutual_information(group) for group in groups]).mean(0)
+    return between.to(log_probs.dtype), within.to(log_probs.dtype)
