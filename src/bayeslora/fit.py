@@ -14,10 +14,10 @@ from typing import Any, final
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from bayeslora.errors import InputError, Interrupted
-from bayeslora.methods import Ensemble, Method
+from bayeslora.methods import Ensemble, Map, Method
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, write
 from bayeslora.posteriors import Posterior
@@ -66,13 +66,12 @@ def fit(
     unknown = [i for i, example in enumerate(task.train) if example.label is None]
     if unknown:
         raise InputError(f"row {unknown[0]} of {task.train.name} has no label; training needs one in every row")
-    starts = list(start) if isinstance(start, Sequence) else None
+    runs = method.members if isinstance(method, Ensemble) else 1
+    starts = [start] * runs if start is None or isinstance(start, Posterior) else list(start)
+    if len(starts) != runs:
+        raise InputError(f"{method.name} makes {runs} runs, and {len(starts)} starts were given; give one for each")
     if not isinstance(method, Ensemble):
-        if starts is not None:
-            raise InputError(f"{method.name} is one run and starts from one posterior; {len(starts)} were given")
-        return _run(model, task, method, args, tokenizer, start, resume, callbacks)  # type: ignore[arg-type]
-    if starts is not None and len(starts) != method.members:
-        raise InputError(f"the ensemble has {method.members} members, and {len(starts)} starts were given")
+        return _run(model, task, method, args, tokenizer, starts[0], resume, callbacks)
     members = []
     for k in range(method.members):
         own = method.member_arguments(args, k)
@@ -81,8 +80,7 @@ def fit(
             members.append(load_posterior(done))
             continue
         initialise(model, own.seed)
-        begin = starts[k] if starts is not None else start
-        member = _run(model, task, method.member, own, tokenizer, begin, resume, callbacks)  # type: ignore[arg-type]
+        member = _run(model, task, method.member, own, tokenizer, starts[k], resume, callbacks)
         member.save_pretrained(done, overwrite=True)
         members.append(member)
     return method.mixture(members, model)
@@ -109,11 +107,7 @@ def _run(
     stop = _Stop()
     kwargs["callbacks"] = [*kwargs.get("callbacks", ()), *callbacks, stop]
     kwargs.setdefault("compute_loss_func", answer_loss)
-    own = copy.copy(args)
-    own.remove_unused_columns = False
-    own.label_names = ["labels"]
-    if not torch.cuda.is_available():
-        own.dataloader_pin_memory = False
+    own = _adapted(args, method, held_out is not None)
     with readout.attached(model), stop.listening():
         trainer = Trainer(
             model=model,
@@ -128,6 +122,21 @@ def _run(
     if stop.asked:
         raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {own.output_dir}")
     return method.posterior(model)
+
+
+def _adapted(args: TrainingArguments, method: Method, held_out: bool) -> TrainingArguments:
+    """Return the arguments with what the readout, the machine and the method need."""
+    own = copy.copy(args)
+    own.remove_unused_columns = False
+    own.label_names = ["labels"]
+    if not torch.cuda.is_available():
+        own.dataloader_pin_memory = False
+    if isinstance(method, Map) and method.early_stopping is not None and not own.load_best_model_at_end:
+        if not held_out:
+            raise InputError("early stopping needs a validation split; load the task with validation=0.1")
+        own.eval_strategy = own.save_strategy = IntervalStrategy.EPOCH
+        own.load_best_model_at_end, own.metric_for_best_model, own.greater_is_better = True, "eval_loss", False
+    return own
 
 
 @final

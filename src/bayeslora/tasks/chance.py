@@ -117,9 +117,9 @@ def _number_of_choices(rng: random.Random) -> int:
 def _counts(rng: random.Random, choices: int) -> list[int]:
     """Draw a count for each choice: mixed (1 to 9 each), lopsided (up to 19 to 1) or even."""
     mood = rng.random()
-    if mood < 0.5:
+    if mood < 0.4:
         return [rng.randint(1, 9) for _ in range(choices)]
-    if mood < 0.8:
+    if mood < 0.85:
         counts = [rng.choice((9, 12, 15, 17, 18, 19)), *(rng.choice((1, 1, 2)) for _ in range(choices - 1))]
         rng.shuffle(counts)
         return counts

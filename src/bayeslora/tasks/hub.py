@@ -25,6 +25,8 @@ def hub_rows(task: KnownTask, split: SplitName) -> Rows:
     Raises:
         InputError: The Hub cannot be reached, or does not have the data.
     """
+    import datasets
+
     rows: list[Mapping[str, object]] = []
     for config in task.configs:
         try:
@@ -34,7 +36,7 @@ def hub_rows(task: KnownTask, split: SplitName) -> Rows:
                 f"The Hub could not be reached to load {task.name} ({task.repository}): give data=FOLDER with a local "
                 "copy."
             ) from None
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(
                 f"The Hub's {task.repository} could not be loaded for {task.name} ({first}): give data=FOLDER with a "

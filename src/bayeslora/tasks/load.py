@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from bayeslora.tasks.hub import hub_rows
 from bayeslora.tasks.render import check_template
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.table import STEMS, KnownTask, SplitName, find_task, unknown_task
-from bayeslora.tasks.types import Format, ReadoutName, Split, Task
+from bayeslora.tasks.types import Example, Format, ReadoutName, Split, Task, TaskKind
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,9 @@ def load_task(
 ) -> Task:
     """Load a known task, or one's own data.
 
-    Known are ``winogrande_xs``, ``_s``, ``_m``, ``arc_easy``, ``arc_challenge``, ``openbookqa``, ``boolq``, ``sst2``,
-    ``trec``, the groups ``mmlu_chemistry``, ``_physics``, ``_biology``, ``_cs`` and each ``mmlu:<subject>`` (test only).
-
-    Which rows are held out depends on the seed and ``validation`` alone, which are few-shot examples on ``few_shot``
-    too, and a smaller ``train_rows`` or ``test_rows`` gives a subset of a larger one.
+    Known are the names in ``KNOWN_TASKS`` and every ``mmlu:<subject>``. Which rows are held out depends on ``seed`` and
+    ``validation`` alone, which go into the prompt on ``seed`` and ``few_shot``; a smaller ``train_rows`` or
+    ``test_rows`` gives a subset of a larger one.
 
     Args:
         name: A known task, or a name for one's own data; None takes the name of the file or folder.
@@ -83,14 +81,12 @@ def load_task(
         template: Prompt with ``{text}`` and, for letters, ``{choices}``; None takes the default.
         few_shot: Solved examples in the prompt, taken out of the training rows.
         max_length: Longest prompt in tokens; see ``Format``.
-        train_rows: Most rows to train on.
-        test_rows: Most rows to test on.
-        validation: Rows, or share of the rows, held out of train; 0 for none. A validation split of the source's own is
-            used instead, whole.
+        train_rows: Most rows to train on; None for all.
+        test_rows: Most rows to test on; None for all.
+        validation: Rows, or share of rows, held out of train, unless the source has a validation split; 0 for none.
         seed: Decides which rows are held out, put into the prompt and kept.
-        columns: Where text, choices and label are, as ``Columns`` or some of its fields: ``{"text": "review", "label":
-            "stars"}``, or with ``"choices"`` for multiple choice. None: the task's own, or ``text``, ``choices``,
-            ``label``.
+        columns: Where text, label and choices or classes are, as ``Columns`` or some of its fields, such as
+            ``{"text": "review", "label": "stars"}``. None: the task's own, or ``text``, ``choices`` and ``label``.
         file_as: What a single file is: the test split, whose labels may be missing, or training rows, of which
             ``validation`` are held out.
 
@@ -104,26 +100,13 @@ def load_task(
     fmt = _format(readout, template, max_length)
     known, name, sources = _sources(name, data, file_as, own=columns is not None)
     layouts = [] if known is None else [known.hub] if data is None else [known.local, known.hub]
-    base = layouts[0] if layouts else Columns()
-    given = None if columns is None else make_columns(columns, base)
+    given = None if columns is None else make_columns(columns, layouts[0] if layouts else Columns())
     chosen = {split: given or _layout(rows, layouts) for split, rows in sources.items()}
-    reference: SplitName = "train" if "train" in sources else next(iter(sources))
-    first = chosen[reference]
-    classes = None if first.choices is not None else first.classes or find_classes(sources[reference], first.label)
-    fmt = replace(fmt, kind=known.kind if known else "question" if classes is None else "class")
-    names_label = isinstance(columns, Mapping) and columns.get("label") is not None
-    splits = {
-        split: split_from_rows(
-            rows,
-            fmt,
-            name=f"{name}/{split}",
-            columns=chosen[split],
-            classes=classes,
-            need_labels=split != "test" or names_label,
-            allow_duplicates=known is not None and given is None,
-        )
-        for split, rows in sources.items()
-    }
+    strict = isinstance(columns, Mapping) and columns.get("label") is not None
+    fmt = replace(fmt, kind=_kind(known, chosen))
+    labelled = {split for split in sources if split != "test" or strict}
+    published = known is not None and given is None
+    splits = _splits(name, sources, chosen, fmt, need_labels=labelled, allow_duplicates=published)
     return _sampled(name, splits, sizes)
 
 
@@ -153,7 +136,7 @@ def _sources(
     path = Path(data).expanduser()
     if not path.exists():
         raise InputError(f"There is no file or folder {path}: give data=FOLDER with the task's files.")
-    plain = path.resolve().stem if path.is_file() else path.resolve().name
+    plain = path.stem if path.is_file() else path.resolve().name
     known = find_task(name or plain)
     if path.is_file():
         if file_as not in {"test", "train"}:
@@ -180,12 +163,49 @@ def _locate(data: Path, name: str | None, known: KnownTask | None, *, own: bool)
         found = {split: path for split in stems if (path := find_file(folder, stems[split])) is not None}
         if found:
             return found
-    wanted = " or ".join(
-        f"{folder}/{{{','.join(stem for group in stems.values() for stem in group)}}}.jsonl" for folder, stems in places
-    )
+    folders: dict[str, list[str]] = {}
+    for folder, stems in places:
+        named = folders.setdefault(", ".join(stem for group in stems.values() for stem in group), [])
+        named += [str(folder)] if str(folder) not in named else []
+    wanted = " or ".join(f"{stems} in {' or '.join(named)}" for stems, named in folders.items())
+    endings = "ending in .jsonl, .json, .csv, .tsv or .parquet"
     if name is not None and known is None:
-        raise unknown_task(name, also=f" (as one's own data it would need {wanted}, .json, .csv, .tsv or .parquet)")
-    raise InputError(f"{data} does not hold the data: looked for {wanted}, .json, .csv, .tsv and .parquet.")
+        raise unknown_task(name, also=f" (one's own data would be a file {wanted}, {endings})")
+    raise InputError(f"{data} does not hold the data: looked for a file {wanted}, {endings}.")
+
+
+def _kind(known: KnownTask | None, columns: Mapping[SplitName, Columns]) -> TaskKind:
+    """Return the kind of a known task, or what the columns of one's own data say."""
+    if known is not None:
+        return known.kind
+    return "class" if all(c.choices is None for c in columns.values()) else "question"
+
+
+def _splits(
+    name: str,
+    sources: Mapping[SplitName, Rows],
+    columns: Mapping[SplitName, Columns],
+    fmt: Format,
+    *,
+    need_labels: Collection[SplitName],
+    allow_duplicates: bool,
+) -> dict[SplitName, Split]:
+    """Return the whole splits; where classes are found in the labels, those of train hold for all."""
+    reference: SplitName = "train" if "train" in sources else next(iter(sources))
+    first = columns[reference]
+    classes = None if first.choices is not None else first.classes or find_classes(sources[reference], first.label)
+    return {
+        split: split_from_rows(
+            rows,
+            fmt,
+            name=f"{name}/{split}",
+            columns=columns[split],
+            classes=classes,
+            need_labels=split in need_labels,
+            allow_duplicates=allow_duplicates,
+        )
+        for split, rows in sources.items()
+    }
 
 
 def _layout(rows: Rows, layouts: list[Columns]) -> Columns:
@@ -212,7 +232,7 @@ def _shuffled(count: int, seed: int, split: SplitName) -> list[int]:
 def _sampled(name: str, splits: dict[SplitName, Split], sizes: Sizes) -> Task:
     """Hold out the validation rows, take the few-shot examples and keep the rows asked for, in the source's order."""
     train, held, test = splits.get("train"), splits.get("validation"), splits.get("test")
-    shots = ()
+    shots: tuple[Example, ...] = ()
     if train is None and sizes.few_shot:
         raise InputError(
             f"few_shot={sizes.few_shot} takes examples from the training rows, and {name} has none: use few_shot=0."

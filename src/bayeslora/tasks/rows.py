@@ -55,8 +55,8 @@ def split_from_rows(
         label = None
     fixed = None if columns.choices is not None else tuple(classes or columns.classes or ())
     if fixed is not None and not fixed:
-        fixed = find_classes(table, label)
-    examples = []
+        fixed = find_classes(table, columns.label)
+    examples: list[Example] = []
     for index in range(len(table)):
         text, (choices, codes) = _text(table, index, columns), _choices(table, index, columns, fixed)
         _check_choices(choices, table.where(index), allow_duplicates)
@@ -85,10 +85,17 @@ def find_classes(rows: Rows, label: str | None) -> tuple[str, ...]:
     Raises:
         InputError: There are no labels, or all are the same.
     """
-    found = sorted_classes(row.get(label) for row in rows) if label is not None else ()
+    if label is None or not any(label in row for row in rows):
+        raise InputError(
+            f"{rows.name} has no label column {label!r} to take classes from (its columns are "
+            f"{', '.join(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'."
+        )
+    found = sorted_classes(row.get(label) for row in rows)
     if len(found) < 2:
-        had = f"has the one label {found[0]!r}" if found else f"has no label in the columns {', '.join(rows.columns)}"
-        raise InputError(f"{rows.name} {had}: name the classes with columns={{'classes': [...]}}.")
+        had = f"the one value {found[0]!r}" if found else "blanks only"
+        raise InputError(
+            f"{rows.name} has {had} in its label column {label!r}: name the classes in columns={{'classes': [...]}}."
+        )
     return found
 
 
@@ -128,7 +135,7 @@ def _choices(
         cells = [_cell(rows, index, column) for column in columns.choices]
         while cells and (cells[-1] is None or not str(cells[-1]).strip()):
             cells.pop()
-        return _strings(cells), codes
+        return _strings(cells), codes[: len(cells)]
     column = str(columns.choices)
     cell = _cell(rows, index, column)
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
@@ -138,14 +145,12 @@ def _choices(
             raise InputError(
                 f"{rows.where(index)}: the column {column!r} is not a JSON list of choices: {error.msg}."
             ) from None
-    own: object = None
-    if isinstance(cell, Mapping):
-        cell, own = cell.get("text"), cell.get("label")
-    if not isinstance(cell, (list, tuple)):
+    texts, own = (cell.get("text"), cell.get("label")) if isinstance(cell, Mapping) else (cell, None)
+    if not isinstance(texts, (list, tuple)):
         raise InputError(f"{rows.where(index)}: the column {column!r} is {cell!r}: it should hold a list of choices.")
-    if not codes and isinstance(own, (list, tuple)) and len(own) == len(cell):
+    if not codes and isinstance(own, (list, tuple)) and len(own) == len(texts):
         codes = _strings(own)
-    return _strings(cell), codes
+    return _strings(texts), codes[: len(texts)]
 
 
 def _strings(cells: Iterable[object]) -> tuple[str, ...]:

@@ -105,8 +105,8 @@ _ROWS = (
 
 KNOWN_TASKS: Mapping[str, KnownTask] = {row.name: row for row in _ROWS}
 
-MMLU_SUBJECTS = tuple(
-    """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+_SUBJECTS = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
     college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
     econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
     high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
@@ -115,8 +115,9 @@ MMLU_SUBJECTS = tuple(
     human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
     medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
     professional_accounting professional_law professional_medicine professional_psychology public_relations
-    security_studies sociology us_foreign_policy virology world_religions""".split()
-)
+    security_studies sociology us_foreign_policy virology world_religions
+"""
+MMLU_SUBJECTS = tuple(_SUBJECTS.split())
 
 
 def find_task(name: str) -> KnownTask | None:
@@ -147,5 +148,6 @@ def unknown_task(name: str, *, also: str = "") -> InputError:
     """
     every = [*KNOWN_TASKS, *(f"mmlu:{subject}" for subject in MMLU_SUBJECTS)]
     close = difflib.get_close_matches(name.lower().replace("-", "_"), every, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>"
-    return InputError(f"Unknown task {name!r}: {hint}{also}?" if close else f"Unknown task {name!r}: {hint}{also}.")
+    if close:
+        return InputError(f"Unknown task {name!r}: did you mean {' or '.join(close)}{also}?")
+    return InputError(f"Unknown task {name!r}: known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>{also}.")

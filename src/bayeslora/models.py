@@ -1,0 +1,121 @@
+"""Loading a base model with a fresh LoRA adapter and its tokenizer, with what is fast on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from bayeslora.errors import InputError
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """Return bfloat16 where the device multiplies it in hardware, float32 elsewhere.
+
+    Args:
+        device: Where the model will be.
+
+    Returns:
+        A dtype. float16 is never chosen: some models overflow in it when trained.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if kind == "cpu":
+        capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        has = any(capable.get(name, False) for name in ("amx_bf16", "avx512_bf16", "amx_tile", "bf16"))
+        return torch.bfloat16 if has else torch.float32
+    return torch.float32
+
+
+def default_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator()
+        if found is not None:
+            return found
+    return torch.device("cpu")
+
+
+def load_model(
+    name: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    readout: str = "auto",
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PeftModel, Any]:
+    """Load a model with a fresh LoRA adapter, and its tokenizer.
+
+    Args:
+        name: Folder, or repository on the Hub.
+        classes: Class names for a classification head; needed for models that are not causal language models.
+        readout: ``head`` asks for a classification head on a causal language model too.
+        rank: Rank r of the adapter.
+        alpha: LoRA's α; updates are scaled by α / r.
+        dropout: LoRA's dropout.
+        target_modules: Names of the layers to adapt; None for PEFT's choice for the architecture.
+        dtype: Dtype of the base model; None for `fast_dtype`. The adapter is float32.
+        attention: Attention implementation of transformers; None for ``eager`` on the CPU, where its backward pass is
+            faster, and transformers' choice elsewhere.
+        device: Where to put the model; None for the accelerator if there is one.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        InputError: If the model cannot be loaded, or classes are missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    place = torch.device(device) if device is not None else default_device()
+    options: dict[str, Any] = {"dtype": dtype or fast_dtype(place)}
+    if attention or place.type == "cpu":
+        options["attn_implementation"] = attention or "eager"
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load(name, error)) from error
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ()) and readout != "head"
+    if not causal and not classes:
+        raise InputError(
+            f"{name} answers by a classification head, and the task has no classes; use a causal language model for "
+            "multiple choice"
+        )
+    if not causal:
+        labels = dict(enumerate(classes or ()))
+        options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+    try:
+        base = (AutoModelForCausalLM if causal else AutoModelForSequenceClassification).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load(name, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules) if target_modules else None,
+        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+    )
+    try:
+        model = get_peft_model(base, lora)
+    except ValueError as error:
+        raise InputError(f"the adapter does not fit {name}: {str(error).strip().splitlines()[0]}") from error
+    return model.to(place), tokenizer
+
+
+def _cannot_load(name: str | Path, error: Exception) -> str:
+    """Say in one sentence why a model cannot be loaded."""
+    return f"the model {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
