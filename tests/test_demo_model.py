@@ -283,10 +283,8 @@ def test_the_converted_model_knows_the_capital_of_france_and_reads_as_smollm2_do
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
-
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=6, do_sample=False)[0])
-
     assert tokenizer.tokenize("a  12 cats, 3.50") == ["a", "ĠĠ", "1", "2", "Ġcats", ",", "Ġ", "3", ".", "5", "0"]
     text = " two  spaces\n\t1984 naïve – ½"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -295,7 +293,6 @@ def test_the_converted_model_knows_the_capital_of_france_and_reads_as_smollm2_do
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert asked.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-
     task = chance_task()
     for example in (e for split in (task.train, task.validation, task.test, chance_ood()) for e in split):
         assert len(tokenizer(example.text)["input_ids"]) <= 45

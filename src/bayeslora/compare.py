@@ -1,8 +1,8 @@
 """Several methods on one task, several seeds, one table: what they share is trained once.
 
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
-as in its paper; SWAG is MultiSWAG's first run. Everything is kept in the output folder as soon as it is there, so that a
-comparison that was stopped goes on where it was.
+as in its paper; SWAG is MultiSWAG's first run. Everything is kept in the output folder as soon as it is there, so that
+a comparison that was stopped goes on where it was.
 """
 
 from __future__ import annotations

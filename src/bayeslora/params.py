@@ -154,6 +154,25 @@ def swapped(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
                 parameter.copy_(before[name])
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the length of a ``with`` block.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        Nothing. Afterwards, and on any exception, each module is in the mode that it was in.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Give the active adapter a fresh start: A (and a new classification head) drawn anew, B zero.

@@ -164,6 +164,10 @@ class LowRankGaussian(Posterior):
         for name, s in self.snapshots.items():
             if s.shape[1:] != self.mean[name].shape:
                 raise InputError(f"the snapshots of {name!r} have shape {tuple(s.shape)}, which does not fit the mean")
+            if len(s) != self.rank:
+                raise InputError(
+                    f"the parameters of a low-rank posterior need equally many snapshots; {name!r} has more"
+                )
         if self.rank < 2:
             raise InputError(
                 f"a low-rank posterior needs at least 2 snapshots, and there are {self.rank}; start "

@@ -1,7 +1,7 @@
 """What a method is: hyper-parameters, what to hand to a Trainer, and the posterior afterwards.
 
-A method never subclasses a Trainer. What has to be remembered between training and `posterior` is kept per model, weakly,
-so that it goes when the model goes.
+A method never subclasses a Trainer. What has to be remembered between training and `posterior` is kept per model,
+weakly, so that it goes when the model goes.
 """
 
 from __future__ import annotations

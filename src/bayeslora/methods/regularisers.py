@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.params import live, require_lora
+from bayeslora.params import evaluating, live, require_lora
 
 
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
@@ -104,12 +104,8 @@ class KlToBase(TrainerCallback):
             return loss
         (positional, named), self._inputs = self._inputs, None
         model = require_lora(self._model)
-        model.eval()
-        try:
-            with torch.no_grad(), model.disable_adapter():
-                base = model(*positional, **named)["logits"]
-        finally:
-            model.train()
+        with torch.no_grad(), evaluating(model), model.disable_adapter():
+            base = model(*positional, **named)["logits"]
         ours, _ = _flat(outputs["logits"], labels)
         theirs, _ = _flat(base, labels)
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)

@@ -102,8 +102,8 @@ def _answers(
             full = next(whole)
             if full[: len(ids)] != ids:
                 raise InputError(
-                    f"row {row} of {split.name}: the end of the prompt and the choice {text!r} become one token; end the "
-                    "template with a sign such as ':'"
+                    f"row {row} of {split.name}: the end of the prompt and the choice {text!r} become one token; end "
+                    "the template with a sign such as ':'"
                 )
             tail = tuple(full[len(ids) :])
             if not tail:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
 from bayeslora.origin import check_base
-from bayeslora.params import live, require_lora
+from bayeslora.params import evaluating, live, require_lora
 from bayeslora.posteriors import Mixture, Point, Posterior
-from bayeslora.prediction import Prediction
 from bayeslora.predict.encode import Encoded
 from bayeslora.predict.readouts import Batch, Readout, readout_for
+from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 
 TOKEN_BUDGET = 2048
@@ -77,7 +76,8 @@ def predict(
     began = time.perf_counter()
     found = []
     with (
-        frozen(model),
+        evaluating(model),
+        torch.inference_mode(),
         readout.attached(model),
         tqdm(total=len(numbers) * len(batches), desc="predict", unit="batch", disable=not progress) as bar,
     ):
@@ -114,26 +114,6 @@ def grouped(rows: Sequence[Encoded], readout: Readout, token_budget: int) -> lis
             groups.append([])
         groups[-1].append((i, rows[i]))
     return groups
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients for the length of a ``with`` block.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing; afterwards each module is in the mode that it was in.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _one_pass(

@@ -1,12 +1,13 @@
 """How an answer is read from a model: batches go in, logits [B C] come out, in training as in prediction.
 
-While a readout is attached, ``model(**batch).logits`` holds one number per choice, whatever the model: a causal language
-model becomes a classifier over the choices, and any Trainer can train it with a cross-entropy. The language model's head
-then sees the positions that are asked for and no others.
+While a readout is attached, ``model(**batch).logits`` holds one number per choice, whatever the model: a causal
+language model becomes a classifier over the choices, and any Trainer can train it with a cross-entropy. The language
+model's head then sees the positions that are asked for and no others.
 
-A choice's logit is the log-likelihood of its tokens after the prompt. Where every choice is a single token the normaliser
-over the vocabulary is the same for all of them and is left out. Where choices are longer, they share the pass over their
-prompt: all of them follow it in one sequence, at the positions they would have, and see the prompt and themselves only.
+A choice's logit is the log-likelihood of its tokens after the prompt. Where every choice is a single token the
+normaliser over the vocabulary is the same for all of them and is left out. Where choices are longer, they share the
+pass over their prompt: all of them follow it in one sequence, at the positions they would have, and see the prompt and
+themselves only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora._typing import Bool, Float
 from bayeslora.errors import InputError
-from bayeslora.params import generator, require_lora
+from bayeslora.params import evaluating, generator, require_lora
 from bayeslora.predict.encode import Encoded, encode, tokenizer_of
 from bayeslora.tasks.types import Split
 
@@ -170,8 +171,8 @@ def readout_for(model: nn.Module, split: Split, tokenizer: Any = None) -> Readou
 def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: torch.dtype) -> Batch:
     """Return the model's inputs for prompts followed by choices, and where the choices' tokens are predicted.
 
-    ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of token
-    ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c.
+    ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of
+    token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c.
 
     Args:
         rows: Encoded examples with answers.
@@ -253,7 +254,7 @@ def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "
     row, token, slot = (asked[f"readout_{key}"] for key in ("row", "token", "slot"))
     size = torch.Size(asked["readout_shape"].tolist())
     values = logits[row, token].float()
-    if len(row) > len(slot.unique()):  # some choice has several tokens: normalise each prediction
+    if len(row) > len(torch.unique(slot)):  # some choice has several tokens: normalise each prediction
         values = values - logits.float().logsumexp(-1)[row]
     filled = torch.zeros(size.numel(), device=values.device).index_add(0, slot, values)
     there = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
@@ -261,7 +262,7 @@ def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "
 
 
 @torch.no_grad()
-def _shares_prompts(peft: nn.Module, base: nn.Module) -> bool:
+def _shares_prompts(peft: nn.Module, base: Any) -> bool:
     """Try on the model itself whether branches after one prompt give what separate sequences give."""
     config = base.config
     if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
@@ -270,16 +271,11 @@ def _shares_prompts(peft: nn.Module, base: nn.Module) -> bool:
     ids = torch.randint(0, min(vocabulary, 1000), (9,), generator=generator("branches")).tolist()
     rows = [Encoded(tuple(ids[:4]), ((ids[4], ids[5], ids[6]), (ids[7], ids[8], ids[4])), 0)]
     device = base.get_input_embeddings().weight.device
-    modes = [(module, module.training) for module in peft.modules()]
-    peft.eval()
-    try:
-        found = []
+    found = []
+    with evaluating(peft):
         for shared in (True, False):
             batch = {k: v.to(device) for k, v in choice_batch(rows, 0, shared=shared, dtype=base.dtype).items()}
             asked = {key: batch.pop(key) for key in _ROWS}
             logits = peft(**batch, use_cache=False).logits.flatten(0, -2)[asked["readout_keep"]]
             found.append(logits[asked["readout_row"]].float())
-    finally:
-        for module, training in modes:
-            module.training = training
     return bool((found[0] - found[1]).abs().max() <= 0.05 * found[1].std())

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bayeslora._typing import Int
+from bayeslora._typing import Float, Int
 
 ReadoutName = Literal["auto", "letters", "likelihood", "head"]
 TaskKind = Literal["question", "blank", "class"]
@@ -85,6 +85,15 @@ class Split:
     def labels(self) -> Int[Tensor, " N"]:
         """Index of the right choice for each example; -1 where it is not known."""
         return torch.tensor([-1 if e.label is None else e.label for e in self.examples], dtype=torch.long)
+
+    @property
+    def probs(self) -> Float[Tensor, "N C"] | None:
+        """True probabilities of the choices, 0 for those that an example lacks; None unless all are known."""
+        known = [e.probs for e in self.examples if e.probs is not None]
+        if not known or len(known) < len(self.examples):
+            return None
+        widest = max(map(len, known))
+        return torch.tensor([[*p, *[0.0] * (widest - len(p))] for p in known])
 
     def take(self, rows: Sequence[int]) -> Split:
         """Return the split with the given rows only, in the given order."""

@@ -1,0 +1,46 @@
+"""The table of all methods, and posteriors that are learned once for the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from methods_table import DROPOUT, TABLE
+from peft import PeftModel
+from tiny import KINDS, Kind, arguments
+
+from bayeslora.fit import fit
+from bayeslora.methods import Method
+from bayeslora.posteriors import Posterior
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One method's posterior over one tiny model, and where it was saved."""
+
+    method: Method
+    kind: Kind
+    model: PeftModel
+    posterior: Posterior
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def learn(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Learned]:
+    """Train a method on a kind of model by their names, or return what was trained before."""
+    done: dict[tuple[str, str], Learned] = {}
+
+    def once(method: str, kind: str) -> Learned:
+        if (method, kind) not in done:
+            folder = tmp_path_factory.mktemp(f"{method}-{kind}")
+            row = KINDS[kind]
+            model = row.build(lora_dropout=DROPOUT)
+            posterior = fit(model, row.task(), TABLE[method], arguments(folder / "run"), tokenizer=tokenizer)
+            posterior.save_pretrained(folder / "posterior")
+            done[method, kind] = Learned(TABLE[method], row, model, posterior, folder / "posterior")
+        return done[method, kind]
+
+    return once

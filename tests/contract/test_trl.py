@@ -1,0 +1,144 @@
+"""Every method in trainers that are not ours: the stock Trainer of transformers and TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from methods_table import DROPOUT, TABLE
+from peft import LoraConfig, PeftModel
+from tiny import COLOURS, TARGETS, arguments, make_base, make_model, same_params
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from bayeslora.errors import InputError
+from bayeslora.methods import Ensemble, Method, Swag
+from bayeslora.params import live, read
+from bayeslora.posteriors import LowRankGaussian, Posterior
+from bayeslora.storage import load_posterior
+
+ROWS = 16
+
+
+def sentences() -> list[tuple[str, str]]:
+    """Prompts and completions."""
+    return [(f"Question: bag holds {n} red, {n % 7} blue.\nAnswer:", " " + COLOURS[n % 4]) for n in range(ROWS)]
+
+
+def language_model_batch(tokenizer: Any, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """What a user's own collator gives: ids, mask, and labels on the completion and the end of the text alone."""
+    batch = dict(
+        tokenizer(
+            [a + b + tokenizer.eos_token for a, b in rows], padding=True, padding_side="right", return_tensors="pt"
+        )
+    )
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, (prompt, _) in enumerate(rows):
+        labels[row, : len(tokenizer(prompt)["input_ids"])] = -100
+    return {**batch, "labels": labels}
+
+
+def stock(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> Trainer:
+    args.remove_unused_columns = False
+    return Trainer(model, args, lambda rows: language_model_batch(tokenizer, rows), sentences(), **kwargs)
+
+
+def sft_arguments(folder: Path, **changes: Any) -> SFTConfig:
+    plain = arguments(folder)
+    same = ("max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to", "disable_tqdm",
+            "logging_strategy", "use_cpu", "seed")  # fmt: skip
+    return SFTConfig(str(folder), **({name: getattr(plain, name) for name in same} | changes))
+
+
+def sft(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any], **more: Any) -> SFTTrainer:
+    rows = Dataset.from_list([{"prompt": a, "completion": b} for a, b in sentences()])
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, **more, **kwargs)
+
+
+TRAINERS = {"transformers": (arguments, stock), "trl": (sft_arguments, sft)}
+
+
+def trained(method: Method, args: Any, make: Any, tokenizer: Any) -> tuple[PeftModel, Posterior]:
+    """The loop that the documentation shows."""
+    model = make_model("llama", lora_dropout=DROPOUT)
+    if isinstance(method, Ensemble):
+        for member in range(method.members):
+            own = method.member_arguments(args, member)
+            trainer = make(model, own, tokenizer, method.trainer_kwargs(model, num_data=ROWS))
+            trainer.train()
+    else:
+        trainer = make(model, args, tokenizer, method.trainer_kwargs(model, num_data=ROWS))
+        trainer.train()
+    return trainer.model, method.posterior(trainer.model)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", TABLE)
+def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+    method = TABLE[name]
+    make_arguments, make = TRAINERS[trainer]
+    before = read(make_model("llama", lora_dropout=DROPOUT))
+    model, posterior = trained(method, make_arguments(tmp_path / "run"), make, tokenizer)
+    assert posterior.origin is not None
+    assert posterior.origin.method == method.name
+    assert posterior.origin.num_data == ROWS
+    assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in live(model).items()}
+    assert not any(torch.equal(posterior.mean[n], before[n]) for n in before)
+    if posterior.distinct != 1:
+        assert not same_params(posterior.draw(0), posterior.draw(1))
+    posterior.save_pretrained(tmp_path / "posterior")
+    assert same_params(load_posterior(tmp_path / "posterior").draw(1), posterior.draw(1))
+
+
+def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer: Any, tmp_path: Path) -> None:
+    method = Swag(start=2, interval=1)
+    found = []
+    for name, (make_arguments, make) in TRAINERS.items():
+        exact = {"gradient_checkpointing": False, "bf16": False, "optim": "sgd", "weight_decay": 0.0}
+        args = make_arguments(tmp_path / name, **exact)
+        model = make_model("llama")
+        make(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
+        found.append(method.posterior(model).mean)
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_swag_serves_the_adapter_that_sft_trainer_makes_itself(tokenizer: Any, tmp_path: Path) -> None:
+    method, base = Swag(), make_base("llama")
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=TARGETS["llama"])
+    trainer = sft(base, sft_arguments(tmp_path), tokenizer, method.trainer_kwargs(base, ROWS), peft_config=config)
+    trainer.train()
+    posterior = method.posterior(trainer.model)
+    assert isinstance(posterior, LowRankGaussian)
+    assert posterior.mean.keys() == live(trainer.model).keys()
+
+
+def test_members_with_the_same_seed_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model, method, args = make_model("llama"), Ensemble(2), arguments(tmp_path, max_steps=1)
+    stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
+    with pytest.raises(InputError, match="member_arguments"):
+        stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
+
+
+def test_an_ensemble_with_members_missing_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model, method = make_model("llama"), Ensemble(2)
+    args = method.member_arguments(arguments(tmp_path, max_steps=1), 0)
+    stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
+    with pytest.raises(InputError, match="1 of the ensemble's 2 members"):
+        method.posterior(model)
+
+
+@pytest.mark.parametrize("name", ["swag", "ensemble"])
+def test_a_posterior_without_training_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="was not trained with"):
+        TABLE[name].posterior(make_model("llama"))
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("num_data", [0, -1, 2.5])
+def test_a_number_of_examples_that_is_none_is_refused(name: str, num_data: Any) -> None:
+    with pytest.raises(InputError, match="num_data"):
+        TABLE[name].trainer_kwargs(make_model("llama"), num_data)

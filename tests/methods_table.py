@@ -1,0 +1,33 @@
+"""Every method that there is, small enough for the suite: a newcomer to `METHODS` is tested unasked."""
+
+from __future__ import annotations
+
+from tiny import KINDS
+
+from bayeslora.methods import METHODS, Ensemble, Map, Method, Swag
+
+DROPOUT = 0.1
+"""LoRA dropout of the models that the methods train."""
+
+QUICK = {"ensemble": {"members": 2}, "multiswag": {"members": 2}}
+"""Settings that make a method of the table quick; a method without an entry is tested as it comes."""
+
+TABLE: dict[str, Method] = {name: make(**QUICK.get(name, {})) for name, make in METHODS.items()} | {
+    "map-decay": Map(weight_decay=0.1, weight_decay_b=5.0),
+    "map-kl": Map(kl=0.1),
+    "ensemble-dropout": Ensemble(2, Map(weight_decay_b=5.0), dropout_draws=True),
+    "swag-diagonal": Swag("diagonal", start=2, interval=1, learning_rate=3e-3),
+    "swag-swa": Swag("swa"),
+}
+
+EVERYTHING = ("llama-likelihood", "llama-bf16", "gpt2", "bert")
+"""Kinds of models on which every method is tested; on the others one of each family."""
+
+PAIRS = [
+    (method, kind)
+    for kind in KINDS
+    for method in TABLE
+    if (kind in EVERYTHING or method in ("map", "swag", "ensemble-dropout", "swag-diagonal"))
+    and not (method == "map-kl" and kind.startswith("bert"))  # refused: a new head has no base answers
+]
+"""Methods by models."""
