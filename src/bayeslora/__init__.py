@@ -1,1 +1,78 @@
-"""Bayesian LoRA fine-tuning: the posterior over an adapter instead of one adapter."""
+"""Bayesian LoRA: any PEFT LoRA model, any Hugging Face or TRL Trainer, one method, and a posterior over the adapter.
+
+The names here are loaded when they are used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bayeslora.errors import InputError
+from bayeslora.version import __version__
+
+if TYPE_CHECKING:
+    from bayeslora.evaluation import Evaluation, evaluate
+    from bayeslora.fit import fit
+    from bayeslora.methods import Ensemble, Map, Method, Swag, multi_swag
+    from bayeslora.models import load_model
+    from bayeslora.operations import pruned, restricted, tempered
+    from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+    from bayeslora.predict import predict
+    from bayeslora.prediction import Prediction
+    from bayeslora.storage import export_draws, load_posterior
+    from bayeslora.tasks import load_task
+
+_HOMES = {
+    "evaluation": ("Evaluation", "evaluate"),
+    "fit": ("fit",),
+    "methods": ("Ensemble", "Map", "Method", "Swag", "multi_swag"),
+    "models": ("load_model",),
+    "operations": ("pruned", "restricted", "tempered"),
+    "posteriors": ("ColumnDropout", "DiagonalGaussian", "LowRankGaussian", "Mixture", "Point", "Posterior"),
+    "predict": ("predict",),
+    "prediction": ("Prediction",),
+    "storage": ("export_draws", "load_posterior"),
+    "tasks": ("load_task",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ColumnDropout",
+    "DiagonalGaussian",
+    "Ensemble",
+    "Evaluation",
+    "InputError",
+    "LowRankGaussian",
+    "Map",
+    "Method",
+    "Mixture",
+    "Point",
+    "Posterior",
+    "Prediction",
+    "Swag",
+    "__version__",
+    "evaluate",
+    "export_draws",
+    "fit",
+    "load_model",
+    "load_posterior",
+    "load_task",
+    "multi_swag",
+    "predict",
+    "pruned",
+    "restricted",
+    "tempered",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bayeslora' has no attribute {name!r}")
+    value = getattr(import_module(f"bayeslora.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

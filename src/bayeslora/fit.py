@@ -24,7 +24,7 @@ from bayeslora.posteriors import Posterior
 from bayeslora.predict.encode import Encoded
 from bayeslora.predict.readouts import readout_for
 from bayeslora.storage import load_posterior
-from bayeslora.tasks.types import Task
+from bayeslora.tasks.types import Split, Task
 
 
 def fit(
@@ -63,9 +63,7 @@ def fit(
     """
     if task.train is None or not len(task.train):
         raise InputError(f"the task {task.name} has no training examples; give data with a train split")
-    unknown = [i for i, example in enumerate(task.train) if example.label is None]
-    if unknown:
-        raise InputError(f"row {unknown[0]} of {task.train.name} has no label; training needs one in every row")
+    _check_labels(task.train, "training")
     runs = method.members if isinstance(method, Ensemble) else 1
     starts = [start] * runs if start is None or isinstance(start, Posterior) else list(start)
     if len(starts) != runs:
@@ -84,6 +82,13 @@ def fit(
         member.save_pretrained(done, overwrite=True)
         members.append(member)
     return method.mixture(members, model)
+
+
+def _check_labels(split: Split, purpose: str) -> None:
+    """Refuse a split in which a label is not known."""
+    unknown = [i for i, example in enumerate(split) if example.label is None]
+    if unknown:
+        raise InputError(f"row {unknown[0]} of {split.name} has no label; {purpose} needs one in every row")
 
 
 def _run(
@@ -108,6 +113,8 @@ def _run(
     kwargs["callbacks"] = [*kwargs.get("callbacks", ()), *callbacks, stop]
     kwargs.setdefault("compute_loss_func", answer_loss)
     own = _adapted(args, method, held_out is not None)
+    if task.validation is not None and own.eval_strategy != IntervalStrategy.NO:
+        _check_labels(task.validation, "evaluation")
     with readout.attached(model), stop.listening():
         trainer = Trainer(
             model=model,

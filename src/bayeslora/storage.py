@@ -60,18 +60,30 @@ def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         work.chmod(0o755)
         yield work
-        if target.exists():
-            old = work.with_name(work.name + "-old")
-            os.replace(target, old)
-            os.replace(work, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, target)
+        _take_place(work, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target} could not be written, and nothing of it was kept: {reason}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _take_place(work: Path, target: Path) -> None:
+    """Move a folder to where it belongs; what was there goes when it has come, and stays if it cannot."""
+    if not target.exists():
+        os.replace(work, target)
+        return
+    old = work.with_name(work.name + "-old")
+    os.replace(target, old)
+    try:
+        os.replace(work, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
 
 
 def save_posterior(posterior: Posterior, folder: Path, *, overwrite: bool = False) -> None:
@@ -171,7 +183,10 @@ def _read_posterior(folder: Path) -> Posterior:
     family = FAMILIES.get(str(config.get("family")))
     if family is None:
         raise InputError(f"{folder / _CONFIG} names the family {config.get('family')!r}; known: {', '.join(FAMILIES)}")
-    for file, digest in config.get("sha256", {}).items():
+    for key in ("sha256", "fingerprint"):
+        if not isinstance(config.get(key), dict):
+            raise InputError(f"{folder / _CONFIG} has no {key}; copy the folder again")
+    for file, digest in config["sha256"].items():
         if not (folder / file).exists():
             raise InputError(f"{folder / file} is missing; copy the whole folder again")
         if _sha256(folder / file) != digest:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from methods_table import DROPOUT, TABLE
 from peft import LoraConfig, PeftModel
 from tiny import COLOURS, TARGETS, arguments, make_base, make_model, same_params
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
@@ -129,6 +129,36 @@ def test_an_ensemble_with_members_missing_is_refused(tokenizer: Any, tmp_path: P
     stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
     with pytest.raises(InputError, match="1 of the ensemble's 2 members"):
         method.posterior(model)
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run after three steps, as a time limit would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrupted_one(
+    stopped: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    method = TABLE["multiswag"]
+    _, whole = trained(method, arguments(tmp_path / "whole"), stock, tokenizer)
+    model, args = (
+        make_model("llama", lora_dropout=DROPOUT),
+        arguments(tmp_path / "parts", save_strategy="steps", save_steps=3),
+    )
+    for member in range(method.members):
+        own = method.member_arguments(args, member)
+        if member == stopped:
+            trainer = stock(model, own, tokenizer, method.trainer_kwargs(model, ROWS))
+            trainer.add_callback(StopAfter())
+            with pytest.raises(InputError, match="collected 0 snapshots"):
+                trainer.train()
+        trainer = stock(model, own, tokenizer, method.trainer_kwargs(model, ROWS))
+        trainer.train(resume_from_checkpoint=member == stopped)
+    posterior = method.posterior(model)
+    assert all(same_params(posterior.draw(k), whole.draw(k)) for k in range(4))
 
 
 @pytest.mark.parametrize("name", ["swag", "ensemble"])

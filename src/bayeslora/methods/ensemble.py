@@ -153,15 +153,16 @@ class _Member(TrainerCallback):
         """
         model, name = require_lora(kwargs["model"]), self.ensemble.name
         record = recall(model, name)
-        if record is None or len(record.kept) >= self.ensemble.members:
+        begins = state.global_step == 0  # else it is resumed, and what was kept of it when it stopped is replaced
+        if record is None or (begins and len(record.kept) >= self.ensemble.members):
             record = Record(name, self.num_data)
             remember(model, record)
-        if args.seed in record.kept:
+        if begins and args.seed in record.kept:
             raise InputError(
                 f"an earlier member was trained with seed {args.seed} already; give each member its own arguments, "
                 "method.member_arguments(args, member)"
             )
-        if state.global_step == 0:
+        if begins:
             initialise(model, args.seed)
 
     def on_train_end(

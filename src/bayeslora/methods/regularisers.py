@@ -5,6 +5,7 @@ Losses divide by ``num_items_in_batch``, so that gradient accumulation gives the
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, final
 
 import torch
@@ -56,7 +57,7 @@ class KlToBase(TrainerCallback):
         self.weight = weight
         self._model: nn.Module | None = None
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._detach: weakref.finalize[..., KlToBase] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,19 +75,23 @@ class KlToBase(TrainerCallback):
             )
         self._model = model
 
-        def keep(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                self._inputs = positional, dict(named)
+        own = weakref.ref(self)
 
-        self._hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
+        def keep(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            callback = own()
+            if callback is not None and torch.is_grad_enabled():
+                callback._inputs = positional, dict(named)
+
+        hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
+        self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._model = self._inputs = None
+        if self._detach is not None:
+            self._detach()
+        self._detach = self._model = self._inputs = None
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
         """Return the cross-entropy, in training with the divergence added.

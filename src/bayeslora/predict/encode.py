@@ -63,8 +63,8 @@ def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tup
         The encoded examples in order, and how many prompts lost their beginning to the format's ``max_length``.
 
     Raises:
-        InputError: If an answer has no token of its own, or a prompt is longer than the model and the format sets no
-            ``max_length``.
+        InputError: If an answer has no token of its own or is longer than the model, or a prompt has no token, or is
+            longer than the model and the format sets no ``max_length``.
     """
     form = resolve_format(split.format, readout)
     prompts = [render(example, form) for example in split]
@@ -78,6 +78,8 @@ def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tup
     for row, (ids, answers, example) in enumerate(zip(prompt_ids, answer_ids, split, strict=True)):
         room = None if limit is None else limit - max((len(a) - 1 for a in answers), default=0)
         longest = min((n for n in (form.max_length, room) if n is not None), default=None)
+        if room is not None and room < 1:
+            raise InputError(f"row {row} of {split.name} has a choice longer than the model's {limit} tokens; shorten it")
         if room is not None and len(ids) > room and form.max_length is None:
             raise InputError(
                 f"row {row} of {split.name} has {len(ids)} tokens, and the model reads at most {room}; set max_length "
@@ -85,6 +87,8 @@ def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tup
             )
         if longest is not None and len(ids) > longest:
             ids, cut = _shortened(ids, longest, tokenizer), cut + 1
+        if not ids:
+            raise InputError(f"row {row} of {split.name} has a prompt without a token; give it a text or a template")
         encoded.append(Encoded(tuple(ids), answers, -1 if example.label is None else example.label))
     return encoded, cut
 
