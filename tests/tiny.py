@@ -21,6 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from bayeslora.origin import origin_of
+from bayeslora.params import read
+from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.tasks.types import Example, Format, Split, Task
 
 COLOURS = ("red", "blue", "dark green", "pale old gold")
@@ -195,3 +198,9 @@ def same_state(model: Any, before: dict[str, Any]) -> bool:
     """Whether a model is as it was when `state_of` was asked."""
     now = state_of(model)
     return same_params(now.pop("weights"), before["weights"]) and all(now[key] == before[key] for key in now)
+
+
+def gaussian(model: Any) -> DiagonalGaussian:
+    """A posterior with some noise around the adapter that a model has."""
+    mean = read(model)
+    return DiagonalGaussian(mean, {n: torch.full_like(m, 0.01) for n, m in mean.items()}, origin_of(model, "test"))

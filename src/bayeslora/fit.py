@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from bayeslora.predict.encode import Encoded
 from bayeslora.predict.readouts import readout_for
 from bayeslora.storage import load_posterior
 from bayeslora.tasks.types import Split, Task
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -106,7 +109,9 @@ def _run(
     if start is not None:
         write(model, start.mean)
     readout = readout_for(model, task.train, tokenizer)
-    rows, _ = readout.encode(task.train)
+    rows, cut = readout.encode(task.train)
+    if cut:
+        logger.warning("%d of %d training prompts were longer than max_length and lost their beginning", cut, len(rows))
     held_out = readout.encode(task.validation)[0] if task.validation is not None and len(task.validation) else None
     kwargs = method.trainer_kwargs(model, len(rows))
     stop = _Stop()
@@ -133,6 +138,11 @@ def _run(
 
 def _adapted(args: TrainingArguments, method: Method, held_out: bool) -> TrainingArguments:
     """Return the arguments with what the readout, the machine and the method need."""
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs in one process would split batches that belong together; start with accelerate launch, "
+            "or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
     own = copy.copy(args)
     own.remove_unused_columns = False
     own.label_names = ["labels"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from bayeslora.errors import InputError
 
@@ -52,6 +54,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     device: torch.device | str | None = None,
+    adapter: LoraConfig | None = None,
 ) -> tuple[PeftModel, Any]:
     """Load a model with a fresh LoRA adapter, and its tokenizer.
 
@@ -67,6 +70,8 @@ def load_model(
         attention: Attention implementation of transformers; None for ``eager`` on the CPU, where its backward pass is
             faster, and transformers' choice elsewhere.
         device: Where to put the model; None for the accelerator if there is one.
+        adapter: The whole configuration of the adapter, such as `adapter_of` gives of a posterior's; ``rank``,
+            ``alpha``, ``dropout`` and ``target_modules`` are then not looked at.
 
     Returns:
         The model and the tokenizer.
@@ -83,7 +88,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(_cannot_load(name, error)) from error
     causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ()) and readout != "head"
     if not causal and not classes:
@@ -96,13 +101,13 @@ def load_model(
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
     try:
         base = (AutoModelForCausalLM if causal else AutoModelForSequenceClassification).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(_cannot_load(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    lora = LoraConfig(
+    lora = adapter or LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -114,6 +119,19 @@ def load_model(
     except ValueError as error:
         raise InputError(f"the adapter does not fit {name}: {str(error).strip().splitlines()[0]}") from error
     return model.to(place), tokenizer
+
+
+def adapter_of(config: Mapping[str, Any]) -> LoraConfig:
+    """Return PEFT's configuration of an adapter from what a posterior's ``adapter_config.json`` holds.
+
+    Args:
+        config: The file's content.
+
+    Returns:
+        The configuration, of an adapter that can be trained; what this PEFT does not know is left out.
+    """
+    known = {f.name for f in fields(LoraConfig) if f.init}
+    return LoraConfig(**{k: v for k, v in config.items() if k in known} | {"inference_mode": False})
 
 
 def _cannot_load(name: str | Path, error: Exception) -> str:

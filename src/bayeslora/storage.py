@@ -20,12 +20,12 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
-from bayeslora.origin import Origin
-from bayeslora.params import Params
+from bayeslora.origin import Origin, check_base
+from bayeslora.params import Params, check_against
 from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
 from bayeslora.version import __version__
 
@@ -98,23 +98,30 @@ def save_posterior(posterior: Posterior, folder: Path, *, overwrite: bool = Fals
         _write_posterior(posterior, work)
 
 
-def load_posterior(name: str | Path, *, revision: str | None = None) -> Posterior:
+def load_posterior(name: str | Path, model: nn.Module | None = None, *, revision: str | None = None) -> Posterior:
     """Read a posterior from a folder or from the Hugging Face Hub.
 
     Args:
         name: Folder, or repository ``org/name``.
+        model: PEFT model that it is for; if given, its base and its adapter's names and shapes are checked now rather
+            than when the posterior is used.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
         The posterior, checked: format version, checksums, and every tensor's name and shape.
 
     Raises:
-        InputError: If it is no posterior, one of another format, or a file is damaged; the message says which.
+        InputError: If it is no posterior, one of another format, a file is damaged, or it is not for the model; the
+            message says which.
     """
     folder = Path(name)
     if not folder.is_dir():
         folder = _download(str(name), revision)
-    return _read_posterior(folder)
+    posterior = _read_posterior(folder)
+    if model is not None:
+        check_base(_origin(posterior), model)
+        check_against(posterior.mean, model)
+    return posterior
 
 
 def export_draws(posterior: Posterior, folder: str | Path, draws: int, *, seed: int = 0) -> list[Path]:

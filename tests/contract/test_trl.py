@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,12 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= 3
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(("name", "stopped"), [("ensemble", 0), ("ensemble", 1), ("multiswag", 1)])
 def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrupted_one(
-    stopped: int, tokenizer: Any, tmp_path: Path
+    name: str, stopped: int, tokenizer: Any, tmp_path: Path
 ) -> None:
-    method = TABLE["multiswag"]
+    method = TABLE[name]
+    early = pytest.raises(InputError, match="collected 0 snapshots") if name == "multiswag" else nullcontext()
     _, whole = trained(method, arguments(tmp_path / "whole"), stock, tokenizer)
     model, args = (
         make_model("llama", lora_dropout=DROPOUT),
@@ -153,7 +155,7 @@ def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrup
         if member == stopped:
             trainer = stock(model, own, tokenizer, method.trainer_kwargs(model, ROWS))
             trainer.add_callback(StopAfter())
-            with pytest.raises(InputError, match="collected 0 snapshots"):
+            with early:
                 trainer.train()
         trainer = stock(model, own, tokenizer, method.trainer_kwargs(model, ROWS))
         trainer.train(resume_from_checkpoint=member == stopped)

@@ -1,4 +1,8 @@
-"""The command line: one verb, one file."""
+"""The command line: one verb, one file.
+
+A verb's module has ``Options`` (a dataclass whose docstring is the verb's help), ``EXAMPLES`` and ``run(options)``. It
+imports what is slow inside its functions, so that help and refusals are there at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from bayeslora.cli.parse import meant, parse
+from bayeslora.cli.terminal import quiet
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.version import __version__
 
@@ -18,6 +24,7 @@ VERBS = {
     "export": "write the mean or draws as plain PEFT adapters",
     "demo": "see over-confidence and its cure, in a few minutes on a CPU",
 }
+RESUMABLE = ("train", "compare", "demo")
 HELP = f"""bayeslora {__version__}: Bayesian LoRA fine-tuning.
 
 usage: bayeslora VERB [options]      bayeslora VERB --help says more
@@ -41,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         InputError: With BAYESLORA_TRACEBACK set, instead of its message.
+        OSError: With BAYESLORA_TRACEBACK set, instead of its message.
+        RuntimeError: Of a library below, unless it is a lack of memory.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -51,22 +60,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = words
     if verb not in VERBS:
-        print(f"bayeslora: unknown verb {verb!r}; known: {', '.join(VERBS)}", file=sys.stderr)
-        return 2
+        return _said(f"unknown verb {verb!r}, {meant(verb, list(VERBS))}")
     try:
-        import_module(f"bayeslora.cli.{verb}").run(rest)
-    except Interrupted as stop:
-        print(f"bayeslora: {stop}; the same command with --resume goes on from there", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("bayeslora: stopped", file=sys.stderr)
-        return 130
+        module = import_module(f"bayeslora.cli.{verb}")
+        options = parse(module.Options, rest, verb=verb, examples=module.EXAMPLES)
+        with quiet():
+            module.run(options)
+    except SystemExit as left:
+        return int(left.code or 0)
+    except KeyboardInterrupt as stop:
+        what = str(stop) if isinstance(stop, Interrupted) else "stopped"
+        hint = "; the same command with --resume goes on from there" if verb in RESUMABLE else ""
+        return _said(what + hint, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except InputError as error:
-        if os.environ.get("BAYESLORA_TRACEBACK"):
+    except (InputError, OSError, RuntimeError) as error:
+        message = _message(error)
+        if message is None or os.environ.get("BAYESLORA_TRACEBACK"):
             raise
-        print(f"bayeslora: {error}", file=sys.stderr)
-        return 2
+        return _said(message)
     return 0
+
+
+def _said(message: str, status: int = 2) -> int:
+    """Print a sentence on standard error, and return the exit status."""
+    print(f"bayeslora: {message}", file=sys.stderr)
+    return status
+
+
+def _message(error: Exception) -> str | None:
+    """Return what to say of an error; None if it is a fault of the program."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the accelerator has too little memory; lower --batch-size, --max-length or --token-budget"
+    return None

@@ -1,4 +1,4 @@
-"""From the command line's options to models, tasks, methods and Trainer arguments."""
+"""From the command line's options to models, methods and Trainer arguments."""
 
 from __future__ import annotations
 
@@ -6,97 +6,27 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 import torch
 
-from bayeslora.cli.options import ModelOptions, PredictOptions, TaskOptions, TrainingOptions
+from bayeslora.cli.options import AdapterOptions, ModelOptions, ShapeOptions, TrainingOptions
+from bayeslora.cli.parse import fits, in_words, meant
 from bayeslora.errors import InputError
-from bayeslora.methods import METHODS, Method
-from bayeslora.models import load_model
+from bayeslora.methods import METHODS, Ensemble, Method
+from bayeslora.models import adapter_of, load_model
 from bayeslora.operations import pruned, restricted, tempered
 from bayeslora.posteriors import Posterior
-from bayeslora.tasks import load_task
-from bayeslora.tasks.types import Split, Task
 
 
-def build_task(options: TaskOptions) -> Task:
-    """Return the task that the options describe.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: If neither a task nor data are named.
-    """
-    if not options.task and not options.data:
-        raise InputError("name a task (--task openbookqa) or give your own data (--data FILE --text-column … )")
-    columns: dict[str, object] = {}
-    if options.text_column:
-        columns["text"] = options.text_column
-    if options.label_column:
-        columns["label"] = options.label_column
-    if options.choice_columns:
-        several = len(options.choice_columns) > 1
-        columns["choices"] = tuple(options.choice_columns) if several else options.choice_columns[0]
-    if options.classes:
-        columns["classes"] = tuple(options.classes)
-    return load_task(
-        options.task or None,
-        options.data or None,
-        readout=options.readout,
-        template=options.template or None,
-        few_shot=options.few_shot,
-        max_length=options.max_length or None,
-        train_rows=options.train_rows or None,
-        test_rows=options.test_rows or None,
-        validation=int(options.validation) if options.validation >= 1 else options.validation,
-        seed=options.task_seed,
-        columns=columns or None,
-    )
-
-
-def build_other(name: str, options: TaskOptions, like: Split) -> Split:
-    """Return the test split of another task, put to the model as the first task is.
-
-    Args:
-        name: A known task, or a path to data with the same columns.
-        options: The first task's options; its data folder is looked in for the other.
-        like: The first task's test split; classes, readout and limits are taken from it.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: If the other task has no test split, or other classes than a classification head can answer.
-    """
-    local = Path(name).exists()
-    data = name if local else options.data or None
-    other = load_task(
-        None if local else name,
-        data,
-        readout=options.readout,
-        max_length=options.max_length or None,
-        test_rows=options.test_rows or None,
-        seed=options.task_seed,
-    )
-    if other.test is None:
-        raise InputError(f"{name} has no test examples")
-    if like.classes is None:
-        return other.test
-    # a classifier answers every text with its own classes; what is asked is only whether it is unsure
-    examples = tuple(dataclasses.replace(e, choices=like.classes, label=None, probs=None) for e in other.test)
-    return dataclasses.replace(other.test, examples=examples, classes=like.classes, format=like.format)
-
-
-def build_model(options: ModelOptions, classes: Sequence[str] | None, readout: str) -> tuple[Any, Any]:
+def build_model(
+    options: ModelOptions, adapter: AdapterOptions, classes: Sequence[str] | None, readout: str
+) -> tuple[Any, Any]:
     """Return the model with a fresh adapter, and its tokenizer.
 
     Args:
-        options: The options.
+        options: The options of the base model.
+        adapter: The options of the adapter.
         classes: Class names of the task, if it has them.
         readout: How answers are read.
 
@@ -112,13 +42,44 @@ def build_model(options: ModelOptions, classes: Sequence[str] | None, readout: s
         options.model,
         classes,
         readout=readout,
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        target_modules=options.target_modules or None,
-        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
-        attention=options.attention or None,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=adapter.target_modules or None,
+        **_where(options),
     )
+
+
+def model_for(posterior: Posterior, options: ModelOptions, classes: Sequence[str] | None) -> tuple[Any, Any]:
+    """Return the base model of a posterior with an adapter of its shape, and its tokenizer.
+
+    Args:
+        posterior: The posterior.
+        options: The options; without a base model the one that the posterior names.
+        classes: Class names of the task, if it has them.
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        InputError: If no base model is known.
+    """
+    origin = posterior.origin
+    name = options.model or (origin.base_model if origin is not None else "")
+    if not name or origin is None:
+        raise InputError("the posterior does not say what its base model is; name it with --model")
+    adapter = adapter_of(origin.adapter_config)
+    readout = "head" if adapter.task_type == "SEQ_CLS" else "auto"
+    return load_model(name, classes, readout=readout, adapter=adapter, **_where(options))
+
+
+def _where(options: ModelOptions) -> dict[str, Any]:
+    """Return how and where the base model is loaded."""
+    return {
+        "dtype": None if options.dtype == "auto" else getattr(torch, options.dtype),
+        "attention": options.attention or None,
+        "device": None if options.device == "auto" else options.device,
+    }
 
 
 def build_method(name: str, settings: Sequence[str] = ()) -> Method:
@@ -126,7 +87,8 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
 
     Args:
         name: Such as ``map``, ``swag``, or ``ensemble:5`` with the number of members.
-        settings: ``key=value`` for the method's settings, values as in JSON.
+        settings: ``key=value`` for the method's settings, values as in JSON; what an ensemble does not know is a
+            setting of its members.
 
     Returns:
         The method.
@@ -134,9 +96,9 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
     Raises:
         InputError: If the method or a setting is unknown, or a value has the wrong form.
     """
-    base, _, members = name.partition(":")
+    base, colon, members = name.partition(":")
     if base not in METHODS:
-        raise InputError(f"unknown method {base!r}; known: {', '.join(METHODS)}")
+        raise InputError(f"unknown method {base!r}, {meant(base, list(METHODS))}")
     values: dict[str, Any] = {}
     for item in settings:
         key, sign, value = item.partition("=")
@@ -146,23 +108,39 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
             values[key] = json.loads(value)
         except ValueError:
             values[key] = value
-    if members:
-        if not members.isdigit():
+    plain = METHODS[base]()
+    if colon:
+        if not isinstance(plain, Ensemble):
+            raise InputError(f"{name!r}: {base} has no members; write {base}")
+        if not members.isdecimal():
             raise InputError(f"{name!r}: after the colon comes the number of members, such as {base}:5")
         values["members"] = int(members)
-    try:
-        return METHODS[base](**values)
-    except TypeError as error:
-        raise InputError(f"the method {name} does not take these settings: {str(error).split(') ')[-1]}") from error
+    if not isinstance(plain, Ensemble):
+        return _with(plain, values, base)
+    own: dict[str, Any] = {key: values.pop(key) for key in ("members", "dropout_draws") if key in values}
+    return _with(dataclasses.replace(plain, member=_with(plain.member, values, base)), own, base)
 
 
-def build_arguments(options: TrainingOptions, folder: Path, seed: int) -> Any:
+def _with(method: Method, values: dict[str, Any], name: str) -> Method:
+    """Return a method with other settings, each checked."""
+    hints = get_type_hints(type(method))
+    known = [f.name for f in dataclasses.fields(cast(Any, method)) if f.name != "member"]
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"{name} has no setting {key!r}, {meant(key, known)}")
+        if not fits(value, hints[key]):
+            raise InputError(f"{name}'s setting {key} must be {in_words(hints[key])}, and it is {value!r}")
+    return dataclasses.replace(cast(Any, method), **values)
+
+
+def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device: str = "auto") -> Any:
     """Return the Trainer's arguments.
 
     Args:
         options: The options.
         folder: Where checkpoints go.
         seed: Seed of the run.
+        device: ``auto`` or ``cpu``.
 
     Returns:
         TrainingArguments.
@@ -187,16 +165,33 @@ def build_arguments(options: TrainingOptions, folder: Path, seed: int) -> Any:
         "save_steps": options.save_steps or 500,
         "save_total_limit": 2,
         "report_to": "none",
+        "disable_tqdm": False,
+        "use_cpu": device == "cpu",
         "seed": seed,
     }
     try:
-        values |= json.loads(options.trainer)
-        return TrainingArguments(str(folder), **values)
+        more = json.loads(options.trainer)
+    except ValueError as error:
+        raise InputError(f"--trainer is not JSON ({error}); write such as '{{\"max_grad_norm\": 0.5}}'") from error
+    if not isinstance(more, dict):
+        raise InputError(f"--trainer must be a JSON object such as '{{\"max_grad_norm\": 0.5}}', and it is {more!r}")
+    known = [f.name for f in dataclasses.fields(TrainingArguments)]
+    for key in more:
+        if key not in known:
+            raise InputError(f"--trainer names {key!r}, which TrainingArguments does not have{_close(key, known)}")
+    try:
+        return TrainingArguments(str(folder), **(values | more))
     except (TypeError, ValueError) as error:
-        raise InputError(f"the Trainer does not take these arguments: {error}") from error
+        raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())}") from error
 
 
-def shaped(posterior: Posterior, options: PredictOptions) -> Posterior:
+def _close(key: str, known: Sequence[str]) -> str:
+    """Return the question whether a close word was meant; nothing if there is none."""
+    words = meant(key, known)
+    return f"; {words}" if words.startswith("did") else ""
+
+
+def shaped(posterior: Posterior, options: ShapeOptions) -> Posterior:
     """Return the posterior tempered, pruned and restricted as the options say.
 
     Args:

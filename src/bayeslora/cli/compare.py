@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from bayeslora.cli.build import build_arguments, build_method, build_model, build_other, build_task
-from bayeslora.cli.options import ModelOptions, PredictOptions, TaskOptions, TrainingOptions, option, parse, part
-from bayeslora.cli.runs import open_folder, write_json
-from bayeslora.compare import Comparison, Study, compare
+from bayeslora.cli.options import (
+    AdapterOptions,
+    DrawOptions,
+    ModelOptions,
+    TaskOptions,
+    TrainingOptions,
+    option,
+    part,
+)
+from bayeslora.cli.runs import check_folder, opened, write_json, write_text
 from bayeslora.errors import InputError
-from bayeslora.report.tables import comparison_rows, text_table
-from bayeslora.tasks.types import Task
+
+if TYPE_CHECKING:
+    from bayeslora.compare import Comparison, Study
+    from bayeslora.methods import Method
+    from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
   bayeslora compare --model HuggingFaceTB/SmolLM2-135M --task openbookqa --readout likelihood --train-rows 500 \\
@@ -21,10 +30,11 @@ EXAMPLES = """examples:
 
 What methods share is trained once: MAP is the ensemble's first member, SWAG goes on from MAP and is MultiSWAG's first
 run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
+FREE = ("methods", "seeds", "bins", "resamples", "image", "device")
 
 
 @dataclass(kw_only=True)
-class CompareVerb(ModelOptions, TaskOptions, TrainingOptions, PredictOptions):
+class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
     """Run several methods on one task with several seeds, and print one table, mean ± sd over the seeds."""
 
     methods: list[str] = option(["map", "ensemble:5", "swag", "multiswag:3"], "Methods to compare.")
@@ -34,57 +44,77 @@ class CompareVerb(ModelOptions, TaskOptions, TrainingOptions, PredictOptions):
     swag_share: float = option(0.5, "Length of SWAG's constant phase, as a share of MAP's steps.")
     bins: int = option(15, "Bins of the calibration errors.")
     resamples: int = option(200, "Bootstrap resamples for the intervals in results.json; 0: none.")
-    image: str = option("png", "Format of the figures: png or svg.")
+    image: Literal["png", "svg"] = option("png", "Format of the figures.")
     out: str = option("bayeslora-comparison", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the verb.
+def run(options: Options) -> None:
+    """Train, predict and evaluate what is not there yet, and write table, numbers and figures.
 
     Args:
-        argv: Arguments after the verb.
+        options: The options.
 
     Raises:
-        InputError: If the task has no test split, or the image format is unknown.
+        InputError: If the task has no train or test split.
     """
-    options = parse(CompareVerb, argv, verb="compare", examples=EXAMPLES)
-    if options.image not in ("png", "svg"):
-        raise InputError(f"--image must be png or svg, and it is {options.image!r}")
-    methods = {
-        name: build_method(name, [s.partition(".")[2] for s in options.set if s.split(".")[0] == name.split(":")[0]])
-        for name in options.methods
-    }
-    tasks = part(TaskOptions, options)
-    task = build_task(tasks)
-    if task.test is None or task.train is None:
-        raise InputError(f"the task {task.name} lacks a train or a test split")
-    others = {Path(name).stem: build_other(name, tasks, task.test) for name in options.ood}
     out = Path(options.out)
-    args = build_arguments(part(TrainingOptions, options), out / "training", 0)
-    model, tokenizer = build_model(part(ModelOptions, options), task.train.classes, options.readout)
-    open_folder(out, options, resume=options.resume, free=("methods", "seeds", "bins", "resamples", "image"))
-    study = Study(
-        model, tokenizer, task, args, out, others, options.swag_share, options.draws, options.token_budget,
-        options.resamples, options.bins,
-    )  # fmt: skip
-    found = compare(study, methods, options.seeds)
-    present(found, task, out, options.image)
+    check_folder(out, options, resume=options.resume, free=FREE)
+    from bayeslora.cli.build import build_arguments, build_model
+    from bayeslora.cli.data import build_task, other_splits
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import say
+    from bayeslora.compare import Study, compare
+
+    with own_progress():
+        methods = _methods(options)
+        args = build_arguments(part(TrainingOptions, options), out / "training", 0, device=options.device)
+        tasks = part(TaskOptions, options)
+        task = build_task(tasks)
+        if task.test is None or task.train is None:
+            raise InputError(f"the task {task.name} lacks a train or a test split; give a folder with files for both")
+        others = other_splits(options.ood, tasks, task.test)
+        model, tokenizer = build_model(
+            part(ModelOptions, options), part(AdapterOptions, options), task.train.classes, options.readout
+        )
+        study = Study(
+            model,
+            tokenizer,
+            task,
+            args,
+            out,
+            others,
+            swag_share=options.swag_share,
+            draws=options.draws,
+            token_budget=options.token_budget,
+            resamples=options.resamples,
+            bins=options.bins,
+            report=say,
+        )
+        with opened(out, options):
+            finish(study, methods, options.seeds, options.image, compare)
 
 
-def present(found: Comparison, task: Task, out: Path, image: str) -> None:
-    """Print a comparison's table and write it, its numbers and its figures.
+def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], image: str, compare: Any) -> Comparison:
+    """Make a comparison, print its table and write it, its numbers and its figures.
 
     Args:
-        found: The comparison.
-        task: The task it was made on.
-        out: Folder of the results.
+        study: What is the same for all methods.
+        methods: The methods by name.
+        seeds: The seeds.
         image: ``png`` or ``svg``.
+        compare: `bayeslora.compare.compare`.
+
+    Returns:
+        The comparison.
     """
+    from bayeslora.report.tables import comparison_rows, text_table
+
+    found: Comparison = compare(study, methods, seeds)
+    out, task = study.out, study.task
     rows = comparison_rows(found)
-    print()
     print(text_table(rows))
-    (out / "results.md").write_text(text_table(rows, markdown=True) + "\n", encoding="utf-8")
+    write_text(out / "results.md", text_table(rows, markdown=True) + "\n")
     numbers: dict[str, Any] = {
         "rows": rows,
         "evaluations": {m: {s: e.to_dict() for s, e in by.items()} for m, by in found.evaluations.items()},
@@ -92,9 +122,10 @@ def present(found: Comparison, task: Task, out: Path, image: str) -> None:
         "test_rows": len(task.test) if task.test is not None else 0,
     }
     write_json(out / "results.json", numbers)
-    for path in draw(found, task, out, image):
-        print(f"figure: {path}")
-    print(f"numbers: {out / 'results.json'}")
+    figures = draw(found, task, out, image)
+    print()
+    print(f"results: {out / 'results.json'}, {', '.join(p.name for p in [out / 'results.md', *figures])}")
+    return found
 
 
 def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
@@ -109,6 +140,7 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
     Returns:
         The files; none where matplotlib is not installed.
     """
+    from bayeslora.cli.terminal import say
     from bayeslora.report import overconfidence_picture, reliability_diagram, risk_coverage_plot, save
 
     assert task.test is not None
@@ -126,10 +158,26 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
             ),
         }
     except InputError as error:
-        print(f"no figures: {error}")
+        say(f"no figures: {error}")
         return []
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.{image}")
         save(figure, paths[-1])
     return paths
+
+
+def _methods(options: Options) -> dict[str, Method]:
+    """Return the methods, each with its settings."""
+    from bayeslora.cli.build import build_method
+
+    bases = [name.partition(":")[0] for name in options.methods]
+    for item in options.set:
+        method, dot, _ = item.partition("=")[0].partition(".")
+        if not dot or method not in bases:
+            raise InputError(
+                f"--set {item!r} names none of the methods {', '.join(bases)}; write method.key=value, such as "
+                "swag.rank=10"
+            )
+    own = {base: [s.partition(".")[2] for s in options.set if s.partition(".")[0] == base] for base in bases}
+    return {name: build_method(name, own[base]) for name, base in zip(options.methods, bases, strict=True)}

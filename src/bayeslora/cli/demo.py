@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bayeslora.cli.build import build_arguments, build_method, build_other
-from bayeslora.cli.compare import present
-from bayeslora.cli.options import TaskOptions, TrainingOptions, option, parse
-from bayeslora.cli.runs import open_folder
-from bayeslora.compare import Comparison, Study, compare
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.options import TaskOptions, TrainingOptions, option
+from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
-from bayeslora.evaluation import Evaluation
-from bayeslora.models import load_model
-from bayeslora.tasks import load_task
-from bayeslora.tasks.chance import chance_ood, chance_task
-from bayeslora.tasks.types import Split, Task
+
+if TYPE_CHECKING:
+    from bayeslora.compare import Comparison
+    from bayeslora.evaluation import Evaluation
+    from bayeslora.tasks.types import Split, Task
 
 EXAMPLES = """examples:
   bayeslora demo
   bayeslora demo --task openbookqa              the same on real data, from the Hub
   bayeslora demo --task openbookqa --data DIR   or from local files
 
-A small language model (SmolLM2-135M-Instruct) learns from few rows: by plain fine-tuning (MAP), by an ensemble, by SWAG.
-The demo's own data are bags, dice and wheels described in words, so that the true probability of every answer is known;
-the other data are about the weather and trains, which the model was never taught."""
+A small language model (SmolLM2-135M-Instruct) learns from few rows: by plain fine-tuning (MAP), by an ensemble, and by
+SWAG. The demo's own data are bags, dice and wheels described in words, so that the true probability of
+every answer is known; the other data are about the weather and trains, which the model was never taught."""
 
 
 @dataclass(kw_only=True)
-class DemoVerb:
+class Options:
     """See over-confidence and its cure: three methods side by side on a small model, in minutes on a CPU."""
 
     task: str = option("chance", "chance (generated here, truth known), or a known task such as openbookqa.")
@@ -48,33 +46,55 @@ class DemoVerb:
     resume: bool = option(False, "Go on with a folder that is there.")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the verb.
+def run(options: Options) -> None:
+    """Compare the methods on the small model, and say in words what came of it.
 
     Args:
-        argv: Arguments after the verb.
+        options: The options.
 
     Raises:
         InputError: If the task lacks a train or a test split.
     """
-    options = parse(DemoVerb, argv, verb="demo", examples=EXAMPLES)
-    settings = {"swag": [f"learning_rate={options.swag_learning_rate}"]}
-    methods = {name: build_method(name, settings.get(name, [])) for name in options.methods}
-    task, name, other = _data(options)
-    if task.train is None or task.test is None:
-        raise InputError(f"the task {task.name} lacks a train or a test split")
     out = Path(options.out)
-    open_folder(out, options, resume=options.resume, free=("methods",))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("bayeslora").setLevel(logging.INFO)
-    model, tokenizer = load_model(demo_model(), dropout=0.1, target_modules=["q_proj", "v_proj"])
-    training = TrainingOptions(epochs=options.epochs, batch_size=10, learning_rate=options.learning_rate)
-    args = build_arguments(training, out / "training", options.seed)
-    study = Study(model, tokenizer, task, args, out, {name: other}, swag_share=0.5, draws=options.draws, resamples=200)
-    found = compare(study, methods, [options.seed])
-    present(found, task, out, "png")
+    check_folder(out, options, resume=options.resume, free=("methods",))
+    from bayeslora.cli.build import build_arguments, build_method
+    from bayeslora.cli.compare import finish
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import say
+    from bayeslora.compare import Study, compare
+    from bayeslora.demo_model import demo_model
+    from bayeslora.models import load_model
+
+    settings = {"swag": [f"learning_rate={options.swag_learning_rate}"]}
+    with own_progress(), _told():
+        methods = {name: build_method(name, settings.get(name, [])) for name in options.methods}
+        task, name, other = _data(options)
+        if task.train is None or task.test is None:
+            raise InputError(f"the task {task.name} lacks a train or a test split")
+        model, tokenizer = load_model(demo_model(), dropout=0.1, target_modules=["q_proj", "v_proj"])
+        training = TrainingOptions(epochs=options.epochs, batch_size=10, learning_rate=options.learning_rate)
+        args = build_arguments(training, out / "training", options.seed)
+        study = Study(
+            model, tokenizer, task, args, out, {name: other}, 0.5, options.draws, resamples=200, report=say
+        )  # fmt: skip
+        with opened(out, options):
+            found = finish(study, methods, [options.seed], "png", compare)
     print()
     print(in_words(found, options.seed, name))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Print what the library says about fetching the model, for the length of a ``with`` block."""
+    logger, handler = logging.getLogger("bayeslora"), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def in_words(found: Comparison, seed: int, other: str) -> str:
@@ -92,17 +112,22 @@ def in_words(found: Comparison, seed: int, other: str) -> str:
     for method, by_seed in found.evaluations.items():
         evaluation: Evaluation = by_seed[seed]
         prediction = found.predictions[method][seed]
+        right = evaluation.value("draws", "accuracy")
         says = float(prediction.confidence.mean())
         unsure = float(found.ood[method][seed][other].confidence.mean())
         lines.append(
-            f"{method} says {says:.0%} on average and is right {evaluation.value('draws', 'accuracy'):.0%} of the time; "
+            f"{method} says {says:.0%} on average and is right {right:.0%} of the time; "
             f"on questions it was never trained for it says {unsure:.0%}."
         )
     return "\n".join(lines)
 
 
-def _data(options: DemoVerb) -> tuple[Task, str, Split]:
+def _data(options: Options) -> tuple[Task, str, Split]:
     """Return the task, and the name and the split of the out-of-distribution data."""
+    from bayeslora.cli.data import other_splits
+    from bayeslora.tasks import load_task
+    from bayeslora.tasks.chance import chance_ood, chance_task
+
     if options.task == "chance":
         task = chance_task(options.train_rows, test_rows=options.test_rows, seed=options.seed)
         return task, "weather and trains", chance_ood(options.test_rows // 2, options.seed)
@@ -117,4 +142,4 @@ def _data(options: DemoVerb) -> tuple[Task, str, Split]:
     )
     if task.test is None:
         raise InputError(f"the task {task.name} has no test examples")
-    return task, "mmlu_chemistry", build_other("mmlu_chemistry", tasks, task.test)
+    return task, "mmlu_chemistry", other_splits(["mmlu_chemistry"], tasks, task.test)["mmlu_chemistry"]

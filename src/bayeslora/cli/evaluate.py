@@ -2,82 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.build import build_model, build_other, build_task, shaped
-from bayeslora.cli.options import ModelOptions, PredictOptions, TaskOptions, option, parse, part
-from bayeslora.cli.runs import filled, posterior_folder, write_json
+from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
 from bayeslora.errors import InputError
-from bayeslora.evaluation import evaluate
-from bayeslora.predict import predict
-from bayeslora.storage import load_posterior
 
 EXAMPLES = """examples:
   bayeslora evaluate run                                    the test split of the task it was trained on
   bayeslora evaluate run --ood mmlu_chemistry mmlu_physics  and whether it knows what it does not know
   bayeslora evaluate run --task arc_easy --draws 30 --temperature 0.5
-  bayeslora evaluate org/posterior --model org/base --task openbookqa"""
+  bayeslora evaluate org/posterior --task openbookqa        a posterior from the Hub
+
+Model, task and draws are those of the run unless others are given."""
 
 
 @dataclass(kw_only=True)
-class EvaluateVerb(ModelOptions, TaskOptions, PredictOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository; also as first word.")
+    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
     bins: int = option(15, "Bins of the calibration errors.")
     binning: Literal["width", "mass"] = option("width", "Bins of equal width, or with equally many examples.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals; 0: none.")
-    json: str = option("", "File for the numbers; empty: evaluation.json in the run's folder.")
+    json: str = option("", "File for the numbers; empty: evaluation.json in the run's folder, which is renewed.")
+    overwrite: bool = option(False, "Replace a --json file that is there.")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the verb.
+def run(options: Options) -> None:
+    """Predict, print the metrics and keep them.
 
     Args:
-        argv: Arguments after the verb.
+        options: The options.
 
     Raises:
-        InputError: If there is no run, or nothing to evaluate on.
+        InputError: If there is no run, nothing to evaluate on, or the file for the numbers is there already.
     """
-    options = parse(EvaluateVerb, argv, verb="evaluate", examples=EXAMPLES, first="run")
     if not options.run:
         raise InputError("name what to evaluate: bayeslora evaluate RUN")
-    folder = Path(options.run)
-    options = filled(options, folder)
-    posterior = shaped(load_posterior(posterior_folder(folder) if folder.is_dir() else options.run), options)
-    tasks = part(TaskOptions, options)
-    task = build_task(tasks)
-    if task.test is None:
-        raise InputError(f"the task {task.name} has no test examples")
-    others = {Path(name).stem: build_other(name, tasks, task.test) for name in options.ood}
-    model, tokenizer = build_model(part(ModelOptions, options), task.test.classes, options.readout)
-    found = {
-        name: predict(
-            model,
-            posterior,
-            split,
-            options.draws,
-            seed=options.draw_seed,
-            tokenizer=tokenizer,
-            token_budget=options.token_budget,
-            progress=True,
+    if options.json and Path(options.json).exists() and not options.overwrite:
+        raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
+    folder, name = run_folder(Path(options.run)), posterior_name(options.run)
+    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.data import other_splits, test_of
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import watched
+    from bayeslora.evaluation import evaluate
+    from bayeslora.predict import predict
+    from bayeslora.storage import load_posterior
+
+    before = read_options(folder)
+    with own_progress():
+        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        tasks = part(TaskOptions, options)
+        test = test_of(tasks, folder, inherited=before.get("data") == options.data)
+        others = other_splits(options.ood, tasks, test)
+        model, tokenizer = model_for(posterior, part(ModelOptions, options), test.classes)
+        found = {
+            key: predict(
+                model,
+                posterior,
+                split,
+                options.draws,
+                seed=options.draw_seed,
+                tokenizer=tokenizer,
+                token_budget=options.token_budget,
+                progress=watched(),
+            )
+            for key, split in {"": test, **others}.items()
+        }
+        prediction = found.pop("")
+        result = evaluate(
+            prediction, test, found or None, bins=options.bins, binning=options.binning, resamples=options.resamples
         )
-        for name, split in {"": task.test, **others}.items()
-    }
-    prediction = found.pop("")
-    result = evaluate(
-        prediction, task.test, found or None, bins=options.bins, binning=options.binning, resamples=options.resamples
-    )
     print(result.table())
     if prediction.truncated:
-        print(
-            f"{prediction.truncated} of {len(task.test)} prompts were longer than --max-length and lost their beginning"
-        )
-    target = Path(options.json) if options.json else folder / "evaluation.json"
-    if options.json or folder.is_dir():
+        print(f"{prediction.truncated} of {len(test)} prompts were longer than --max-length and lost their beginning")
+    if options.json or before:
+        target = Path(options.json) if options.json else folder / "evaluation.json"
         write_json(target, result.to_dict())
         print(f"numbers: {target}")

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.build import shaped
-from bayeslora.cli.options import PredictOptions, option, parse
-from bayeslora.cli.runs import posterior_folder
+from bayeslora.cli.options import ShapeOptions, option, part
+from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
-from bayeslora.posteriors import Point
-from bayeslora.storage import export_draws, load_posterior
 
 EXAMPLES = """examples:
   bayeslora export run --out adapters --draws 10     ten plain PEFT adapters, adapters/draw-000 …
-  bayeslora export run --out mean --mean             the mean alone
+  bayeslora export run --out mean --mean             one, of the posterior's mean
 
 Every tool that loads PEFT adapters loads them; average the probabilities of their answers, not the logits."""
 
 
 @dataclass(kw_only=True)
-class ExportVerb(PredictOptions):
+class Options(ShapeOptions):
     """Write draws of a posterior, or its mean, as plain PEFT adapters."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository; also as first word.")
-    mean: bool = option(False, "Write the mean instead of draws.")
+    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     out: str = option("", "Folder to make.")
+    draws: int = option(10, "How many draws; of an ensemble no more than it has members.")
+    mean: bool = option(False, "Write the mean instead of draws.")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the verb.
+def run(options: Options) -> None:
+    """Write the adapters and print their folders.
 
     Args:
-        argv: Arguments after the verb.
+        options: The options.
 
     Raises:
-        InputError: If the run or the folder is not named.
+        InputError: If the run or the folder is not named, or the folder is there already.
     """
-    options = parse(ExportVerb, argv, verb="export", examples=EXAMPLES, first="run")
     if not options.run or not options.out:
         raise InputError("name what to export and where to: bayeslora export RUN --out FOLDER")
-    folder = Path(options.run)
-    posterior = shaped(load_posterior(posterior_folder(folder) if folder.is_dir() else options.run), options)
-    if options.mean:
-        posterior = Point(posterior.mean, posterior.origin)
-    for path in export_draws(posterior, options.out, options.draws, seed=options.draw_seed):
-        print(path)
+    out, name = Path(options.out), posterior_name(options.run)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"{out} is there already; choose another --out")
+    from bayeslora.cli.build import shaped
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.posteriors import Point
+    from bayeslora.storage import export_draws, load_posterior
+
+    with own_progress():
+        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        if options.mean:
+            Point(posterior.mean, posterior.origin).save_pretrained(out)
+            print(out)
+            return
+        paths = export_draws(posterior, out, options.draws, seed=options.draw_seed)
+    print("\n".join(map(str, paths)))

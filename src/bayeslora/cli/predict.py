@@ -5,83 +5,90 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.build import build_model, build_task, shaped
-from bayeslora.cli.options import ModelOptions, PredictOptions, TaskOptions, option, parse, part
-from bayeslora.cli.runs import filled, posterior_folder
+from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
-from bayeslora.predict import predict
-from bayeslora.prediction import Prediction
-from bayeslora.storage import load_posterior
-from bayeslora.tasks import Columns, Rows, read_rows, split_from_rows
-from bayeslora.tasks.types import Split
+
+if TYPE_CHECKING:
+    from bayeslora.prediction import Prediction
+    from bayeslora.tasks import Rows
+    from bayeslora.tasks.types import Split
 
 EXAMPLES = """examples:
   bayeslora predict run --input new.jsonl --output answers.jsonl
   echo '{"question": "What do plants breathe in?", "choices": ["carbon dioxide", "gold"]}' | bayeslora predict run
 
 Each row comes back with: answer, confidence, probs, entropy, mutual_information (what more data could tell; nats) and
-disagreement (share of draws with another answer)."""
+disagreement (share of draws with another answer). The data that the run was trained on are not needed."""
 
 
 @dataclass(kw_only=True)
-class PredictVerb(ModelOptions, TaskOptions, PredictOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository; also as first word.")
+    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     input: str = option("-", "JSON-lines or CSV file; -: standard input.")
     output: str = option("-", "File for the answers, .jsonl or .csv; -: standard output, as JSON lines.")
     overwrite: bool = option(False, "Replace an output file that is there.")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the verb.
+def run(options: Options) -> None:
+    """Read rows, answer them, and write them with their answers.
 
     Args:
-        argv: Arguments after the verb.
+        options: The options.
 
     Raises:
-        InputError: If there is no run, or the output is there already.
+        InputError: If there is no run, or the output cannot be written or is there already.
     """
-    options = parse(PredictVerb, argv, verb="predict", examples=EXAMPLES, first="run")
     if not options.run:
         raise InputError("name what to predict with: bayeslora predict RUN --input FILE")
-    target = None if options.output == "-" else Path(options.output)
-    if target is not None and target.exists() and not options.overwrite:
-        raise InputError(f"{target} is there already; add --overwrite or choose another --output")
-    folder = Path(options.run)
-    options = filled(options, folder)
-    posterior = shaped(load_posterior(posterior_folder(folder) if folder.is_dir() else options.run), options)
-    rows = read_rows(sys.stdin if options.input == "-" else options.input)
-    split = _split(rows, options)
-    model, tokenizer = build_model(part(ModelOptions, options), split.classes, options.readout)
-    prediction = predict(
-        model,
-        posterior,
-        split,
-        options.draws,
-        seed=options.draw_seed,
-        tokenizer=tokenizer,
-        token_budget=options.token_budget,
-        progress=sys.stderr.isatty(),
-    )
-    answers = answered(rows, split, prediction)
+    target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
+    name = posterior_name(options.run)
+    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import say, watched
+    from bayeslora.predict import predict
+    from bayeslora.storage import load_posterior
+    from bayeslora.tasks import read_rows
+
+    with own_progress():
+        if options.input == "-" and sys.stdin.isatty():
+            say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
+        rows = read_rows(sys.stdin if options.input == "-" else options.input)
+        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        split = _split(rows, options)
+        model, tokenizer = model_for(posterior, part(ModelOptions, options), split.classes)
+        prediction = predict(
+            model,
+            posterior,
+            split,
+            options.draws,
+            seed=options.draw_seed,
+            tokenizer=tokenizer,
+            token_budget=options.token_budget,
+            progress=watched(),
+        )
+        if prediction.truncated:
+            say(
+                f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning"
+            )
+        answers = answered(rows, split, prediction)
+        renamed = [key.removeprefix("predicted_") for key in answers[0] if key.startswith("predicted_")]
+        for key in (k for k in renamed if k in rows.columns):
+            say(f"the rows have a column {key!r} of their own: the model's is predicted_{key}")
     text = _csv(answers) if target is not None and target.suffix == ".csv" else _jsonl(answers)
     if target is None:
-        print(text, end="")
-        return
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{target} cannot be written: {error.strerror}") from error
+        print(text, end="", flush=True)
+    else:
+        write_text(target, text)
 
 
 def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, Any]]:
@@ -93,8 +100,10 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
         prediction: Their prediction.
 
     Returns:
-        The row's own fields, then the answer's.
+        The row's own fields, then the answer's; where rows have a field of the same name, as data with an ``answer``
+        do, the new one is called ``predicted_`` and that name.
     """
+    taken = {key for row in rows for key in row}
     scores = {
         "confidence": prediction.confidence,
         "entropy": prediction.entropy,
@@ -104,41 +113,59 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
     found = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
         probs = prediction.probs[i, : len(example.choices)].tolist()
-        found.append(
-            {
-                **row,
-                "answer": example.choices[int(prediction.answer[i])],
-                **{name: round(float(values[i]), 6) for name, values in scores.items()},
-                "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
-            }
-        )
+        new = {
+            "answer": example.choices[int(prediction.answer[i])],
+            **{name: round(float(values[i]), 6) for name, values in scores.items()},
+            "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
+        }
+        found.append({**row, **{f"predicted_{k}" if k in taken else k: v for k, v in new.items()}})
     return found
 
 
-def _split(rows: Rows, options: PredictVerb) -> Split:
+def _target(path: Path, overwrite: bool) -> Path:
+    """Return the output's path, if it can be written: better refused now than after the work."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there already; add --overwrite or choose another --output")
+    if path.suffix not in (".jsonl", ".csv"):
+        raise InputError(f"{path} ends in neither .jsonl nor .csv; name it so")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent} to write in")
+    return path
+
+
+def _split(rows: Rows, options: Options) -> Split:
     """Return the rows as examples of the task that was trained on."""
-    task = build_task(part(TaskOptions, options))
-    like = next((s for s in (task.train, task.test) if s is not None), None)
+    from bayeslora.cli.data import build_task, kept_format, split_like
+    from bayeslora.tasks.types import Format, Split
+
+    tasks = part(TaskOptions, options)
+    like = kept_format(run_folder(Path(options.run)), tasks)
+    if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
+        form = Format(
+            tasks.template, tasks.readout, (), tasks.max_length or None, "class" if tasks.classes else "question"
+        )
+        like = Split(rows.name, (), form, tuple(tasks.classes) or None)
     if like is None:
-        raise InputError(f"the task {task.name} has no examples to take the format from")
-    choices: str | tuple[str, ...] | None = None
-    if options.choice_columns:
-        several = len(options.choice_columns) > 1
-        choices = tuple(options.choice_columns) if several else options.choice_columns[0]
-    columns = Columns(options.text_column, None, choices) if options.text_column else None
-    return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
+        task = build_task(tasks)
+        like = next((s for s in (task.train, task.test) if s is not None), None)
+    if like is None:
+        raise InputError(f"the task {options.task} has no examples to take the format from")
+    return split_like(rows, like, tasks)
 
 
-def _jsonl(answers: Sequence[dict[str, Any]]) -> str:
+def _jsonl(answers: Sequence[Mapping[str, Any]]) -> str:
     """Return answers as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answers)
 
 
-def _csv(answers: Sequence[dict[str, Any]]) -> str:
+def _csv(answers: Sequence[Mapping[str, Any]]) -> str:
     """Return answers as CSV, lists and mappings as JSON in their cell."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in answers for key in row)))
+    columns = list(dict.fromkeys(key for row in answers for key in row))
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     for row in answers:
-        writer.writerow({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})
+        writer.writerow(
+            {k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for k, v in row.items()}
+        )
     return buffer.getvalue()

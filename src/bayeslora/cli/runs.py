@@ -2,49 +2,77 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from bayeslora.cli.options import given
 from bayeslora.errors import InputError
 
 _FILE = "options.json"
-Options = TypeVar("Options")
+_PATHS = ("model", "data")
 
 
-def open_folder(folder: Path, options: Any, *, resume: bool, free: tuple[str, ...] = ()) -> None:
-    """Make a folder of results, or take up one that was begun with the same options.
+def check_folder(folder: Path, options: Any, *, resume: bool, free: tuple[str, ...] = ()) -> None:
+    """Refuse a folder that is there, unless it was begun with the same options and is to be gone on with.
 
     Args:
         folder: The folder.
-        options: The verb's options, kept in the folder.
+        options: The verb's options.
         resume: Whether to go on if the folder is there.
         free: Options that may differ when it is taken up.
 
     Raises:
         InputError: If the folder is there and is not to be gone on with, or was begun with other options.
     """
-    now = json.loads(json.dumps(given(options)))
-    path = folder / _FILE
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        if not path.exists():
-            raise InputError(f"{folder} holds other files; choose another --out")
-        if not resume:
-            raise InputError(f"{folder} is there already; add --resume to go on with it, or choose another --out")
-        before = read_options(folder)
-        for key, value in now.items():
-            if key not in ("out", "resume", *free) and before.get(key) != value:
-                raise InputError(
-                    f"{folder} was begun with {key}={before.get(key)!r}, and now it is {value!r}; choose another --out"
-                )
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not folder.exists():
+        return
+    if folder.is_file() or not (folder / _FILE).exists():
+        raise InputError(f"{folder} holds other files; choose another --out")
+    if not resume:
+        raise InputError(f"{folder} is there already; add --resume to go on with it, or choose another --out")
+    before = read_options(folder)
+    for key, value in _recorded(options).items():
+        if key not in ("out", "resume", *free) and before.get(key) != value:
+            raise InputError(
+                f"{folder} was begun with {key}={before.get(key)!r}, and now it is {value!r}; leave it as it was, or "
+                "choose another --out"
+            )
+
+
+@contextmanager
+def opened(folder: Path, options: Any) -> Iterator[None]:
+    """Keep the options in a folder of results for the length of a ``with`` block, and beyond it.
+
+    Args:
+        folder: The folder; it is made if it is not there.
+        options: The verb's options.
+
+    Yields:
+        Nothing. A folder that was new and in which nothing was trained is cleared away on an `InputError`, so that the
+        same command can be given again when its cause is mended.
+
+    Raises:
+        InputError: If the folder cannot be written, and what the block raises.
+    """
+    fresh = not folder.exists() or not any(folder.iterdir())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+    try:
+        write_json(folder / _FILE, _recorded(options))
+        yield
+    except InputError:
+        if fresh and not any(folder.rglob("*.safetensors")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_options(folder: Path) -> dict[str, Any]:
@@ -55,40 +83,54 @@ def read_options(folder: Path) -> dict[str, Any]:
 
     Returns:
         Option to value; empty if the folder has none.
-
-    Raises:
-        InputError: If they cannot be read.
     """
-    try:
-        return dict(json.loads((folder / _FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / _FILE} cannot be read: {error}") from error
+    return read_json(folder / _FILE)
 
 
-def posterior_folder(folder: Path) -> Path:
-    """Return the posterior inside a run's folder, or the folder itself."""
-    return folder / "posterior" if (folder / "posterior").is_dir() else folder
+def run_folder(path: Path) -> Path:
+    """Return the folder of the run that a path names: itself, or the one that its posterior is in."""
+    inside = path.name == "posterior" and not (path / _FILE).exists() and (path.parent / _FILE).exists()
+    return path.parent if inside else path
 
 
-def filled(options: Options, folder: Path) -> Options:
-    """Return options with what was left at its default taken from the run that the folder holds.
+def posterior_name(name: str) -> str:
+    """Return what to load a posterior from: the one inside a run's folder, else the folder or repository itself.
 
     Args:
-        options: A verb's options.
-        folder: Folder of a run.
+        name: What the user named.
 
     Returns:
-        A changed copy.
+        Folder or repository.
+
+    Raises:
+        InputError: If the folder is a run's that has not come to its end.
     """
-    before = read_options(folder)
-    changes = {}
-    for f in dataclasses.fields(cast(Any, options)):
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        if f.name in before and getattr(options, f.name) == default:
-            changes[f.name] = before[f.name]
-    return dataclasses.replace(cast(Any, options), **changes)
+    folder = Path(name)
+    if (folder / "posterior").is_dir():
+        return str(folder / "posterior")
+    if (folder / _FILE).exists():
+        raise InputError(f"{folder} holds no posterior; finish its training with bayeslora train … --resume")
+    return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object; empty if there is no such file.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,6 +140,33 @@ def write_json(path: Path, value: Any) -> None:
         path: The file.
         value: What to write.
     """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file at once or not at all.
+
+    Args:
+        path: The file; one that is there is replaced.
+        text: What to write.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _recorded(options: Any) -> dict[str, Any]:
+    """Return options as they are kept: ready for JSON, local paths in full so that they hold from anywhere."""
+    found: dict[str, Any] = json.loads(json.dumps(given(options)))
+    for key in _PATHS:
+        if found.get(key) and Path(found[key]).exists():
+            found[key] = str(Path(found[key]).resolve())
+    return found

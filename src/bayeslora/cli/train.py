@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from bayeslora.cli.build import build_arguments, build_method, build_model, build_task
-from bayeslora.cli.options import ModelOptions, PredictOptions, TaskOptions, TrainingOptions, option, parse, part
-from bayeslora.cli.runs import open_folder, write_json
-from bayeslora.evaluation import evaluate
-from bayeslora.fit import fit
-from bayeslora.predict import predict
-from bayeslora.storage import load_posterior
+from bayeslora.cli.options import (
+    AdapterOptions,
+    DrawOptions,
+    ModelOptions,
+    TaskOptions,
+    TrainingOptions,
+    option,
+    part,
+)
+from bayeslora.cli.runs import check_folder, opened, write_json
 
 EXAMPLES = """examples:
   bayeslora train --model HuggingFaceTB/SmolLM2-135M --task openbookqa --method swag --out run
@@ -21,11 +24,13 @@ EXAMPLES = """examples:
       --method ensemble:5 --out run
   bayeslora train --config run.yaml --learning-rate 1e-4 --out run
 
-methods and settings (--set key=value): docs/methods; the run folder then serves evaluate, predict and export."""
+--data is a folder with train, test and, if there is one, validation files, or one file to train on. Methods and their
+settings (--set key=value): docs/methods. The run folder then serves evaluate, predict and export."""
+FREE = ("draws", "token_budget", "device")
 
 
 @dataclass(kw_only=True)
-class TrainVerb(ModelOptions, TaskOptions, TrainingOptions, PredictOptions):
+class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
     """Fine-tune a model on a task by one method; the posterior, the options and the test metrics are kept in --out."""
 
     method: str = option("swag", "map, ensemble:M, swag or multiswag:M.")
@@ -33,44 +38,75 @@ class TrainVerb(ModelOptions, TaskOptions, TrainingOptions, PredictOptions):
     seed: int = option(0, "Seed of the run; it decides the adapter's start and the order of the data.")
     out: str = option("bayeslora-run", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
-    device: Literal["auto"] = option("auto", "The accelerator if there is one, else the CPU.")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the verb.
+def run(options: Options) -> None:
+    """Train, keep the posterior, and measure it on the test split if there is one with labels.
 
     Args:
-        argv: Arguments after the verb.
+        options: The options.
     """
-    options = parse(TrainVerb, argv, verb="train", examples=EXAMPLES)
-    method = build_method(options.method, options.set)
-    task = build_task(part(TaskOptions, options))
     out = Path(options.out)
-    args = build_arguments(part(TrainingOptions, options), out / "training", options.seed)
-    train = task.train
-    model, tokenizer = build_model(part(ModelOptions, options), train.classes if train else None, options.readout)
-    open_folder(out, options, resume=options.resume, free=("draws", "draw_seed", "token_budget"))
-    if (out / "posterior").exists():
-        posterior = load_posterior(out / "posterior")
-        print(f"{out / 'posterior'} is trained already")
-    else:
-        from bayeslora.params import initialise
+    check_folder(out, options, resume=options.resume, free=FREE)
+    from bayeslora.cli.build import build_arguments, build_method, build_model
+    from bayeslora.cli.data import build_task, keep_format
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.storage import load_posterior
 
-        initialise(model, options.seed)
-        posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
-        posterior.save_pretrained(out / "posterior")
-    if task.test is not None and all(e.label is not None for e in task.test):
-        prediction = predict(
-            model,
-            posterior,
-            task.test,
-            options.draws,
-            seed=options.draw_seed,
-            tokenizer=tokenizer,
-            token_budget=options.token_budget,
-            progress=True,
+    with own_progress():
+        method = build_method(options.method, options.set)
+        args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
+        task = build_task(part(TaskOptions, options), "train")
+        classes = task.train.classes if task.train is not None else None
+        model, tokenizer = build_model(
+            part(ModelOptions, options), part(AdapterOptions, options), classes, options.readout
         )
-        result = evaluate(prediction, task.test)
-        write_json(out / "evaluation.json", result.to_dict())
-        print(result.table())
-    print(f"posterior: {out / 'posterior'}   (bayeslora evaluate {out}, predict {out}, export {out})")
+        with opened(out, options):
+            if (out / "posterior").exists():
+                posterior = load_posterior(out / "posterior")
+                print(f"{out / 'posterior'} is trained already")
+            else:
+                posterior = _trained(options, model, tokenizer, task, method, args)
+                if task.train is not None:
+                    keep_format(out, task.train)
+                posterior.save_pretrained(out / "posterior")
+                if not options.save_steps:
+                    shutil.rmtree(out / "training", ignore_errors=True)
+        _measure(options, model, tokenizer, posterior, task.test)
+    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --out FOLDER")
+
+
+def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
+    """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
+    from bayeslora.cli.terminal import say
+    from bayeslora.fit import fit
+    from bayeslora.params import initialise, live
+
+    initialise(model, options.seed)
+    rows = len(task.train) if task.train is not None else 0
+    adapted = sum(p.numel() for p in live(model).values())
+    place = next(iter(live(model).values())).device
+    say(f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters, on {place}")
+    return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
+
+
+def _measure(options: Options, model: Any, tokenizer: Any, posterior: Any, test: Any) -> None:
+    """Print the metrics of the test split and keep them, if its answers are known."""
+    from bayeslora.cli.terminal import watched
+    from bayeslora.evaluation import evaluate
+    from bayeslora.predict import predict
+
+    if test is None or any(e.label is None for e in test):
+        return
+    prediction = predict(
+        model,
+        posterior,
+        test,
+        options.draws,
+        tokenizer=tokenizer,
+        token_budget=options.token_budget,
+        progress=watched(),
+    )
+    result = evaluate(prediction, test)
+    write_json(Path(options.out) / "evaluation.json", result.to_dict())
+    print(result.table())

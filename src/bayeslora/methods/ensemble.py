@@ -1,8 +1,9 @@
 """LoRA ensembles: several adapters of one base model, each from its own start on its own order of the data.
 
 Wang, Aitchison and Rudolph 2023 (arXiv 2310.00035). The prediction is the mean of the members' probabilities. The
-member is any method: `Map` gives the paper's ensembles (its KL term and its decay of B are the paper's regularisers), `Swag`
-gives MultiSWAG, and so on. With ``dropout_draws`` a member is not one adapter but all those that its dropout makes.
+member is any method: `Map` gives the paper's ensembles (its KL term and its decay of B are the paper's regularisers),
+`Swag` gives MultiSWAG, and so on. With ``dropout_draws`` a member is not one adapter but all those that its dropout
+makes.
 
 What we do differently from published code elsewhere: members differ in start *and* data order, probabilities rather
 than logits are averaged, and the mutual information is taken over members before they are averaged.

@@ -79,7 +79,9 @@ def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tup
         room = None if limit is None else limit - max((len(a) - 1 for a in answers), default=0)
         longest = min((n for n in (form.max_length, room) if n is not None), default=None)
         if room is not None and room < 1:
-            raise InputError(f"row {row} of {split.name} has a choice longer than the model's {limit} tokens; shorten it")
+            raise InputError(
+                f"row {row} of {split.name} has a choice longer than the model's {limit} tokens; reword it"
+            )
         if room is not None and len(ids) > room and form.max_length is None:
             raise InputError(
                 f"row {row} of {split.name} has {len(ids)} tokens, and the model reads at most {room}; set max_length "

@@ -8,8 +8,9 @@ true probabilities.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from bayeslora.detection import auroc
 from bayeslora.errors import InputError
 from bayeslora.metrics import accuracy, check_labels, kl_to_truth, reliability
 from bayeslora.prediction import Prediction
-from bayeslora.report.plots import draw_reliability, gap_legend
-from bayeslora.report.style import INK, QUIET, grid, looks, page, percent_axis, shortened, styled
+from bayeslora.report.plots import AVERAGE, DIAGONAL, GAP, draw_reliability, explain
+from bayeslora.report.style import QUIET, grid, headline, looks, page, percent_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 Score = Literal["entropy", "mutual_information"]
 
-_WORDS: dict[Score, str] = {"entropy": "entropy", "mutual_information": "mutual information"}
+_WORDS: dict[Score, str] = {"entropy": "uncertainty (entropy, nats)", "mutual_information": "mutual information (nats)"}
 _HEIGHTS = {"reliability": 1.0, "uncertainty": 0.62, "truth": 1.0}
-_UNKNOWN = "#3B3B3B"
+_PALE, _DARK = "#E2E2E2", "#3B3B3B"
+_TITLE = {1: 36, 2: 54}
 
 
 def overconfidence_picture(
@@ -68,92 +70,82 @@ def overconfidence_picture(
     blocks, columns = grid(len(predictions))
     side = 7.4 / columns if columns > 2 else 2.9
     heights = [side * _HEIGHTS[kind] + 0.75 for kind in kinds]
+    top = _largest([*predictions.values(), *ood.values()], score) if ood else 0.0
+    lines = textwrap.wrap(title or "", _TITLE.get(columns, 74))
     with styled():
-        figure = page(columns, blocks * (sum(heights) + 0.25) + 0.35 + (0.4 if title else 0.0))
-        if title:
-            figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
-        cells = figure.add_gridspec(blocks * len(kinds), columns, height_ratios=heights * blocks)
+        figure = page(columns, blocks * (sum(heights) + 0.3) + (blocks - 1) * GAP + 0.5 + 0.3 * len(lines))
+        if lines:
+            figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=12.5, fontweight="bold")
+        stride = len(kinds) + 1
+        cells = figure.add_gridspec(stride * blocks - 1, columns, height_ratios=([*heights, GAP] * blocks)[:-1])
         for place, (name, look) in enumerate(looks(predictions).items()):
             block, column = divmod(place, columns)
             panels = {
-                kind: figure.add_subplot(cells[block * len(kinds) + row, column], label=f"{kind} {name}")
+                kind: figure.add_subplot(cells[block * stride + row, column], label=f"{kind} {name}")
                 for row, kind in enumerate(kinds)
             }
-            first = column == 0
-            _draw_confidence(panels["reliability"], predictions[name], labels, bins, look.colour, first)
-            _draw_name(panels["reliability"], shortened(name, columns))
+            first, prediction = column == 0, predictions[name]
+            words = _draw_confidence(panels["reliability"], prediction, labels, bins, look.colour, first)
+            headline(panels["reliability"], name, columns, words)
             if ood:
-                top = _largest([*predictions.values(), *ood.values()], score)
-                _draw_uncertainty(
-                    panels["uncertainty"], predictions[name], ood[name], (score, top, 2 * bins), look.colour, first
-                )
+                scale = (score, top, 2 * bins)
+                _draw_uncertainty(panels["uncertainty"], prediction, ood[name], scale, look.colour, first)
             if truth is not None:
-                _draw_truth(panels["truth"], predictions[name].log_p, truth, look.colour, first)
-        gap_legend(figure)
+                _draw_truth(panels["truth"], prediction.log_p, truth, look.colour, first)
+        explain(figure, columns, average=True)
     return figure
 
 
-def _draw_name(axes: Axes, name: str) -> None:
-    """Write the predictor's name above the title of its first panel."""
-    axes.annotate(
-        name,
-        (0, 1),
-        xytext=(0, 20),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=11.5,
-        fontweight="bold",
-    )
-
-
-def _draw_confidence(axes: Axes, prediction: Prediction, labels: Tensor, bins: int, colour: str, first: bool) -> None:
-    """Draw a reliability diagram, and say in words what the predictor claims and what is true on average."""
-    says, right = float(prediction.confidence.double().mean()), accuracy(prediction.log_p, labels)
-    draw_reliability(axes, reliability(prediction.log_p, labels, bins), colour)
-    axes.plot([says, says], [says, right], color=INK, linewidth=1.4, zorder=4, label="average gap")
-    axes.plot([says], [right], "o", color=INK, markersize=6.5, markeredgecolor="white", zorder=5, label="average")
-    axes.set_title(f"says {100 * says:.0f} %, is right {100 * right:.0f} %", loc="left")
+def _draw_confidence(axes: Axes, prediction: Prediction, labels: Tensor, bins: int, colour: str, first: bool) -> str:
+    """Draw a reliability diagram; return in words what the predictor claims and what is true on average."""
+    log_p = prediction.log_p.detach()
+    says, right = float(log_p.double().amax(-1).exp().mean()), accuracy(log_p, labels)
+    draw_reliability(axes, reliability(log_p, labels, bins), colour)
+    axes.plot([says, says], [says, right], label="average", zorder=4, **AVERAGE)
     percent_axis(axes, "x")
     percent_axis(axes, "y", labels=first)
     axes.set_xlabel("confidence")
     if first:
         axes.set_ylabel("accuracy")
+    return f"says {100 * says:.0f} %, is right {100 * right:.0f} %"
 
 
 def _draw_uncertainty(
     axes: Axes, known: Prediction, unknown: Prediction, scale: tuple[Score, float, int], colour: str, first: bool
 ) -> None:
     """Draw the distributions of the uncertainty back to back, in-distribution upwards."""
+    from matplotlib.ticker import MaxNLocator
+
     score, top, bins = scale
     inside, outside = _scores(known, score), _scores(unknown, score)
     edges = torch.linspace(0, top, bins + 1, dtype=torch.float64)
     upward, downward = (_shares(values, edges) for values in (inside, outside))
-    place = {"x": edges[:-1].numpy(), "width": top / bins, "align": "edge", "linewidth": 0.6}
+    place: dict[str, Any] = {"x": edges[:-1].numpy(), "width": top / bins, "align": "edge", "linewidth": 0.6}
     axes.bar(**place, height=upward.numpy(), color=colour, edgecolor="white", label="in-distribution")
     axes.bar(
         **place,
         height=-downward.numpy(),
-        color="white",
-        edgecolor=_UNKNOWN,
-        hatch="......",
+        color=_PALE,
+        edgecolor=_DARK,
         label="out-of-distribution",
     )
     axes.axhline(0, color=QUIET, linewidth=0.7)
     axes.set_xlim(0, top)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     limit = 1.08 * float(torch.cat([upward, downward]).max())
     axes.set_ylim(-limit, limit)
     axes.spines["left"].set_visible(False)
-    axes.set_yticks([limit / 2, -limit / 2], ["familiar", "unfamiliar"] if first else ["", ""])
+    axes.set_yticks([limit / 2, -limit / 2], ["in-\ndistribution", "out-of-\ndistribution"] if first else ["", ""])
     axes.tick_params(axis="y", length=0)
     axes.set_title(f"AUROC {auroc(inside, outside):.2f}", loc="left")
-    axes.set_xlabel(f"{_WORDS[score]} (nats)")
+    axes.set_xlabel(_WORDS[score])
 
 
 def _draw_truth(axes: Axes, log_p: Tensor, truth: Tensor, colour: str, first: bool) -> None:
     """Draw predicted against true probabilities, a dot for each choice that an example has."""
     log_p, truth = log_p.detach().cpu(), truth.cpu()
     real = ~(torch.isneginf(log_p) & (truth == 0))
-    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.9, linestyle=(0, (4, 2)), label="diagonal", zorder=3)
+    axes.plot([0, 1], [0, 1], label="diagonal", zorder=3, **DIAGONAL)
     axes.scatter(
         truth[real].numpy(),
         log_p[real].exp().numpy(),

@@ -7,7 +7,7 @@ Each predictor is ``(log_p [N C], labels [N])`` under its name; the numbers draw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,27 @@ from bayeslora._typing import Float, Int
 from bayeslora.detection import aurc, risk_coverage
 from bayeslora.errors import InputError
 from bayeslora.metrics import Reliability, check_labels, ece, reliability
-from bayeslora.report.style import INK, QUIET, RULE, SMALL, grid, looks, page, percent_axis, shortened, styled
+from bayeslora.report.style import INK, QUIET, RULE, SMALL, grid, headline, looks, page, percent_axis, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NOISE = 0.05
+GAP = 0.16
+"""Height in inches between the rows of predictors."""
+
+DIAGONAL: dict[str, Any] = {"color": QUIET, "linewidth": 0.9, "linestyle": (0, (4, 2))}
+AVERAGE: dict[str, Any] = {
+    "color": INK,
+    "linewidth": 1.4,
+    "marker": "o",
+    "markersize": 6.5,
+    "markeredgecolor": "white",
+    "markevery": [-1],
+}
+_SHADED: dict[str, Any] = {"facecolor": (1, 1, 1, 0.45), "edgecolor": INK, "linewidth": 0.5, "hatch": "//////"}
+_MANY = 10
+_SEEN = 0.05
 
 
 def reliability_diagram(curves: Mapping[str, tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]], bins: int = 15) -> Figure:
@@ -41,33 +55,30 @@ def reliability_diagram(curves: Mapping[str, tuple[Float[Tensor, "N C"], Int[Ten
     Raises:
         InputError: If there is no predictor, or labels do not fit the predictions.
     """
-    _check(curves)
+    curves = _checked(curves)
     diagrams = {name: reliability(log_p, labels, bins) for name, (log_p, labels) in curves.items()}
     most = max(int(diagram.count.max()) for diagram in diagrams.values())
     rows, columns = grid(len(curves))
-    side = 7.6 / columns if columns > 2 else 2.9
+    side = 7.4 / columns if columns > 2 else 2.9
     with styled():
-        figure = page(columns, rows * (side + 1.2) + 0.35)
-        blocks = figure.add_gridspec(rows, columns)
+        figure = page(columns, rows * (side + 1.3) + (rows - 1) * GAP + 0.35)
+        cells = figure.add_gridspec(3 * rows - 1, columns, height_ratios=([side, 0.45, GAP] * rows)[:-1])
         for place, (name, look) in enumerate(looks(curves).items()):
             row, column = divmod(place, columns)
-            cell = blocks[row, column].subgridspec(2, 1, height_ratios=(side, 0.5), hspace=0.02)
-            upper = figure.add_subplot(cell[0], label=f"reliability {name}")
-            lower = figure.add_subplot(cell[1], label=f"counts {name}")
+            upper = figure.add_subplot(cells[3 * row, column], label=f"reliability {name}")
+            lower = figure.add_subplot(cells[3 * row + 1, column], label=f"counts {name}")
             draw_reliability(upper, diagrams[name], look.colour)
             _draw_counts(lower, diagrams[name], look.colour, most)
-            upper.set_title(shortened(name, columns), loc="left", fontweight="bold", fontsize=10.5)
-            upper.set_title(f"ECE {ece(*curves[name], bins):.3f}", loc="right")
+            headline(upper, name, columns, f"ECE {ece(*curves[name], bins):.3f}")
             percent_axis(upper, "y", labels=column == 0)
             percent_axis(upper, "x", labels=False)
-            percent_axis(lower, "x", labels=True)
+            percent_axis(lower, "x")
             lower.set_yticks([0, most], ["0", f"{most:,}"] if column == 0 else ["", ""])
+            lower.set_xlabel("confidence")
             if column == 0:
                 upper.set_ylabel("accuracy")
                 lower.set_ylabel("examples", fontsize=SMALL)
-            if place + columns >= len(curves):
-                lower.set_xlabel("confidence")
-        gap_legend(figure)
+        explain(figure, columns)
     return figure
 
 
@@ -78,26 +89,31 @@ def risk_coverage_plot(curves: Mapping[str, tuple[Float[Tensor, "N C"], Int[Tens
         curves: Predictor -> its log-probabilities and the index of the right choices.
 
     Returns:
-        The figure; the legend lists the predictors by the area under their curves (AURC), the best first. The height
-        is cut to what is seen from a coverage of 5 %, below which a curve is a few examples.
+        The figure; the legend lists the predictors by the area under their curves (AURC), the best first. Curves are
+        drawn from a coverage of 5 %, below which they are the luck of a few examples; the area counts all.
 
     Raises:
         InputError: If there is no predictor, or labels do not fit the predictions.
     """
-    _check(curves)
+    curves = _checked(curves)
     areas = {name: aurc(log_p, labels) for name, (log_p, labels) in curves.items()}
     with styled():
+        from matplotlib.ticker import MaxNLocator
+
         figure = page(3, 4.2)
         axes = figure.add_subplot(label="risk-coverage")
         top = 0.0
         for name, look in looks(curves).items():
-            coverage, risk = (values.cpu() for values in risk_coverage(*curves[name]))
-            axes.plot(coverage.numpy(), risk.numpy(), color=look.colour, linestyle=look.dash, linewidth=1.8, label=name)
-            top = max(top, float(risk[coverage >= min(_NOISE, float(coverage[-1]))].max()))
+            coverage, risk = risk_coverage(*curves[name])
+            seen = coverage >= _SEEN
+            axes.plot(
+                coverage[seen].numpy(), risk[seen].numpy(), color=look.colour, linestyle=look.dash, lw=1.8, label=name
+            )
+            top = max(top, float(risk[seen].max()))
         percent_axis(axes, "x")
-        axes.set_ylim(0, min(1.0, 1.12 * top) or 1.0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-        axes.yaxis.get_major_locator().set_params(nbins=5)
+        axes.set_ylim(0, min(1.0, 1.1 * top) or 1.0)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %" if value else "0")
         axes.grid(axis="y", color=RULE, linewidth=0.5)
         axes.set_axisbelow(True)
         axes.set_xlabel("share of questions answered, the most confident first")
@@ -106,7 +122,7 @@ def risk_coverage_plot(curves: Mapping[str, tuple[Float[Tensor, "N C"], Int[Tens
         ranked = sorted(areas, key=areas.__getitem__)
         axes.legend(
             [lines[name] for name in ranked],
-            [f"{shortened(name, 1)}  {areas[name]:.3f}" for name in ranked],
+            [f"{areas[name]:.3f}  {shortened(name, 24)}" for name in ranked],
             title="AURC (lower is better)",
             title_fontsize=SMALL,
             alignment="left",
@@ -120,47 +136,50 @@ def risk_coverage_plot(curves: Mapping[str, tuple[Float[Tensor, "N C"], Int[Tens
 def draw_reliability(axes: Axes, diagram: Reliability, colour: str) -> None:
     """Draw the bars of one reliability diagram, the gaps to the confidence and the diagonal.
 
+    A bin with fewer than ten examples is pale: its height is the luck of a few.
+
     Args:
         axes: Empty axes.
         diagram: The bins.
         colour: Colour of the bars.
     """
-    seen = (diagram.count > 0).cpu()
-    left, right = diagram.edges[:-1].cpu()[seen], diagram.edges[1:].cpu()[seen]
-    accuracy, confidence = diagram.accuracy.cpu()[seen], diagram.confidence.cpu()[seen]
-    place = {"x": left.numpy(), "width": (right - left).numpy(), "align": "edge"}
-    axes.bar(**place, height=accuracy.numpy(), color=colour, edgecolor="white", linewidth=0.6, label="accuracy")
-    axes.bar(
-        **place,
-        height=(confidence - accuracy).abs().numpy(),
-        bottom=torch.minimum(accuracy, confidence).numpy(),
-        color=(1, 1, 1, 0.45),
-        edgecolor=INK,
-        linewidth=0.5,
-        hatch="//////",
-        label="gap",
-    )
-    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.9, linestyle=(0, (4, 2)), label="diagonal", zorder=3)
+    left, width = diagram.edges[:-1].cpu(), diagram.edges.diff().cpu()
+    height, confidence, count = diagram.accuracy.cpu(), diagram.confidence.cpu(), diagram.count.cpu()
+    low, high = torch.minimum(height, confidence), torch.maximum(height, confidence)
+    many = count >= _MANY
+    for kind, bins, strength in (("", many, 1.0), ("few ", ~many & (count > 0), 0.3)):
+        place: dict[str, Any] = {"x": left[bins].numpy(), "width": width[bins].numpy(), "align": "edge"}
+        bars: dict[str, Any] = {"color": (colour, strength), "edgecolor": "white", "linewidth": 0.6}
+        axes.bar(height=height[bins].numpy(), label=f"{kind}accuracy", **place, **bars)
+        gap = _SHADED | {"edgecolor": (INK, strength)}
+        axes.bar(height=(high - low)[bins].numpy(), bottom=low[bins].numpy(), label=f"{kind}gap", **place, **gap)
+    axes.plot([0, 1], [0, 1], label="diagonal", zorder=3, **DIAGONAL)
 
 
-def gap_legend(figure: Figure) -> None:
-    """Say below a figure what bars, shading and diagonal of its reliability diagrams are.
+def explain(figure: Figure, columns: int, average: bool = False) -> None:
+    """Say below a figure what the bars, shades and lines of its reliability diagrams are.
 
     Args:
         figure: The figure.
+        columns: Number of panels side by side.
+        average: Whether the diagrams also mark the average.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    handles: list[Patch | Line2D] = [Patch(facecolor=QUIET, label="accuracy in the bin")]
+    if any(bars.get_label() == "few accuracy" and len(bars) for axes in figure.axes for bars in axes.containers):
+        handles.append(Patch(facecolor=(QUIET, 0.3), label=f"fewer than {_MANY} examples"))
+    handles.append(Patch(label="gap to the confidence", **_SHADED))
+    handles.append(Line2D([], [], label="perfectly calibrated", **DIAGONAL))
+    if average:
+        handles.append(Line2D([], [], label="average of all examples", **AVERAGE))
     figure.legend(
-        handles=[
-            Patch(facecolor=QUIET, label="accuracy in the bin"),
-            Patch(facecolor="white", edgecolor=INK, linewidth=0.5, hatch="//////", label="gap to the confidence"),
-            Line2D([], [], color=QUIET, linewidth=0.9, linestyle=(0, (4, 2)), label="perfectly calibrated"),
-        ],
+        handles=handles,
         loc="outside lower center",
-        ncols=3,
-        columnspacing=2.4,
+        ncols={1: 1, 2: 2}.get(columns, 3 if average else 4),
+        columnspacing=2.0,
+        handlelength=2.2,
     )
 
 
@@ -170,7 +189,7 @@ def _draw_counts(axes: Axes, diagram: Reliability, colour: str, most: int) -> No
     axes.bar(
         edges[:-1].numpy(),
         diagram.count.cpu().numpy(),
-        width=edges.diff().numpy(),
+        edges.diff().numpy(),
         align="edge",
         color=colour,
         edgecolor="white",
@@ -180,8 +199,8 @@ def _draw_counts(axes: Axes, diagram: Reliability, colour: str, most: int) -> No
     axes.set_ylim(0, most)
 
 
-def _check(curves: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Refuse curves that cannot be drawn.
+def _checked(curves: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the curves on the CPU.
 
     Raises:
         InputError: If there is no predictor, or labels do not fit the predictions.
@@ -190,3 +209,4 @@ def _check(curves: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         raise InputError("there is nothing to draw; give at least one predictor with its log-probabilities and labels.")
     for name, (log_p, labels) in curves.items():
         check_labels(log_p, labels, f"the labels of {name!r}")
+    return {name: (log_p.detach().cpu(), labels.cpu()) for name, (log_p, labels) in curves.items()}

@@ -28,6 +28,7 @@ RULE = "#C8C8C8"
 SMALL = 8.5
 
 _WIDTHS = {1: 4.4, 2: 6.6}
+_LENGTHS = {1: 30, 2: 22, 3: 22}
 _SETTINGS: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -77,20 +78,23 @@ class Look:
     dash: tuple[float, tuple[float, ...]]
 
 
-_SOLID, _DASHED, _DOTTED = (0.0, ()), (0.0, (5.0, 1.6)), (0.0, (1.2, 1.4))
-_DASH_DOT, _LONG = (0.0, (6.0, 1.6, 1.2, 1.6)), (0.0, (10.0, 2.2))
+_SOLID, _DASHED, _DOTTED = (0.0, ()), (0.0, (5.0, 1.6)), (0.0, (1.2, 1.2))
+_DASH_DOT, _DOT_DOT, _LONG = (0.0, (6.0, 1.4, 1.2, 1.4)), (0.0, (5.0, 1.2, 1.0, 1.2, 1.0, 1.2)), (0.0, (10.0, 2.2))
+_SHORT = (0.0, (2.6, 1.0))
+# Colours found by a search that keeps any two at least 24 apart (CIELAB) for normal, protan, deutan and tritan vision;
+# methods that share a dash pattern differ in lightness.
 _METHODS = {
-    "map": Look("#5F6368", _DASHED),
-    "ensemble": Look("#E08A00", _SOLID),
-    "swag": Look("#1567B3", _SOLID),
-    "multiswag": Look("#53B1E6", _DASH_DOT),
-    "blob": Look("#00876C", _LONG),
-    "ivon": Look("#C4451C", _DASHED),
-    "laplace": Look("#C66BA5", _SOLID),
-    "mc-dropout": Look("#7A1F5C", _DOTTED),
-    "tfb": Look("#8E8B1F", _DASH_DOT),
-    "temperature": Look("#B09A78", _LONG),
-    "isotropic": Look("#3A2C8C", _DASH_DOT),
+    "map": Look("#656C75", _DASHED),
+    "ensemble": Look("#EFAE00", _SOLID),
+    "swag": Look("#3785FB", _SOLID),
+    "multiswag": Look("#00CEE5", _DASH_DOT),
+    "blob": Look("#087641", _LONG),
+    "ivon": Look("#8F0000", _DOT_DOT),
+    "laplace": Look("#9B4BA8", _SHORT),
+    "mc-dropout": Look("#492756", _DOTTED),
+    "tfb": Look("#A5953E", _DOTTED),
+    "temperature": Look("#9BBA88", _DASHED),
+    "isotropic": Look("#35169D", _DASH_DOT),
 }
 _ALIASES = {"mean": "map", "draws": "swag", "deep-ensemble": "ensemble", "multi-swag": "multiswag"}
 
@@ -122,7 +126,7 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Apply the settings of all figures inside the block; the caller's settings come back after it.
+    """Apply matplotlib's defaults and the settings of all figures inside the block; the caller's come back after it.
 
     Yields:
         Nothing.
@@ -131,10 +135,10 @@ def styled() -> Iterator[None]:
         InputError: If matplotlib is not installed.
     """
     try:
-        import matplotlib
+        import matplotlib.style
     except ModuleNotFoundError as error:
         raise InputError("plots need matplotlib: pip install 'bayeslora[plot]'") from error
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.style.context(["default", _SETTINGS]):
         yield
 
 
@@ -162,23 +166,43 @@ def page(columns: int, height: float) -> Figure:
         The figure, which belongs to no window and no ``pyplot`` state.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(_WIDTHS.get(columns, 9.0), height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.03)
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.03)
+    return Figure(figsize=(_WIDTHS.get(columns, 9.0), height), layout=layout)
 
 
-def shortened(name: str, columns: int) -> str:
-    """Cut a predictor's name to what fits above one of the panels, ending in an ellipsis where it was cut.
+def headline(axes: Axes, name: str, columns: int, words: str) -> None:
+    """Write a predictor's name over a panel, cut to the panel's width, and a line of words under it.
+
+    Args:
+        axes: Axes of the panel.
+        name: Name of the predictor.
+        columns: Number of panels side by side.
+        words: The line between the name and the panel.
+    """
+    axes.set_title(words, loc="left")
+    axes.annotate(
+        shortened(name, _LENGTHS.get(columns, 16)),
+        (0, 1),
+        xytext=(0, 20),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=11.5,
+        fontweight="bold",
+    )
+
+
+def shortened(name: str, limit: int) -> str:
+    """Cut a name to a number of characters.
 
     Args:
         name: The name.
-        columns: Number of panels side by side.
+        limit: Most characters.
 
     Returns:
-        The name, or its beginning.
+        The name, or its beginning and an ellipsis.
     """
-    limit = {1: 30, 2: 22, 3: 20}.get(columns, 13)
     return name if len(name) <= limit else name[: limit - 1].rstrip() + "…"
 
 
@@ -245,7 +269,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise InputError(f"cannot write the figure to {target} ({error.strerror}); choose another path.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def _named(name: str) -> str:

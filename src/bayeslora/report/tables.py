@@ -90,6 +90,6 @@ def _cell(values: Sequence[float] | None, heading: str) -> str:
     kept = [v for v in values or () if math.isfinite(v)]
     if not kept:
         return ""
-    digits = 0 if heading.endswith(" s") else 3
+    digits = 3 if not heading.endswith(" s") else 0 if max(kept) >= 10 else 1
     mean = f"{statistics.fmean(kept):.{digits}f}"
     return mean if len(kept) == 1 else f"{mean} ± {statistics.stdev(kept):.{digits}f}"

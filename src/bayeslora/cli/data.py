@@ -1,0 +1,215 @@
+"""From the command line's options to tasks and splits, and what a run keeps so that it can answer without its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+from bayeslora.cli.options import TaskOptions
+from bayeslora.cli.runs import read_json, write_json
+from bayeslora.errors import InputError
+from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
+from bayeslora.tasks.columns import guess_columns, make_columns
+from bayeslora.tasks.files import find_file
+from bayeslora.tasks.types import Example, Format, Split, Task
+
+_FILE = "task.json"
+
+
+def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test") -> Task:
+    """Return the task that the options describe.
+
+    Args:
+        options: The options.
+        file_as: What a single file is.
+
+    Returns:
+        The task.
+
+    Raises:
+        InputError: If neither a task nor data are named.
+    """
+    if not options.task and not options.data:
+        raise InputError("name a task (--task openbookqa) or give your own data (--data FILE --text-column …)")
+    return load_task(
+        options.task or None,
+        options.data or None,
+        readout=options.readout,
+        template=options.template or None,
+        few_shot=options.few_shot,
+        max_length=options.max_length or None,
+        train_rows=options.train_rows or None,
+        test_rows=options.test_rows or None,
+        validation=int(options.validation) if options.validation >= 1 else options.validation,
+        seed=options.task_seed,
+        columns=named_columns(options) or None,
+        file_as=file_as,
+    )
+
+
+def named_columns(options: TaskOptions) -> dict[str, object]:
+    """Return the columns that the options name, as `load_task` takes them."""
+    columns: dict[str, object] = {}
+    if options.text_column:
+        columns["text"] = options.text_column
+    if options.label_column:
+        columns["label"] = options.label_column
+    if options.choice_columns:
+        several = len(options.choice_columns) > 1
+        columns["choices"] = tuple(options.choice_columns) if several else options.choice_columns[0]
+    if options.classes:
+        columns["classes"] = tuple(options.classes)
+    return columns
+
+
+def other_splits(names: Sequence[str], options: TaskOptions, like: Split) -> dict[str, Split]:
+    """Return other data, put to the model as the first task is, by short names.
+
+    Args:
+        names: Known tasks, or paths to data with the same columns.
+        options: The first task's options; its data folder is looked in for known tasks.
+        like: The first task's test split; classes, readout, few-shot examples and limits are taken from it.
+
+    Returns:
+        Name to split; a path's name is its last part, with its folder where that is not enough.
+    """
+    short = [Path(name).stem for name in names]
+    clear = [Path(name).stem if short.count(Path(name).stem) == 1 else f"{Path(name).parent.name}-{Path(name).stem}"
+             for name in names]  # fmt: skip
+    return {key: _other(name, options, like) for key, name in zip(clear, names, strict=True)}
+
+
+def _other(name: str, options: TaskOptions, like: Split) -> Split:
+    """Return the test split of one other data set."""
+    path, most = Path(name), options.test_rows or None
+    if path.exists() and like.classes is not None:
+        file = path if path.is_file() else find_file(path, ("test",))
+        if file is None:
+            raise InputError(f"{name} has no test examples")
+        rows = read_rows(file)
+        text = options.text_column or guess_columns(rows.columns).text
+        split = split_from_rows(rows, like.format, name=name, columns=Columns(text, None), classes=like.classes)
+        return split.take(range(min(len(split), most or len(split))))
+    if path.exists():
+        other = load_task(None, path, test_rows=most, seed=options.task_seed, columns=named_columns(options) or None)
+    else:
+        folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
+        other = load_task(name, folder or None, test_rows=most, seed=options.task_seed)
+    if other.test is None:
+        raise InputError(f"{name} has no test examples")
+    if like.classes is None:
+        return replace(other.test, format=replace(like.format, kind=other.test.format.kind))
+    # a classifier answers every text with its own classes; what is asked is only whether it is unsure
+    examples = tuple(replace(e, choices=like.classes, label=None, probs=None) for e in other.test)
+    return replace(other.test, examples=examples, classes=like.classes, format=like.format)
+
+
+def keep_format(folder: Path, split: Split) -> None:
+    """Write down how a split is put to the model, so that a run can answer without the data that it was trained on.
+
+    Args:
+        folder: The run's folder.
+        split: The split that is trained on.
+    """
+    write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
+
+
+def kept_format(folder: Path, options: TaskOptions) -> Split | None:
+    """Return how a run puts examples to the model, as a split without examples.
+
+    Args:
+        folder: The run's folder.
+        options: Options, which may ask for another template, readout or limit, or for fewer few-shot examples.
+
+    Returns:
+        The empty split; None if the folder does not say.
+
+    Raises:
+        InputError: If the folder's file is damaged, or the options ask for more few-shot examples than are kept.
+    """
+    kept = read_json(folder / _FILE)
+    if not kept:
+        return None
+    try:
+        form, classes = kept["format"], kept["classes"]
+        shots = tuple(Example(**(s | {"choices": tuple(s["choices"]), "probs": None})) for s in form["few_shot"])
+        kind = form["kind"]
+        name = str(kept["name"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
+    if options.few_shot > len(shots):
+        raise InputError(f"the run keeps {len(shots)} solved examples, and --few-shot asks for {options.few_shot}")
+    form = Format(options.template, options.readout, shots[: options.few_shot], options.max_length or None, kind)
+    return Split(name, (), form, tuple(classes) if classes else None)
+
+
+def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
+    """Return rows as examples without labels, of the format of another split.
+
+    Args:
+        rows: The rows, with the columns that the options name, those of the known task, or the usual ones.
+        like: The split whose format and classes they get.
+        options: The options.
+
+    Returns:
+        The split, in the order of the rows.
+    """
+    known = find_task(options.task) or find_task(Path(options.data).stem)
+    layouts = [*((known.hub, known.local) if known is not None else ()), guess_columns(rows.columns)]
+    columns = next((c for c in layouts if _has(rows, c, like)), layouts[-1])
+    named = {k: v for k, v in named_columns(options).items() if k in ("text", "choices")}
+    columns = replace(make_columns(named, replace(columns, label=None)) if named else columns, label=None)
+    if like.classes is not None:
+        columns = Columns(columns.text, None, context=columns.context)
+    return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
+
+
+def _has(rows: Rows, columns: Columns, like: Split) -> bool:
+    """Say whether rows have the columns of text and, unless there are classes, of choices."""
+    choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
+    needed = [columns.text, columns.context] if like.classes is not None else [columns.text, columns.context, *choices]
+    asked = like.classes is not None or columns.choices is not None
+    return asked and all(column is None or column in rows.columns for column in needed)
+
+
+def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:
+    """Return the test split of a run's task, put to the model as in training.
+
+    Args:
+        options: The options, completed by those of the run.
+        folder: The run's folder.
+        inherited: Whether the data are those that the run was trained on.
+
+    Returns:
+        The split.
+
+    Raises:
+        InputError: If there are no test examples, or a label is not one of the run's classes.
+    """
+    if inherited and Path(options.data).is_file():
+        raise InputError(f"the run was trained on all of {options.data}; give test rows with --data FILE")
+    like = kept_format(folder, options)
+    task = build_task(replace(options, few_shot=0) if like is not None else options)
+    if task.test is None:
+        raise InputError(f"the task {task.name} has no test examples; give some with --data FILE")
+    if like is None:
+        return task.test
+    shots = replace(task.test.format, few_shot=like.format.few_shot)
+    return _aligned(replace(task.test, format=shots), like.classes)
+
+
+def _aligned(split: Split, classes: tuple[str, ...] | None) -> Split:
+    """Return the split with the labels counted in the classes that were trained on."""
+    if classes is None or split.classes is None or split.classes == classes:
+        return split
+    examples = []
+    for row, e in enumerate(split):
+        answer = None if e.label is None else e.choices[e.label]
+        if answer is not None and answer not in classes:
+            raise InputError(
+                f"row {row} of {split.name} has the class {answer!r}, and the run was trained on {', '.join(classes)}"
+            )
+        examples.append(replace(e, choices=classes, label=None if answer is None else classes.index(answer)))
+    return replace(split, examples=tuple(examples), classes=classes)

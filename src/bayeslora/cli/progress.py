@@ -1,0 +1,88 @@
+"""Progress of training: one bar with the time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import datasets
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer
+from transformers.utils import logging as transformers_logging
+
+from bayeslora.cli.terminal import say, watched
+
+
+@contextmanager
+def own_progress() -> Iterator[None]:
+    """Show our progress in the place of the Trainer's, and no bars for what takes a second.
+
+    Yields:
+        Nothing; afterwards the libraries show theirs as before.
+    """
+    bars, mapping_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    shown, verbosity = trainer.DEFAULT_PROGRESS_CALLBACK, transformers_logging.get_verbosity()
+    try:
+        transformers_logging.set_verbosity(logging.ERROR)
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        trainer.DEFAULT_PROGRESS_CALLBACK = Progress
+        yield
+    finally:
+        trainer.DEFAULT_PROGRESS_CALLBACK = shown
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if mapping_bars:
+            datasets.enable_progress_bars()
+
+
+@final
+class Progress(TrainerCallback):
+    """Takes the place of the Trainer's own display: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.began, self.first = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin at the step that training goes on from."""
+        self.began, self.first = time.monotonic(), state.global_step
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit=" steps",
+            dynamic_ncols=True,
+            disable=not watched(),
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on by a step."""
+        self.bar.update()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss."""
+        logs = {k: v for k, v in (kwargs.get("logs") or {}).items() if k in ("loss", "eval_loss")}
+        if not logs or self.bar is None:
+            return
+        if watched():
+            self.bar.set_postfix({k: f"{float(v):.3f}" for k, v in logs.items()})
+            return
+        done = max(1, state.global_step - self.first)
+        left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
+        losses = ", ".join(
+            f"{k.removesuffix('_loss')} loss {float(v):.3f}".removeprefix("loss ") for k, v in logs.items()
+        )
+        say(f"  step {state.global_step} of {state.max_steps}, {losses}, {left:.0f} s left")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()

@@ -1,0 +1,43 @@
+"""What a run shows: our own words, and none of the notices that other libraries give to programmers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NOISY = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "kernels", "torchao", "httpx")
+"""Libraries of which only errors are shown."""
+
+
+def say(line: str) -> None:
+    """Print one line about what goes on, on standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def watched() -> bool:
+    """Return whether somebody looks on, so that bars make sense."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show errors only of other libraries, for the length of a ``with`` block; they need not be imported yet.
+
+    Yields:
+        Nothing; afterwards the libraries speak as before.
+    """
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)}|torch)(\.|$)")
+        try:
+            for name in NOISY:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
