@@ -273,18 +273,12 @@ def test_other_suffixes_are_refused_in_words(tmp_path):
         save(risk_coverage_plot(curves(1)), tmp_path / "figure.pdf")
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda: reliability_diagram(curves(1)),
-        lambda: risk_coverage_plot(curves(1)),
-        lambda: overconfidence_picture(predictions(1), LABELS),
-    ],
-)
+@pytest.mark.parametrize("draw", [reliability_diagram, risk_coverage_plot])
 def test_missing_matplotlib_is_refused_in_words(draw, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"plots need matplotlib: pip install 'bayeslora\[plot\]'"):
-        draw()
+    for make in (lambda: draw(curves(1)), lambda: overconfidence_picture(predictions(1), LABELS)):
+        with pytest.raises(InputError, match=r"plots need matplotlib: pip install 'bayeslora\[plot\]'"):
+            make()
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def load_model(
     if not causal:
         labels = dict(enumerate(classes or ()))
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+        options["ignore_mismatched_sizes"] = True  # a head of other classes makes way for a new one
     try:
         base = (AutoModelForCausalLM if causal else AutoModelForSequenceClassification).from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:

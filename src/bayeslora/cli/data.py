@@ -155,12 +155,22 @@ def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
 
     Returns:
         The split, in the order of the rows.
+
+    Raises:
+        InputError: If there are no rows, or no choices.
     """
+    if not len(rows):
+        raise InputError(f"{rows.name} has no rows to answer")
     known = find_task(options.task) or find_task(Path(options.data).stem)
     layouts = [*((known.hub, known.local) if known is not None else ()), guess_columns(rows.columns)]
     columns = next((c for c in layouts if _has(rows, c, like)), layouts[-1])
     named = {k: v for k, v in named_columns(options).items() if k in ("text", "choices")}
     columns = replace(make_columns(named, replace(columns, label=None)) if named else columns, label=None)
+    if like.classes is None and columns.choices is None:
+        raise InputError(
+            f"{rows.name} has no column of choices (its columns are {', '.join(rows.columns)}); name it with "
+            "--choice-columns"
+        )
     if like.classes is not None:
         columns = Columns(columns.text, None, context=columns.context)
     return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)

@@ -72,7 +72,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(each, inside[0]) for each in value)
     if isinstance(value, bool) or hint not in (int, float):
-        return isinstance(value, hint)
+        return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     return isinstance(value, int) or (hint is float and isinstance(value, float) and math.isfinite(value))
 
 

@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 --data is a folder with train, test and, if there is one, validation files, or one file to train on. Methods and their
 settings (--set key=value): docs/methods. The run folder then serves evaluate, predict and export."""
-FREE = ("draws", "token_budget", "device")
+FREE = ("draws", "token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,7 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     method: str = option("swag", "map, ensemble:M, swag or multiswag:M.")
     set: list[str] = option([], "Settings of the method, key=value.")
     seed: int = option(0, "Seed of the run; it decides the adapter's start and the order of the data.")
+    resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-run", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
 
@@ -107,6 +108,6 @@ def _measure(options: Options, model: Any, tokenizer: Any, posterior: Any, test:
         token_budget=options.token_budget,
         progress=watched(),
     )
-    result = evaluate(prediction, test)
+    result = evaluate(prediction, test, resamples=options.resamples)
     write_json(Path(options.out) / "evaluation.json", result.to_dict())
     print(result.table())

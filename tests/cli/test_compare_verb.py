@@ -1,0 +1,114 @@
+"""``compare``: shared runs are trained once, a stopped comparison goes on, and its files say what the table says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import transformers
+from cli_data import POINTS, QUICK
+
+from bayeslora.cli import main
+
+METHODS = ["map", "ensemble:2", "swag", "multiswag:2"]
+
+
+@pytest.fixture(scope="module")
+def words(home):
+    other = str(home.path / "other.jsonl")
+    more = ["--methods", *METHODS, "--seeds", "0", "1", "--ood", other, "--draws", "4"]
+    return ["compare", *home.marbles(), *QUICK, *POINTS, *more]
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The trainings so far; ``stop_at`` makes one of them end in Ctrl-C."""
+    train = transformers.Trainer.train
+    seen = {"count": 0, "stop_at": None}
+
+    def counted(self, *args, **kwargs):
+        if seen["count"] == seen["stop_at"]:
+            raise KeyboardInterrupt
+        seen["count"] += 1
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "train", counted)
+    return seen
+
+
+def numbers(out):
+    found = json.loads((out / "results.json").read_text())
+    for row in found["rows"]:
+        assert row.pop("train s", [0, 0]) is not None
+        row.pop("predict s", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(words, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    assert main([*words, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_stopped_comparison_goes_on_without_training_anything_twice_and_ends_in_the_same_table(
+    bay, words, trainings, finished, tmp_path
+):
+    out = tmp_path / "out"
+    trainings["stop_at"] = 3
+    said = bay(*words, "--out", out)
+    assert said.status == 130
+    assert "--resume" in said.err
+    assert bay(*words, "--out", out).status == 2
+    trainings["stop_at"] = None
+    said = bay(*words, "--out", out, "--resume")
+    assert said.status == 0, said.err
+    assert trainings["count"] == 8  # two seeds of two MAP runs, and SWAG from each; the ensembles are made of these
+    assert numbers(out) == numbers(finished)
+    assert bay(*words, "--out", out, "--resume").status == 0
+    assert trainings["count"] == 8
+
+
+def test_the_files_hold_the_table_the_numbers_and_the_figures(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {"results.json", "results.md", "reliability.png", "risk-coverage.png", "overconfidence.png"} <= names
+    table = (finished / "results.md").read_text()
+    found = json.loads((finished / "results.json").read_text())
+    assert (found["train_rows"], found["test_rows"]) == (18, 13)
+    for row in found["rows"]:
+        assert f"| {row['name']}" in table
+        low, high = row["accuracy"]
+        assert f"{(low + high) / 2:.3f} ± {abs(low - high) / 2**0.5:.3f}" in table
+    assert {"AUROC H", "AUROC MI"} <= found["rows"][-1].keys()
+    assert set(found["evaluations"]) == set(METHODS)
+
+
+def test_other_options_and_other_folders_are_refused(refused, words, finished, tmp_path):
+    assert "begun with rank=8" in refused(*words, "--rank", "4", "--out", finished, "--resume")
+    assert "add --resume" in refused(*words, "--out", finished)
+    out = ["--out", tmp_path / "new"]
+    assert "unknown method 'swog'" in refused(*words, "--methods", "swog", *out)
+    assert "names none of the methods" in refused(*words, "--set", "ivon.rank=3", *out)
+    assert "swag has no setting" in refused(*words, "--set", "swag.rang=3", *out)
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_matplotlib_the_figures_are_left_out_with_a_notice(bay, words, finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for figure in out.glob("*.png"):
+        figure.unlink()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = bay(*words, "--out", out, "--resume")
+    assert said.status == 0, said.err
+    assert "no figures: " in said.err
+    assert "matplotlib" in said.err
+    assert not list(out.glob("*.png"))
+
+
+def test_a_task_without_a_test_split_is_refused(refused, words, home, tmp_path):
+    shutil.copy(home.path / "marbles" / "train.jsonl", tmp_path / "train.jsonl")
+    assert "lacks a train or a test split" in refused(*words, "--data", tmp_path, "--out", tmp_path / "new")
