@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,10 +110,11 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
     for seed in seeds:
         for name, method in methods.items():
             folder = study.out / f"seed-{seed}"
+            stem = name.replace(":", "-")
             posterior, seconds = _posterior(study, method, seed)
-            prediction = _predicted(study, posterior, study.task.test, folder / f"{name}.safetensors", name, seed)
+            prediction = _predicted(study, posterior, study.task.test, folder / f"{stem}.safetensors", name, seed)
             others = {
-                other: _predicted(study, posterior, split, folder / f"{name}@{other}.safetensors", name, seed)
+                other: _predicted(study, posterior, split, folder / f"{stem}@{other}.safetensors", name, seed)
                 for other, split in study.ood.items()
             }
             found.predictions[name][seed], found.ood[name][seed] = prediction, others
@@ -155,7 +157,9 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
     posterior = fit(study.model, study.task, own, args, tokenizer=study.tokenizer, start=start, resume=True)
     seconds = before + time.perf_counter() - began
     posterior.save_pretrained(folder / "posterior", overwrite=True)
-    log.write_text(json.dumps({"settings": settings(method), "seconds": seconds}), encoding="utf-8")
+    partial = log.with_suffix(".partial")
+    partial.write_text(json.dumps({"settings": settings(method), "seconds": seconds}), encoding="utf-8")
+    partial.replace(log)
     return posterior, seconds
 
 
@@ -181,7 +185,7 @@ def _predicted(study: Study, posterior: Posterior, split: Split, path: Path, nam
         seed=seed,
         tokenizer=study.tokenizer,
         token_budget=study.token_budget,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     prediction.save(path)

@@ -41,6 +41,7 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     set: list[str] = option([], "Settings of a method, method.key=value, such as swag.rank=10.")
     seeds: list[int] = option([0], "Seeds; each is a whole comparison.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
+    ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
     swag_share: float = option(0.5, "Length of SWAG's constant phase, as a share of MAP's steps.")
     bins: int = option(15, "Bins of the calibration errors.")
     resamples: int = option(200, "Bootstrap resamples for the intervals in results.json; 0: none.")
@@ -73,7 +74,7 @@ def run(options: Options) -> None:
         task = build_task(tasks)
         if task.test is None or task.train is None:
             raise InputError(f"the task {task.name} lacks a train or a test split; give a folder with files for both")
-        others = other_splits(options.ood, tasks, task.test)
+        others = other_splits(options.ood, tasks, task.test, options.ood_rows)
         model, tokenizer = build_model(
             part(ModelOptions, options), part(AdapterOptions, options), task.train.classes, options.readout
         )

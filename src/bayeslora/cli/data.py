@@ -64,13 +64,14 @@ def named_columns(options: TaskOptions) -> dict[str, object]:
     return columns
 
 
-def other_splits(names: Sequence[str], options: TaskOptions, like: Split) -> dict[str, Split]:
+def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: int = 0) -> dict[str, Split]:
     """Return other data, put to the model as the first task is, by short names.
 
     Args:
         names: Known tasks, or paths to data with the same columns.
         options: The first task's options; its data folder is looked in for known tasks.
         like: The first task's test split; classes, readout, few-shot examples and limits are taken from it.
+        rows: Most rows of each; 0: as many as of the first task's test split.
 
     Returns:
         Name to split; a path's name is its last part, with its folder where that is not enough.
@@ -78,19 +79,19 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split) -> dic
     short = [Path(name).stem for name in names]
     clear = [Path(name).stem if short.count(Path(name).stem) == 1 else f"{Path(name).parent.name}-{Path(name).stem}"
              for name in names]  # fmt: skip
-    return {key: _other(name, options, like) for key, name in zip(clear, names, strict=True)}
+    return {key: _other(name, options, like, rows) for key, name in zip(clear, names, strict=True)}
 
 
-def _other(name: str, options: TaskOptions, like: Split) -> Split:
+def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     """Return the test split of one other data set."""
-    path, most = Path(name), options.test_rows or None
+    path, most = Path(name), rows or options.test_rows or None
     if path.exists() and like.classes is not None:
         file = path if path.is_file() else find_file(path, ("test",))
         if file is None:
             raise InputError(f"{name} has no test examples")
-        rows = read_rows(file)
-        text = options.text_column or guess_columns(rows.columns).text
-        split = split_from_rows(rows, like.format, name=name, columns=Columns(text, None), classes=like.classes)
+        table = read_rows(file)
+        text = options.text_column or guess_columns(table.columns).text
+        split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
         return split.take(range(min(len(split), most or len(split))))
     if path.exists():
         other = load_task(None, path, test_rows=most, seed=options.task_seed, columns=named_columns(options) or None)

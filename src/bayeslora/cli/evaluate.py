@@ -25,6 +25,7 @@ class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions):
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
+    ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
     bins: int = option(15, "Bins of the calibration errors.")
     binning: Literal["width", "mass"] = option("width", "Bins of equal width, or with equally many examples.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals; 0: none.")
@@ -59,7 +60,7 @@ def run(options: Options) -> None:
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
         tasks = part(TaskOptions, options)
         test = test_of(tasks, folder, inherited=before.get("data") == options.data)
-        others = other_splits(options.ood, tasks, test)
+        others = other_splits(options.ood, tasks, test, options.ood_rows)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), test.classes)
         found = {
             key: predict(
