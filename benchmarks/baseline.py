@@ -23,10 +23,10 @@ from torch.nn import functional
 
 import bayeslora as bl
 from bayeslora.demo_model import demo_model
+from bayeslora.engine.readouts import readout_for
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import read
 from bayeslora.posteriors import Point
-from bayeslora.predict.readouts import readout_for
 from bayeslora.tasks.render import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
 
@@ -60,8 +60,9 @@ def plain_logits(model: Any, tokenizer: Any, split: Split, readout: str) -> torc
     at = 0
     rows = []
     for example in split:
-        rows.append(functional.pad(scores[at : at + len(example.choices)], (0, widest - len(example.choices)),
-                                   value=-torch.inf))
+        rows.append(
+            functional.pad(scores[at : at + len(example.choices)], (0, widest - len(example.choices)), value=-torch.inf)
+        )
         at += len(example.choices)
     return torch.stack(rows) if rows else found
 
@@ -163,7 +164,9 @@ def main() -> None:
         model, tokenizer = bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])
         rows += measure(model, tokenizer, task, readout, args.runs)
     for found in rows:
-        print(f"{found['name']:<50} {found['value']:.3f}  bound {found['bound']}  {'met' if found['met'] else 'NOT MET'}")
+        print(
+            f"{found['name']:<50} {found['value']:.3f}  bound {found['bound']}  {'met' if found['met'] else 'NOT MET'}"
+        )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"machine": machine(), "rows": rows}, file, indent=2)

@@ -1,6 +1,6 @@
 """SWAG in TRL's own SFTTrainer: no class to subclass, one line more.
 
-    python examples/sft_trainer.py           # about a minute on two CPU cores; needs pip install trl
+python examples/sft_trainer.py           # about a minute on two CPU cores; needs pip install trl
 """
 
 from datasets import Dataset

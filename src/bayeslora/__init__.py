@@ -12,25 +12,25 @@ from bayeslora.errors import InputError
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
+    from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
-    from bayeslora.fit import fit
     from bayeslora.methods import Ensemble, Map, Method, Swag, multi_swag
     from bayeslora.models import load_model
     from bayeslora.operations import pruned, restricted, tempered
     from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
-    from bayeslora.predict import predict
     from bayeslora.prediction import Prediction
     from bayeslora.storage import export_draws, load_posterior
     from bayeslora.tasks import load_task
+    from bayeslora.training import fit
 
 _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
-    "fit": ("fit",),
+    "training": ("fit",),
     "methods": ("Ensemble", "Map", "Method", "Swag", "multi_swag"),
     "models": ("load_model",),
     "operations": ("pruned", "restricted", "tempered"),
     "posteriors": ("ColumnDropout", "DiagonalGaussian", "LowRankGaussian", "Mixture", "Point", "Posterior"),
-    "predict": ("predict",),
+    "engine": ("predict",),
     "prediction": ("Prediction",),
     "storage": ("export_draws", "load_posterior"),
     "tasks": ("load_task",),

@@ -20,17 +20,17 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Evaluation, evaluate
-from bayeslora.fit import fit
 from bayeslora.methods import Ensemble, Map, Method, Swag
 from bayeslora.methods.base import settings
 from bayeslora.params import initialise
 from bayeslora.posteriors import Posterior
-from bayeslora.predict import predict
 from bayeslora.prediction import Prediction
 from bayeslora.storage import load_posterior
 from bayeslora.tasks.types import Split, Task
+from bayeslora.training import fit
 
 SEED_STRIDE = 1000
 """Member k of seed s is trained with seed ``s · SEED_STRIDE + k``."""

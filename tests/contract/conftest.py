@@ -12,10 +12,10 @@ from methods_table import DROPOUT, TABLE
 from peft import PeftModel
 from tiny import KINDS, Kind, arguments
 
-from bayeslora.fit import fit
 from bayeslora.methods import Method
 from bayeslora.params import read, write
 from bayeslora.posteriors import Posterior
+from bayeslora.training import fit
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from tiny import arguments, same_params, same_state, state_of
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayeslora.fit import fit
+from bayeslora.engine import predict
 from bayeslora.methods import METHODS, Ensemble
 from bayeslora.params import Params, live, read
 from bayeslora.posteriors import Mixture, Point, Posterior
-from bayeslora.predict import predict
 from bayeslora.storage import export_draws, load_posterior
+from bayeslora.training import fit
 
 LM, HEAD = "llama-likelihood", "bert"
 TRAINED_TWICE = [(method, LM) for method in TABLE] + [(name, HEAD) for name in ("map", "swag", "ensemble")]

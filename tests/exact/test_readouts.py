@@ -11,9 +11,9 @@ from tiny import COLOURS, KINDS, make_model, make_split, same_state, state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bayeslora.engine import Readout, predict, readout_for
 from bayeslora.params import live, read
 from bayeslora.posteriors import Point
-from bayeslora.predict import Readout, predict, readout_for
 from bayeslora.tasks.render import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
 

@@ -15,11 +15,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.fit import fit
 from bayeslora.methods import Swag
 from bayeslora.methods.swag import Moments, hold
 from bayeslora.params import live, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
+from bayeslora.training import fit
 
 STEPS, PEAK = 12, 1e-2
 

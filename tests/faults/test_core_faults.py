@@ -14,15 +14,15 @@ from tiny import KINDS, arguments, gaussian, make_base, make_model, make_task, m
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel
 
+from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
-from bayeslora.fit import fit
 from bayeslora.methods import Ensemble, Map, Swag
 from bayeslora.operations import draw_count
 from bayeslora.origin import origin_of
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point, Posterior
-from bayeslora.predict import predict, readout_for
 from bayeslora.tasks.types import Example, Format, Split
+from bayeslora.training import fit
 
 LM_TASK = make_task(readout="likelihood")
 

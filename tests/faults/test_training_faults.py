@@ -13,11 +13,11 @@ from tiny import arguments, make_model, make_task, same_params
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError, Interrupted
-from bayeslora.fit import fit
 from bayeslora.methods import Ensemble, Map, Swag
 from bayeslora.params import read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.tasks.types import Split
+from bayeslora.training import fit
 
 LM_TASK = make_task(readout="likelihood")
 

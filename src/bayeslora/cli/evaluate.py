@@ -51,8 +51,8 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import other_splits, test_of
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
+    from bayeslora.engine import predict
     from bayeslora.evaluation import evaluate
-    from bayeslora.predict import predict
     from bayeslora.storage import load_posterior
 
     before = read_options(folder)

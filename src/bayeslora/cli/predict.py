@@ -55,7 +55,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import model_for, shaped
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say, watched
-    from bayeslora.predict import predict
+    from bayeslora.engine import predict
     from bayeslora.storage import load_posterior
     from bayeslora.tasks import read_rows
 

@@ -80,8 +80,8 @@ def run(options: Options) -> None:
 def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
     """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
     from bayeslora.cli.terminal import say
-    from bayeslora.fit import fit
     from bayeslora.params import initialise, live
+    from bayeslora.training import fit
 
     initialise(model, options.seed)
     rows = len(task.train) if task.train is not None else 0
@@ -94,8 +94,8 @@ def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: An
 def _measure(options: Options, model: Any, tokenizer: Any, posterior: Any, test: Any) -> None:
     """Print the metrics of the test split and keep them, if its answers are known."""
     from bayeslora.cli.terminal import watched
+    from bayeslora.engine import predict
     from bayeslora.evaluation import evaluate
-    from bayeslora.predict import predict
 
     if test is None or any(e.label is None for e in test):
         return

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
+from bayeslora.engine.encode import Encoded
+from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods import Ensemble, Map, Method
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, write
 from bayeslora.posteriors import Posterior
-from bayeslora.predict.encode import Encoded
-from bayeslora.predict.readouts import readout_for
 from bayeslora.storage import load_posterior
 from bayeslora.tasks.types import Split, Task
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
+from bayeslora.engine.encode import Encoded
+from bayeslora.engine.readouts import Batch, Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
 from bayeslora.origin import check_base
 from bayeslora.params import evaluating, live, require_lora
 from bayeslora.posteriors import Mixture, Point, Posterior
-from bayeslora.predict.encode import Encoded
-from bayeslora.predict.readouts import Batch, Readout, readout_for
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 

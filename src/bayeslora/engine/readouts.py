@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora._typing import Bool, Float
+from bayeslora.engine.encode import Encoded, encode, tokenizer_of
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, generator, require_lora
-from bayeslora.predict.encode import Encoded, encode, tokenizer_of
 from bayeslora.tasks.types import Split
 
 Batch = dict[str, Tensor]
@@ -52,7 +52,7 @@ class Readout:
     dtype: torch.dtype
 
     def encode(self, split: Split) -> tuple[list[Encoded], int]:
-        """Return the split as token ids, and how many prompts were cut; see `bayeslora.predict.encode.encode`."""
+        """Return the split as token ids, and how many prompts were cut; see `bayeslora.engine.encode.encode`."""
         return encode(split, self.tokenizer, self.name, self.limit)
 
     def length(self, row: Encoded) -> int:
