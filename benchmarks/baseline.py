@@ -2,8 +2,8 @@
 
 The plain way is what research scripts do: full logits for every position, rows in the order of the file, padded batches
 of 16, and every choice's text as its own sequence where answers are read by likelihood. Ours is `bayeslora.predict` and
-the training step that `bayeslora.fit` gives the stock Trainer. Both use the same rows, model, dtype and adapter; the two
-are timed in turn, and the figure is the median of the pairs' ratios.
+the training step that `bayeslora.fit` gives the stock Trainer. Both use the same rows, model, dtype and adapter; the
+two are timed in turn, and the figure is the median of the pairs' ratios.
 
     python benchmarks/baseline.py --data DATA --model MODEL --json baseline.json
 """
