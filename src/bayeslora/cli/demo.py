@@ -39,7 +39,7 @@ class Options:
     test_rows: int = option(200, "Test rows.")
     epochs: float = option(8.0, "Passes over the training rows.")
     learning_rate: float = option(2e-3, "Peak learning rate.")
-    swag_learning_rate: float = option(2e-3, "Constant learning rate of SWAG's phase.")
+    swag_learning_rate: float = option(8e-3, "Constant learning rate of SWAG's phase.")
     draws: int = option(6, "Draws from SWAG's posterior.")
     seed: int = option(0, "Seed of data and training.")
     out: str = option("bayeslora-demo", "Folder for the results.")
