@@ -110,11 +110,12 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
         "mutual_information": prediction.mutual_information,
         "disagreement": prediction.disagreement,
     }
+    every, answers = prediction.probs, prediction.answer
     found = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
-        probs = prediction.probs[i, : len(example.choices)].tolist()
+        probs = every[i, : len(example.choices)].tolist()
         new = {
-            "answer": example.choices[int(prediction.answer[i])],
+            "answer": example.choices[int(answers[i])],
             **{name: round(float(values[i]), 6) for name, values in scores.items()},
             "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
         }
