@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Evaluation, evaluate
+from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, Swag
 from bayeslora.methods.base import settings
 from bayeslora.params import initialise
@@ -157,9 +158,8 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
     posterior = fit(study.model, study.task, own, args, tokenizer=study.tokenizer, start=start, resume=True)
     seconds = before + time.perf_counter() - began
     posterior.save_pretrained(folder / "posterior", overwrite=True)
-    partial = log.with_suffix(".partial")
-    partial.write_text(json.dumps({"settings": settings(method), "seconds": seconds}), encoding="utf-8")
-    partial.replace(log)
+    with replacing(log) as partial:
+        partial.write_text(json.dumps({"settings": settings(method), "seconds": seconds}), encoding="utf-8")
     return posterior, seconds
 
 

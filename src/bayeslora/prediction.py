@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from bayeslora import uncertainty
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
+from bayeslora.files import replacing
 
 _FORMAT = "bayeslora.prediction"
 _VERSION = 1
@@ -129,21 +129,13 @@ class Prediction:
         }
         content = save(tensors, metadata={_FORMAT: json.dumps(fields)})
         target = Path(path)
-        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
+            with replacing(target) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             raise InputError(
                 f"cannot write the prediction to {target} ({error.strerror}); choose another path."
             ) from error
-        finally:
-            if partial.exists():
-                partial.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prediction:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayeslora.errors import InputError
+from bayeslora.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -258,19 +258,11 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
             content = render(figure, "svg")
         case _:
             raise InputError(f"cannot write a figure to {target}; give a path that ends in .png or .svg.")
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        with replacing(target) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise InputError(f"cannot write the figure to {target} ({error.strerror}); choose another path.") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
 
 
 def _named(name: str) -> str:
