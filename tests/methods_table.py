@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tiny import KINDS
 
-from bayeslora.methods import METHODS, Ensemble, Map, Method, Swag
+from bayeslora.methods import METHODS, Blob, Ensemble, Ivon, Map, Method, Swag
 
 DROPOUT = 0.1
 """LoRA dropout of the models that the methods train."""
@@ -18,16 +18,21 @@ TABLE: dict[str, Method] = {name: make(**QUICK.get(name, {})) for name, make in 
     "ensemble-dropout": Ensemble(2, Map(weight_decay_b=5.0), dropout_draws=True),
     "swag-diagonal": Swag("diagonal", start=2, interval=1, learning_rate=3e-3),
     "swag-swa": Swag("swa"),
+    "blob-elbo": Blob("elbo", prior_sigma=0.1, kl_cycle=3),
+    "ensemble-blob": Ensemble(2, Blob()),
+    "ivon-published": Ivon(preset="arc_easy"),
+    "ivon-empirical": Ivon(sigma0=0.05, max_step=1e-2, temperature=0.1, prior="empirical"),
+    "ensemble-ivon": Ensemble(2, Ivon()),
 }
 
 EVERYTHING = ("llama-likelihood", "bert-bf16")
-"""Kinds of models on which every method is tested; on the others one method with noise and one mixture."""
+"""Kinds of models on which every method is tested; on the others a few that differ most."""
 
 PAIRS = [
     (method, kind)
     for kind in KINDS
     for method in TABLE
-    if (kind in EVERYTHING or method in ("swag", "ensemble-dropout"))
+    if (kind in EVERYTHING or method in ("swag", "ensemble-dropout", "ivon", "blob"))
     and not (method == "map-kl" and kind.startswith("bert"))  # refused: a new head has no base answers
 ]
 """Methods by models."""

@@ -14,9 +14,10 @@ from bayeslora.version import __version__
 if TYPE_CHECKING:
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
-    from bayeslora.methods import Ensemble, Map, Method, Swag, multi_swag
+    from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, Swag, multi_swag
     from bayeslora.models import load_model
     from bayeslora.operations import pruned, restricted, tempered
+    from bayeslora.optim import IvonOptimizer
     from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
     from bayeslora.prediction import Prediction
     from bayeslora.storage import export_draws, load_posterior
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
     "training": ("fit",),
-    "methods": ("Ensemble", "Map", "Method", "Swag", "multi_swag"),
+    "methods": ("Blob", "Ensemble", "Ivon", "Map", "Method", "Swag", "multi_swag"),
     "models": ("load_model",),
     "operations": ("pruned", "restricted", "tempered"),
+    "optim": ("IvonOptimizer",),
     "posteriors": ("ColumnDropout", "DiagonalGaussian", "LowRankGaussian", "Mixture", "Point", "Posterior"),
     "engine": ("predict",),
     "prediction": ("Prediction",),
@@ -38,11 +40,14 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Blob",
     "ColumnDropout",
     "DiagonalGaussian",
     "Ensemble",
     "Evaluation",
     "InputError",
+    "Ivon",
+    "IvonOptimizer",
     "LowRankGaussian",
     "Map",
     "Method",

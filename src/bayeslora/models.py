@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -79,35 +80,11 @@ def load_model(
     Raises:
         InputError: If the model cannot be loaded, or classes are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
     place = torch.device(device) if device is not None else default_device()
     options: dict[str, Any] = {"dtype": dtype or fast_dtype(place)}
     if attention or place.type == "cpu":
         options["attn_implementation"] = attention or "eager"
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(_cannot_load(name, error)) from error
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ()) and readout != "head"
-    if not causal and not classes:
-        raise InputError(
-            f"{name} answers by a classification head, and the task has no classes; use a causal language model for "
-            "multiple choice"
-        )
-    if not causal:
-        labels = dict(enumerate(classes or ()))
-        options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-        options["ignore_mismatched_sizes"] = True  # a head of other classes makes way for a new one
-    try:
-        base = (AutoModelForCausalLM if causal else AutoModelForSequenceClassification).from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(_cannot_load(name, error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    base, tokenizer, causal = _base(name, classes, readout, options)
     lora = adapter or LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -120,6 +97,36 @@ def load_model(
     except ValueError as error:
         raise InputError(f"the adapter does not fit {name}: {str(error).strip().splitlines()[0]}") from error
     return model.to(place), tokenizer
+
+
+def _base(
+    name: str | Path, classes: Sequence[str] | None, readout: str, options: Mapping[str, Any]
+) -> tuple[Any, Any, bool]:
+    """Return the base model, its tokenizer, both with a padding token, and whether it is a causal language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ()) and readout != "head"
+    if not causal and not classes:
+        raise InputError(
+            f"{name} answers by a classification head, and the task has no classes; use a causal language model for "
+            "multiple choice"
+        )
+    labels: dict[str, Any] = {}
+    if not causal:
+        numbers = {label: k for k, label in enumerate(classes or ())}
+        labels = {"label2id": numbers, "id2label": {k: label for label, k in numbers.items()}}
+        labels["ignore_mismatched_sizes"] = True  # a head of other classes makes way for a new one
+    kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    with _loading(name):
+        base = kind.from_pretrained(name, **options, **labels)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    return base, tokenizer, causal
 
 
 def adapter_of(config: Mapping[str, Any]) -> LoraConfig:
@@ -135,6 +142,10 @@ def adapter_of(config: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(**{k: v for k, v in config.items() if k in known} | {"inference_mode": False})
 
 
-def _cannot_load(name: str | Path, error: Exception) -> str:
-    """Say in one sentence why a model cannot be loaded."""
-    return f"the model {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+@contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """Say in one sentence why a model cannot be loaded, if it cannot."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

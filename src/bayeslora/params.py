@@ -18,17 +18,29 @@ Params = dict[str, Tensor]
 """Adapter parameters by the names they have in ``adapter_model.safetensors``."""
 
 
-def generator(*key: object) -> torch.Generator:
-    """Return a CPU generator seeded by a key, the same on every machine and in every process.
+def seed_of(*key: object) -> int:
+    """Return the seed that a key stands for, the same on every machine and in every process.
 
     Args:
         *key: Anything whose ``str`` identifies the stream: a seed, a draw's index, a parameter's name.
 
     Returns:
-        A fresh generator; two different keys give independent streams.
+        A seed; two different keys give independent streams.
     """
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*key: object) -> torch.Generator:
+    """Return a fresh CPU generator, seeded by a key.
+
+    Args:
+        *key: See `seed_of`.
+
+    Returns:
+        The generator.
+    """
+    return torch.Generator("cpu").manual_seed(seed_of(*key))
 
 
 def require_lora(model: nn.Module) -> PeftModel:

@@ -80,6 +80,7 @@ def fit(
         if resume and done.exists():
             members.append(load_posterior(done))
             continue
+        logger.info("Training member %d of %d.", k + 1, method.members)
         initialise(model, own.seed)
         member = _run(model, task, method.member, own, tokenizer, starts[k], resume, callbacks)
         member.save_pretrained(done, overwrite=True)

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayeslora.engine import predict
-from bayeslora.methods import METHODS, Ensemble
+from bayeslora.methods import METHODS, Blob, Ensemble
 from bayeslora.params import Params, live, read
 from bayeslora.posteriors import Mixture, Point, Posterior
 from bayeslora.storage import export_draws, load_posterior
 from bayeslora.training import fit
 
 LM, HEAD = "llama-likelihood", "bert"
-TRAINED_TWICE = [(method, LM) for method in TABLE] + [(name, HEAD) for name in ("map", "swag", "ensemble")]
+TRAINED_TWICE = [(method, LM) for method in TABLE] + [
+    (name, HEAD) for name in ("map", "swag", "ensemble", "ivon", "blob")
+]
 """For facts that need another training run, all methods on one model and some on the one that differs most."""
 
 
@@ -256,6 +258,8 @@ def again(learned: Any, folder: Path, tokenizer: Any, *, dropout: bool = True, *
 
 
 def test_a_batch_in_parts_gives_the_same_posterior(trained: Any, tokenizer: Any, tmp_path: Path) -> None:
+    if isinstance(getattr(trained.method, "member", trained.method), Blob):
+        pytest.skip("BLoB draws once for each forward pass, as in the paper, so more passes are other noise")
     # plain gradient descent: Adam would blow the rounding of small gradients up to whole steps
     same = {"optim": "sgd", "learning_rate": 0.05, "weight_decay": 0.0}
     whole = again(trained, tmp_path / "1", tokenizer, dropout=False, **same)

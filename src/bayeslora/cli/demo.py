@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +63,7 @@ def run(options: Options) -> None:
     from bayeslora.models import load_model
 
     settings = {"swag": [f"learning_rate={options.swag_learning_rate}"]}
-    with own_progress(), _told():
+    with own_progress():
         methods = {name: build_method(name, settings.get(name, [])) for name in options.methods}
         task, name, other = _data(options)
         if task.train is None or task.test is None:
@@ -81,20 +78,6 @@ def run(options: Options) -> None:
             found = finish(study, methods, [options.seed], "png", compare)
     print()
     print(in_words(found, options.seed, name))
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Print what the library says about fetching the model, for the length of a ``with`` block."""
-    logger, handler = logging.getLogger("bayeslora"), logging.StreamHandler()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 def in_words(found: Comparison, seed: int, other: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from bayeslora.cli.options import given
 from bayeslora.errors import InputError
+from bayeslora.files import replacing
 
 _FILE = "options.json"
 _PATHS = ("model", "data")
@@ -153,13 +153,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: If it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        if partial.is_file():
-            partial.unlink()
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -24,20 +24,26 @@ def watched() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show errors only of other libraries, for the length of a ``with`` block; they need not be imported yet.
+    """Show what this library says and errors only of others, for the length of a ``with`` block.
 
     Yields:
-        Nothing; afterwards the libraries speak as before.
+        Nothing; afterwards the libraries speak as before. They need not be imported yet.
     """
+    own, handler = logging.getLogger("bayeslora"), logging.StreamHandler()
+    before = own.level
     levels = {name: logging.getLogger(name).level for name in NOISY}
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)}|torch)(\.|$)")
         try:
+            own.addHandler(handler)
+            own.setLevel(logging.INFO)
             for name in NOISY:
                 logging.getLogger(name).setLevel(logging.ERROR)
             yield
         finally:
+            own.removeHandler(handler)
+            own.setLevel(before)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)

@@ -62,12 +62,7 @@ def predict(
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
-    rows, cut = readout.encode(split)
-    device = next(iter(live(model).values())).device
-    batches = [
-        ([order for order, _ in group], _moved(readout.collate([row for _, row in group]), device))
-        for group in grouped(rows, readout, token_budget)
-    ]
+    batches, cut = _batches(model, readout, split, token_budget)
     count = draw_count(posterior, draws)
     first_is_mean = isinstance(posterior, Point) or (
         isinstance(posterior, Mixture) and isinstance(posterior.members[0], Point)
@@ -83,7 +78,7 @@ def predict(
     ):
         for number in numbers:
             with posterior.applied(model, number, seed):
-                found.append(_one_pass(model, batches, len(rows), bar))
+                found.append(_one_pass(model, batches, len(split), bar))
     mean = found[0] if first_is_mean else found.pop(0)
     return Prediction(
         log_probs=torch.stack(found),
@@ -93,6 +88,20 @@ def predict(
         readout=readout.name,
         seconds=time.perf_counter() - began,
     )
+
+
+def _batches(
+    model: nn.Module, readout: Readout, split: Split, token_budget: int
+) -> tuple[list[tuple[list[int], Batch]], int]:
+    """Return batches with the examples' indices, on the model's device, and how many examples were truncated."""
+    rows, cut = readout.encode(split)
+    device = next(iter(live(model).values())).device
+    found = []
+    for group in grouped(rows, readout, token_budget):
+        batch = readout.collate([row for _, row in group])
+        held = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "shift_labels")}
+        found.append(([index for index, _ in group], held))
+    return found, cut
 
 
 def grouped(rows: Sequence[Encoded], readout: Readout, token_budget: int) -> list[list[tuple[int, Encoded]]]:
@@ -133,11 +142,6 @@ def _one_pass(
     if found is None:
         raise InputError("there is nothing to predict")
     return found
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on the model's device, without labels."""
-    return {k: v.to(device) for k, v in batch.items() if k not in ("labels", "shift_labels")}
 
 
 def _members(posterior: Posterior, count: int) -> tuple[int, ...] | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bayeslora.methods.base import Method
+from bayeslora.methods.blob import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
+from bayeslora.methods.ivon import Ivon
 from bayeslora.methods.map import Map
 from bayeslora.methods.swag import Swag
 
@@ -14,6 +16,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ensemble": Ensemble,
     "swag": Swag,
     "multiswag": multi_swag,
+    "blob": Blob,
+    "ivon": Ivon,
 }
 
-__all__ = ["METHODS", "Ensemble", "Map", "Method", "Swag", "multi_swag"]
+__all__ = ["METHODS", "Blob", "Ensemble", "Ivon", "Map", "Method", "Swag", "multi_swag"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, cast, final
 
@@ -62,24 +63,36 @@ class Record:
         method: Name of the method that trained.
         num_data: Number of training examples N.
         kept: What the method needs, in its own type.
+        undo: Takes out what the run put into the model; None if it put nothing there.
     """
 
     method: str
     num_data: int
     kept: dict[Any, Any] = field(default_factory=dict)
+    undo: Callable[[], None] | None = None
+
+    def clear(self) -> None:
+        """Take out what the run put into the model; once."""
+        undo, self.undo = self.undo, None
+        if undo is not None:
+            undo()
 
 
 _RECORDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.WeakKeyDictionary()
 
 
 def remember(model: nn.Module, record: Record) -> None:
-    """Keep the record of a run for as long as the model lives.
+    """Keep the record of a run for as long as the model lives, and clear what earlier runs left that broke off.
 
     Args:
         model: The model in training.
         record: What to keep; it replaces an earlier record of the same method.
     """
-    _RECORDS.setdefault(model, {})[record.method] = record
+    records = _RECORDS.setdefault(model, {})
+    for earlier in records.values():
+        if earlier is not record:
+            earlier.clear()
+    records[record.method] = record
 
 
 def recall(model: nn.Module, method: str) -> Record | None:

@@ -12,7 +12,6 @@ snapshots that are there, a draw is the same for the whole data set, and only th
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
+from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
 from bayeslora.params import Params, live, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
@@ -152,9 +152,8 @@ class Moments:
         tensors = {f"mean/{n}": t for n, t in self.mean.items()} | {f"squares/{n}": t for n, t in self.squares.items()}
         for i, snapshot in enumerate(self.snapshots):
             tensors |= {f"{i}/{n}": t for n, t in snapshot.items()}
-        partial = path.with_suffix(".partial")
-        save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"count": str(self.count)})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"count": str(self.count)})
 
     def load(self, path: Path, device: torch.device) -> None:
         """Read the moments back.

@@ -1,0 +1,360 @@
+"""BLoB: a Gaussian over A, learned by backpropagation together with the adapter.
+
+Shi et al. 2024 (arXiv 2406.11675): q(A) = N(M, Ω²) elementwise with Ω = G², B a point, prior N(0, σ_p²) on A. The prior
+implies a low-rank prior on W = W₀ + s·B·A for which KL[q(W)‖p(W)] = KL[q(A)‖p(A)] (theorem 3.2). In training each
+layer draws E ~ N(0, 1) once per forward pass, and signs u ∈ {±1}^in, t ∈ {±1}^r per token (flipout, Wen et al. 2018):
+
+    A x = M x + t ⊙ ((Ω⊙E)(u⊙x))
+    KL  = Σ_ij [ log(σ_p/Ω_ij) + (Ω_ij² + M_ij²)/(2σ_p²) − ½ ],  weighted by π_i = 2^i/(2^{L+1}−1), i = 1..L, 1, …
+    L   = ⌊100·N^{π/8} / batch⌋, the batch being all examples of an optimiser step
+
+``update="paper"``, the released algorithm: the Trainer's optimiser moves M and B by ∇NLL; then G ← G − κ(∇NLL + π_i∇KL)
+and M ← M − κ·π_i·∇KL, with a rate κ = ``kl_rate`` that follows the Trainer's schedule. ``update="elbo"``: one loss
+NLL + π_i·KL, and the Trainer's optimiser moves everything. Draws at prediction are coherent: one A for all the data.
+
+What we do differently: ∇KL is added in closed form after the Trainer's gradient clipping, which therefore sees ∇NLL
+alone; and L is never longer than the run, since otherwise the prior would hardly be felt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora._typing import Float
+from bayeslora.errors import InputError
+from bayeslora.files import replacing
+from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
+from bayeslora.methods.guards import check_training, plain_layers
+from bayeslora.params import Params, generator, live, read, require_lora
+from bayeslora.posteriors import DiagonalGaussian
+
+_STATE_FILE = "bayeslora_blob.safetensors"
+_SPREAD = "blob_spread"
+"""Where the PEFT model holds every G: outside the LoRA layers, so that PEFT does not save it with the adapter."""
+
+
+@final
+@dataclass(frozen=True)
+class Blob(Method):
+    """Bayesian low-rank adaptation by backpropagation.
+
+    Attributes:
+        update: ``paper`` (the released algorithm) or ``elbo`` (one loss, one optimiser).
+        init_spread: ε; G starts uniform on [ε/√2, ε].
+        prior_sigma: σ_p.
+        kl_rate: κ of ``update="paper"``.
+        kl_cycle: L; None for the paper's, but at most the steps of the run.
+    """
+
+    name: ClassVar[str] = "blob"
+    update: Literal["paper", "elbo"] = "paper"
+    init_spread: float = 0.05
+    prior_sigma: float = 0.2
+    kl_rate: float = 0.01
+    kl_cycle: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            InputError: If a setting is out of range.
+        """
+        if self.update not in ("paper", "elbo"):
+            raise InputError(f"update must be paper or elbo, and it is {self.update!r}")
+        for key in ("init_spread", "prior_sigma", "kl_rate"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise InputError(f"BLoB's {key} must be finite and positive, and it is {getattr(self, key)}")
+        if self.kl_cycle is not None and self.kl_cycle < 1:
+            raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
+
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+        """Put the Gaussian layers into the model, so that its optimiser will know them.
+
+        Returns:
+            The callback that trains them.
+
+        Raises:
+            InputError: If the adapter is not plain LoRA on linear layers.
+        """
+        return {"callbacks": [_Trainer(self, check_num_data(num_data), attach(model, self.init_spread))]}
+
+    def posterior(self, model: nn.Module) -> DiagonalGaussian:
+        """Return the Gaussian over A, with B at its mean.
+
+        Raises:
+            InputError: If the model was not trained with BLoB.
+        """
+        spread: dict[str, Tensor] = require_record(model, self.name).kept
+        variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spread.items()}
+        return DiagonalGaussian(read(model), variance, origin_for(model, self))
+
+
+@final
+class BlobLinear(nn.Linear):
+    """A LoRA matrix A with a Gaussian over it; the mean is ``weight``, as in the layer that it takes the place of.
+
+    Noise is added in training mode, while ``noisy`` is set. It comes from the global generator, which is what gradient
+    checkpointing replays. G belongs to the PEFT model, not to the adapter.
+
+    Args:
+        plain: The layer whose weight is the mean M, [R I]; the parameter itself is taken over.
+        spread: G, [R I]; the deviation Ω is its square.
+    """
+
+    def __init__(self, plain: nn.Linear, spread: nn.Parameter) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
+        self.weight = plain.weight
+        self.training = plain.training
+        self.noisy = False
+        self._spread = (spread,)  # in a tuple, so that it is not registered a second time
+
+    @property
+    def spread(self) -> nn.Parameter:
+        """G, [R I]."""
+        return self._spread[0]
+
+    def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch R"]:
+        """Return M x, and flipout's noise in training."""
+        mean = functional.linear(input, self.weight)
+        if not (self.noisy and self.training):
+            return mean
+        noise = self.spread.square()
+        noise = (noise * torch.randn_like(noise)).to(self.weight.dtype)
+        return mean + _flipped(functional.linear(_flipped(input), noise))
+
+
+def _flipped(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return x with random signs, eight of them from each 64-bit random number."""
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    signs = words.view(torch.int8)[: x.numel()].view(x.shape) < 0
+    return torch.where(signs, -x, x)
+
+
+def attach(model: nn.Module, init_spread: float, seed: int = 0) -> dict[str, BlobLinear]:
+    """Put a `BlobLinear` in the place of every A of the active adapter.
+
+    Args:
+        model: A PEFT model with a LoRA adapter; layers that were put in earlier are replaced.
+        init_spread: ε; G starts uniform on [ε/√2, ε].
+        seed: Which start.
+
+    Returns:
+        The layers, by the names that A has on disk.
+
+    Raises:
+        InputError: If the adapter is not plain LoRA on linear layers.
+    """
+    adapter = require_lora(model).active_adapter
+    layers = plain_layers(model, "BLoB")
+    for path, layer in layers.items():
+        if not isinstance(layer.lora_A[adapter], nn.Linear):
+            raise InputError(f"BLoB serves linear layers, and {path} is a convolution; leave it out of target_modules")
+    detach(model)
+    found = {}
+    names = {id(p): name for name, p in live(model).items()}
+    for layer in layers.values():
+        plain = layer.lora_A[adapter]
+        name = names[id(plain.weight)]
+        spread = nn.Parameter(torch.empty_like(plain.weight, dtype=torch.float32))
+        layer.lora_A[adapter] = found[name] = BlobLinear(plain, spread)
+    model.add_module(_SPREAD, nn.ParameterList([layer.spread for layer in found.values()]))
+    if not any(layer.spread.is_meta for layer in found.values()):
+        begin(found, init_spread, seed)
+    return found
+
+
+@torch.no_grad()
+def begin(layers: dict[str, BlobLinear], init_spread: float, seed: int) -> None:
+    """Draw the start of G, uniform on [ε/√2, ε].
+
+    Args:
+        layers: The layers by name.
+        init_spread: ε.
+        seed: Which start.
+    """
+    low = init_spread / math.sqrt(2)
+    for name, layer in layers.items():
+        uniform = torch.rand(layer.spread.shape, generator=generator("blob", seed, name))
+        layer.spread.copy_(low + (init_spread - low) * uniform)
+
+
+def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> None:
+    """Put plain linear layers back in the place of `BlobLinear`; their weights are the means.
+
+    Args:
+        model: A PEFT model.
+        layers: Which; None for all.
+    """
+    gone = []
+    for layer in model.modules():
+        for adapter, inner in layer.lora_A.items() if isinstance(layer, LoraLayer) else ():
+            if isinstance(inner, BlobLinear) and (layers is None or any(inner is one for one in layers)):
+                plain = nn.Linear(inner.in_features, inner.out_features, bias=False, device="meta")
+                plain.weight, plain.training = inner.weight, inner.training
+                layer.lora_A[adapter] = plain
+                gone.append(inner)
+    if gone:
+        delattr(model, _SPREAD)
+
+
+def kl_weight(step: int, cycle: int) -> float:
+    """Return π_i = 2^i/(2^{L+1}−1) of an optimiser step.
+
+    Args:
+        step: Number of the step, from 0; i = step mod L + 1.
+        cycle: L.
+
+    Returns:
+        The weight; over a cycle the weights add up to 1 − 1/(2^{L+1}−1).
+    """
+    i = step % cycle + 1
+    return math.ldexp(1.0, i - cycle - 1) / (1 - math.ldexp(1.0, -cycle - 1))
+
+
+def paper_cycle(num_data: int, batch: int) -> int:
+    """Return L = ⌊100·N^{π/8} / batch⌋.
+
+    Args:
+        num_data: Number of training examples N.
+        batch: Examples of an optimiser step, over all processes.
+
+    Returns:
+        L, at least 1.
+    """
+    return max(1, int(100 * num_data ** (math.pi / 8) / batch))
+
+
+def kl_divergence(mean: Float[Tensor, "R I"], spread: Float[Tensor, "R I"], prior_sigma: float) -> Float[Tensor, ""]:
+    """Return KL[N(M, G⁴) ‖ N(0, σ_p²)], summed over the elements.
+
+    Args:
+        mean: M.
+        spread: G; the deviation is its square.
+        prior_sigma: σ_p.
+
+    Returns:
+        The divergence in nats.
+    """
+    variance = spread.pow(4)
+    log_ratio = math.log(prior_sigma) - spread.square().log()
+    return (log_ratio + (variance + mean.square()) / (2 * prior_sigma**2) - 0.5).sum()
+
+
+def _spread_gradient(spread: Tensor, prior_sigma: float) -> Tensor:
+    """Return dKL/dG = −2/G + 2G³/σ_p²."""
+    return spread.pow(3).mul_(2 / prior_sigma**2).sub_(2 / spread)
+
+
+@final
+class _Trainer(TrainerCallback):
+    """Adds ∇KL to the Trainer's gradients, or takes the released algorithm's second step."""
+
+    def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
+        self.method, self.num_data, self.layers = method, num_data, layers
+        self.gradients: dict[str, Tensor] = {}
+        self.cycle = 1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the start of G or read it from the checkpoint, and switch the noise on.
+
+        Raises:
+            InputError: If the Trainer or its arguments do not serve, or the checkpoint lacks G.
+        """
+        model = require_lora(kwargs["model"])
+        check_training(args, kwargs["optimizer"], "BLoB")
+        there = {id(m) for m in model.modules()}
+        if not all(id(layer) in there for layer in self.layers.values()):
+            raise InputError(
+                "the model's BLoB layers are no longer those of this run; call method.trainer_kwargs(model, num_data) "
+                "anew for each Trainer, on the very model that it trains"
+            )
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.cycle = self.method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
+        for layer in self.layers.values():
+            layer.spread.data = layer.spread.data.float()  # some trainers cast everything that is trained
+            layer.noisy = True
+        if state.global_step == 0:
+            begin(self.layers, self.method.init_spread, args.seed)
+        else:
+            self._load(_state_file(args, state))
+        own = list(self.layers.values())
+        spread: Params = {name: layer.spread for name, layer in self.layers.items()}
+        remember(model, Record(self.method.name, self.num_data, dict(spread), undo=lambda: detach(model, own)))
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add π∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
+        weight, sigma = kl_weight(state.global_step, self.cycle), self.method.prior_sigma
+        for name, layer in self.layers.items():
+            mean, spread = layer.weight, layer.spread
+            if spread.grad is None or mean.grad is None:
+                continue
+            if self.method.update == "paper":
+                self.gradients[name], spread.grad = spread.grad, None
+            else:
+                mean.grad.add_(mean, alpha=weight / sigma**2)
+                spread.grad.add_(_spread_gradient(spread, sigma), alpha=weight)
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the released algorithm's second step, by plain gradient descent."""
+        optimizer = kwargs["optimizer"]
+        gradients, self.gradients = self.gradients, {}
+        if not gradients or getattr(optimizer, "step_was_skipped", False):
+            return
+        group = optimizer.param_groups[0]
+        first = group.get("initial_lr", group["lr"])
+        rate = self.method.kl_rate * (float(group["lr"]) / float(first) if first else 1.0)
+        weight, sigma = kl_weight(state.global_step, self.cycle), self.method.prior_sigma
+        for name, gradient in gradients.items():
+            layer = self.layers[name]
+            gradient.add_(_spread_gradient(layer.spread, sigma), alpha=weight)
+            layer.spread.sub_(gradient, alpha=rate)
+            layer.weight.mul_(1 - rate * weight / sigma**2)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write G into the checkpoint."""
+        if state.is_world_process_zero:
+            with replacing(_state_file(args, state)) as partial:
+                save_file({n: layer.spread.detach().contiguous() for n, layer in self.layers.items()}, partial)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put plain layers back."""
+        require_record(require_lora(kwargs["model"]), self.method.name).clear()
+
+    @torch.no_grad()
+    def _load(self, path: Path) -> None:
+        """Read G from a checkpoint."""
+        try:
+            kept = load_file(path)
+            for name, layer in self.layers.items():
+                layer.spread.copy_(kept[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint has no readable {path}, which BLoB needs to go on; resume from an earlier checkpoint"
+            ) from error
+
+
+def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the file that holds G in the checkpoint of the present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE

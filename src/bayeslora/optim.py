@@ -1,0 +1,332 @@
+"""IVON, the improved variational online Newton method, as a PyTorch optimiser.
+
+Shen et al. 2024 (arXiv 2402.17641), algorithm 1. It learns q = N(m, diag σ²), σ = 1/√(λ(h+δ)), and needs gradients at
+draws θ = m + σ⊙ε instead of at m. With ĝ = ∇ℓ(θ), ℓ the mean loss per example:
+
+    g ← β₁g + (1−β₁)ĝ
+    f = λ(h+δ)·(θ−m)⊙ĝ                              Price's (Stein's) estimate of the Hessian's diagonal
+    h ← β₂h + (1−β₂)f + ½(1−β₂)²(h−f)²/(h+δ)        so that h+δ at least halves, and never becomes negative
+    m ← m − η·clip( (g/(1−β₁ᵗ) + δm)/(h+δ), ±ξ )
+
+What is ours: noise is a function of (seed, step, number of the draw), so nothing random needs to be kept in a
+checkpoint and every process draws the same; several draws per step, each with its own share of the gradient; Price
+clipping |λ(θ−m)⊙ĝ| ≤ κ; and an empirical-Bayes prior, 1/(λδ) = mean of m² + σ² over each matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from bayeslora.errors import InputError
+from bayeslora.params import seed_of
+
+_PRIOR_MEMORY = 0.99
+"""Exponential smoothing of the empirical prior's variance, per step."""
+
+
+@final
+class IvonOptimizer(torch.optim.Optimizer):
+    """IVON, for any PyTorch loop.
+
+    Example::
+
+        optimizer = IvonOptimizer(model.parameters(), lr=0.1, ess=len(data))
+        for batch in loader:
+            optimizer.zero_grad()
+            with optimizer.sampled():            # the parameters are a draw here, and the means afterwards
+                loss(model, batch).backward()    # the mean loss per example; accumulate as you like
+            optimizer.step()
+
+    For several draws per step, enter ``sampled`` several times and scale each loss by its share, as for micro-batches.
+    Everything kept per parameter is float32 and in the normal optimiser state: ``avg_grad`` (g), ``hess`` (h),
+    ``delta`` (δ) and, for parameters in half precision, ``mean`` (m).
+
+    Args:
+        params: Parameters or parameter groups; every setting below can be a group's own.
+        lr: Learning rate η of the mean.
+        ess: λ, how many examples the data count for: N is Bayes' rule, more is a cold posterior.
+        hess_init: h₀, the first value of h.
+        betas: (β₁, β₂), the memories of g and of h.
+        weight_decay: δ; the prior is N(0, 1/(λδ)).
+        clip_radius: ξ, bound on each coordinate of the update before η.
+        rescale_lr: Whether η is multiplied by h₀ + δ.
+        price_clip: κ, bound on |λ(θ−m)⊙ĝ|, which is |f|/(h+δ).
+        prior: ``fixed``, or ``empirical``: δ is estimated for each parameter tensor from its own m and σ.
+        seed: Which stream of noise.
+
+    Raises:
+        InputError: If a setting has no meaning, or λ and h₀ + δ make σ infinite.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        ess: float,
+        hess_init: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99999),
+        weight_decay: float = 0.0,
+        clip_radius: float = math.inf,
+        rescale_lr: bool = False,
+        price_clip: float = math.inf,
+        prior: Literal["fixed", "empirical"] = "fixed",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr, "ess": ess, "hess_init": hess_init, "betas": betas, "weight_decay": weight_decay,
+            "clip_radius": clip_radius, "rescale_lr": rescale_lr, "price_clip": price_clip, "prior": prior,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            check_ivon(group)
+        self.param_groups[0] |= {"seed": seed, "steps": 0}
+        self._noise: dict[Tensor, Tensor] = {}
+        self._products: dict[Tensor, Tensor] = {}  # Σ noise ⊙ gradient of the draws of this step that are done
+        self._seen: dict[Tensor, Tensor] = {}  # the gradient when the last of them was done
+        self._draws = self._folds = 0  # draws of this step, and how many of them are in the products
+
+    def noise(self, parameter: Tensor) -> Tensor | None:
+        """Return θ − m of the present draw, float32; None outside a step."""
+        return self._noise.get(parameter)
+
+    def mean(self, parameter: Tensor) -> Tensor:
+        """Return m of a parameter: itself, or the float32 copy that is kept of one in half precision."""
+        kept: Tensor = self.state[parameter].get("mean", parameter) if parameter in self.state else parameter
+        return kept.detach()
+
+    def variance(self, parameter: Tensor) -> Tensor:
+        """Return σ² of a parameter, float32."""
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        state = self._state(parameter, group)
+        return 1 / (group["ess"] * (state["hess"] + state["delta"]))
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Draw the noise of this step, or another draw of the same step; the parameters are left alone.
+
+        A training loop of one's own uses `sampled`, which calls this. It is for those who add `noise` themselves.
+        """
+        grads = self._grads()
+        if self._draws and grads:
+            self._fold(grads)
+        else:
+            self._forget()
+        self._draws += 1
+        head = self.param_groups[0]
+        for number, group in enumerate(self.param_groups):
+            for device in dict.fromkeys(p.device for p in group["params"]):
+                params = [p for p in group["params"] if p.requires_grad and p.device == device]
+                key = seed_of("ivon", head["seed"], head["steps"], self._draws, number)
+                self._noise |= self._drawn(params, group, torch.Generator(device).manual_seed(key))
+
+    def _drawn(self, params: list[Tensor], group: dict[str, Any], rng: torch.Generator) -> dict[Tensor, Tensor]:
+        """Return the noise of parameters on one device, from one stream."""
+        if not params:
+            return {}
+        sizes = [p.numel() for p in params]
+        flat = torch.randn(sum(sizes), generator=rng, device=rng.device)
+        noise = [e.view_as(p) for e, p in zip(torch.split(flat, sizes), params, strict=True)]
+        states = [self._state(p, group) for p in params]
+        scale = torch._foreach_add([s["hess"] for s in states], [s["delta"] for s in states])
+        torch._foreach_mul_(scale, group["ess"])
+        torch._foreach_sqrt_(scale)
+        torch._foreach_div_(noise, scale)
+        return dict(zip(params, noise, strict=True))
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Make the parameters a draw for the length of a ``with`` block; gradients are taken inside.
+
+        Yields:
+            Nothing. Afterwards, and on any exception, the parameters are bit for bit the means again.
+        """
+        self.draw()
+        before = {p: p.detach().clone() for p in self._noise}
+        try:
+            with torch.no_grad():
+                for p, noise in self._noise.items():
+                    p.copy_(self.mean(p) + noise)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, mean in before.items():
+                    p.copy_(mean)
+        if self._draws > 1:
+            with torch.no_grad():
+                self._fold(self._grads())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update h and m from the gradients at the draws.
+
+        Args:
+            closure: Computes the loss and its gradient; it is called at a draw.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            InputError: If there are gradients and nothing was drawn.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(), self.sampled():
+                loss = closure()
+        grads = self._grads()
+        if grads and not self._draws:
+            raise InputError("IVON needs gradients at a draw; compute them inside `with optimizer.sampled():`")
+        products = self._folded(grads)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in grads and p in products]
+            if params:
+                self._update(group, params, [grads[p].float() for p in params], [products[p] for p in params])
+        self.param_groups[0]["steps"] += 1
+        self._forget()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and forget the draws that they belong to."""
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what is float32 stays so, also for parameters in half precision."""
+        super().load_state_dict(state_dict)
+        self._forget()
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        for name, p in zip(names, params, strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+
+    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a parameter's state, begun if need be."""
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["avg_grad"] = torch.zeros_like(p, dtype=torch.float32)
+            state["hess"] = torch.full_like(p, group["hess_init"], dtype=torch.float32)
+            state["delta"] = float(group["weight_decay"])
+            if p.dtype != torch.float32:
+                state["mean"] = p.detach().float()
+        return state
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], products: list[Tensor]) -> None:
+        """Take one step for the parameters of a group: the formulas at the top, for all of them at once."""
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        hess, average = [s["hess"] for s in states], [s["avg_grad"] for s in states]
+        deltas = [s["delta"] for s in states]
+        for state in states:
+            state["step"] += 1
+        torch._foreach_lerp_(average, grads, 1 - beta1)
+        precision = torch._foreach_add(hess, deltas)
+        ratio = torch._foreach_mul(products, group["ess"])  # f / (h+δ)
+        if math.isfinite(group["price_clip"]):
+            torch._foreach_clamp_max_(ratio, group["price_clip"])
+            torch._foreach_clamp_min_(ratio, -group["price_clip"])
+        gap = torch._foreach_mul(ratio, precision)
+        torch._foreach_sub_(gap, hess)
+        torch._foreach_mul_(gap, 1 - beta2)  # (1−β₂)(f−h)
+        torch._foreach_mul_(precision, 2)
+        half = torch._foreach_div(gap, precision)
+        torch._foreach_add_(half, 1)
+        torch._foreach_mul_(gap, half)
+        torch._foreach_add_(hess, gap)
+        means = [self.mean(p) for p in params]
+        if group["prior"] == "empirical":
+            deltas = self._estimate_prior(group, states, means)
+        update = torch._foreach_div(average, [1 - beta1 ** s["step"] for s in states])
+        torch._foreach_add_(update, torch._foreach_mul(means, deltas))
+        torch._foreach_div_(update, torch._foreach_add(hess, deltas))
+        if math.isfinite(group["clip_radius"]):
+            torch._foreach_clamp_max_(update, group["clip_radius"])
+            torch._foreach_clamp_min_(update, -group["clip_radius"])
+        rate = group["lr"] * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0)
+        torch._foreach_add_(means, update, alpha=-rate)
+        for p, mean in zip(params, means, strict=True):
+            if p.dtype != torch.float32:
+                p.copy_(mean)
+
+    @staticmethod
+    def _estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: list[Tensor]) -> list[float]:
+        """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance."""
+        ess = group["ess"]
+        second = [
+            m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean()
+            for s, m in zip(states, means, strict=True)
+        ]
+        for state, wanted in zip(states, torch.stack(second).tolist(), strict=True):
+            now = 1 / (ess * state["delta"]) if state["delta"] > 0 else wanted
+            state["delta"] = 1 / (ess * (_PRIOR_MEMORY * now + (1 - _PRIOR_MEMORY) * wanted))
+        return [s["delta"] for s in states]
+
+    def _grads(self) -> dict[Tensor, Tensor]:
+        """Return the gradients that there are."""
+        return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+
+    def _fold(self, grads: dict[Tensor, Tensor]) -> None:
+        """Add noise ⊙ gradient of a draw that is done, unless it was added, and note the gradient up to it."""
+        if self._folds == self._draws:
+            return
+        self._folds = self._draws
+        for p, grad in grads.items():
+            if p in self._noise:
+                own = grad.float() - self._seen[p] if p in self._seen else grad.float()
+                product = self._noise[p] * own
+                self._products[p] = self._products[p] + product if p in self._products else product
+                self._seen[p] = grad.detach().to(torch.float32, copy=True)
+
+    def _folded(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Return Σ noise ⊙ gradient over the step's draws; gradients may have been scaled as a whole since the last."""
+        mine = [p for p in grads if p in self._noise]
+        if self._draws <= 1 or not mine:
+            return {p: self._noise[p] * grads[p].float() for p in mine}
+        if self._folds < self._draws:
+            self._fold(grads)
+            return {p: self._products[p] for p in mine}
+        now = torch.stack([grads[p].float().norm() for p in mine]).norm()
+        then = torch.stack([self._seen[p].norm() for p in mine]).norm()
+        factor = torch.where(then > 0, now / then, 1.0)
+        return {p: self._products[p] * factor for p in mine}
+
+    def _forget(self) -> None:
+        """End a step: no draw, no products."""
+        self._noise, self._products, self._seen = {}, {}, {}
+        self._draws = self._folds = 0
+
+
+def check_ivon(group: dict[str, Any]) -> None:
+    """Refuse settings that have no meaning.
+
+    Args:
+        group: Settings by the names that `IvonOptimizer` has for them.
+
+    Raises:
+        InputError: Which one, and why.
+    """
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise InputError(f"both of IVON's betas must be in [0, 1), and they are {beta1} and {beta2}")
+    for key in ("lr", "weight_decay", "hess_init"):
+        if not 0 <= group[key] < math.inf:
+            raise InputError(f"IVON's {key} must be finite and not negative, and it is {group[key]}")
+    if not 0 < group["ess"] < math.inf:
+        raise InputError(f"IVON's ess (λ) must be finite and positive, and it is {group['ess']}")
+    if group["hess_init"] + group["weight_decay"] <= 0:
+        raise InputError(
+            "IVON's hess_init + weight_decay must be positive: with both at 0 the first standard deviation is infinite"
+        )
+    for key in ("clip_radius", "price_clip"):
+        if not group[key] > 0:
+            raise InputError(f"IVON's {key} must be positive, and it is {group[key]}")
+    if group["prior"] not in ("fixed", "empirical"):
+        raise InputError(f"IVON's prior must be fixed or empirical, and it is {group['prior']!r}")

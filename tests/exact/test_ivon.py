@@ -1,0 +1,272 @@
+"""IVON in the Trainer: where the noise is and where it is not, its log, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import arguments, make_model, make_task, make_tokenizer, same_params
+from transformers import Trainer, TrainerCallback
+
+from bayeslora import fit
+from bayeslora.engine.readouts import readout_for
+from bayeslora.errors import InputError
+from bayeslora.methods import Ivon, Map
+from bayeslora.methods.ivon import PRESETS
+from bayeslora.methods.regularisers import answer_loss
+from bayeslora.optim import IvonOptimizer
+from bayeslora.params import initialise, live, read
+
+ROWS = 24
+
+
+def trainer(model, args, kwargs, *callbacks):
+    """The stock Trainer on the tiny task."""
+    task = make_task(readout="likelihood", rows=ROWS)
+    readout = readout_for(model, task.train, make_tokenizer())
+    args.remove_unused_columns, args.label_names = False, ["labels"]
+    kwargs = {"data_collator": readout.collate, "compute_loss_func": answer_loss, **kwargs}
+    kwargs["callbacks"] = [*kwargs["callbacks"], *callbacks]
+    rows = readout.encode(task.train)[0]
+    return readout, Trainer(model, args, train_dataset=rows, eval_dataset=rows, **kwargs)
+
+
+def run(model, args, kwargs, *callbacks):
+    readout, own = trainer(model, args, kwargs, *callbacks)
+    with readout.attached(model):
+        own.train()
+    return own
+
+
+class Watch(TrainerCallback):
+    """Compares what the modules compute with what the parameters say."""
+
+    def __init__(self, model):
+        self.model, self.noisy, self.moved = model, [], []
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+        self.layer = layer
+        layer.register_forward_hook(self.look)
+
+    def look(self, layer, inputs, output):
+        plain = torch.nn.functional.linear(inputs[0], layer._parameters["weight"])
+        self.noisy.append((layer.training, not torch.allclose(plain, output)))
+        self.moved.append(read(self.model))
+
+
+def test_modules_read_a_draw_in_training_alone_and_the_parameters_are_the_mean_all_the_time(tmp_path):
+    model = make_model()
+    method = Ivon(sigma0=0.05)
+    watch = Watch(model)
+    args = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2,
+                     eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)  # fmt: skip
+    run(model, args, method.trainer_kwargs(model, ROWS), watch)
+    assert {training for training, _ in watch.noisy} == {True, False}
+    assert all(training == noisy for training, noisy in watch.noisy)
+    steps = [params for (training, _), params in zip(watch.noisy, watch.moved, strict=True) if training]
+    assert same_params(steps[0], steps[1])  # two accumulated batches of one step: nothing has moved
+    assert not same_params(steps[1], steps[2])
+    assert "weight" not in watch.layer.__dict__
+
+
+def test_the_mean_is_there_after_an_exception_in_the_middle_of_a_batch(tmp_path):
+    model = make_model()
+    before = read(model)
+
+    def breaks(*_, **__):
+        raise KeyboardInterrupt
+
+    handle = model.base_model.model.model.layers[1].register_forward_hook(breaks)
+    kwargs = Ivon().trainer_kwargs(model, ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, arguments(tmp_path / "a"), kwargs)
+    assert same_params(read(model), before)
+    handle.remove()
+    task = make_task(readout="likelihood")  # and the next run is not disturbed
+    initialise(model, 0)
+    after = fit(model, task, Map(), arguments(tmp_path / "b"), tokenizer=make_tokenizer())
+    fresh = make_model()
+    initialise(fresh, 0)
+    assert same_params(after.mean, fit(fresh, task, Map(), arguments(tmp_path / "c"), tokenizer=make_tokenizer()).mean)
+
+
+def test_the_trainers_learning_rate_is_the_largest_step(tmp_path):
+    model = make_model()
+    before = read(model)
+    method = Ivon(sigma0=0.05, temperature=1e-6)  # a cold posterior: every coordinate's step is at the clip
+    args = arguments(tmp_path, max_steps=1, learning_rate=3e-3, lr_scheduler_type="constant")
+    own = run(model, args, method.trainer_kwargs(model, ROWS))
+    assert isinstance(own.optimizer.optimizer, IvonOptimizer)
+    steps = torch.cat([(read(model)[n] - before[n]).abs().flatten() for n in before])
+    assert float(steps.max()) == pytest.approx(3e-3, rel=1e-4)
+    assert float((steps > 2.9e-3).float().mean()) > 0.5
+
+
+def test_both_ways_to_set_it_are_the_same_optimiser():
+    units = Ivon(sigma0=0.01, max_step=3e-5, temperature=200 / 1e6).optimizer_settings(200)
+    paper = Ivon(ess=1e6, hess_init=0.01, learning_rate=1.0, clip_radius=3e-5).optimizer_settings(200)
+    assert units.pop("betas") == paper.pop("betas")
+    assert units.pop("prior") == paper.pop("prior")
+    assert units == pytest.approx(paper)
+    assert Ivon(ess="sqrt", hess_init=1e-3, learning_rate=0.03).optimizer_settings(400)["ess"] == 100_000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_presets_are_the_published_settings(name):
+    found = Ivon(preset=name).optimizer_settings(100)
+    published = {"winogrande_s": (1e7, 3e-4), "boolq": (1e7, 3e-4), "winogrande_m": (1e8, 3e-4)}
+    assert (found["ess"], found["hess_init"]) == published.get(name, (1e6, 1e-3))
+    assert (found["lr"], found["clip_radius"], found["betas"]) == (0.03, 1e-3, (0.9, 0.99999))
+    assert found["weight_decay"] == 0
+    assert not found["rescale_lr"]
+
+
+def test_the_posterior_has_the_optimisers_variance(tmp_path):
+    model = make_model()
+    method = Ivon(sigma0=0.05, temperature=0.5)
+    own = run(model, arguments(tmp_path), method.trainer_kwargs(model, ROWS))
+    posterior, optimizer = method.posterior(model), own.optimizer.optimizer
+    for name, p in live(model).items():
+        hess = optimizer.state[p]["hess"]
+        torch.testing.assert_close(posterior.variance[name], 1 / (ROWS / 0.5 * hess))
+        assert torch.equal(posterior.mean[name], p.detach())
+
+
+def test_the_log_tells_how_the_variance_does_and_warns_where_it_was_not_learned(tmp_path, caplog):
+    model = make_model()
+    args = arguments(tmp_path, logging_strategy="steps", logging_steps=2)
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        own = run(model, args, Ivon(preset="arc_easy").trainer_kwargs(model, ROWS))
+    logged = [line for line in own.state.log_history if "loss" in line]
+    assert logged
+    assert all({"ivon_hess_moved", "ivon_clipped", "ivon_sigma"} <= line.keys() for line in logged)
+    assert logged[-1]["ivon_sigma"] == pytest.approx(1e6**-0.5 * 1e-3**-0.5, rel=0.1)
+    assert "hardly learned" in caplog.text
+    assert "median sigma" in caplog.text
+    caplog.clear()
+    fast = Ivon(sigma0=0.05, betas=(0.9, 0.5))
+    with caplog.at_level(logging.INFO, "bayeslora"):
+        run(make_model(), arguments(tmp_path), fast.trainer_kwargs(model, ROWS))
+    assert "hardly learned" not in caplog.text
+
+
+def test_several_draws_of_a_step_are_different_noise(tmp_path):
+    model = make_model()
+    args = arguments(
+        tmp_path, max_steps=1, gradient_accumulation_steps=4, per_device_train_batch_size=2, max_grad_norm=0.0
+    )
+    seen = []
+    kwargs = Ivon(sigma0=0.05, draws_per_step=2).trainer_kwargs(model, ROWS)
+
+    class Look(TrainerCallback):
+        def on_substep_end(self, *_, **named):
+            optimizer = named["optimizer"].optimizer
+            seen.append(float(next(iter(optimizer._noise.values())).sum()))
+
+    run(model, args, kwargs, Look())
+    assert [a == b for a, b in itertools.pairwise(seen)] == [False, True]
+
+
+WORKER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from tiny import arguments, make_model
+from test_ivon import ROWS, run
+from bayeslora.methods import Ivon
+from bayeslora.params import read
+
+if __name__ == "__main__":
+    batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    model = make_model()
+    method = Ivon(sigma0=0.05, max_step=1e-2)
+    args = arguments(sys.argv[2], per_device_train_batch_size=batch, max_steps=5)
+    run(model, args, method.trainer_kwargs(model, ROWS))
+    if args.process_index == 0:
+        posterior = method.posterior(model)
+        torch.save({"mean": posterior.mean, "variance": posterior.variance}, sys.argv[3])
+"""
+
+
+def test_two_processes_are_one_process_on_the_joint_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+
+    def start(name, **more):
+        command = [sys.executable, script, here.parent, tmp_path / "run", tmp_path / name]
+        return subprocess.Popen(
+            command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [start("alone.pt"), *(start("pair.pt", RANK=str(r), LOCAL_RANK=str(r), **pair) for r in range(2))]
+    for process in processes:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    alone, both = (torch.load(tmp_path / name, weights_only=True) for name in ("alone.pt", "pair.pt"))
+    for part in ("mean", "variance"):
+        for name in alone[part]:
+            torch.testing.assert_close(alone[part][name], both[part][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"sigma0": 0.01, "ess": 1e6}, "either"),
+        ({"ess": 1e6}, "belong together"),
+        ({"preset": "mnist"}, "no preset"),
+        ({"ess": "cube", "hess_init": 1.0, "learning_rate": 0.1}, "sqrt"),
+        ({"sigma0": 0.0}, "sigma0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"ess": -1.0, "hess_init": 1.0, "learning_rate": 0.1}, "ess"),
+        ({"ess": 10.0, "hess_init": 0.0, "learning_rate": 0.1}, "infinite"),
+        ({"sigma0": 1.0, "weight_decay": 1.0}, "prior alone"),
+        ({"draws_per_step": 0}, "draws_per_step"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings, word):
+    with pytest.raises(InputError, match=word):
+        Ivon(**settings)
+
+
+def test_what_it_cannot_train_is_refused(tmp_path):
+    with pytest.raises(InputError, match="DoRA"):
+        Ivon().trainer_kwargs(make_model(use_dora=True), ROWS)
+    with pytest.raises(InputError, match="num_data"):
+        Ivon().trainer_kwargs(make_model(), 0)
+    model = make_model()
+    deepspeed = arguments(tmp_path)
+    deepspeed.deepspeed = "zero2.json"
+    kwargs = Ivon().trainer_kwargs(model, ROWS)
+    with pytest.raises(InputError, match="DeepSpeed"):
+        kwargs["callbacks"][0].on_train_begin(deepspeed, None, None, model=model, optimizer=None)
+    for changes, word in (({"gradient_accumulation_steps": 2}, "max_grad_norm"), ({"max_grad_norm": 0.0}, "accumul")):
+        several = Ivon(draws_per_step=2).trainer_kwargs(model, ROWS)
+        with pytest.raises(InputError, match=word):
+            run(model, arguments(tmp_path, **changes), several)
+    own = {"callbacks": Ivon().trainer_kwargs(model, ROWS)["callbacks"]}
+    with pytest.raises(InputError, match="its own optimiser"):
+        run(model, arguments(tmp_path), own)
+
+
+def test_fsdp_version_1_is_refused(tmp_path):
+    class FlatParameter(torch.nn.Parameter):
+        pass
+
+    model = make_model()
+    kwargs = Ivon().trainer_kwargs(model, ROWS)
+    optimizer = torch.optim.SGD([FlatParameter(torch.zeros(3))], lr=0.1)
+    with pytest.raises(InputError, match="FSDP version 1"):
+        kwargs["callbacks"][0].on_train_begin(arguments(tmp_path), None, None, model=model, optimizer=optimizer)
