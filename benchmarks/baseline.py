@@ -128,7 +128,7 @@ def measure(model: Any, tokenizer: Any, task: Any, readout: str, runs: int) -> l
     return [
         row(f"{readout}: one-draw prediction / plain", statistics.median(predict), BOUND),
         row(f"{readout}: training step / plain", statistics.median(step), BOUND),
-        row(f"{readout}: largest difference in probability", gap, 0.05),
+        row(f"{readout}: largest difference in probability", gap, 0.05, "probability"),
     ]
 
 
@@ -136,9 +136,9 @@ def void(_: Any) -> None:
     """Throw a value away."""
 
 
-def row(name: str, value: float, bound: float) -> dict[str, Any]:
+def row(name: str, value: float, bound: float, unit: str = "ratio") -> dict[str, Any]:
     """Return one row of the JSON."""
-    return {"name": name, "value": round(value, 4), "unit": "ratio", "bound": bound, "met": value <= bound}
+    return {"name": name, "value": round(value, 4), "unit": unit, "bound": bound, "met": value <= bound}
 
 
 def machine() -> str:

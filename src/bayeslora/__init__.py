@@ -14,7 +14,7 @@ from bayeslora.version import __version__
 if TYPE_CHECKING:
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
-    from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, Swag, multi_swag
+    from bayeslora.methods import Blob, Ensemble, Isotropic, Ivon, Map, Method, Swag, multi_swag
     from bayeslora.models import load_model
     from bayeslora.operations import pruned, restricted, tempered
     from bayeslora.optim import IvonOptimizer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
     "training": ("fit",),
-    "methods": ("Blob", "Ensemble", "Ivon", "Map", "Method", "Swag", "multi_swag"),
+    "methods": ("Blob", "Ensemble", "Isotropic", "Ivon", "Map", "Method", "Swag", "multi_swag"),
     "models": ("load_model",),
     "operations": ("pruned", "restricted", "tempered"),
     "optim": ("IvonOptimizer",),
@@ -46,6 +46,7 @@ __all__ = [
     "Ensemble",
     "Evaluation",
     "InputError",
+    "Isotropic",
     "Ivon",
     "IvonOptimizer",
     "LowRankGaussian",

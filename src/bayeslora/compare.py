@@ -1,8 +1,8 @@
 """Several methods on one task, several seeds, one table: what they share is trained once.
 
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
-as in its paper; SWAG is MultiSWAG's first run. Everything is kept in the output folder as soon as it is there, so that
-a comparison that was stopped goes on where it was.
+as in its paper; SWAG is MultiSWAG's first run, and isotropic noise is around MAP. Everything is kept in the output
+folder as soon as it is there, so that a comparison that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.files import replacing
-from bayeslora.methods import Ensemble, Map, Method, Swag
+from bayeslora.methods import Ensemble, Isotropic, Map, Method, Swag
 from bayeslora.methods.base import settings
+from bayeslora.metrics import nll
+from bayeslora.operations import tempered
 from bayeslora.params import initialise
 from bayeslora.posteriors import Posterior
 from bayeslora.prediction import Prediction
@@ -46,12 +48,14 @@ class Comparison:
         predictions: The test predictions of each method under each seed.
         ood: The predictions of each method under each seed on each other data set.
         train_seconds: Training time of each method under each seed, as if it shared nothing.
+        temperatures: The temperature that was chosen for each ``<name> tuned`` under each seed.
     """
 
     evaluations: dict[str, dict[int, Evaluation]] = field(default_factory=dict)
     predictions: dict[str, dict[int, Prediction]] = field(default_factory=dict)
     ood: dict[str, dict[int, dict[str, Prediction]]] = field(default_factory=dict)
     train_seconds: dict[str, dict[int, float]] = field(default_factory=dict)
+    temperatures: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Study:
         out: Folder of the results.
         ood: Other data, to tell from the task's test split.
         swag_share: Length of SWAG's phase, as a share of MAP's optimiser steps.
+        temperatures: Temperatures T of the covariance to choose from, by the validation split's NLL, for every method
+            with noise; the winner is a method of its own in the results, named ``<name> tuned``.
         draws: Number S of draws.
         token_budget: Most tokens of a prediction batch.
         resamples: Bootstrap resamples.
@@ -80,6 +86,7 @@ class Study:
     out: Path
     ood: Mapping[str, Split] = field(default_factory=dict)
     swag_share: float = 0.5
+    temperatures: Sequence[float] = ()
     draws: int = 10
     token_budget: int = 2048
     resamples: int = 1000
@@ -105,25 +112,52 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
         raise InputError("a comparison needs at least one method and one seed")
     if study.task.test is None or not len(study.task.test):
         raise InputError(f"the task {study.task.name} has no test examples to compare on")
-    found = Comparison(
-        {m: {} for m in methods}, {m: {} for m in methods}, {m: {} for m in methods}, {m: {} for m in methods}
-    )
+    if study.temperatures and (study.task.validation is None or not len(study.task.validation)):
+        raise InputError("temperatures are chosen on a validation split, and the task has none; set validation=0.1")
+    found = Comparison()
     for seed in seeds:
         for name, method in methods.items():
-            folder = study.out / f"seed-{seed}"
-            stem = name.replace(":", "-")
             posterior, seconds = _posterior(study, method, seed)
-            prediction = _predicted(study, posterior, study.task.test, folder / f"{stem}.safetensors", name, seed)
-            others = {
-                other: _predicted(study, posterior, split, folder / f"{stem}@{other}.safetensors", name, seed)
-                for other, split in study.ood.items()
-            }
-            found.predictions[name][seed], found.ood[name][seed] = prediction, others
-            found.train_seconds[name][seed] = seconds
-            found.evaluations[name][seed] = evaluate(
-                prediction, study.task.test, others or None, bins=study.bins, resamples=study.resamples, seed=seed
-            )
+            _measured(study, found, posterior, name, seed, seconds)
+            if study.temperatures and posterior.distinct is None:
+                best = _best_temperature(study, posterior, name, seed)
+                tuned = f"{name} tuned"
+                found.temperatures.setdefault(tuned, {})[seed] = best
+                _measured(study, found, tempered(posterior, best), tuned, seed, seconds)
     return found
+
+
+def _measured(study: Study, found: Comparison, posterior: Posterior, name: str, seed: int, seconds: float) -> None:
+    """Predict by a posterior, evaluate, and put the results where they belong."""
+    assert study.task.test is not None
+    stem = study.out / f"seed-{seed}" / name.replace(":", "-").replace(" ", "-")
+    prediction = _predicted(study, posterior, study.task.test, stem.with_name(f"{stem.name}.safetensors"), name, seed)
+    others = {
+        other: _predicted(study, posterior, split, stem.with_name(f"{stem.name}@{other}.safetensors"), name, seed)
+        for other, split in study.ood.items()
+    }
+    evaluation = evaluate(
+        prediction, study.task.test, others or None, bins=study.bins, resamples=study.resamples, seed=seed
+    )
+    found.predictions.setdefault(name, {})[seed] = prediction
+    found.ood.setdefault(name, {})[seed] = others
+    found.train_seconds.setdefault(name, {})[seed] = seconds
+    found.evaluations.setdefault(name, {})[seed] = evaluation
+
+
+def _best_temperature(study: Study, posterior: Posterior, name: str, seed: int) -> float:
+    """Return the temperature with which the draws have the lowest NLL on the validation split."""
+    validation = study.task.validation
+    assert validation is not None
+    stem = f"{name.replace(':', '-')}-validation"
+    scores = {}
+    for temperature in study.temperatures:
+        path = study.out / f"seed-{seed}" / f"{stem}-{temperature:g}.safetensors"
+        prediction = _predicted(
+            study, tempered(posterior, temperature), validation, path, f"{name}, T={temperature:g},", seed
+        )
+        scores[temperature] = nll(prediction.log_p, validation.labels)
+    return min(scores, key=lambda t: (scores[t], t))
 
 
 def _posterior(study: Study, method: Method, seed: int) -> tuple[Posterior, float]:
@@ -151,6 +185,9 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
         start, before = _single(study, Map(), seed, member)
         args.max_steps = max(2, round(study.swag_share * planned_steps(study)))
         own = replace(method, start=0, learning_rate=method.learning_rate or study.args.learning_rate / 10)
+    elif isinstance(method, Isotropic):
+        point, seconds = _single(study, Map(), seed, member)
+        return method.around(point.mean, study.model), seconds
     else:
         initialise(study.model, number)
     study.report(f"seed {seed}: training {method.name}, run {member + 1}")

@@ -112,3 +112,47 @@ def test_without_matplotlib_the_figures_are_left_out_with_a_notice(bay, words, f
 def test_a_task_without_a_test_split_is_refused(refused, words, home, tmp_path):
     shutil.copy(home.path / "marbles" / "train.jsonl", tmp_path / "train.jsonl")
     assert "lacks a train or a test split" in refused(*words, "--data", tmp_path, "--out", tmp_path / "new")
+
+
+def test_a_label_lets_a_method_be_there_twice_and_temperatures_are_chosen_on_validation_rows(bay, home, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        "--methods",
+        "map",
+        "isotropic",
+        "loud=isotropic",
+        "--set",
+        "loud.sigma=0.5",
+        "--temperatures",
+        "0",
+        "0.01",
+        "1",
+    ]
+    said = bay("compare", *home.marbles(), *QUICK, *POINTS, *words, "--validation", "6", "--draws", "3", "--out", out)
+    assert said.status == 0, said.err
+    found = json.loads((out / "results.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert names == [
+        "map", "isotropic, mean", "isotropic, 3 draws", "isotropic tuned, 3 draws",
+        "loud, mean", "loud, 3 draws", "loud tuned, 3 draws",
+    ]  # fmt: skip
+    means = {row["name"]: row["NLL"] for row in found["rows"]}
+    assert means["isotropic, mean"] == pytest.approx(means["map"])  # isotropic noise is around MAP, trained once
+    assert means["loud, 3 draws"] != means["isotropic, 3 draws"]
+    assert set(found["temperatures"]["loud tuned"].values()) <= {0.0, 0.01, 1.0}
+    assert (
+        "two methods are called"
+        in bay("compare", *home.marbles(), "--methods", "map", "map", "--out", tmp_path / "b").err
+    )
+
+
+def test_temperatures_without_validation_rows_are_refused(refused, home, tmp_path):
+    words = ["--methods", "isotropic", "--temperatures", "1", "--validation", "0", "--out", tmp_path / "out"]
+    assert "validation" in refused("compare", *home.marbles(), *QUICK, *words)
+
+
+def test_a_colon_makes_an_ensemble_of_any_method():
+    from bayeslora.cli.build import build_method
+    from bayeslora.methods import Ensemble, Ivon
+
+    assert build_method("ivon:3", ["sigma0=0.1"]) == Ensemble(3, Ivon(sigma0=0.1))

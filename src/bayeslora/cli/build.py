@@ -86,7 +86,8 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
     """Return a method by its name on the command line.
 
     Args:
-        name: Such as ``map``, ``swag``, or ``ensemble:5`` with the number of members.
+        name: Such as ``map``, ``swag``, or ``ensemble:5`` with the number of members; ``ivon:3`` is an ensemble of
+            three runs of IVON.
         settings: ``key=value`` for the method's settings, values as in JSON; what an ensemble does not know is a
             setting of its members.
 
@@ -111,7 +112,7 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
     plain = METHODS[base]()
     if colon:
         if not isinstance(plain, Ensemble):
-            raise InputError(f"{name!r}: {base} has no members; write {base}")
+            plain = Ensemble(member=plain)
         if not members.isdecimal():
             raise InputError(f"{name!r}: after the colon comes the number of members, such as {base}:5")
         values["members"] = int(members)

@@ -27,18 +27,25 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   bayeslora compare --model HuggingFaceTB/SmolLM2-135M --task openbookqa --readout likelihood --train-rows 500 \\
       --methods map ensemble:5 swag multiswag:3 --seeds 0 1 --ood mmlu_chemistry mmlu_physics --out comparison
+  bayeslora compare … --methods map ivon blob elbo=blob isotropic --set elbo.update=elbo --temperatures 0.1 0.3 1 3
 
 What methods share is trained once: MAP is the ensemble's first member, SWAG goes on from MAP and is MultiSWAG's first
 run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
-FREE = ("methods", "seeds", "bins", "resamples", "image", "device")
+FREE = ("methods", "temperatures", "seeds", "bins", "resamples", "image", "device")
 
 
 @dataclass(kw_only=True)
 class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
     """Run several methods on one task with several seeds, and print one table, mean ± sd over the seeds."""
 
-    methods: list[str] = option(["map", "ensemble:5", "swag", "multiswag:3"], "Methods to compare.")
+    methods: list[str] = option(
+        ["map", "ensemble:5", "swag", "multiswag:3"],
+        "Methods to compare; label=method names one for --set and the table, so that it can be there twice.",
+    )
     set: list[str] = option([], "Settings of a method, method.key=value, such as swag.rank=10.")
+    temperatures: list[float] = option(
+        [], "Temperatures of the posterior to choose from on the validation rows, for each method with noise."
+    )
     seeds: list[int] = option([0], "Seeds; each is a whole comparison.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
     ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
@@ -86,6 +93,7 @@ def run(options: Options) -> None:
             out,
             others,
             swag_share=options.swag_share,
+            temperatures=options.temperatures,
             draws=options.draws,
             token_budget=options.token_budget,
             resamples=options.resamples,
@@ -118,6 +126,7 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
     write_text(out / "results.md", text_table(rows, markdown=True) + "\n")
     numbers: dict[str, Any] = {
         "rows": rows,
+        "temperatures": found.temperatures,
         "evaluations": {m: {s: e.to_dict() for s, e in by.items()} for m, by in found.evaluations.items()},
         "train_rows": len(task.train) if task.train is not None else 0,
         "test_rows": len(task.test) if task.test is not None else 0,
@@ -172,13 +181,20 @@ def _methods(options: Options) -> dict[str, Method]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.build import build_method
 
-    bases = [name.partition(":")[0] for name in options.methods]
+    words = [name.rpartition("=") for name in options.methods]  # label, sign, method
+    labels = [label or method.partition(":")[0] for label, _, method in words]
     for item in options.set:
         method, dot, _ = item.partition("=")[0].partition(".")
-        if not dot or method not in bases:
+        if not dot or method not in labels:
             raise InputError(
-                f"--set {item!r} names none of the methods {', '.join(bases)}; write method.key=value, such as "
+                f"--set {item!r} names none of the methods {', '.join(labels)}; write method.key=value, such as "
                 "swag.rank=10"
             )
-    own = {base: [s.partition(".")[2] for s in options.set if s.partition(".")[0] == base] for base in bases}
-    return {name: build_method(name, own[base]) for name, base in zip(options.methods, bases, strict=True)}
+    own = {label: [s.partition(".")[2] for s in options.set if s.partition(".")[0] == label] for label in labels}
+    found = {}
+    for (given, _, method), label in zip(words, labels, strict=True):
+        name = given or method
+        if name in found or "/" in name:
+            raise InputError(f"two methods are called {name}; give each a label of its own, label={method}")
+        found[name] = build_method(method, own[label])
+    return found

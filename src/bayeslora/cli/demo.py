@@ -71,9 +71,7 @@ def run(options: Options) -> None:
         model, tokenizer = load_model(demo_model(), dropout=0.0, target_modules=["q_proj", "v_proj"])
         training = TrainingOptions(epochs=options.epochs, batch_size=10, learning_rate=options.learning_rate)
         args = build_arguments(training, out / "training", options.seed)
-        study = Study(
-            model, tokenizer, task, args, out, {name: other}, 0.5, options.draws, resamples=200, report=say
-        )  # fmt: skip
+        study = Study(model, tokenizer, task, args, out, {name: other}, draws=options.draws, resamples=200, report=say)
         with opened(out, options):
             found = finish(study, methods, [options.seed], "png", compare)
     print()

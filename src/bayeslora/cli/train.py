@@ -33,7 +33,9 @@ FREE = ("draws", "token_budget", "device", "resamples")
 class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
     """Fine-tune a model on a task by one method; the posterior, the options and the test metrics are kept in --out."""
 
-    method: str = option("swag", "map, ensemble:M, swag or multiswag:M.")
+    method: str = option(
+        "swag", "map, ensemble:M, swag, multiswag:M, ivon, blob or isotropic; ivon:M is an ensemble of M."
+    )
     set: list[str] = option([], "Settings of the method, key=value.")
     seed: int = option(0, "Seed of the run; it decides the adapter's start and the order of the data.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")

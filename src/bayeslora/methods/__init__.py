@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bayeslora.methods.base import Method
 from bayeslora.methods.blob import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
+from bayeslora.methods.isotropic import Isotropic
 from bayeslora.methods.ivon import Ivon
 from bayeslora.methods.map import Map
 from bayeslora.methods.swag import Swag
@@ -18,6 +19,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "multiswag": multi_swag,
     "blob": Blob,
     "ivon": Ivon,
+    "isotropic": Isotropic,
 }
 
-__all__ = ["METHODS", "Blob", "Ensemble", "Ivon", "Map", "Method", "Swag", "multi_swag"]
+__all__ = ["METHODS", "Blob", "Ensemble", "Isotropic", "Ivon", "Map", "Method", "Swag", "multi_swag"]

@@ -198,8 +198,8 @@ def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> No
         layers: Which; None for all.
     """
     gone = []
-    for layer in model.modules():
-        for adapter, inner in layer.lora_A.items() if isinstance(layer, LoraLayer) else ():
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        for adapter, inner in layer.lora_A.items():
             if isinstance(inner, BlobLinear) and (layers is None or any(inner is one for one in layers)):
                 plain = nn.Linear(inner.in_features, inner.out_features, bias=False, device="meta")
                 plain.weight, plain.training = inner.weight, inner.training

@@ -36,7 +36,8 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
     for method, by_seed in comparison.evaluations.items():
         predictions = comparison.predictions[method]
         single = all(p.draws == 1 for p in predictions.values())
-        for predictor in ("draws",) if single else ("mean", "draws"):
+        one = single or method in comparison.temperatures  # another temperature has the same mean
+        for predictor in ("draws",) if one else ("mean", "draws"):
             draws = next(iter(predictions.values())).draws
             label = method if single else f"{method}, mean" if predictor == "mean" else f"{method}, {draws} draws"
             row: dict[str, Any] = {"name": label}

@@ -1,0 +1,193 @@
+"""What a Bayesian method adds to a training step of the stock Trainer, as ratios to AdamW from one run.
+
+The same model, rows and Trainer train with AdamW and with each method, in turn; the figure for time is the median over
+the rounds of the ratio of median step times. Peak memory is that of a process (CPU) or of the allocator (GPU) in a run
+of its own. Rows are random tokens: timings do not depend on their values.
+
+    python benchmarks/training_cost.py --json training_cost.json                     # SmolLM2-135M, CPU
+    python benchmarks/training_cost.py --shapes llama-2-7b --batch 8 --tokens 256    # random weights, GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import bayeslora as bl
+from bayeslora.demo_model import demo_model
+from bayeslora.params import initialise
+
+METHODS = {
+    "adamw": bl.Map(),
+    "swag": bl.Swag(start=0, interval=2),
+    "ivon": bl.Ivon(),
+    "blob": bl.Blob(),
+    "blob-elbo": bl.Blob("elbo"),
+}
+BOUNDS = {"ivon": (1.05, 1.02), "blob": (1.15, 1.05), "blob-elbo": (1.15, 1.05), "swag": (1.02, 1.02)}
+SHAPES = {
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+}
+WARM = 2
+
+
+class Clock(TrainerCallback):
+    """Times the steps of a run, from one step's end to the next, so that everything is in."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.last: float | None = None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time since the last step's end."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
+def build(args: argparse.Namespace) -> Any:
+    """Return the model with a fresh adapter."""
+    if not args.shapes:
+        return bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        base = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shapes]))
+    torch.set_default_dtype(torch.float32)
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+
+
+def rows(model: Any, args: argparse.Namespace, steps: int) -> list[dict[str, torch.Tensor]]:
+    """Return random tokens, of which the last eight are learned."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, model.config.vocab_size, (steps * args.batch, args.tokens), generator=rng)
+    labels = ids.clone()
+    labels[:, :-8] = -100
+    return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+
+
+def train(model: Any, name: str, args: argparse.Namespace) -> list[float]:
+    """Train for some steps and return the seconds of each after the first few."""
+    steps, clock = args.steps + WARM, Clock()
+    data = rows(model, args, steps)
+    initialise(model, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=args.batch, learning_rate=1e-4, save_strategy="no",
+            report_to="none", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+            gradient_checkpointing=args.checkpointing,
+        )  # fmt: skip
+        kwargs = METHODS[name].trainer_kwargs(model, len(data))
+        kwargs["callbacks"] = [*kwargs["callbacks"], clock]
+        Trainer(model, arguments, train_dataset=data, **kwargs).train()
+    return clock.seconds[WARM - 1 :]
+
+
+def memory(name: str, args: argparse.Namespace) -> float:
+    """Return the peak memory in MiB of a run of its own."""
+    if torch.cuda.is_available():
+        model = build(args)
+        torch.cuda.reset_peak_memory_stats()
+        train(model, name, args)
+        return torch.cuda.max_memory_allocated() / 2**20
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        name,
+        "--batch",
+        str(args.batch),
+        "--tokens",
+        str(args.tokens),
+        "--steps",
+        "3",
+    ]
+    command += ["--model", args.model] if args.model else []
+    command += ["--checkpointing"] if args.checkpointing else []
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(said.splitlines()[-1])
+
+
+def row(name: str, value: float, unit: str, bound: float | None) -> dict[str, Any]:
+    """Return one row of the JSON."""
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "unit": unit,
+        "bound": bound,
+        "met": bound is None or value <= bound,
+    }
+
+
+def machine() -> str:
+    """Return the machine in words."""
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or name of a causal language model; none: the demo's")
+    parser.add_argument("--shapes", choices=list(SHAPES), help="random weights of these shapes in the place of a model")
+    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "adamw"], choices=list(METHODS))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--peak", choices=list(METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    model = build(args)
+    if args.peak:
+        train(model, args.peak, args)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    train(model, "adamw", args)
+    ratios: dict[str, list[float]] = {name: [] for name in args.methods}
+    for number in range(args.rounds):
+        order = ["adamw", *args.methods] if number % 2 == 0 else [*reversed(args.methods), "adamw"]
+        took = {name: statistics.median(train(model, name, args)) for name in order}
+        for name in args.methods:
+            ratios[name].append(took[name] / took["adamw"])
+        print(", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in took.items()), flush=True)
+    del model
+    peaks = {name: memory(name, args) for name in ["adamw", *args.methods]}
+    found = []
+    for name in args.methods:
+        time_bound, memory_bound = BOUNDS[name]
+        found.append(row(f"{name}: step time / AdamW", statistics.median(ratios[name]), "ratio", time_bound))
+        found.append(row(f"{name}: peak memory / AdamW", peaks[name] / peaks["adamw"], "ratio", memory_bound))
+    found.append(row("AdamW: peak memory", peaks["adamw"], "MiB", None))
+    for one in found:
+        verdict = "" if one["bound"] is None else f"bound {one['bound']}  {'met' if one['met'] else 'NOT MET'}"
+        print(f"{one['name']:<36} {one['value']:.3f} {one['unit']}  {verdict}")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine(), "rows": found}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
