@@ -52,7 +52,7 @@ class Blob(Method):
 
     Attributes:
         update: ``paper`` (the released algorithm) or ``elbo`` (one loss, one optimiser).
-        init_spread: ε; G starts uniform on [ε/√2, ε].
+        init_spread: ε; G starts uniform on [ε/√2, ε]. The paper's is 0.05, for 7B models and thousands of steps.
         prior_sigma: σ_p.
         kl_rate: κ of ``update="paper"``.
         kl_cycle: L; None for the paper's, but at most the steps of the run.
@@ -60,7 +60,7 @@ class Blob(Method):
 
     name: ClassVar[str] = "blob"
     update: Literal["paper", "elbo"] = "paper"
-    init_spread: float = 0.05
+    init_spread: float = 0.3
     prior_sigma: float = 0.2
     kl_rate: float = 0.01
     kl_cycle: int | None = None

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The published settings for Llama-2-7B and 10,000 steps of batch 4 with linear decay, δ = 0, by task."""
 
-SIGMA0, TEMPERATURE, BETAS = 0.02, 1.0, (0.9, 0.999)
+SIGMA0, TEMPERATURE, BETAS = 0.04, 0.5, (0.9, 0.999)
 """What ``sigma0``, ``temperature`` and ``betas`` are if not given; docs/results.md says how they were found."""
 
 
