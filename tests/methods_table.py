@@ -31,5 +31,8 @@ EVERYTHING = ("llama-likelihood",)
 DIFFERENT = ("map", "swag", "ensemble-dropout", "ivon", "blob")
 """The methods that differ most, which are tested on every kind."""
 
+REPEATS = ("ensemble-blob", "ensemble-ivon", "ivon-published", "map-decay", "swag-swa", "multiswag")
+"""Methods that train by the same code as others here; what takes another training run is tested on those."""
+
 PAIRS = [(method, kind) for kind in KINDS for method in TABLE if kind in EVERYTHING or method in DIFFERENT]
 """Methods by models."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, TABLE
+from methods_table import DROPOUT, REPEATS, TABLE
 from peft import LoraConfig, PeftModel
 from tiny import COLOURS, TARGETS, arguments, make_base, make_model, same_params
 from transformers import Trainer, TrainerCallback
@@ -77,7 +77,7 @@ def trained(method: Method, args: Any, make: Any, tokenizer: Any) -> tuple[PeftM
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in REPEATS])
 def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     method = TABLE[name]
     make_arguments, make = TRAINERS[trainer]
