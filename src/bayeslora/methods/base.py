@@ -19,6 +19,7 @@ from bayeslora.errors import InputError
 from bayeslora.origin import Origin, origin_of
 from bayeslora.params import require_lora
 from bayeslora.posteriors import Posterior
+from bayeslora.quantised import unpack_for_training
 
 
 class Method(ABC):
@@ -82,12 +83,15 @@ _RECORDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.Weak
 
 
 def remember(model: nn.Module, record: Record) -> None:
-    """Keep the record of a run for as long as the model lives, and clear what earlier runs left that broke off.
+    """Keep the record of a run that begins for as long as the model lives, and make the model ready for it.
+
+    What earlier runs left that broke off is cleared, and a 4-bit base that was packed for inference is unpacked.
 
     Args:
         model: The model in training.
         record: What to keep; it replaces an earlier record of the same method.
     """
+    unpack_for_training(model)
     records = _RECORDS.setdefault(model, {})
     for earlier in records.values():
         if earlier is not record:

@@ -26,7 +26,8 @@ class Sizes:
         few_shot: Examples taken from the training rows into the prompt.
         train: Most training rows; None keeps all.
         test: Most test rows; None keeps all.
-        validation: Rows (an integer) or share of rows (a float below 1) of train held out; 0 holds out none.
+        validation: Rows (an integer) or share of rows (a float below 1) of train held out; 0 holds out none. A number
+            of rows is also the most that are kept of a validation split that the source has.
         seed: Decides which rows.
     """
 
@@ -83,7 +84,8 @@ def load_task(
         max_length: Longest prompt in tokens; see ``Format``.
         train_rows: Most rows to train on; None for all.
         test_rows: Most rows to test on; None for all.
-        validation: Rows, or share of rows, held out of train, unless the source has a validation split; 0 for none.
+        validation: Rows, or share of rows, held out of train; 0 for none. If the source has a validation split, that is
+            taken instead, with a number of rows as many of it at most.
         seed: Decides which rows are held out, put into the prompt and kept.
         columns: Where text, label and choices or classes are, as ``Columns`` or some of its fields, such as
             ``{"text": "review", "label": "stars"}``. None: the task's own, or ``text``, ``choices`` and ``label``.
@@ -249,6 +251,8 @@ def _sampled(name: str, splits: dict[SplitName, Split], sizes: Sizes) -> Task:
         held = train.take(sorted(order[:out])) if out else held
         shots = train.take(order[count - sizes.few_shot :]).examples
         train = train.take(sorted(order[out : count - sizes.few_shot][: sizes.train]))
+    if splits.get("validation") is not None and held is not None and sizes.validation >= 1:
+        held = held.take(sorted(_shuffled(len(held), sizes.seed, "validation")[: int(sizes.validation)]))
     if test is not None and sizes.test is not None:
         test = test.take(sorted(_shuffled(len(test), sizes.seed, "test")[: sizes.test]))
     done = [None if s is None else replace(s, format=replace(s.format, few_shot=shots)) for s in (train, held, test)]
