@@ -28,7 +28,7 @@ TABLE: dict[str, Method] = {name: make(**QUICK.get(name, {})) for name, make in 
 EVERYTHING = ("llama-likelihood",)
 """Kinds of models on which every method is tested."""
 
-DIFFERENT = ("map", "swag", "ensemble-dropout", "ivon", "blob")
+DIFFERENT = ("ensemble-dropout", "ivon", "blob")
 """The methods that differ most, which are tested on every kind."""
 
 REPEATS = ("ensemble-blob", "ensemble-ivon", "ivon-published", "map-decay", "swag-swa", "multiswag")
