@@ -135,11 +135,26 @@ class BlobLinear(nn.Linear):
         return mean + _flipped(functional.linear(_flipped(input), noise))
 
 
+class _Flip(torch.autograd.Function):
+    """x ⊙ s for s ∈ {±1}, of which one byte an element is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signs: Tensor) -> Tensor:
+        ctx.save_for_backward(signs)
+        return x * signs.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (signs,) = ctx.saved_tensors
+        return grad * signs.to(grad.dtype), None
+
+
 def _flipped(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return x with random signs, eight of them from each 64-bit random number."""
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    signs = words.view(torch.int8)[: x.numel()].view(x.shape) < 0
-    return torch.where(signs, -x, x)
+    signs = (words.view(torch.int8)[: x.numel()].view(x.shape) & 2) - 1
+    flipped: Tensor = _Flip.apply(x, signs)  # type: ignore[no-untyped-call]
+    return flipped
 
 
 def attach(model: nn.Module, init_spread: float, seed: int = 0) -> dict[str, BlobLinear]:
