@@ -11,14 +11,13 @@ two are timed in turn, and the figure is the median of the pairs' ratios.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from report import finish, row
 from torch.nn import functional
 
 import bayeslora as bl
@@ -44,11 +43,11 @@ def plain_logits(model: Any, tokenizer: Any, split: Split, readout: str) -> torc
         letters = [tokenizer(answer_text(split.examples[0], i, readout))["input_ids"][-1] for i in range(4)]
         return logits[:, letters]
     texts, starts, owners = [], [], []
-    for row, (prompt, example) in enumerate(zip(prompts, split, strict=True)):
+    for number, (prompt, example) in enumerate(zip(prompts, split, strict=True)):
         for i in range(len(example.choices)):
             texts.append(prompt + answer_text(example, i, readout))
             starts.append(len(tokenizer(prompt)["input_ids"]))
-            owners.append(row)
+            owners.append(number)
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     log_p = model(**batch, use_cache=False).logits.float().log_softmax(-1)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
@@ -136,17 +135,6 @@ def void(_: Any) -> None:
     """Throw a value away."""
 
 
-def row(name: str, value: float, bound: float, unit: str = "ratio") -> dict[str, Any]:
-    """Return one row of the JSON."""
-    return {"name": name, "value": round(value, 4), "unit": unit, "bound": bound, "met": value <= bound}
-
-
-def machine() -> str:
-    """Return the machine in words."""
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,13 +151,7 @@ def main() -> None:
         task = bl.load_task(args.task, args.data, readout=readout, train_rows=args.rows, test_rows=args.rows)
         model, tokenizer = bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])
         rows += measure(model, tokenizer, task, readout, args.runs)
-    for found in rows:
-        print(
-            f"{found['name']:<50} {found['value']:.3f}  bound {found['bound']}  {'met' if found['met'] else 'NOT MET'}"
-        )
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine(), "rows": rows}, file, indent=2)
+    finish(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ of its own. Rows are random tokens: timings do not depend on their values.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from report import finish, row
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import bayeslora as bl
@@ -129,23 +128,6 @@ def memory(name: str, args: argparse.Namespace) -> float:
     return float(said.splitlines()[-1])
 
 
-def row(name: str, value: float, unit: str, bound: float | None) -> dict[str, Any]:
-    """Return one row of the JSON."""
-    return {
-        "name": name,
-        "value": round(value, 4),
-        "unit": unit,
-        "bound": bound,
-        "met": bound is None or value <= bound,
-    }
-
-
-def machine() -> str:
-    """Return the machine in words."""
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,15 +160,10 @@ def main() -> None:
     found = []
     for name in args.methods:
         time_bound, memory_bound = BOUNDS[name]
-        found.append(row(f"{name}: step time / AdamW", statistics.median(ratios[name]), "ratio", time_bound))
-        found.append(row(f"{name}: peak memory / AdamW", peaks[name] / peaks["adamw"], "ratio", memory_bound))
-    found.append(row("AdamW: peak memory", peaks["adamw"], "MiB", None))
-    for one in found:
-        verdict = "" if one["bound"] is None else f"bound {one['bound']}  {'met' if one['met'] else 'NOT MET'}"
-        print(f"{one['name']:<36} {one['value']:.3f} {one['unit']}  {verdict}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine(), "rows": found}, file, indent=2)
+        found.append(row(f"{name}: step time / AdamW", statistics.median(ratios[name]), time_bound))
+        found.append(row(f"{name}: peak memory / AdamW", peaks[name] / peaks["adamw"], memory_bound))
+    found.append(row("AdamW: peak memory", peaks["adamw"], None, "MiB"))
+    finish(found, args.json)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   bayeslora compare --model HuggingFaceTB/SmolLM2-135M --task openbookqa --readout likelihood --train-rows 500 \\
       --methods map ensemble:5 swag multiswag:3 --seeds 0 1 --ood mmlu_chemistry mmlu_physics --out comparison
-  bayeslora compare --model org/encoder --task sst2 --train-rows 200 --validation 200 \
+  bayeslora compare --model org/encoder --task sst2 --train-rows 200 --validation 200 \\
       --methods map ivon blob elbo=blob isotropic --set elbo.update=elbo --temperatures 0.1 0.3 1 --out noise
 
 What methods share is trained once: MAP is the ensemble's first member, SWAG goes on from MAP and is MultiSWAG's first

@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
 from torch import nn
@@ -201,3 +202,17 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Check that the model has a LoRA adapter, and keep the record."""
         remember(require_lora(kwargs["model"]), self.record)
+
+
+def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
+    """Return a file of a method's own in the checkpoint of the present step.
+
+    Args:
+        args: The Trainer's arguments.
+        state: The Trainer's state.
+        name: Name of the file.
+
+    Returns:
+        Its path; the checkpoint's folder is there while it is saved or resumed.
+    """
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name

@@ -35,7 +35,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
-from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
+from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.guards import check_training, plain_layers
 from bayeslora.params import Params, generator, live, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
@@ -140,11 +140,13 @@ class _Flip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, signs: Tensor) -> Tensor:
+        """Return x ⊙ s."""
         ctx.save_for_backward(signs)
         return x * signs.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x; the signs have none."""
         (signs,) = ctx.saved_tensors
         return grad * signs.to(grad.dtype), None
 
@@ -305,7 +307,7 @@ class _Trainer(TrainerCallback):
         if state.global_step == 0:
             begin(self.layers, self.method.init_spread, args.seed)
         else:
-            self._load(_state_file(args, state))
+            self._load(checkpoint_file(args, state, _STATE_FILE))
         own = list(self.layers.values())
         spread: Params = {name: layer.spread for name, layer in self.layers.items()}
         remember(model, Record(self.method.name, self.num_data, dict(spread), undo=lambda: detach(model, own)))
@@ -348,7 +350,7 @@ class _Trainer(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write G into the checkpoint."""
         if state.is_world_process_zero:
-            with replacing(_state_file(args, state)) as partial:
+            with replacing(checkpoint_file(args, state, _STATE_FILE)) as partial:
                 save_file({n: layer.spread.detach().contiguous() for n, layer in self.layers.items()}, partial)
 
     def on_train_end(
@@ -368,8 +370,3 @@ class _Trainer(TrainerCallback):
             raise InputError(
                 f"the checkpoint has no readable {path}, which BLoB needs to go on; resume from an earlier checkpoint"
             ) from error
-
-
-def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return the file that holds G in the checkpoint of the present step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE

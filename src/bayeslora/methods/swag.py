@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
-from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
+from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.params import Params, live, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
@@ -209,7 +209,7 @@ class _Collector(TrainerCallback):
             )
         self.moments = Moments(method.rank)
         if state.global_step > self.start:
-            self.moments.load(_state_file(args, state), next(iter(live(model).values())).device)
+            self.moments.load(checkpoint_file(args, state, _STATE_FILE), next(iter(live(model).values())).device)
         remember(model, Record(method.name, self.num_data, {"moments": self.moments}))
         hold(kwargs["lr_scheduler"], self.start, method.learning_rate or args.learning_rate / 10)
 
@@ -228,12 +228,7 @@ class _Collector(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the moments into the checkpoint."""
         if state.is_world_process_zero and state.global_step > self.start:
-            self.moments.save(_state_file(args, state))
-
-
-def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return the file that holds the moments in the checkpoint of the present step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE
+            self.moments.save(checkpoint_file(args, state, _STATE_FILE))
 
 
 def hold(scheduler: Any, start: int, rate: float) -> None:
