@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tiny import KINDS
 
-from bayeslora.methods import METHODS, Blob, Ensemble, Ivon, Map, Method, Swag
+from bayeslora.methods import METHODS, Blob, Ensemble, Ivon, Laplace, Map, Method, PostHoc, Swag, Temperature
 
 DROPOUT = 0.1
 """LoRA dropout of the models that the methods train."""
@@ -23,16 +23,27 @@ TABLE: dict[str, Method] = {name: make(**QUICK.get(name, {})) for name, make in 
     "ivon-published": Ivon(preset="arc_easy"),
     "ivon-empirical": Ivon(sigma0=0.05, max_step=1e-2, temperature=0.1, prior="empirical"),
     "ensemble-ivon": Ensemble(2, Ivon()),
+    "laplace-diagonal": Laplace("diag", predictive="draws", prior="validation"),
+    "ensemble-laplace": Ensemble(2, Laplace(last_layers=1, prior="validation")),
+    "temperature-vector": Temperature("vector"),
 }
 
 EVERYTHING = ("llama-likelihood",)
 """Kinds of models on which every method is tested."""
 
-DIFFERENT = ("ensemble-dropout", "ivon", "blob")
+DIFFERENT = ("ensemble-dropout", "ivon", "blob", "laplace")
 """The methods that differ most, which are tested on every kind."""
 
-REPEATS = ("ensemble-blob", "ensemble-ivon", "ivon-published", "map-decay", "swag-swa", "multiswag")
+REPEATS = (
+    *("ensemble-blob", "ensemble-ivon", "ensemble-laplace", "ivon-published", "map-decay", "swag-swa", "multiswag"),
+    *(name for name, method in TABLE.items() if isinstance(method, PostHoc)),
+)
 """Methods that train by the same code as others here; what takes another training run is tested on those."""
 
-PAIRS = [(method, kind) for kind in KINDS for method in TABLE if kind in EVERYTHING or method in DIFFERENT]
+PAIRS = [
+    (method, kind)
+    for kind in KINDS
+    for method in TABLE
+    if (kind in EVERYTHING or method in DIFFERENT) and not (method == "temperature-vector" and kind != "bert")
+] + [("temperature-vector", "bert")]
 """Methods by models."""

@@ -14,11 +14,36 @@ from bayeslora.version import __version__
 if TYPE_CHECKING:
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
-    from bayeslora.methods import Blob, Ensemble, Isotropic, Ivon, Map, Method, Swag, multi_swag
+    from bayeslora.methods import (
+        Blob,
+        Ensemble,
+        Isotropic,
+        Ivon,
+        Laplace,
+        Map,
+        McDropout,
+        Method,
+        PostHoc,
+        Swag,
+        Temperature,
+        Tfb,
+        multi_swag,
+    )
     from bayeslora.models import load_model
     from bayeslora.operations import pruned, restricted, tempered
     from bayeslora.optim import IvonOptimizer
-    from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+    from bayeslora.posteriors import (
+        ColumnDropout,
+        DiagonalGaussian,
+        KroneckerGaussian,
+        Linearised,
+        LowRankGaussian,
+        Mixture,
+        Point,
+        Posterior,
+        Scaled,
+        TokenDropout,
+    )
     from bayeslora.prediction import Prediction
     from bayeslora.storage import export_draws, load_posterior
     from bayeslora.tasks import load_task
@@ -27,11 +52,36 @@ if TYPE_CHECKING:
 _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
     "training": ("fit",),
-    "methods": ("Blob", "Ensemble", "Isotropic", "Ivon", "Map", "Method", "Swag", "multi_swag"),
+    "methods": (
+        "Blob",
+        "Ensemble",
+        "Isotropic",
+        "Ivon",
+        "Laplace",
+        "Map",
+        "McDropout",
+        "Method",
+        "PostHoc",
+        "Swag",
+        "Temperature",
+        "Tfb",
+        "multi_swag",
+    ),
     "models": ("load_model",),
     "operations": ("pruned", "restricted", "tempered"),
     "optim": ("IvonOptimizer",),
-    "posteriors": ("ColumnDropout", "DiagonalGaussian", "LowRankGaussian", "Mixture", "Point", "Posterior"),
+    "posteriors": (
+        "ColumnDropout",
+        "DiagonalGaussian",
+        "KroneckerGaussian",
+        "Linearised",
+        "LowRankGaussian",
+        "Mixture",
+        "Point",
+        "Posterior",
+        "Scaled",
+        "TokenDropout",
+    ),
     "engine": ("predict",),
     "prediction": ("Prediction",),
     "storage": ("export_draws", "load_posterior"),
@@ -49,14 +99,23 @@ __all__ = [
     "Isotropic",
     "Ivon",
     "IvonOptimizer",
+    "KroneckerGaussian",
+    "Laplace",
+    "Linearised",
     "LowRankGaussian",
     "Map",
+    "McDropout",
     "Method",
     "Mixture",
     "Point",
+    "PostHoc",
     "Posterior",
     "Prediction",
+    "Scaled",
     "Swag",
+    "Temperature",
+    "Tfb",
+    "TokenDropout",
     "__version__",
     "evaluate",
     "export_draws",

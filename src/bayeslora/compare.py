@@ -1,8 +1,8 @@
 """Several methods on one task, several seeds, one table: what they share is trained once.
 
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
-as in its paper; SWAG is MultiSWAG's first run, and isotropic noise is around MAP. Everything is kept in the output
-folder as soon as it is there, so that a comparison that was stopped goes on where it was.
+as in its paper; SWAG is MultiSWAG's first run, and what is fitted to a trained adapter is fitted to MAP. Everything is
+kept in the output folder as soon as it is there, so that a comparison that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.files import replacing
-from bayeslora.methods import Ensemble, Isotropic, Map, Method, Swag
-from bayeslora.methods.base import settings
+from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
+from bayeslora.methods.base import labelled, settings
 from bayeslora.metrics import nll
 from bayeslora.operations import tempered
 from bayeslora.params import initialise
@@ -114,6 +114,10 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
         raise InputError(f"the task {study.task.name} has no test examples to compare on")
     if study.temperatures and (study.task.validation is None or not len(study.task.validation)):
         raise InputError("temperatures are chosen on a validation split, and the task has none; set validation=0.1")
+    for name, method in methods.items():
+        single = method.member if isinstance(method, Ensemble) else method
+        if isinstance(single, PostHoc) and single.held_out:
+            labelled(study.task.validation, f"{name} is fitted on validation rows")
     found = Comparison()
     for seed in seeds:
         for name, method in methods.items():
@@ -185,14 +189,23 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
         start, before = _single(study, Map(), seed, member)
         args.max_steps = max(2, round(study.swag_share * planned_steps(study)))
         own = replace(method, start=0, learning_rate=method.learning_rate or study.args.learning_rate / 10)
-    elif isinstance(method, Isotropic):
-        point, seconds = _single(study, Map(), seed, member)
-        return method.around(point.mean, study.model), seconds
+    elif isinstance(method, PostHoc):
+        start, before = _single(study, Map(), seed, member)
     else:
         initialise(study.model, number)
     study.report(f"seed {seed}: training {method.name}, run {member + 1}")
     began = time.perf_counter()
-    posterior = fit(study.model, study.task, own, args, tokenizer=study.tokenizer, start=start, resume=True)
+    if isinstance(own, PostHoc):
+        posterior = own.fit(
+            study.model,
+            study.task,
+            start=start,
+            tokenizer=study.tokenizer,
+            seed=number,
+            token_budget=study.token_budget,
+        )
+    else:
+        posterior = fit(study.model, study.task, own, args, tokenizer=study.tokenizer, start=start, resume=True)
     seconds = before + time.perf_counter() - began
     posterior.save_pretrained(folder / "posterior", overwrite=True)
     with replacing(log) as partial:

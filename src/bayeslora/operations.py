@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+from bayeslora.posteriors import (
+    ColumnDropout,
+    DiagonalGaussian,
+    KroneckerGaussian,
+    Linearised,
+    LowRankGaussian,
+    Mixture,
+    Point,
+    Posterior,
+    Scaled,
+    TokenDropout,
+)
 
 Factor = float | Tensor
 
@@ -32,6 +43,8 @@ def draw_count(posterior: Posterior, draws: int) -> int:
     """
     if draws < 1:
         raise InputError(f"draws must be at least 1, and it is {draws}")
+    if isinstance(posterior, Scaled):
+        return draw_count(posterior.posterior, draws)
     if isinstance(posterior, Mixture):
         size = len(posterior.members)
         draws = size * max(draw_count(m, -(-draws // size)) for m in posterior.members)
@@ -67,17 +80,29 @@ def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Post
     Returns:
         A posterior of the same family.
     """
-    if callable(where):
-        keep = where
-    else:
-        numbers = {name: _layer(name) for name in posterior.mean}
-        first = max((n for n in numbers.values() if n is not None), default=-1) - where + 1
-
-        def keep(name: str) -> bool:
-            number = numbers[name]
-            return number is None or number >= first
-
+    keep = where if callable(where) else in_last_layers(posterior.mean, where)
     return _rescaled(posterior, lambda name, p: float(keep(name)), None)
+
+
+def in_last_layers(names: Iterable[str], count: int) -> Callable[[str], bool]:
+    """Return whether a parameter is in one of the last numbered layers, or in none (a head).
+
+    Args:
+        names: All parameters.
+        count: Number of layers.
+
+    Returns:
+        A predicate on their names.
+    """
+    numbers = {name: _layer(name) for name in names}
+    first = max((n for n in numbers.values() if n is not None), default=-1) - count + 1
+
+    def keep(name: str) -> bool:
+        """Return whether a parameter is among them."""
+        number = numbers[name]
+        return number is None or number >= first
+
+    return keep
 
 
 def pruned(posterior: Posterior, fraction: float) -> Posterior:
@@ -136,6 +161,8 @@ def standard_deviation(posterior: Posterior) -> Params:
                 ).sqrt()
                 for name, v in posterior.variance.items()
             }
+        case KroneckerGaussian():
+            return {name: posterior.variance(name).sqrt() for name in posterior.strength}
     raise InputError(f"a {type(posterior).__name__} has no standard deviation parameter by parameter")
 
 
@@ -147,12 +174,19 @@ def _rescaled(
     """Multiply the noise, and the mean if asked, parameter by parameter: the one operation behind the others."""
     if isinstance(posterior, Mixture):
         return replace(posterior, members=tuple(_rescaled(m, noise, signal) for m in posterior.members))
+    if isinstance(posterior, Linearised | Scaled):
+        return replace(posterior, posterior=_rescaled(posterior.posterior, noise, signal))  # type: ignore[arg-type]
     if isinstance(posterior, Point):
         return posterior
+    if isinstance(posterior, TokenDropout):
+        raise InputError("dropout token by token has no noise in the weights; use the kind 'columns'")
     mean = posterior.mean if signal is None else {n: m * signal(n, posterior) for n, m in posterior.mean.items()}
     if isinstance(posterior, ColumnDropout):
         factors = {name: noise(name, posterior) for name in posterior.strength}
         return replace(posterior, strength={n: s * float(factors[n]) for n, s in posterior.strength.items()})
+    if isinstance(posterior, KroneckerGaussian):
+        strength = {n: s * torch.as_tensor(noise(n, posterior)) for n, s in posterior.strength.items()}
+        return replace(posterior, mean=mean, strength=strength)
     if isinstance(posterior, DiagonalGaussian | LowRankGaussian):
         factors = {name: noise(name, posterior) for name in posterior.variance}
         variance = {name: v * factors[name] ** 2 for name, v in posterior.variance.items()}

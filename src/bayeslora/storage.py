@@ -2,7 +2,8 @@
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are the mean, for every tool that reads PEFT adapters.
 ``posterior_config.json`` holds family, method, base model and checksums, ``posterior.safetensors`` the spread. Members
-of a mixture are sub-folders. A folder appears at once, when all of it is written.
+of a mixture, and the posterior that another is made of, are sub-folders. A folder appears at once, when all of it is
+written.
 """
 
 from __future__ import annotations
@@ -26,12 +27,34 @@ from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
 from bayeslora.origin import Origin, check_base
 from bayeslora.params import Params, check_against
-from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+from bayeslora.posteriors import (
+    ColumnDropout,
+    DiagonalGaussian,
+    KroneckerGaussian,
+    Linearised,
+    LowRankGaussian,
+    Mixture,
+    Point,
+    Posterior,
+    Scaled,
+    TokenDropout,
+)
 from bayeslora.version import __version__
 
 FORMAT_VERSION = 1
 FAMILIES: dict[str, Callable[..., Posterior]] = {
-    family.__name__: family for family in (Point, DiagonalGaussian, LowRankGaussian, ColumnDropout, Mixture)
+    family.__name__: family
+    for family in (
+        Point,
+        DiagonalGaussian,
+        LowRankGaussian,
+        KroneckerGaussian,
+        ColumnDropout,
+        TokenDropout,
+        Mixture,
+        Linearised,
+        Scaled,
+    )
 }
 _ADAPTER, _SPREAD, _CONFIG = "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json"
 
@@ -153,7 +176,7 @@ def _write_posterior(posterior: Posterior, folder: Path) -> None:
     scalars: dict[str, Any] = {}
     for f in fields(cast(Any, posterior)):
         value = getattr(posterior, f.name)
-        if f.name in ("mean", "origin", "members"):
+        if f.name in ("mean", "origin", "members", "posterior"):
             continue
         if isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values()):
             tensors |= {f"{f.name}/{name}": v.contiguous() for name, v in value.items()}
@@ -161,7 +184,11 @@ def _write_posterior(posterior: Posterior, folder: Path) -> None:
             scalars[f.name] = dict(value) if isinstance(value, Mapping) else value
     if tensors:
         save_file(tensors, folder / _SPREAD)
-    members = posterior.members if isinstance(posterior, Mixture) else ()
+    members: tuple[Posterior, ...] = ()
+    if isinstance(posterior, Mixture):
+        members = posterior.members
+    elif isinstance(posterior, Linearised | Scaled):
+        members = (posterior.posterior,)
     for i, member in enumerate(members):
         (folder / f"member-{i}").mkdir()
         _write_posterior(member, folder / f"member-{i}")
@@ -205,16 +232,17 @@ def _read_posterior(folder: Path) -> Posterior:
     keys = ("base_model", "fingerprint", "method", "settings", "num_data")
     origin = Origin(adapter, **{k: cast(Any, config.get(k)) for k in keys})
     try:
+        members = tuple(_read_posterior(folder / f"member-{i}") for i in range(int(config["members"])))
         if family is Mixture:
-            members = tuple(_read_posterior(folder / f"member-{i}") for i in range(int(config["members"])))
             return Mixture(members, origin)
-        mean = _read_tensors(folder / _ADAPTER)
         parts: dict[str, Any] = dict(config["scalars"])
         spread = _read_tensors(folder / _SPREAD) if (folder / _SPREAD).exists() else {}
         for key, value in spread.items():
             field, _, name = key.partition("/")
             parts.setdefault(field, {})[name] = value
-        return family(mean=mean, origin=origin, **parts)
+        if members:
+            return family(posterior=members[0], origin=origin, **parts)
+        return family(mean=_read_tensors(folder / _ADAPTER), origin=origin, **parts)
     except (TypeError, KeyError) as error:
         raise InputError(f"{folder} lacks a part of a {config['family']} ({error}); copy the folder again") from error
 

@@ -20,7 +20,8 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError, Interrupted
-from bayeslora.methods import Ensemble, Map, Method
+from bayeslora.methods import Ensemble, Map, Method, PostHoc
+from bayeslora.methods.base import labelled
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, write
 from bayeslora.posteriors import Posterior
@@ -43,9 +44,10 @@ def fit(
 ) -> Posterior:
     """Train a model on a task by a method.
 
-    The loss is the cross-entropy over the choices, so that what is trained is what is evaluated. An ensemble trains its
-    members one after another in ``<output_dir>/member-k`` and keeps each there when it is done. Ctrl-C writes a
-    checkpoint and stops; a second one stops at once.
+    The loss is the cross-entropy over the choices, so that what is trained is what is evaluated. A method that is
+    fitted to a trained adapter (`PostHoc`) is fitted to the plain fine-tune. An ensemble trains its members one after
+    another in ``<output_dir>/member-k`` and keeps each there when it is done. Ctrl-C writes a checkpoint and stops; a
+    second one stops at once.
 
     Args:
         model: PEFT model with a LoRA adapter. It is trained from the adapter that it has, and ends in the last state of
@@ -105,8 +107,13 @@ def _run(
     resume: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Posterior:
-    """Train once."""
+    """Train once, and fit what is fitted afterwards."""
     assert task.train is not None
+    if isinstance(method, PostHoc):
+        if method.held_out:
+            labelled(task.validation, f"{method.name} is fitted on validation rows")
+        point = _run(model, task, Map(), args, tokenizer, start, resume, callbacks)
+        return method.fit(model, task, start=point, tokenizer=tokenizer, seed=args.seed)
     if start is not None:
         write(model, start.mean)
     readout = readout_for(model, task.train, tokenizer)

@@ -14,6 +14,7 @@ from families import (
     HEAD,
     SHAPES,
     dense_covariance,
+    dense_kronecker,
     diagonal,
     dropout,
     low_rank,
@@ -26,7 +27,15 @@ from torch import Tensor
 
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count, pruned, restricted, standard_deviation, tempered
-from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+from bayeslora.posteriors import (
+    ColumnDropout,
+    DiagonalGaussian,
+    KroneckerGaussian,
+    LowRankGaussian,
+    Mixture,
+    Point,
+    Posterior,
+)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -68,6 +77,8 @@ def covariance_of(posterior: Posterior) -> Tensor:
             return vector(posterior.variance | {HEAD: torch.zeros(SHAPES[HEAD])}).diag()
         case LowRankGaussian():
             return dense_covariance(posterior)
+        case KroneckerGaussian():
+            return dense_kronecker(posterior)
         case ColumnDropout(mean=centre, rate=rate, strength=strength):
             size = {n: strength.get(n, 0.0) * centre[n] * math.sqrt(rate / (1 - rate)) for n in SHAPES}
             return vector(size).square().diag()  # its diagonal; a column's entries are wholly correlated
@@ -75,7 +86,7 @@ def covariance_of(posterior: Posterior) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 4.0])
-@pytest.mark.parametrize("family", ["diagonal", "low-rank", "dropout"])
+@pytest.mark.parametrize("family", ["diagonal", "low-rank", "dropout", "kronecker"])
 def test_temperature_multiplies_the_covariance_and_keeps_the_mean(family: str, temperature: float) -> None:
     p = FAMILIES[family]()
     hot = tempered(p, temperature)

@@ -16,10 +16,13 @@ from families import (
     SHAPES,
     SPREAD,
     dense_covariance,
+    dense_kronecker,
     diagonal,
     dropout,
+    kronecker,
     low_rank,
     mean,
+    scaling,
     snapshots,
     variance,
     vector,
@@ -28,7 +31,17 @@ from tiny import same_params
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, LowRankGaussian, Mixture, Point, Posterior
+from bayeslora.posteriors import (
+    ColumnDropout,
+    DiagonalGaussian,
+    Linearised,
+    LowRankGaussian,
+    Mixture,
+    Point,
+    Posterior,
+    Scaled,
+    TokenDropout,
+)
 
 DRAWS = 5_000
 Z = 5.0
@@ -62,6 +75,26 @@ def test_a_diagonal_gaussian_has_its_mean_and_variance_and_no_covariance() -> No
     p = diagonal()
     full = vector(p.variance | {HEAD: torch.zeros(SHAPES[HEAD])})
     assert_moments(sample(p), vector(p.mean), full.diag())
+
+
+def test_a_kronecker_gaussian_has_the_inverse_of_its_precision_as_covariance() -> None:
+    p = kronecker()
+    assert_moments(sample(p), vector(p.mean), dense_kronecker(p))
+
+
+def test_a_kronecker_gaussians_products_and_variances_are_those_of_the_dense_matrix() -> None:
+    p = kronecker()
+    covariance, offset = dense_kronecker(p), 0
+    for name in SHAPES:
+        size = p.mean[name].numel()
+        block = covariance[offset : offset + size, offset : offset + size]
+        offset += size
+        if name in p.strength:
+            matrix = torch.randn(4, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            found = p.multiply(name, matrix.view(4, *p.mean[name].reshape(len(p.mean[name]), -1).shape))
+            torch.testing.assert_close(found.reshape(4, size), matrix @ block, rtol=1e-5, atol=1e-6)
+            expected = block.diagonal().float().view_as(p.mean[name])
+            torch.testing.assert_close(p.variance(name), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_low_rank_draw_is_linear_in_its_noise_with_the_factor_of_the_covariance() -> None:
@@ -164,6 +197,18 @@ def with_noise(value: float) -> dict[str, Any]:
         (lambda: LowRankGaussian(mean(), variance(), snapshots() | {A0: snapshots(3)[A0]}), "equally many snapshots"),
         (lambda: ColumnDropout(mean(), 0.0, {A0: 1.0}), "rate in"),
         (lambda: ColumnDropout(mean(), 1.0, {A0: 1.0}), "rate in"),
+        (lambda: kronecker(0.0), "prior precision must be finite and positive"),
+        (lambda: kronecker(math.nan), "prior precision must be finite and positive"),
+        (
+            lambda: replace(kronecker(), left_values=kronecker().left_values | {A0: torch.ones(3)}),
+            "do not fit its shape",
+        ),
+        (lambda: replace(kronecker(), right_values=kronecker().right_values | {A0: -torch.ones(2)}), "negative"),
+        (lambda: Linearised(Point(mean())), "a Point cannot be linearised"),
+        (lambda: TokenDropout(mean(), 0.0), "rate in"),
+        (lambda: Scaled(Point(mean()), {}), "needs weight and bias"),
+        (lambda: Scaled(Point(mean()), scaling(-1.0)), "and positive"),
+        (lambda: Scaled(Point(mean()), scaling(math.nan)), "must be finite"),
         (lambda: Mixture(()), "at least one member"),
         (lambda: Mixture((Point(mean()), Point({A0: mean()[A0]}))), "member 1"),
     ],

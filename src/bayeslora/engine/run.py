@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,13 @@ from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
 from bayeslora.engine.encode import Encoded
+from bayeslora.engine.linearised import logit_draws, logit_moments
 from bayeslora.engine.readouts import Batch, Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
 from bayeslora.origin import check_base
 from bayeslora.params import evaluating, live, require_lora
-from bayeslora.posteriors import Mixture, Point, Posterior
+from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Scaled, TokenDropout, member_seed
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 
@@ -62,26 +65,17 @@ def predict(
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
-    batches, cut = _batches(model, readout, split, token_budget)
+    batches, cut = batched(model, readout, split, token_budget)
     count = draw_count(posterior, draws)
-    first_is_mean = isinstance(posterior, Point) or (
-        isinstance(posterior, Mixture) and isinstance(posterior.members[0], Point)
-    )
-    numbers: list[int | None] = list(range(count)) if first_is_mean else [None, *range(count)]
     began = time.perf_counter()
-    found = []
     with (
         evaluating(model),
-        torch.inference_mode(),
         readout.attached(model),
-        tqdm(total=len(numbers) * len(batches), desc="predict", unit="batch", disable=not progress) as bar,
+        tqdm(total=_passes(posterior, count) * len(batches), desc="predict", unit="batch", disable=not progress) as bar,
     ):
-        for number in numbers:
-            with posterior.applied(model, number, seed):
-                found.append(_one_pass(model, batches, len(split), bar))
-    mean = found[0] if first_is_mean else found.pop(0)
+        log_probs, mean = _Engine(model, batches, len(split), bar.update).run(posterior, count, seed)
     return Prediction(
-        log_probs=torch.stack(found),
+        log_probs=log_probs,
         mean_log_probs=mean,
         components=_members(posterior, count),
         truncated=cut,
@@ -90,10 +84,91 @@ def predict(
     )
 
 
-def _batches(
+@final
+@dataclass(frozen=True)
+class _Engine:
+    """Passes over the data under any posterior.
+
+    Attributes:
+        model: PEFT model with the readout attached.
+        batches: Indices of the examples, and the batch.
+        examples: Number N of examples.
+        done: Called after each batch.
+    """
+
+    model: nn.Module
+    batches: Sequence[tuple[list[int], Batch]]
+    examples: int
+    done: Callable[[], object]
+
+    def run(self, posterior: Posterior, count: int, seed: int) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"]]:
+        """Return the log-probabilities of the draws, and those of the posterior's mean."""
+        if isinstance(posterior, Mixture):
+            size = min(count, len(posterior.members))
+            shares = [len(range(k, count, size)) for k in range(size)]
+            found = [
+                self.run(m, share, member_seed(seed, k))
+                for k, (m, share) in enumerate(zip(posterior.members, shares, strict=False))
+            ]
+            return torch.stack([found[k % size][0][k // size] for k in range(count)]), found[0][1]
+        if isinstance(posterior, Scaled):
+            draws, mean = self.run(posterior.posterior, count, seed)
+            return posterior.apply(draws, "draws"), posterior.apply(mean, "mean")
+        if isinstance(posterior, Linearised):
+            with posterior.applied(self.model, None):
+                logits, covariances = logit_moments(
+                    self.model, [posterior.posterior], self.batches, self.examples, self.done
+                )
+            drawn = logit_draws(logits, covariances[0], count, seed)
+            return drawn.log_softmax(-1), logits.log_softmax(-1)
+        mean = self._pass(posterior.applied(self.model, None))
+        if isinstance(posterior, Point):
+            return mean.expand(count, *mean.shape).clone(), mean
+        if isinstance(posterior, TokenDropout):
+            with posterior.applied(self.model, None):
+                return torch.stack([self._pass(posterior.dropping(self.model, k, seed)) for k in range(count)]), mean
+        return torch.stack([self._pass(posterior.applied(self.model, k, seed)) for k in range(count)]), mean
+
+    @torch.inference_mode()
+    def _pass(self, weights: AbstractContextManager[None]) -> Float[Tensor, "N C"]:
+        """Return the log-probabilities of all examples while the model is what the context makes of it."""
+        found = torch.full((self.examples, 0), -torch.inf)
+        with weights:
+            for order, batch in self.batches:
+                log_p = require_lora(self.model)(**batch).logits.float().log_softmax(-1).cpu()
+                if (more := log_p.shape[1] - found.shape[1]) > 0:
+                    found = nn.functional.pad(found, (0, more), value=-torch.inf)
+                found[order, : log_p.shape[1]] = log_p
+                self.done()
+        return found
+
+
+def _passes(posterior: Posterior, count: int) -> int:
+    """Return how often the data are passed."""
+    match posterior:
+        case Mixture(members=members):
+            return sum(_passes(m, len(range(k, count, len(members)))) for k, m in enumerate(members[:count]))
+        case Scaled():
+            return _passes(posterior.posterior, count)
+        case Point() | Linearised():
+            return 1
+    return count + 1
+
+
+def batched(
     model: nn.Module, readout: Readout, split: Split, token_budget: int
 ) -> tuple[list[tuple[list[int], Batch]], int]:
-    """Return batches with the examples' indices, on the model's device, and how many examples were truncated."""
+    """Return a split in batches on the model's device, ready for the model with the readout attached.
+
+    Args:
+        model: PEFT model.
+        readout: How answers are read.
+        split: The examples.
+        token_budget: Most tokens of a batch, padding included.
+
+    Returns:
+        Batches with the indices of their examples, and how many examples were truncated.
+    """
     rows, cut = readout.encode(split)
     device = next(iter(live(model).values())).device
     found = []
@@ -125,27 +200,10 @@ def grouped(rows: Sequence[Encoded], readout: Readout, token_budget: int) -> lis
     return groups
 
 
-def _one_pass(
-    model: nn.Module, batches: Sequence[tuple[list[int], Batch]], examples: int, bar: Any
-) -> Float[Tensor, "N C"]:
-    """Return the log-probabilities of all examples under the weights that the model has now."""
-    found: Tensor | None = None
-    for order, batch in batches:
-        logits = require_lora(model)(**batch).logits.float()
-        log_p = logits.log_softmax(-1).cpu()
-        if found is None:
-            found = torch.full((examples, 0), -torch.inf)
-        if log_p.shape[1] > found.shape[1]:
-            found = torch.cat([found, torch.full((examples, log_p.shape[1] - found.shape[1]), -torch.inf)], 1)
-        found[order, : log_p.shape[1]] = log_p
-        bar.update()
-    if found is None:
-        raise InputError("there is nothing to predict")
-    return found
-
-
 def _members(posterior: Posterior, count: int) -> tuple[int, ...] | None:
     """Return the mixture's member of each draw."""
+    if isinstance(posterior, Scaled):
+        return _members(posterior.posterior, count)
     if not isinstance(posterior, Mixture):
         return None
     return tuple(k % len(posterior.members) for k in range(count))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bayeslora.methods.base import Method
+from bayeslora.methods.base import Method, PostHoc
 from bayeslora.methods.blob import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
 from bayeslora.methods.isotropic import Isotropic
 from bayeslora.methods.ivon import Ivon
+from bayeslora.methods.laplace import Laplace
 from bayeslora.methods.map import Map
+from bayeslora.methods.mc_dropout import McDropout
 from bayeslora.methods.swag import Swag
+from bayeslora.methods.temperature import Temperature
+from bayeslora.methods.tfb import Tfb
 
 METHODS: dict[str, Callable[..., Method]] = {
     "map": Map,
@@ -19,7 +23,26 @@ METHODS: dict[str, Callable[..., Method]] = {
     "multiswag": multi_swag,
     "blob": Blob,
     "ivon": Ivon,
+    "laplace": Laplace,
+    "mc-dropout": McDropout,
+    "tfb": Tfb,
+    "temperature": Temperature,
     "isotropic": Isotropic,
 }
 
-__all__ = ["METHODS", "Blob", "Ensemble", "Isotropic", "Ivon", "Map", "Method", "Swag", "multi_swag"]
+__all__ = [
+    "METHODS",
+    "Blob",
+    "Ensemble",
+    "Isotropic",
+    "Ivon",
+    "Laplace",
+    "Map",
+    "McDropout",
+    "Method",
+    "PostHoc",
+    "Swag",
+    "Temperature",
+    "Tfb",
+    "multi_swag",
+]

@@ -1,7 +1,8 @@
 """What a method is: hyper-parameters, what to hand to a Trainer, and the posterior afterwards.
 
-A method never subclasses a Trainer. What has to be remembered between training and `posterior` is kept per model,
-weakly, so that it goes when the model goes.
+Some methods need nothing but an adapter that is trained: they are fitted to it afterwards. A method never subclasses a
+Trainer. What has to be remembered between training and `posterior` is kept per model, weakly, so that it goes when the
+model goes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bayeslora.origin import Origin, origin_of
 from bayeslora.params import require_lora
 from bayeslora.posteriors import Posterior
 from bayeslora.quantised import unpack_for_training
+from bayeslora.tasks.types import Split, Task
 
 
 class Method(ABC):
@@ -55,6 +57,87 @@ class Method(ABC):
         Returns:
             The posterior over its active adapter.
         """
+
+
+class PostHoc(Method):
+    """A way to make a posterior of an adapter that is trained already, by any means.
+
+    Attributes:
+        name: The method's name on the command line and on disk.
+    """
+
+    @property
+    @abstractmethod
+    def held_out(self) -> bool:
+        """Whether the method chooses something on validation rows."""
+
+    @abstractmethod
+    def fit(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        start: Posterior | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        token_budget: int = 2048,
+    ) -> Posterior:
+        """Return the posterior around an adapter that is trained.
+
+        Args:
+            model: PEFT model; its adapter is what is fitted unless ``start`` is given, and stays as it is.
+            task: The task: ``train`` is what the adapter was trained on, ``validation`` what settings are chosen on.
+            start: The adapter to fit instead, as the mean of a posterior.
+            tokenizer: The model's tokenizer; None loads the one that was saved with the model.
+            seed: Which stream of random numbers.
+            token_budget: Most tokens of a batch.
+
+        Returns:
+            The posterior.
+
+        Raises:
+            InputError: If the task lacks the rows that the method needs, or the fit fails.
+        """
+
+    @final
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+        """Return a callback that notes the run; training is plain."""
+        return {"callbacks": [Recorder(self.name, check_num_data(num_data))]}
+
+    @final
+    def posterior(self, model: nn.Module) -> Posterior:
+        """Refuse: the fit needs the data.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"{self.name} is fitted after training, on the task's rows: call method.fit(model, task), or bayeslora.fit"
+        )
+
+
+def labelled(split: Split | None, purpose: str, least: int = 1) -> Split:
+    """Return a split that a method is fitted on, or refuse it.
+
+    Args:
+        split: A split of the task.
+        purpose: What it is for, as the beginning of a sentence.
+        least: Fewest rows that serve.
+
+    Returns:
+        The split.
+
+    Raises:
+        InputError: If it is missing, too small or has a row without a label.
+    """
+    if split is None or not len(split):
+        raise InputError(f"{purpose}, and the task has none; load it with validation=0.1, or give data with that split")
+    if len(split) < least:
+        raise InputError(f"{purpose}, at least {least} of them, and {split.name} has {len(split)}")
+    unknown = [i for i, example in enumerate(split) if example.label is None]
+    if unknown:
+        raise InputError(f"{purpose}, and row {unknown[0]} of {split.name} has no label")
+    return split
 
 
 @dataclass
@@ -154,18 +237,20 @@ def settings(method: Method) -> dict[str, Any]:
     return found
 
 
-def origin_for(model: nn.Module, method: Method) -> Origin:
+def origin_for(model: nn.Module, method: Method, num_data: int | None = None) -> Origin:
     """Return the origin of the posterior that a method learned on a model.
 
     Args:
         model: The model that was trained.
         method: The method.
+        num_data: Number of training examples; None for that of the run on record, if there is one.
 
     Returns:
-        The origin, with the number of training examples if the run is on record.
+        The origin.
     """
     record = recall(model, method.name)
-    return origin_of(model, method.name, settings(method), record.num_data if record else None)
+    known = record.num_data if record is not None and num_data is None else num_data
+    return origin_of(model, method.name, settings(method), known)
 
 
 def check_num_data(num_data: int) -> int:

@@ -20,11 +20,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, Record, check_num_data, origin_for, recall, remember, require_record
+from bayeslora.methods.base import Method, PostHoc, Record, check_num_data, origin_for, recall, remember, require_record
 from bayeslora.methods.map import Map
+from bayeslora.methods.mc_dropout import column_dropout
 from bayeslora.methods.swag import Swag
 from bayeslora.params import initialise, require_lora
-from bayeslora.posteriors import ColumnDropout, Mixture, Point, Posterior
+from bayeslora.posteriors import Mixture, Posterior
 
 
 @final
@@ -80,7 +81,16 @@ class Ensemble(Method):
         return own
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
-        """Return the member's arguments, with the callback that gives it its start and keeps its posterior."""
+        """Return the member's arguments, with the callback that gives it its start and keeps its posterior.
+
+        Raises:
+            InputError: If the members are fitted after training.
+        """
+        if isinstance(self.member, PostHoc):
+            raise InputError(
+                f"the members' method, {self.member.name}, is fitted after training: use bayeslora.fit, or fit each "
+                "trained member and put them together with method.mixture(members, model)"
+            )
         kwargs = self.member.trainer_kwargs(model, num_data)
         return {**kwargs, "callbacks": [_Member(self, check_num_data(num_data)), *kwargs["callbacks"]]}
 
@@ -109,7 +119,7 @@ class Ensemble(Method):
             The mixture.
         """
         if self.dropout_draws:
-            members = [_with_dropout(m, model) for m in members]
+            members = [column_dropout(model, m.mean, m.origin) for m in members]
         return Mixture(tuple(members), origin_for(model, self))
 
 
@@ -124,17 +134,6 @@ def multi_swag(members: int = 3, **settings: Any) -> Ensemble:
         An ensemble of `Swag`.
     """
     return Ensemble(members, Swag(**settings))
-
-
-def _with_dropout(posterior: Posterior, model: nn.Module) -> Posterior:
-    """Return the adapters that dropout makes of one."""
-    config = require_lora(model).active_peft_config
-    if config.use_dora:
-        raise InputError("dropout draws are not weight draws under DoRA; use plain LoRA")
-    strength = {name: 1.0 for name in posterior.mean if name.endswith("lora_A.weight")}
-    if not isinstance(posterior, Point) or not strength:
-        raise InputError("dropout draws need members that are points over LoRA matrices A")
-    return ColumnDropout(posterior.mean, config.lora_dropout, strength, posterior.origin)
 
 
 @final

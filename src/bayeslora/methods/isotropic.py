@@ -1,4 +1,4 @@
-"""Isotropic noise around the MAP: N(θ̂, σ²I), the control for every method that learns a variance.
+"""Isotropic noise around a trained adapter: N(θ̂, σ²I), the control for every method that learns a variance.
 
 It has no paper. A method whose calibration it matches at the same σ owes that calibration to the size of its noise, and
 not to the variance that it learned.
@@ -8,56 +8,82 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, Recorder, check_num_data, origin_for
+from bayeslora.methods.base import PostHoc, labelled, origin_for
+from bayeslora.methods.search import draws_nll
 from bayeslora.params import Params, read
-from bayeslora.posteriors import DiagonalGaussian
+from bayeslora.posteriors import DiagonalGaussian, Posterior
+from bayeslora.tasks.types import Task
+
+SIGMAS = tuple(0.001 * 2 ** (k / 2) for k in range(17))
+"""Standard deviations that ``sigma="validation"`` tries: .001 to .256, each √2 of the one before."""
 
 
 @final
 @dataclass(frozen=True)
-class Isotropic(Method):
-    """A MAP fine-tune with the same noise on every adapter parameter.
+class Isotropic(PostHoc):
+    """The same noise on every adapter parameter.
 
     Attributes:
-        sigma: Standard deviation σ.
+        sigma: Standard deviation σ, or ``validation`` for the one of `SIGMAS` whose draws have the lowest negative
+            log-likelihood on the validation rows.
+        draws: Draws by which a σ is judged.
     """
 
     name: ClassVar[str] = "isotropic"
-    sigma: float = 0.02
+    sigma: float | Literal["validation"] = 0.02
+    draws: int = 10
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
 
         Raises:
-            InputError: If σ is negative or not finite.
+            InputError: If σ is negative or not finite, or there are no draws.
         """
-        if not 0 <= self.sigma < math.inf:
+        if isinstance(self.sigma, str):
+            if self.sigma != "validation":
+                raise InputError(f"sigma must be a number or 'validation', and it is {self.sigma!r}")
+        elif not 0 <= self.sigma < math.inf:
             raise InputError(f"sigma must be finite and not negative, and it is {self.sigma}")
+        if self.draws < 1:
+            raise InputError(f"draws must be at least 1, and it is {self.draws}")
 
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
-        """Return a callback that notes the run; training is plain."""
-        return {"callbacks": [Recorder(self.name, check_num_data(num_data))]}
+    @property
+    def held_out(self) -> bool:
+        """Whether σ is chosen."""
+        return self.sigma == "validation"
 
-    def posterior(self, model: nn.Module) -> DiagonalGaussian:
-        """Return the model's adapter as it is, with noise."""
-        return self.around(read(model), model)
+    def fit(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        start: Posterior | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        token_budget: int = 2048,
+    ) -> DiagonalGaussian:
+        """Return the noise around an adapter; see `PostHoc.fit`."""
+        mean = read(model) if start is None else start.mean
+        origin = origin_for(model, self, len(task.train) if task.train is not None else None)
+        if not isinstance(self.sigma, str):
+            return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
+        rows = labelled(task.validation, "isotropic noise is chosen on validation rows")
+        found = {}
+        for sigma in SIGMAS:
+            posterior = DiagonalGaussian(mean, _variance(mean, sigma), origin)
+            score = draws_nll(model, posterior, rows, self.draws, tokenizer=tokenizer, seed=seed, budget=token_budget)
+            found[score, sigma] = posterior
+            if score > 2 * min(found)[0] + 1:  # far beyond the best: larger noise only loses more
+                break
+        return found[min(found)]
 
-    def around(self, mean: Params, model: nn.Module) -> DiagonalGaussian:
-        """Return the noise around an adapter that was trained by any means.
 
-        Args:
-            mean: The adapter.
-            model: The model, for the origin.
-
-        Returns:
-            The posterior.
-        """
-        return DiagonalGaussian(
-            mean, {n: torch.full_like(m, self.sigma**2) for n, m in mean.items()}, origin_for(model, self)
-        )
+def _variance(mean: Params, sigma: float) -> Params:
+    """Return σ² for every parameter."""
+    return {name: torch.full_like(m, sigma**2) for name, m in mean.items()}

@@ -1,0 +1,265 @@
+"""Derivatives of the choices' logits by the adapter's parameters, and streaming low-rank factors of a curvature.
+
+For a linear layer the gradient of an output by the weight is a sum over tokens of products g xᵀ of the gradient at the
+layer's output and the layer's input. All that Laplace and linearised prediction need is made of these two, batch by
+batch; no Jacobian of the whole adapter is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora._typing import Float, Int
+from bayeslora.errors import InputError
+from bayeslora.params import evaluating, generator, live, require_lora
+
+
+@final
+@dataclass(frozen=True)
+class Site:
+    """A parameter of a linear layer.
+
+    Attributes:
+        name: The parameter's name on disk.
+        module: The layer.
+        bias: Whether it is the layer's bias rather than its weight.
+    """
+
+    name: str
+    module: nn.Module
+    bias: bool
+
+
+def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: True) -> list[Site]:
+    """Return the linear layers' parameters of the active adapter.
+
+    Args:
+        model: A PEFT model with a LoRA adapter.
+        names: Which of the adapter's parameters are wanted.
+
+    Returns:
+        A site for each wanted parameter, in the adapter's order.
+
+    Raises:
+        InputError: If a wanted parameter is not one of a linear layer (DoRA's magnitudes, adapted embeddings).
+    """
+    owners = {
+        p: (module, leaf == "bias")
+        for module in require_lora(model).modules()
+        if isinstance(module, nn.Linear)
+        for leaf, p in module.named_parameters(recurse=False)
+    }
+    found = []
+    for name, p in live(model).items():
+        if not names(name):
+            continue
+        if p not in owners:
+            raise InputError(
+                f"{name} is not a weight of a linear layer, and only those can be linearised; use plain LoRA on linear "
+                "layers"
+            )
+        found.append(Site(name, *owners[p]))
+    return found
+
+
+@final
+@dataclass(frozen=True)
+class Gradients:
+    """What one batch says about the logits' derivatives.
+
+    Attributes:
+        logits: The choices' logits [N C], float32.
+        inputs: Input of each layer [R T I], float32; R sequences, or positions with T = 1.
+        outputs: Gradient of each class's logit at the layer's output [C R T O].
+        owners: Example [R] that each of a layer's R belongs to.
+    """
+
+    logits: Float[Tensor, "N C"]
+    inputs: dict[nn.Module, Float[Tensor, "R T I"]]
+    outputs: dict[nn.Module, Float[Tensor, "C R T O"]]
+    owners: dict[nn.Module, Int[Tensor, " R"]]
+
+    def jacobian(self, site: Site) -> Float[Tensor, "C N O I"]:
+        """Return the derivative of each example's logits by one parameter.
+
+        Args:
+            site: The parameter.
+
+        Returns:
+            A bias has one column.
+        """
+        x, g, owner = self.inputs[site.module], self.outputs[site.module], self.owners[site.module]
+        own = g.sum(2)[..., None] if site.bias else torch.einsum("crto,rti->croi", g, x)
+        total = own.new_zeros(own.shape[0], len(self.logits), *own.shape[2:])
+        return total.index_add_(1, owner, own)
+
+
+@contextmanager
+def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[dict[str, Tensor]], Gradients]]:
+    """Give a function that runs a batch and differentiates its logits, for the length of a ``with`` block.
+
+    Args:
+        model: PEFT model with a readout attached, so that its logits [N C] are the choices'.
+        sites: The parameters; the gradients cover their layers.
+
+    Yields:
+        A function from a batch to its `Gradients`. Afterwards the model is as before.
+    """
+    modules = list(dict.fromkeys(site.module for site in sites))
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def _note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if module in seen:
+            raise InputError("a layer of the adapter is called twice in a pass, and cannot be linearised")
+        seen[module] = (args[0].detach(), output)
+
+    def _gradients(batch: dict[str, Tensor]) -> Gradients:
+        seen.clear()
+        with torch.inference_mode(False), torch.enable_grad():
+            own = {key: value.clone() for key, value in batch.items()}  # tensors of inference mode cannot be saved
+            logits = require_lora(model)(**own).logits.float()
+            ends = [seen[m][1] for m in modules]
+            rows: list[tuple[Tensor, ...]] = []
+            for c in range(logits.shape[1]):
+                last = c + 1 == logits.shape[1]
+                rows.append(
+                    torch.autograd.grad(logits[:, c].sum(), ends, retain_graph=not last, materialize_grads=True)
+                )
+        inputs, outputs, owners = {}, {}, {}
+        for k, module in enumerate(modules):
+            x, g = seen[module][0].float(), torch.stack([row[k] for row in rows]).float()
+            inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, len(logits))
+        seen.clear()
+        return Gradients(logits.detach(), inputs, outputs, owners)
+
+    asked = {p: p.requires_grad for p in live(model).values()}
+    handles: list[Any] = [module.register_forward_hook(_note) for module in modules]
+    try:
+        for p in asked:
+            p.requires_grad_(True)
+        with evaluating(model):
+            yield _gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, before in asked.items():
+            p.requires_grad_(before)
+
+
+def _by_example(
+    x: Tensor, g: Tensor, batch: dict[str, Tensor], examples: int
+) -> tuple[Float[Tensor, "R T I"], Float[Tensor, "C R T O"], Int[Tensor, " R"]]:
+    """Return a layer's inputs and gradients with a token axis, and the example of each row."""
+    sequences, length = batch["input_ids"].shape
+    each = torch.arange(examples, device=x.device)
+    kept = batch.get("readout_keep")
+    of_sequence, of_kept = each, None
+    if kept is not None:
+        row, slot = batch["readout_row"], batch["readout_slot"]
+        example = slot // int(batch["readout_shape"][1])
+        of_kept = torch.zeros_like(kept).index_put_((row,), example)
+        of_sequence = kept.new_zeros(sequences).index_put_((kept[row] // length,), example)
+    if x.ndim == 3 and len(x) == sequences:
+        return x, g, of_sequence
+    if x.ndim == 2 and of_kept is not None and len(x) == len(of_kept):
+        return x[:, None], g[:, :, None], of_kept
+    if x.ndim == 2 and len(x) == sequences:
+        return x[:, None], g[:, :, None], of_sequence
+    if x.ndim == 2 and len(x) == sequences * length:
+        return x.view(sequences, length, -1), g.view(len(g), sequences, length, -1), of_sequence
+    raise InputError(f"a layer's input of shape {tuple(x.shape)} cannot be told apart by examples")
+
+
+def ggn_root(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C C"]:
+    """Return L with L Lᵀ = diag(p) − p pᵀ, the Hessian of the cross-entropy by the logits.
+
+    Args:
+        logits: The choices' logits; -inf for choices that an example does not have.
+
+    Returns:
+        Column c is √p_c (e_c − p).
+    """
+    p = logits.softmax(-1)
+    return (torch.diag_embed(torch.ones_like(p)) - p[:, :, None]) * p.sqrt()[:, None, :]
+
+
+def mixed(gradients: Gradients, module: nn.Module, root: Float[Tensor, "N C C"]) -> Float[Tensor, "C R T O"]:
+    """Return the gradients of a layer's output along the columns of L instead of the classes.
+
+    Args:
+        gradients: Of one batch.
+        module: The layer.
+        root: `ggn_root` of the batch's logits.
+
+    Returns:
+        One gradient for each column.
+    """
+    own = root[gradients.owners[module]]
+    return torch.einsum("rdc,drto->crto", own, gradients.outputs[module])
+
+
+@final
+class Factor:
+    """A sum of outer products Σ v vᵀ, held exactly where it is small and as a sketch where it is large.
+
+    The sketch is Y = (Σ v vᵀ) Ω with a fixed Ω of few columns; its Nyström approximation is exact where the rank of the
+    sum is at most that number (Tropp et al. 2017, arXiv 1706.05736, algorithm 3). Memory is size × width whatever the
+    number of vectors, and the result does not depend on their order but by rounding.
+
+    Args:
+        size: Length of the vectors.
+        width: Columns of Ω; a factor of at most that size is held exactly.
+        key: Seeds Ω.
+        device: Where the sums are held.
+    """
+
+    def __init__(self, size: int, width: int, key: str, device: torch.device) -> None:
+        self.size, self.trace = size, 0.0
+        if size <= width:
+            omega = torch.eye(size)
+        else:
+            omega = torch.linalg.qr(torch.randn(size, width, generator=generator("sketch", key)))[0]
+        self.omega = omega.to(device)
+        self.sketch = torch.zeros_like(self.omega)
+
+    def add(self, vectors: Float[Tensor, "M size"]) -> None:
+        """Add vectors to the sum.
+
+        Args:
+            vectors: One a row, on the factor's device.
+        """
+        self.sketch += vectors.T @ (vectors @ self.omega)
+        self.trace += float(vectors.double().square().sum())
+
+    def eigen(self, rank: int, factor: float = 1.0) -> tuple[Float[Tensor, " K+1"], Float[Tensor, "size K"]]:
+        """Return the largest eigenvalues and their vectors, and what is left of the trace spread over the others.
+
+        Args:
+            rank: Most eigenvalues K to keep where the factor is a sketch; an exact one keeps all.
+            factor: What to multiply the sum with.
+
+        Returns:
+            Eigenvalues, the last one that of each other direction, and the eigenvectors; float32 on the CPU.
+        """
+        omega, y = self.omega.double().cpu(), self.sketch.double().cpu()
+        if self.size <= omega.shape[1]:
+            values, vectors = torch.linalg.eigh((y + y.T) / 2)
+            values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+            rest = 0.0
+        else:
+            shift = max(float(y.norm()) * self.size**0.5 * torch.finfo(torch.float32).eps, 1e-300)
+            shifted = y + shift * omega
+            core = omega.T @ shifted
+            lower = torch.linalg.cholesky((core + core.T) / 2)
+            vectors, roots, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, shifted.T, upper=False).T, False)
+            values = (roots.square() - shift).clamp_min(0)[:rank]
+            vectors = vectors[:, :rank]
+            rest = max(0.0, self.trace - float(values.sum())) / (self.size - len(values))
+        found = torch.cat([values, values.new_tensor([rest])]) * factor
+        return found.float(), vectors.float().contiguous()

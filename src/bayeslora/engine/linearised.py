@@ -1,0 +1,92 @@
+"""Prediction from the model linearised in its parameters: the choices' logits are normal, in closed form.
+
+f ~ N(f(θ̂), J Σ Jᵀ) for each example by itself, with J [C P] the Jacobian of its C logits. One forward pass and C
+backward passes serve any number of posteriors around the same mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora._typing import Float
+from bayeslora.curvature import differentiated, linear_sites
+from bayeslora.engine.readouts import Batch
+from bayeslora.params import generator
+from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
+
+Gaussian = DiagonalGaussian | KroneckerGaussian
+
+
+def logit_moments(
+    model: nn.Module,
+    posteriors: Sequence[Gaussian],
+    batches: Sequence[tuple[list[int], Batch]],
+    examples: int,
+    done: Callable[[], object] = lambda: None,
+) -> tuple[Float[Tensor, "N C"], Float[Tensor, "K N C C"]]:
+    """Return mean and covariance of the logits under each of several posteriors with the same mean.
+
+    Args:
+        model: PEFT model with the readout attached and the posteriors' mean applied.
+        posteriors: K Gaussians over the same parameters.
+        batches: Indices of the examples, and the batch.
+        examples: Number N of examples.
+        done: Called after each batch.
+
+    Returns:
+        Logits, minus infinity for choices that an example does not have, and their covariances, float32 on the CPU.
+    """
+    first = posteriors[0]
+    noisy = first.variance if isinstance(first, DiagonalGaussian) else first.strength
+    sites = linear_sites(model, lambda name: name in noisy)
+    logits = torch.full((examples, 0), -torch.inf)
+    covariances = torch.zeros(len(posteriors), examples, 0, 0)
+    with differentiated(model, sites) as gradients_of:
+        for order, batch in batches:
+            gradients = gradients_of(batch)
+            classes = gradients.logits.shape[1]
+            if (more := classes - logits.shape[1]) > 0:
+                logits = nn.functional.pad(logits, (0, more), value=-torch.inf)
+                covariances = nn.functional.pad(covariances, (0, more, 0, more))
+            found = torch.zeros(len(posteriors), len(order), classes, classes)
+            for site in sites:
+                jacobian = gradients.jacobian(site)
+                for total, posterior in zip(found, posteriors, strict=True):
+                    total += _quadratic(jacobian, posterior, site.name).cpu()
+            logits[order, :classes] = gradients.logits.cpu()
+            covariances[:, order, :classes, :classes] = found
+            done()
+    return logits, covariances
+
+
+def _quadratic(jacobian: Float[Tensor, "C N O I"], posterior: Gaussian, name: str) -> Float[Tensor, "N C C"]:
+    """Return J Σ Jᵀ of one parameter."""
+    if isinstance(posterior, DiagonalGaussian):
+        own = posterior.variance[name].to(jacobian).view(jacobian.shape[2:])
+        return torch.einsum("cnoi,dnoi->ncd", jacobian * own, jacobian)
+    strength = posterior.strength[name].to(jacobian)
+    scaled = jacobian * (strength.view(jacobian.shape[2:]) if strength.ndim else strength)
+    return torch.einsum("cnoi,dnoi->ncd", posterior.multiply(name, scaled), scaled)
+
+
+def logit_draws(
+    logits: Float[Tensor, "N C"], covariances: Float[Tensor, "N C C"], draws: int, seed: int
+) -> Float[Tensor, "S N C"]:
+    """Return draws of normal logits.
+
+    Args:
+        logits: Means; minus infinity for choices that an example does not have.
+        covariances: Covariances.
+        draws: Number S of draws.
+        seed: Which stream of draws.
+
+    Returns:
+        Draw k of example n depends on seed, k and n only.
+    """
+    values, vectors = torch.linalg.eigh(covariances.double())
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    noise = torch.stack([torch.randn(logits.shape, generator=generator(seed, k, "logits")) for k in range(draws)])
+    return logits + torch.einsum("ncd,snd->snc", root, noise.double()).float()

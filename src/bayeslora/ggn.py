@@ -1,0 +1,197 @@
+"""The generalised Gauss-Newton matrix of the loss by the adapter's parameters: its diagonal, or K-FAC.
+
+H = Σ_n J_nᵀ Λ_n J_n, with J the Jacobian of the logits and Λ the Hessian of the loss by the logits, block by block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora._typing import Float, Int
+from bayeslora.curvature import Factor, Gradients, Site, differentiated, ggn_root, mixed
+from bayeslora.errors import InputError
+from bayeslora.origin import Origin
+from bayeslora.params import Params
+from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
+
+_OVERSAMPLING = 4
+"""Columns of a sketch for each eigenvalue that is kept of it."""
+
+
+class Curvature(ABC):
+    """A curvature that is summed batch by batch.
+
+    Attributes:
+        sites: The parameters.
+    """
+
+    sites: Sequence[Site]
+
+    @abstractmethod
+    def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
+        """Add a batch.
+
+        Args:
+            gradients: Its gradients.
+            root: Root of the loss's Hessian by the logits.
+        """
+
+    @abstractmethod
+    def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the eigenvalues of each parameter's block and how often each occurs, float64."""
+
+    @abstractmethod
+    def posterior(self, mean: Params, precision: float, origin: Origin | None) -> DiagonalGaussian | KroneckerGaussian:
+        """Return the Gaussian N(mean, (H + λI)⁻¹).
+
+        Args:
+            mean: All parameters of the adapter.
+            precision: The prior precision λ.
+            origin: The posterior's origin.
+        """
+
+
+def accumulated(
+    model: nn.Module,
+    curvature: Curvature,
+    batches: Sequence[tuple[list[int], dict[str, Tensor]]],
+    labels: Int[Tensor, " N"],
+    root: Callable[[Tensor], Tensor] = ggn_root,
+) -> float:
+    """Sum a curvature in one pass over the data.
+
+    Args:
+        model: PEFT model with the readout attached.
+        curvature: What is summed.
+        batches: Indices of the examples, and the batch.
+        labels: Index of the right choice of each example.
+        root: Root of the loss's Hessian as a function of the logits.
+
+    Returns:
+        The log-likelihood of the data.
+
+    Raises:
+        InputError: If the logits or a gradient is not finite.
+    """
+    total = 0.0
+    with differentiated(model, curvature.sites) as gradients_of:
+        for order, batch in batches:
+            gradients = gradients_of(batch)
+            if gradients.logits.isnan().any() or not all(g.isfinite().all() for g in gradients.outputs.values()):
+                raise InputError(
+                    "the curvature is not finite: the model overflows on the training rows; load it in float32 or "
+                    "bfloat16"
+                )
+            curvature.add(gradients, root(gradients.logits))
+            right = labels[order].to(gradients.logits.device)
+            total += float(gradients.logits.log_softmax(-1).gather(1, right[:, None]).sum())
+    return total
+
+
+@final
+class DiagonalCurvature(Curvature):
+    """The diagonal: sums of squares of the gradients along the columns of the Hessian's root, example by example.
+
+    Args:
+        sites: The parameters.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
+        """Add a batch."""
+        for site in self.sites:
+            own = torch.einsum("ndc,dnoi->cnoi", root, gradients.jacobian(site)).square().sum((0, 1))
+            self.sums[site.name] = self.sums[site.name] + own if site.name in self.sums else own
+
+    def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the diagonal's entries, each once."""
+        return {name: (h.double().cpu(), torch.ones(h.shape, dtype=torch.float64)) for name, h in self.sums.items()}
+
+    def posterior(self, mean: Params, precision: float, origin: Origin | None) -> DiagonalGaussian:
+        """Return a Gaussian with the variances 1/(h + λ)."""
+        variance = {name: (1 / (h.cpu() + precision)).view_as(mean[name]) for name, h in self.sums.items()}
+        return DiagonalGaussian(mean, variance, origin)
+
+
+@final
+class KroneckerCurvature(Curvature):
+    """K-FAC: G = Σ g gᵀ and X = mean of x xᵀ, over the tokens that reach the answer (Martens and Grosse 2015).
+
+    Args:
+        sites: The parameters.
+        rank: Eigenvalues kept of a factor that is too large to be held.
+        tokens: ``expand``, or ``reduce``; see `bayeslora.Laplace`.
+    """
+
+    def __init__(self, sites: Sequence[Site], rank: int, tokens: str = "expand") -> None:
+        self.sites, self.rank, self.tokens = sites, rank, tokens
+        self.left: dict[nn.Module, Factor] = {}
+        self.right: dict[nn.Module, Factor] = {}
+        self.count: dict[nn.Module, int] = {}
+
+    def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
+        """Add a batch."""
+        for module, name in {site.module: site.name for site in self.sites}.items():
+            x, g = gradients.inputs[module], mixed(gradients, module, root)
+            reaching = g.abs().amax((0, 3)) > 0
+            if self.tokens == "reduce":
+                weight = reaching.float() / reaching.sum(1, keepdim=True).clamp_min(1)
+                x, g = (weight[..., None] * x).sum(1, keepdim=True), g.sum(2, keepdim=True)
+                reaching = reaching.any(1, keepdim=True)
+            inputs, outputs = x[reaching], g[:, reaching].flatten(0, 1)
+            if module not in self.left:
+                width = _OVERSAMPLING * self.rank
+                self.left[module] = Factor(outputs.shape[1], width, f"{name}/left", x.device)
+                self.right[module] = Factor(inputs.shape[1], width, f"{name}/right", x.device)
+            self.left[module].add(outputs)
+            self.right[module].add(inputs)
+            self.count[module] = self.count.get(module, 0) + len(inputs)
+            self._found = None
+
+    def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the products of the factors' eigenvalues."""
+        found = {}
+        for name, sides in self._eigen().items():
+            values = [v.double() for v, _ in sides]
+            often = []
+            for _, vectors in sides:
+                size, kept = vectors.shape
+                often.append(torch.tensor([1.0] * kept + [float(size - kept)], dtype=torch.float64))
+            found[name] = (values[0][:, None] * values[1], often[0][:, None] * often[1])
+        return found
+
+    def posterior(self, mean: Params, precision: float, origin: Origin | None) -> KroneckerGaussian:
+        """Return a Gaussian with the precisions G ⊗ X + λI."""
+        eigen = self._eigen()
+        return KroneckerGaussian(
+            mean,
+            left_values={name: sides[0][0] for name, sides in eigen.items()},
+            left_vectors={name: sides[0][1] for name, sides in eigen.items()},
+            right_values={name: sides[1][0] for name, sides in eigen.items()},
+            right_vectors={name: sides[1][1] for name, sides in eigen.items()},
+            strength={name: torch.ones(()) for name in eigen},
+            precision=precision,
+            origin=origin,
+        )
+
+    _found: dict[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] | None = None
+
+    def _eigen(self) -> dict[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """Return the eigenvalues and vectors of both factors, computed once."""
+        if self._found is None:
+            found = {}
+            for site in self.sites:
+                right = (torch.tensor([1.0, 0.0]), torch.ones(1, 1))  # a bias is a column with the input 1
+                if not site.bias:
+                    right = self.right[site.module].eigen(self.rank, 1 / max(1, self.count[site.module]))
+                found[site.name] = (self.left[site.module].eigen(self.rank), right)
+            self._found = found
+        return self._found

@@ -1,0 +1,216 @@
+"""Laplace-LoRA: a Gaussian around a trained adapter from the curvature of its loss.
+
+Yang et al. 2024 (arXiv 2308.13111): N(θ̂, (H + λI)⁻¹), with H the generalised Gauss-Newton matrix of the summed
+cross-entropy over the choices, block by block: for the weight of a linear layer with inputs x and output gradients g,
+either a Kronecker product G ⊗ X (K-FAC), or its diagonal. A and B are layers of their own. The long side of each factor
+is kept as a sketch whose memory grows neither with the data nor with the square of the layer. λ is the prior precision,
+where the evidence
+
+    log Z = log p(D|θ̂) − ½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI)
+
+is largest (equation 14 there, in closed form from the eigenvalues), or the negative log-likelihood of validation rows
+smallest. Predictions are those of the model linearised at θ̂ (`Linearised`), or of draws of the weights.
+
+What we do differently: tokens that do not reach the answer (padding too) have no gradient, and are not counted as
+inputs x, so that the result does not depend on the batches; what the low rank leaves of a factor's trace is spread over
+its other directions instead of dropped; a fit that fails says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
+
+from torch import Tensor, nn
+
+from bayeslora.curvature import linear_sites
+from bayeslora.engine.linearised import Gaussian, logit_draws, logit_moments
+from bayeslora.engine.readouts import readout_for
+from bayeslora.engine.run import batched
+from bayeslora.errors import InputError
+from bayeslora.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
+from bayeslora.methods.base import PostHoc, labelled, origin_for
+from bayeslora.methods.search import draws_nll, smallest
+from bayeslora.metrics import nll
+from bayeslora.operations import in_last_layers
+from bayeslora.params import Params, read, swapped
+from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
+from bayeslora.tasks.types import Split, Task
+from bayeslora.uncertainty import average
+
+logger = logging.getLogger(__name__)
+LOG_PRECISIONS = (-14.0, 23.0)
+"""Where log λ is searched: λ from 1e-6 to 1e10."""
+CANDIDATES = tuple(10 ** (k / 4) for k in range(-8, 33))
+"""Prior precisions λ that are tried on validation rows."""
+
+
+@final
+@dataclass(frozen=True)
+class Laplace(PostHoc):
+    """Curvature of the loss around a trained adapter.
+
+    Attributes:
+        structure: ``kron`` for K-FAC, ``diag`` for the diagonal.
+        predictive: ``linearised``, or ``draws`` of the weights.
+        prior: Prior precision λ, or how to find it: ``marginal`` (the evidence) or ``validation``.
+        rank: Eigenvalues that are kept of the factor of a long side; 10 in the paper's code.
+        last_layers: Noise in so many last layers only (a head counts as none); None for all.
+        tokens: ``expand`` takes a sequence's tokens as examples of their own, as in the paper; ``reduce`` sums their
+            gradients and averages their inputs first (Eschenhagen et al. 2023, arXiv 2311.00636).
+        draws: Draws by which λ is judged on validation rows.
+    """
+
+    name: ClassVar[str] = "laplace"
+    structure: Literal["kron", "diag"] = "kron"
+    predictive: Literal["linearised", "draws"] = "linearised"
+    prior: float | Literal["marginal", "validation"] = "marginal"
+    rank: int = 10
+    last_layers: int | None = None
+    tokens: Literal["expand", "reduce"] = "expand"
+    draws: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            InputError: If a setting is out of range.
+        """
+        for key, known in (
+            ("structure", ("kron", "diag")),
+            ("predictive", ("linearised", "draws")),
+            ("tokens", ("expand", "reduce")),
+        ):
+            if getattr(self, key) not in known:
+                raise InputError(f"Laplace's {key} is {' or '.join(known)}, and not {getattr(self, key)!r}")
+        if isinstance(self.prior, str):
+            if self.prior not in ("marginal", "validation"):
+                raise InputError(f"Laplace's prior is a precision, 'marginal' or 'validation', and not {self.prior!r}")
+        elif not 0 < self.prior < math.inf:
+            raise InputError(f"the prior precision must be finite and positive, and it is {self.prior}")
+        for key, least in (("rank", 1), ("draws", 1), ("last_layers", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise InputError(f"Laplace's {key} must be at least {least}, and it is {value}")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether λ is chosen on validation rows."""
+        return self.prior == "validation"
+
+    def fit(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        start: Posterior | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        token_budget: int = 2048,
+    ) -> Linearised | KroneckerGaussian | DiagonalGaussian:
+        """Return the Gaussian around an adapter; see `PostHoc.fit`.
+
+        Raises:
+            InputError: If the adapter has no parameter to be uncertain about, the curvature is not finite, or no prior
+                precision is best.
+        """
+        train = labelled(task.train, "Laplace takes the curvature on training rows")
+        held = labelled(task.validation, "the prior is chosen on validation rows") if self.held_out else None
+        mean = read(model) if start is None else start.mean
+        keep = in_last_layers(mean, self.last_layers) if self.last_layers is not None else lambda name: True
+        sites = linear_sites(model, keep)
+        if not sites:
+            raise InputError(f"last_layers={self.last_layers} leaves Laplace no parameter; take more layers")
+        readout = readout_for(model, train, tokenizer)
+        batches, _ = batched(model, readout, train, token_budget)
+        origin = origin_for(model, self, len(train))
+        curvature: Curvature
+        if self.structure == "diag":
+            curvature = DiagonalCurvature(sites)
+        else:
+            curvature = KroneckerCurvature(sites, self.rank, self.tokens)
+        with swapped(model, mean), readout.attached(model):
+            log_likelihood = accumulated(model, curvature, batches, train.labels)
+
+        def around(precision: float) -> Gaussian:
+            return curvature.posterior(mean, precision, origin)
+
+        if held is not None:
+            options = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
+            precision = self._by_validation(model, around, held, options)
+        elif self.prior == "marginal":
+            precision = by_evidence(curvature.spectra(), mean)
+        else:
+            precision = float(self.prior)
+        logger.info(
+            "Laplace: prior precision %.4g, log evidence %.5g.",
+            precision,
+            log_likelihood + complexity(curvature.spectra(), mean, precision),
+        )
+        found = around(precision)
+        return Linearised(found, origin) if self.predictive == "linearised" else found
+
+    def _by_validation(
+        self, model: nn.Module, around: Callable[[float], Gaussian], rows: Split, options: dict[str, Any]
+    ) -> float:
+        """Return the candidate whose predictions have the lowest negative log-likelihood."""
+        posteriors = [around(precision) for precision in CANDIDATES]
+        if self.predictive == "draws":
+            scores = [draws_nll(model, p, rows, self.draws, **options) for p in posteriors]
+        else:
+            readout = readout_for(model, rows, options["tokenizer"])
+            batches, _ = batched(model, readout, rows, options["budget"])
+            with swapped(model, posteriors[0].mean), readout.attached(model):
+                logits, covariances = logit_moments(model, posteriors, batches, len(rows))
+            scores = [
+                nll(average(logit_draws(logits, c, self.draws, options["seed"]).log_softmax(-1)), rows.labels)
+                for c in covariances
+            ]
+        best = min(range(len(scores)), key=lambda k: (scores[k], k))
+        if not math.isfinite(scores[best]):
+            raise InputError("no prior precision gives finite predictions; the model's output overflows")
+        return CANDIDATES[best]
+
+
+def complexity(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params, precision: float) -> float:
+    """Return what the evidence takes off the log-likelihood: log Z − log p(D|θ̂), in Laplace's approximation.
+
+    Args:
+        spectra: Eigenvalues of H by parameter, and how often each occurs.
+        mean: θ̂; parameters without curvature do not count.
+        precision: Prior precision λ.
+
+    Returns:
+        −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI), in nats.
+    """
+    log_det = sum(float((often * (values + precision).log()).sum()) for values, often in spectra.values())
+    square = sum(float(mean[name].double().square().sum()) for name in spectra)
+    size = sum(mean[name].numel() for name in spectra)
+    return 0.5 * (size * math.log(precision) - precision * square - log_det)
+
+
+def by_evidence(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params) -> float:
+    """Return the prior precision with the largest evidence.
+
+    Args:
+        spectra: Eigenvalues of H by parameter, and how often each occurs.
+        mean: θ̂.
+
+    Returns:
+        λ.
+
+    Raises:
+        InputError: If the evidence has no maximum: the loss has no curvature, or every parameter is zero.
+    """
+    low, high = LOG_PRECISIONS
+    found = smallest(lambda x: -complexity(spectra, mean, math.exp(x)), low, high)
+    if found in (low, high):
+        raise InputError(
+            "the evidence has no maximum at a positive and finite prior precision "
+            f"({'the loss has no curvature' if found == low else 'every parameter is zero'}); train longer, or give "
+            "Laplace(prior=...) a number or 'validation'"
+        )
+    return math.exp(found)

@@ -1,0 +1,102 @@
+"""MC dropout: the dropout of training, kept at prediction (Gal and Ghahramani 2016, arXiv 1506.02142).
+
+Two kinds. ``tokens`` is what the paper and everybody's code do: each token has a mask of its own, so that a "draw" is a
+stochastic pass and no network. ``columns``, our default, drops columns of A, one mask for all tokens and examples of a
+draw: then a draw is an adapter that can be exported, generates coherently and can be served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
+
+from torch import nn
+
+from bayeslora.errors import InputError
+from bayeslora.methods.base import PostHoc, origin_for
+from bayeslora.origin import Origin
+from bayeslora.params import Params, read, require_lora
+from bayeslora.posteriors import ColumnDropout, Posterior, TokenDropout
+from bayeslora.tasks.types import Task
+
+
+@final
+@dataclass(frozen=True)
+class McDropout(PostHoc):
+    """Dropout at prediction.
+
+    Attributes:
+        kind: ``columns`` for draws that are adapters, or ``tokens``.
+        rate: Probability p of being dropped; None for the adapter's ``lora_dropout``.
+    """
+
+    name: ClassVar[str] = "mc-dropout"
+    kind: Literal["columns", "tokens"] = "columns"
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            InputError: If the kind is unknown or the rate not in (0, 1).
+        """
+        if self.kind not in ("tokens", "columns"):
+            raise InputError(f"MC dropout has the kinds 'columns' and 'tokens', and not {self.kind!r}")
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise InputError(f"MC dropout needs a rate in (0, 1), and it is {self.rate}")
+
+    @property
+    def held_out(self) -> bool:
+        """No."""
+        return False
+
+    def fit(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        start: Posterior | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        token_budget: int = 2048,
+    ) -> TokenDropout | ColumnDropout:
+        """Return the adapter with its dropout; see `PostHoc.fit`."""
+        mean = read(model) if start is None else start.mean
+        origin = origin_for(model, self, len(task.train) if task.train is not None else None)
+        if self.kind == "columns":
+            return column_dropout(model, mean, origin, self.rate)
+        return TokenDropout(mean, _rate(model, self.rate), origin)
+
+
+def column_dropout(model: nn.Module, mean: Params, origin: Origin | None, rate: float | None = None) -> ColumnDropout:
+    """Return the adapters that dropping columns of A makes of one.
+
+    Args:
+        model: PEFT model, for its dropout rate.
+        mean: The adapter.
+        origin: Its origin.
+        rate: The rate; None for the model's.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        InputError: For DoRA, without dropout, or if there is no A on a linear layer.
+    """
+    if require_lora(model).active_peft_config.use_dora:
+        raise InputError("dropout draws are not weight draws under DoRA; use plain LoRA")
+    strength = {name: 1.0 for name in mean if name.endswith("lora_A.weight")}
+    if not strength:
+        raise InputError("dropout draws need LoRA matrices A, and the adapter has none")
+    return ColumnDropout(mean, _rate(model, rate), strength, origin)
+
+
+def _rate(model: nn.Module, rate: float | None) -> float:
+    """Return the rate that was given, or the adapter's, or refuse."""
+    own = float(require_lora(model).active_peft_config.lora_dropout) if rate is None else rate
+    if not own:
+        raise InputError(
+            "the adapter was trained without dropout, so MC dropout would change nothing; train with "
+            "LoraConfig(lora_dropout=0.1), or pass a rate"
+        )
+    return own

@@ -1,0 +1,22 @@
+"""Posteriors: what was learned, as values; one file for each kind of distribution."""
+
+from bayeslora.posteriors.base import Point, Posterior
+from bayeslora.posteriors.combined import Linearised, Mixture, Scaled, member_seed, scale
+from bayeslora.posteriors.dropout import ColumnDropout, TokenDropout
+from bayeslora.posteriors.gaussian import DiagonalGaussian, LowRankGaussian
+from bayeslora.posteriors.kronecker import KroneckerGaussian
+
+__all__ = [
+    "ColumnDropout",
+    "DiagonalGaussian",
+    "KroneckerGaussian",
+    "Linearised",
+    "LowRankGaussian",
+    "Mixture",
+    "Point",
+    "Posterior",
+    "Scaled",
+    "TokenDropout",
+    "member_seed",
+    "scale",
+]

@@ -1,0 +1,133 @@
+"""Dropout as a posterior: masks on the columns of A, which are weights, or on the input of A token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.errors import InputError
+from bayeslora.origin import Origin
+from bayeslora.params import Params, generator, require_lora
+from bayeslora.posteriors.base import Posterior
+
+
+@final
+@dataclass(frozen=True)
+class ColumnDropout(Posterior):
+    """Dropout as a draw of weights: columns of A are dropped, one mask for all tokens and examples of a draw.
+
+    A' = A ⊙ (1 + strength · (z/(1−p) − 1)) with one z ~ Bernoulli(1−p) per input feature. It is what LoRA's dropout
+    does to one token (Gal and Ghahramani 2016), made coherent, so that a draw is an adapter that can be exported.
+
+    Attributes:
+        mean: The trained parameters.
+        rate: Probability p that a column is dropped.
+        strength: Factor on the noise of each A by name; 1 is dropout.
+    """
+
+    mean: Params
+    rate: float
+    strength: Mapping[str, float]
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        _check_rate(self.rate)
+
+    @property
+    def distinct(self) -> None:
+        """No limit that matters: 2 to the number of input features."""
+        return None
+
+    def draw(self, index: int, seed: int = 0) -> Params:
+        """Return the parameters with the columns of one mask dropped."""
+        drawn = dict(self.mean)
+        for name, strength in self.strength.items():
+            a = self.mean[name]
+            keep = torch.rand(a.shape[1], generator=generator(seed, index, name)) >= self.rate
+            drawn[name] = a * (1 + strength * (keep.float() / (1 - self.rate) - 1))
+        return drawn
+
+
+@final
+@dataclass(frozen=True)
+class TokenDropout(Posterior):
+    """Dropout as it is in training: every token has its own mask on the input of each A (Gal and Ghahramani 2016).
+
+    It is no distribution over weights: there is no adapter that gives one draw's answers, and two batches of other
+    sizes see other masks. `predict` makes the same masks for the same seed, data and token budget.
+
+    Attributes:
+        mean: The trained parameters.
+        rate: Probability p that a feature of a token is dropped.
+    """
+
+    mean: Params
+    rate: float
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        _check_rate(self.rate)
+
+    @property
+    def distinct(self) -> None:
+        """No limit."""
+        return None
+
+    def draw(self, index: int, seed: int = 0) -> NoReturn:
+        """Refuse: a draw is no adapter.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "dropout token by token has no draws of weights to apply or export; use the kind 'columns', whose draws "
+            "are adapters"
+        )
+
+    @contextmanager
+    def dropping(self, model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
+        """Drop features of each token for the length of a ``with`` block.
+
+        Args:
+            model: PEFT model with a LoRA adapter.
+            index: Number of the draw.
+            seed: Which stream of draws.
+
+        Yields:
+            Nothing; afterwards the model is as before.
+        """
+        peft = require_lora(model)
+        device = next(p for n, p in peft.named_parameters() if "lora_" in n).device
+        rng = torch.Generator(device).manual_seed(generator(seed, index, "tokens").initial_seed())
+
+        def _drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0]
+            kept = torch.rand(x.shape, generator=rng, device=x.device) >= self.rate
+            return (x * kept / (1 - self.rate), *args[1:])
+
+        handles: list[Any] = [
+            module.register_forward_pre_hook(_drop)
+            for name, module in peft.named_modules()
+            if name.endswith(f"lora_A.{peft.active_adapter}")
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _check_rate(rate: float) -> None:
+    """Refuse a rate with which nothing or everything would be dropped."""
+    if not 0 < rate < 1:
+        raise InputError(
+            f"a dropout posterior needs a rate in (0, 1), and it is {rate}; train with "
+            "LoraConfig(lora_dropout=0.1) or pass a rate"
+        )

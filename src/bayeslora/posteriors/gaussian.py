@@ -1,0 +1,114 @@
+"""Gaussians over the adapter parameter by parameter: diagonal, and diagonal plus low rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from bayeslora.errors import InputError
+from bayeslora.origin import Origin
+from bayeslora.params import Params, generator
+from bayeslora.posteriors.base import Posterior, noise
+
+
+@final
+@dataclass(frozen=True)
+class DiagonalGaussian(Posterior):
+    """Independent normal parameters: N(mean, diag variance).
+
+    Attributes:
+        mean: Means of all parameters.
+        variance: Variances; parameters that it does not name have none.
+    """
+
+    mean: Params
+    variance: Params
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        """Check that every variance belongs to a mean, and is finite and not negative."""
+        _check_variance(self.mean, self.variance)
+
+    @property
+    def distinct(self) -> None:
+        """No limit."""
+        return None
+
+    def draw(self, index: int, seed: int = 0) -> Params:
+        """Return mean + √variance · ε."""
+        return {
+            name: m + self.variance[name].sqrt() * noise(seed, index, name, m) if name in self.variance else m
+            for name, m in self.mean.items()
+        }
+
+
+@final
+@dataclass(frozen=True)
+class LowRankGaussian(Posterior):
+    """Normal with diagonal plus low-rank covariance, as SWAG leaves it (Maddox et al. 2019, equation 1).
+
+    θ = mean + √scale · ( √variance ⊙ ε₁ + Dᵀ ε₂ / √(K−1) ), with the rows of D the snapshots less the mean, and one ε₂
+    for all parameters.
+
+    Attributes:
+        mean: Means of all parameters.
+        variance: Variances of the diagonal part, before ``scale``.
+        snapshots: K raw snapshots [K *shape] of each parameter that ``variance`` names; centred when drawn.
+        scale: Factor on the covariance; 1/2 in the paper.
+    """
+
+    mean: Params
+    variance: Params
+    snapshots: Params
+    scale: float = 0.5
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes, and that there are at least two snapshots."""
+        _check_variance(self.mean, self.variance)
+        if self.snapshots.keys() != self.variance.keys():
+            raise InputError("the snapshots and the variance of a low-rank posterior name different parameters")
+        for name, s in self.snapshots.items():
+            if s.shape[1:] != self.mean[name].shape:
+                raise InputError(f"the snapshots of {name!r} have shape {tuple(s.shape)}, which does not fit the mean")
+            if len(s) != self.rank:
+                raise InputError(
+                    f"the parameters of a low-rank posterior need equally many snapshots; {name!r} has more"
+                )
+        if self.rank < 2:
+            raise InputError(
+                f"a low-rank posterior needs at least 2 snapshots, and there are {self.rank}; start "
+                "collecting earlier or more often"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of snapshots K."""
+        return min((len(s) for s in self.snapshots.values()), default=0)
+
+    @property
+    def distinct(self) -> None:
+        """No limit."""
+        return None
+
+    def draw(self, index: int, seed: int = 0) -> Params:
+        """Return one draw; see the class for the formula."""
+        weights = torch.randn(self.rank, generator=generator(seed, index, "low-rank")) / math.sqrt(self.rank - 1)
+        drawn = dict(self.mean)
+        for name, v in self.variance.items():
+            m = self.mean[name]
+            low_rank = torch.tensordot(weights, self.snapshots[name] - m, dims=1)
+            drawn[name] = m + math.sqrt(self.scale) * (v.sqrt() * noise(seed, index, name, m) + low_rank)
+        return drawn
+
+
+def _check_variance(mean: Params, variance: Params) -> None:
+    """Refuse a variance that has no mean, another shape, or a value that is negative or not finite."""
+    for name, v in variance.items():
+        if name not in mean or mean[name].shape != v.shape:
+            raise InputError(f"the variance of {name!r} has no mean of the same shape")
+        if not bool(torch.isfinite(v).all()) or bool((v < 0).any()):
+            raise InputError(f"the variance of {name!r} has a value that is negative or not finite")

@@ -1,0 +1,131 @@
+"""Gaussians whose precision is a Kronecker product in each parameter, as K-FAC leaves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bayeslora._typing import Float
+from bayeslora.errors import InputError
+from bayeslora.origin import Origin
+from bayeslora.params import Params
+from bayeslora.posteriors.base import Posterior, noise
+
+
+@final
+@dataclass(frozen=True)
+class KroneckerGaussian(Posterior):
+    """Normal parameters with precision G ⊗ X + λI for each matrix W [O I], G on its rows and X on its columns.
+
+    Each factor is kept by its largest eigenvalues: G = U diag(s) Uᵀ + ρ(I − UUᵀ), so that a factor of a large side has
+    low rank K and never its O×O or I×I entries. A vector is a matrix with one column.
+
+    Attributes:
+        mean: Means of all parameters.
+        left_values: Eigenvalues of G [K+1] by parameter, the last one ρ, that of all other directions.
+        left_vectors: Eigenvectors of G [O K], orthonormal.
+        right_values: Eigenvalues of X [K+1], the last one that of all other directions.
+        right_vectors: Eigenvectors of X [I K].
+        strength: Factor on the noise: a number or one for each entry; 1 is the Gaussian of the formula.
+        precision: Prior precision λ.
+    """
+
+    mean: Params
+    left_values: Params
+    left_vectors: Params
+    right_values: Params
+    right_vectors: Params
+    strength: Params
+    precision: float
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes, signs and the prior precision."""
+        if not 0 < self.precision < math.inf:
+            raise InputError(f"the prior precision must be finite and positive, and it is {self.precision}")
+        for name, factor in self.strength.items():
+            for values, vectors, size in zip(
+                (self.left_values, self.right_values),
+                (self.left_vectors, self.right_vectors),
+                _as_matrix(self.mean[name]).shape,
+                strict=True,
+            ):
+                if vectors[name].shape != (size, len(values[name]) - 1):
+                    raise InputError(f"the factors of {name!r} do not fit its shape {tuple(self.mean[name].shape)}")
+                if not bool(torch.isfinite(values[name]).all()) or bool((values[name] < 0).any()):
+                    raise InputError(f"the curvature of {name!r} has an eigenvalue that is negative or not finite")
+            if factor.ndim and factor.shape != self.mean[name].shape:
+                raise InputError(f"the strength of {name!r} has another shape than its mean")
+
+    @property
+    def distinct(self) -> None:
+        """No limit."""
+        return None
+
+    def draw(self, index: int, seed: int = 0) -> Params:
+        """Return mean + strength ⊙ (G ⊗ X + λI)^(−1/2) ε."""
+        drawn = dict(self.mean)
+        for name, factor in self.strength.items():
+            m = self.mean[name]
+            spread = self.multiply(name, _as_matrix(noise(seed, index, name, m)), torch.rsqrt)
+            drawn[name] = m + factor * spread.view_as(m)
+        return drawn
+
+    def multiply(
+        self, name: str, matrix: Float[Tensor, "*N O I"], function: Callable[[Tensor], Tensor] = torch.reciprocal
+    ) -> Float[Tensor, "*N O I"]:
+        """Return f(G ⊗ X + λI) vec(M) for a function of the eigenvalues, without the strength.
+
+        Args:
+            name: The parameter.
+            matrix: M; leading axes are a batch.
+            function: f, elementwise; the reciprocal gives the covariance times M.
+
+        Returns:
+            The same shape.
+        """
+        u, v = (side[name].to(matrix) for side in (self.left_vectors, self.right_vectors))
+        f = function(self.eigenvalues(name).to(matrix) + self.precision)
+        both, rows, columns, rest = f[:-1, :-1], f[:-1, -1:], f[-1:, :-1], f[-1, -1]
+        left, right = u.T @ matrix, matrix @ v
+        core = u.T @ right
+        found = rest * matrix + u @ ((rows - rest) * left) + ((columns - rest) * right) @ v.T
+        return found + u @ ((both - rows - columns + rest) * core) @ v.T
+
+    def eigenvalues(self, name: str) -> Float[Tensor, "L+1 R+1"]:
+        """Return the products of the factors' eigenvalues, without λ.
+
+        Args:
+            name: The parameter.
+
+        Returns:
+            Last row and column belong to all directions that the factors do not keep.
+        """
+        return self.left_values[name][:, None] * self.right_values[name]
+
+    def variance(self, name: str) -> Tensor:
+        """Return the marginal variances of a parameter.
+
+        Args:
+            name: The parameter.
+
+        Returns:
+            The diagonal of its covariance, in its shape.
+        """
+        f = (self.eigenvalues(name) + self.precision).reciprocal()
+        sides = []
+        for vectors in (self.left_vectors[name], self.right_vectors[name]):
+            squares = vectors.square()
+            sides.append(torch.cat([squares, (1 - squares.sum(1, keepdim=True)).clamp_min(0)], 1))
+        diagonal = sides[0] @ f @ sides[1].T
+        return self.strength[name] ** 2 * diagonal.view_as(self.mean[name])
+
+
+def _as_matrix(value: Tensor) -> Tensor:
+    """Return a vector as a matrix with one column, and a matrix as it is."""
+    return value if value.ndim == 2 else value.reshape(len(value), -1)
