@@ -10,7 +10,15 @@ from transformers import PreTrainedTokenizerFast
 
 # before anything imports them: from here on a wrong shape in these modules is an error; `bayeslora.prediction` is not
 # among them, since it looks at shapes itself and refuses them in words
-SHAPE_CHECKED = ("metrics", "uncertainty", "predict.readouts", "methods.regularisers")
+SHAPE_CHECKED = (
+    "metrics",
+    "scoring",
+    "uncertainty",
+    "engine.readouts",
+    "engine.linearised",
+    "methods.regularisers",
+    "curvature",
+)
 jaxtyping.install_import_hook([f"bayeslora.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
 
 from tiny import KINDS, Kind, make_tokenizer  # noqa: E402

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from bayeslora import detection, metrics, scoring
 from bayeslora.bootstrap import bootstrap, bootstrap_two, paired_bootstrap
 from bayeslora.detection import auroc
 from bayeslora.errors import InputError
@@ -120,3 +121,35 @@ def test_two_samples_are_resampled_each_on_its_own():
 def test_a_bootstrap_of_nothing_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+ONE_SET = {
+    "accuracy": metrics.accuracy,
+    "nll": metrics.nll,
+    "brier": metrics.brier,
+    "ece": metrics.ece,
+    "static_calibration_error": metrics.static_calibration_error,
+    "aurc": detection.aurc,
+}
+
+
+@pytest.mark.parametrize("name", ONE_SET)
+def test_scoring_many_resamples_at_once_gives_the_intervals_of_scoring_them_one_by_one(name):
+    log_p, labels = random_case(rows=60, choices=3)
+    log_p[::7] = log_p[0]  # equal confidences
+    many = getattr(scoring, name)
+    one = bootstrap(ONE_SET[name], log_p, labels, resamples=40, seed=2)
+    assert bootstrap(many, log_p, labels, resamples=40, seed=2, batched=True) == pytest.approx(one, rel=1e-9)
+    other = torch.randn(60, 3, dtype=torch.float64).log_softmax(-1)
+    pairs = [
+        paired_bootstrap(metric, (log_p, labels), (other, labels), resamples=40, batched=batched)
+        for metric, batched in ((ONE_SET[name], False), (many, True))
+    ]
+    assert pairs[0] == pytest.approx(pairs[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["auroc", "aupr_in", "aupr_out", "fpr95"])
+def test_detection_of_many_resamples_at_once_is_that_of_one_by_one(name):
+    known, unknown = (torch.randn(n, generator=torch.Generator().manual_seed(n)).round(decimals=1) for n in (40, 70))
+    one = bootstrap_two(getattr(detection, name), known, unknown, resamples=30)
+    assert bootstrap_two(getattr(scoring, name), known, unknown, resamples=30, batched=True) == pytest.approx(one)

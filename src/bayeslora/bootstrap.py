@@ -9,16 +9,27 @@ lies high and may even leave out the score itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
 
+_AT_ONCE = 200_000
+"""Rows that are drawn at once, over all resamples."""
+
+
+Metric = Callable[..., float] | Callable[..., Tensor]
+
 
 def bootstrap(
-    metric: Callable[..., float], *arrays: Tensor, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    metric: Metric,
+    *arrays: Tensor,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    batched: bool = False,
 ) -> tuple[float, float]:
     """Compute the interval of a score, drawing the rows of all arrays jointly.
 
@@ -28,23 +39,26 @@ def bootstrap(
         resamples: Number of resampled test sets.
         level: Share of the resampled scores that the interval holds.
         seed: Seed of the resampling; equal seeds draw the same rows for every metric.
+        batched: Whether the score takes many resamples at once, [R N …], and returns [R], as those of
+            `bayeslora.scoring` do: much faster.
 
     Returns:
         ``(low, high)``; NaN both if the score of some resample is NaN.
     """
     rows = _rows(arrays)
-    generator = torch.Generator().manual_seed(seed)
-    return _interval([metric(*_take(arrays, _drawn(rows, generator))) for _ in range(resamples)], level)
+    drawn = _drawn(rows, resamples, torch.Generator().manual_seed(seed))
+    return _interval([v for part in drawn for v in _scored(metric, _take(arrays, part), batched)], level)
 
 
 def bootstrap_two(
-    metric: Callable[..., float],
+    metric: Metric,
     negative: Tensor,
     positive: Tensor,
     *,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    batched: bool = False,
 ) -> tuple[float, float]:
     """Compute the interval of a score of two samples, drawing from each on its own.
 
@@ -55,28 +69,28 @@ def bootstrap_two(
         resamples: Number of resampled pairs of samples.
         level: Share of the resampled scores that the interval holds.
         seed: Seed of the resampling.
+        batched: As for `bootstrap`.
 
     Returns:
         ``(low, high)``; NaN both if the score of some resample is NaN.
     """
     first, second = _rows([negative]), _rows([positive])
-    generator = torch.Generator().manual_seed(seed)
-    values = []
-    for _ in range(resamples):
-        (left,) = _take([negative], _drawn(first, generator))
-        (right,) = _take([positive], _drawn(second, generator))
-        values.append(metric(left, right))
+    generator, size = torch.Generator().manual_seed(seed), max(first, second)
+    values: list[float] = []
+    for left, right in zip(*(_drawn(n, resamples, generator, size) for n in (first, second)), strict=True):
+        values += _scored(metric, [*_take([negative], left), *_take([positive], right)], batched)
     return _interval(values, level)
 
 
 def paired_bootstrap(
-    metric: Callable[..., float],
+    metric: Metric,
     arrays_a: Sequence[Tensor],
     arrays_b: Sequence[Tensor],
     *,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    batched: bool = False,
 ) -> tuple[float, float]:
     """Compute the interval of metric(a) - metric(b) for two predictors of the same examples.
 
@@ -89,17 +103,17 @@ def paired_bootstrap(
         resamples: Number of resampled test sets.
         level: Share of the resampled differences that the interval holds.
         seed: Seed of the resampling.
+        batched: As for `bootstrap`.
 
     Returns:
         ``(low, high)`` of the difference; an interval without 0 says that the predictors differ. NaN both if the
         difference in some resample is NaN.
     """
     rows = _rows([*arrays_a, *arrays_b])
-    generator = torch.Generator().manual_seed(seed)
-    values = []
-    for _ in range(resamples):
-        drawn = _drawn(rows, generator)
-        values.append(metric(*_take(arrays_a, drawn)) - metric(*_take(arrays_b, drawn)))
+    values: list[float] = []
+    for part in _drawn(rows, resamples, torch.Generator().manual_seed(seed)):
+        one, other = (_scored(metric, _take(arrays, part), batched) for arrays in (arrays_a, arrays_b))
+        values += [a - b for a, b in zip(one, other, strict=True)]
     return _interval(values, level)
 
 
@@ -115,14 +129,25 @@ def _rows(arrays: Sequence[Tensor]) -> int:
     return lengths[0]
 
 
-def _drawn(rows: int, generator: torch.Generator) -> Tensor:
-    """Return as many row numbers as there are rows, drawn with replacement."""
-    return torch.randint(rows, (rows,), generator=generator)
+def _drawn(rows: int, resamples: int, generator: torch.Generator, size: int = 0) -> Iterator[Tensor]:
+    """Give row numbers [R rows], drawn with replacement, for as many resamples at a time as the size allows."""
+    at_once = max(1, _AT_ONCE // max(rows, size))
+    for begin in range(0, resamples, at_once):
+        yield torch.randint(rows, (min(at_once, resamples - begin), rows), generator=generator)
 
 
 def _take(arrays: Sequence[Tensor], drawn: Tensor) -> list[Tensor]:
-    """Return the drawn rows of each array."""
-    return [array.index_select(0, drawn.to(array.device)) for array in arrays]
+    """Return the drawn rows [R N …] of each array."""
+    return [array[drawn.to(array.device)] for array in arrays]
+
+
+def _scored(metric: Metric, arrays: Sequence[Tensor], batched: bool) -> list[float]:
+    """Return the score of each resample."""
+    if batched:
+        found = metric(*arrays)
+        assert isinstance(found, Tensor)
+        return found.tolist()
+    return [float(metric(*one)) for one in zip(*arrays, strict=True)]
 
 
 def _interval(values: Sequence[float], level: float) -> tuple[float, float]:

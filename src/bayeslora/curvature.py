@@ -237,7 +237,7 @@ class Factor:
         self.sketch += vectors.T @ (vectors @ self.omega)
         self.trace += float(vectors.double().square().sum())
 
-    def eigen(self, rank: int, factor: float = 1.0) -> tuple[Float[Tensor, " K+1"], Float[Tensor, "size K"]]:
+    def eigen(self, rank: int, factor: float = 1.0) -> tuple[Float[Tensor, " values"], Float[Tensor, "size K"]]:
         """Return the largest eigenvalues and their vectors, and what is left of the trace spread over the others.
 
         Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bayeslora import scoring
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics import check_labels
@@ -35,19 +36,13 @@ def risk_coverage(
         InputError: If ``score`` is not one number per example.
     """
     labels = check_labels(log_p, labels)
-    best, answer = log_p.max(-1)
-    ranking = best if score is None else score.to(log_p.device)
+    ranking = log_p.amax(-1) if score is None else score.to(log_p.device)
     if ranking.shape != labels.shape or bool(ranking.isnan().any()):
         raise InputError(
             f"score has shape {list(ranking.shape)} or a NaN; give one number for each of {len(labels)} rows."
         )
-    ordered, order = ranking.neg().sort()
-    ends = torch.cat([(ordered[1:] != ordered[:-1]).nonzero().squeeze(-1) + 1, labels.new_tensor([len(labels)])])
-    size = ends.diff(prepend=ends.new_zeros(1))
-    errors = (answer != labels)[order].cumsum(0)[ends - 1].diff(prepend=ends.new_zeros(1))
-    spread = (errors.double() / size).repeat_interleave(size)
-    answered = torch.arange(1, len(labels) + 1, dtype=torch.float64, device=log_p.device)
-    return answered / len(labels), spread.cumsum(0) / answered
+    risk = scoring.risk(log_p[None], labels[None], ranking[None])[0]
+    return torch.arange(1, len(labels) + 1, dtype=torch.float64, device=log_p.device) / len(labels), risk
 
 
 def aurc(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"], score: Float[Tensor, " N"] | None = None) -> float:
@@ -74,10 +69,7 @@ def auroc(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, "
     Returns:
         Area between 0 and 1; 0.5 if the score says nothing.
     """
-    negative, positive = _checked(negative_scores, positive_scores)
-    below = torch.searchsorted(negative, positive)
-    not_above = torch.searchsorted(negative, positive, right=True)
-    return float((below + not_above).double().mean() / (2 * len(negative)))
+    return float(scoring.auroc(*_checked(negative_scores, positive_scores)))
 
 
 def aupr_out(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, " M"]) -> float:
@@ -90,11 +82,7 @@ def aupr_out(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor
     Returns:
         Average precision with OOD as the positive class; its share M/(N+M) if the score says nothing.
     """
-    negative, positive = _checked(negative_scores, positive_scores)
-    # The recall rises by 1/M at each positive, so the sum over thresholds is the mean precision over positives.
-    true = len(positive) - torch.searchsorted(positive, positive)
-    false = len(negative) - torch.searchsorted(negative, positive)
-    return float((true.double() / (true + false)).mean())
+    return float(scoring.aupr_out(*_checked(negative_scores, positive_scores)))
 
 
 def aupr_in(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, " M"]) -> float:
@@ -122,14 +110,11 @@ def fpr95(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, "
     Returns:
         False positive rate at 95 % true positive rate, lower is better.
     """
-    negative, positive = _checked(negative_scores, positive_scores)
-    flagged = -(-95 * len(positive) // 100)
-    threshold = positive[len(positive) - flagged]
-    return 1 - float(torch.searchsorted(negative, threshold)) / len(negative)
+    return float(scoring.fpr95(*_checked(negative_scores, positive_scores)))
 
 
 def _checked(negative: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both samples in ascending order.
+    """Return both samples with a leading axis of one.
 
     Raises:
         InputError: If a sample is empty, has more than one axis or a NaN.
@@ -139,4 +124,4 @@ def _checked(negative: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
             raise InputError(f"{name} has shape {list(scores.shape)}; give one score for each of at least one example.")
         if bool(scores.isnan().any()):
             raise InputError(f"{name}: row {int(scores.isnan().nonzero()[0])} is NaN; a score must be a number.")
-    return negative.double().sort().values, positive.to(negative.device).double().sort().values
+    return negative[None], positive.to(negative.device)[None]

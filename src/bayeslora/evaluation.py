@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslora import uncertainty
+from bayeslora import detection, metrics, scoring, uncertainty
 from bayeslora.bootstrap import bootstrap, bootstrap_two
-from bayeslora.detection import aupr_in, aupr_out, aurc, auroc, fpr95
 from bayeslora.errors import InputError
-from bayeslora.metrics import Binning, accuracy, brier, check_labels, ece, kl_to_truth, nll, static_calibration_error
+from bayeslora.metrics import Binning, check_labels
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 
-_DETECTION: dict[str, Callable[..., float]] = {
-    "auroc": auroc,
-    "aupr_out": aupr_out,
-    "aupr_in": aupr_in,
-    "fpr95": fpr95,
+Score = tuple[Callable[..., float], Callable[..., Tensor]]
+"""A score of one set of examples, which checks what it is given, and the same of many sets."""
+
+_DETECTION: dict[str, Score] = {
+    "auroc": (detection.auroc, scoring.auroc),
+    "aupr_out": (detection.aupr_out, scoring.aupr_out),
+    "aupr_in": (detection.aupr_in, scoring.aupr_in),
+    "fpr95": (detection.fpr95, scoring.fpr95),
 }
 
 
@@ -156,12 +158,12 @@ def evaluate(
         raise InputError(f"resamples is {resamples}; give a number >= 0, where 0 means no intervals.")
     labels, truth = _answers(prediction, labels_or_split)
     sets = {"ood": ood} if isinstance(ood, Prediction) else dict(ood or {})
-    scores = _scores(bins, binning)
+    table = _scores(bins, binning)
     rows: dict[str, dict[str, Estimate]] = {}
     for predictor, log_p in _predictors(prediction).items():
-        row = {name: _estimate(score, log_p, labels, resamples, seed) for name, score in scores.items()}
+        row = {name: _estimate(score, log_p, labels, resamples, seed) for name, score in table.items()}
         if truth is not None:
-            row["kl_to_truth"] = _estimate(kl_to_truth, log_p, truth, resamples, seed)
+            row["kl_to_truth"] = _estimate((metrics.kl_to_truth, scoring.kl_to_truth), log_p, truth, resamples, seed)
         known = _uncertainties(prediction, predictor)
         for set_name, other in sets.items():
             unknown = _uncertainties(other, predictor)
@@ -180,16 +182,25 @@ def evaluate(
     )
 
 
-def _scores(bins: int, binning: Binning) -> dict[str, Callable[..., float]]:
+def _scores(bins: int, binning: Binning) -> dict[str, Score]:
     """Return the scores of (log_p, labels) by name."""
     return {
-        "accuracy": accuracy,
-        "nll": nll,
-        "brier": brier,
-        "ece": partial(ece, bins=bins, binning=binning),
-        "ece_mass": partial(ece, bins=bins, binning="mass"),
-        "sce": partial(static_calibration_error, bins=bins, binning=binning),
-        "aurc": aurc,
+        "accuracy": (metrics.accuracy, scoring.accuracy),
+        "nll": (metrics.nll, scoring.nll),
+        "brier": (metrics.brier, scoring.brier),
+        "ece": (
+            partial(metrics.ece, bins=bins, binning=binning),
+            partial(scoring.ece, bins=bins, binning=binning),
+        ),
+        "ece_mass": (
+            partial(metrics.ece, bins=bins, binning="mass"),
+            partial(scoring.ece, bins=bins, binning="mass"),
+        ),
+        "sce": (
+            partial(metrics.static_calibration_error, bins=bins, binning=binning),
+            partial(scoring.static_calibration_error, bins=bins, binning=binning),
+        ),
+        "aurc": (detection.aurc, scoring.aurc),
     }
 
 
@@ -234,18 +245,20 @@ def _uncertainties(prediction: Prediction, predictor: str) -> dict[str, Tensor]:
     return {} if mean is None else {"entropy": uncertainty.entropy(mean.cpu())}
 
 
-def _estimate(score: Callable[..., float], log_p: Tensor, answers: Tensor, resamples: int, seed: int) -> Estimate:
+def _estimate(score: Score, log_p: Tensor, answers: Tensor, resamples: int, seed: int) -> Estimate:
     """Return a score of predictions and its interval."""
-    interval = bootstrap(score, log_p, answers, resamples=resamples, seed=seed) if resamples else (math.nan, math.nan)
-    return Estimate(score(log_p, answers), *interval)
-
-
-def _separation(detect: Callable[..., float], known: Tensor, unknown: Tensor, resamples: int, seed: int) -> Estimate:
-    """Return a score of two samples and its interval."""
-    value = detect(known, unknown)
+    value = score[0](log_p, answers)
     if not resamples:
         return Estimate(value, math.nan, math.nan)
-    return Estimate(value, *bootstrap_two(detect, known, unknown, resamples=resamples, seed=seed))
+    return Estimate(value, *bootstrap(score[1], log_p, answers, resamples=resamples, seed=seed, batched=True))
+
+
+def _separation(score: Score, known: Tensor, unknown: Tensor, resamples: int, seed: int) -> Estimate:
+    """Return a score of two samples and its interval."""
+    value = score[0](known, unknown)
+    if not resamples:
+        return Estimate(value, math.nan, math.nan)
+    return Estimate(value, *bootstrap_two(score[1], known, unknown, resamples=resamples, seed=seed, batched=True))
 
 
 def _cell(estimate: Estimate | None) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bayeslora import scoring
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 
@@ -87,7 +88,7 @@ def accuracy(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
         Accuracy between 0 and 1; choices that tie count as the first of them.
     """
     labels = check_labels(log_p, labels)
-    return float((log_p.argmax(-1) == labels).double().mean())
+    return float(scoring.accuracy(log_p[None], labels[None]))
 
 
 def nll(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
@@ -101,7 +102,7 @@ def nll(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
         Negative log-likelihood in nats per example; ``inf`` where a right choice has probability 0.
     """
     labels = check_labels(log_p, labels)
-    return -float(log_p.gather(-1, labels[:, None]).double().mean())
+    return float(scoring.nll(log_p[None], labels[None]))
 
 
 def brier(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
@@ -115,9 +116,7 @@ def brier(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
         Brier score between 0 and 2.
     """
     labels = check_labels(log_p, labels)
-    probs = log_p.double().exp()
-    right = probs.gather(-1, labels[:, None]).squeeze(-1)
-    return float((probs.square().sum(-1) - 2 * right + 1).mean())
+    return float(scoring.brier(log_p[None], labels[None]))
 
 
 def reliability(
@@ -140,7 +139,8 @@ def reliability(
     labels = check_labels(log_p, labels)
     best, answer = log_p.max(-1)
     hit = (answer == labels).double()
-    edges, confidence, hits, count = _binned(best.double().exp()[None], hit[None], bins, binning)
+    _check_bins(bins, binning)
+    edges, confidence, hits, count = scoring.binned(best.double().exp()[None], hit[None], bins, binning)
     return Reliability(edges[0], confidence[0] / count[0], hits[0] / count[0], count[0].long())
 
 
@@ -158,9 +158,9 @@ def ece(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"], bins: int = 15, 
     Returns:
         Calibration error between 0 and 1.
     """
-    diagram = reliability(log_p, labels, bins, binning)
-    gap = (diagram.accuracy - diagram.confidence).abs()
-    return float((gap.nan_to_num(0.0) * diagram.count).sum() / diagram.count.sum())
+    labels = check_labels(log_p, labels)
+    _check_bins(bins, binning)
+    return float(scoring.ece(log_p[None], labels[None], bins, binning))
 
 
 def classwise_calibration_error(
@@ -180,7 +180,8 @@ def classwise_calibration_error(
     labels = check_labels(log_p, labels)
     probs = log_p.double().exp().T.contiguous()
     event = (labels == torch.arange(len(probs), device=labels.device)[:, None]).double()
-    _, expected, happened, _ = _binned(probs, event, bins, binning)
+    _check_bins(bins, binning)
+    _, expected, happened, _ = scoring.binned(probs, event, bins, binning)
     return (happened - expected).abs().sum(-1) / len(labels)
 
 
@@ -221,29 +222,10 @@ def kl_to_truth(log_p: Float[Tensor, "N C"], true_probs: Float[Tensor, "N C"]) -
     if not bool(sound.all()):
         row = int((~sound).nonzero()[0])
         raise InputError(f"true_probs: row {row} is not a distribution; give probabilities >= 0 that sum to 1.")
-    cross = torch.where(truth > 0, truth * log_p.double(), 0.0)
-    return float((torch.xlogy(truth, truth) - cross).sum(-1).mean())
+    return float(scoring.kl_to_truth(log_p[None], truth[None]))
 
 
-def _binned(
-    confidence: Float[Tensor, "K N"], hit: Float[Tensor, "K N"], bins: int, binning: Binning
-) -> tuple[Float[Tensor, "K edges"], Float[Tensor, "K bins"], Float[Tensor, "K bins"], Float[Tensor, "K bins"]]:
-    """Return the edges of the bins and, bin by bin, the sums of confidence, of hits and of 1; each row for itself.
-
-    Raises:
-        InputError: If there are no bins or the binning is unknown.
-    """
+def _check_bins(bins: int, binning: str) -> None:
+    """Refuse no bins, or an unknown binning."""
     if bins < 1 or binning not in get_args(Binning):
         raise InputError(f"bins={bins}, binning={binning!r}: give at least one bin and binning 'width' or 'mass'.")
-    classes, rows = confidence.shape
-    if binning == "width":
-        edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device).repeat(classes, 1)
-    else:
-        ordered = confidence.sort(-1).values
-        last = [-(-rows * k // bins) - 1 for k in range(1, bins + 1)]
-        edges = ordered[:, [0, *last]]
-    index = torch.searchsorted(edges[:, 1:-1].contiguous(), confidence)
-    sums = confidence.new_zeros(3, classes, bins)
-    for total, values in zip(sums, (confidence, hit, torch.ones_like(hit)), strict=True):
-        total.scatter_add_(-1, index, values)
-    return edges, sums[0], sums[1], sums[2]
