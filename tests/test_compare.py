@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import arguments, make_model, make_task
 
-from bayeslora.compare import SEED_STRIDE, Study, compare, planned_steps
+from bayeslora.compare import compare
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Swag
 from bayeslora.storage import load_posterior
+from bayeslora.study import SEED_STRIDE, Study, planned_steps
 from bayeslora.tasks.types import Task
 
 
@@ -33,9 +34,10 @@ def test_map_is_the_ensembles_first_member_and_swag_begins_at_it(tokenizer, tmp_
         "map-1",
         f"{next((tmp_path / 'seed-0').glob('swag*-0')).name}",
     ]
-    seconds = found.train_seconds
-    assert seconds["ensemble"][0] > seconds["map"][0]
-    assert seconds["swag"][0] > seconds["map"][0]  # as if it shared nothing
+    costs = {name: by_seed[0] for name, by_seed in found.costs.items()}
+    assert costs["ensemble"].train_seconds > costs["map"].train_seconds
+    assert costs["swag"].train_seconds > costs["map"].train_seconds  # as if it shared nothing
+    assert costs["ensemble"].disk > costs["map"].disk > 0
 
 
 def test_settings_of_a_method_make_a_run_of_its_own(tokenizer, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayeslora.compare import Comparison
+from bayeslora.costs import Cost
 from bayeslora.evaluation import evaluate
 from bayeslora.prediction import Prediction
 from bayeslora.report.tables import comparison_rows, text_table
@@ -30,8 +31,8 @@ def comparison() -> Comparison:
     evaluations = {
         m: {s: evaluate(p, LABELS, ood[m][s], resamples=0) for s, p in by.items()} for m, by in predictions.items()
     }
-    seconds = {m: {s: 100.0 + s for s in seeds} for m in predictions}
-    return Comparison(evaluations, predictions, ood, seconds)
+    costs = {m: {s: Cost(100.0 + s, 2.0, None, 4_000_000) for s in seeds} for m in predictions}
+    return Comparison(evaluations, predictions, ood, costs)
 
 
 def test_a_point_has_one_row_and_every_other_posterior_one_for_its_mean_and_one_for_its_draws(comparison):

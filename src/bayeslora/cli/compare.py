@@ -20,8 +20,9 @@ from bayeslora.cli.runs import check_folder, opened, write_json, write_text
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.compare import Comparison, Study
+    from bayeslora.compare import Comparison
     from bayeslora.methods import Method
+    from bayeslora.study import Study
     from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
@@ -32,7 +33,12 @@ EXAMPLES = """examples:
 
 What methods share is trained once: MAP is the ensemble's first member, SWAG goes on from MAP and is MultiSWAG's first
 run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
-FREE = ("methods", "temperatures", "seeds", "bins", "resamples", "image", "device")
+EVERY = (
+    *("map", "ensemble:3", "swag", "multiswag:3", "blob", "ivon", "laplace", "mc-dropout", "tfb", "temperature"),
+    "isotropic",
+)
+"""What ``--methods all`` stands for."""
+FREE = ("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image", "device")
 
 
 @dataclass(kw_only=True)
@@ -41,11 +47,14 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
 
     methods: list[str] = option(
         ["map", "ensemble:5", "swag", "multiswag:3"],
-        "Methods to compare; label=method names one for --set and the table, so that it can be there twice.",
+        "Methods to compare, or all; label=method names one for --set and the table, so that it can be there twice.",
     )
     set: list[str] = option([], "Settings of a method, method.key=value, such as swag.rank=10.")
     temperatures: list[float] = option(
         [], "Temperatures of the posterior to choose from on the validation rows, for each method with noise."
+    )
+    temperature_scaling: bool = option(
+        False, "Also show every method with temperature scaling, fitted on the validation rows."
     )
     seeds: list[int] = option([0], "Seeds; each is a whole comparison.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
@@ -73,7 +82,8 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import build_task, other_splits
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.compare import Study, compare
+    from bayeslora.compare import compare
+    from bayeslora.study import Study
 
     with own_progress():
         methods = _methods(options)
@@ -95,6 +105,7 @@ def run(options: Options) -> None:
             others,
             swag_share=options.swag_share,
             temperatures=options.temperatures,
+            scaling=options.temperature_scaling,
             draws=options.draws,
             token_budget=options.token_budget,
             resamples=options.resamples,
@@ -118,11 +129,14 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
     Returns:
         The comparison.
     """
+    from bayeslora.report.contrasts import marked
     from bayeslora.report.tables import comparison_rows, text_table
 
     found: Comparison = compare(study, methods, seeds)
     out, task = study.out, study.task
     rows = comparison_rows(found)
+    if study.resamples and task.test is not None:
+        rows = marked(found, rows, task.test.labels, bins=study.bins, resamples=study.resamples)
     print(text_table(rows))
     write_text(out / "results.md", text_table(rows, markdown=True) + "\n")
     numbers: dict[str, Any] = {
@@ -152,7 +166,7 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
         The files; none where matplotlib is not installed.
     """
     from bayeslora.cli.terminal import say
-    from bayeslora.report import overconfidence_picture, reliability_diagram, risk_coverage_plot, save
+    from bayeslora.report import overconfidence_picture, reliability_diagram, risk_coverage_plot, save, tradeoff_plot
 
     assert task.test is not None
     seed = next(iter(next(iter(found.predictions.values()))))
@@ -160,10 +174,19 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
     labels = task.test.labels
     curves = {name: (p.log_p, labels) for name, p in predictions.items()}
     ood = {name: list(found.ood[name][seed].values()) for name in predictions}
+    points = {
+        name: (
+            found.evaluations[name][seed].value("draws", "accuracy"),
+            found.evaluations[name][seed].value("draws", "ece"),
+            found.costs[name][seed].train_seconds + (found.costs[name][seed].predict_seconds or 0.0),
+        )
+        for name in predictions
+    }
     try:
         figures = {
             "reliability": reliability_diagram(curves),
             "risk-coverage": risk_coverage_plot(curves),
+            "trade-off": tradeoff_plot(points),
             "overconfidence": overconfidence_picture(
                 predictions, labels, {n: o[0] for n, o in ood.items() if o} or None, task.test.probs
             ),
@@ -182,7 +205,11 @@ def _methods(options: Options) -> dict[str, Method]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.build import build_method
 
-    words = [name.rpartition("=") for name in options.methods]  # label, sign, method
+    words = [
+        name.rpartition("=")  # label, sign, method
+        for given in options.methods
+        for name in (EVERY if given == "all" else (given,))
+    ]
     labels = [label or method.partition(":")[0] for label, _, method in words]
     for item in options.set:
         method, dot, _ = item.partition("=")[0].partition(".")
@@ -195,7 +222,9 @@ def _methods(options: Options) -> dict[str, Method]:
     found = {}
     for (given, _, method), label in zip(words, labels, strict=True):
         name = given or method
-        if name in found or "/" in name:
+        if "/" in name:
+            raise InputError(f"a method's label names a file, and {name!r} cannot; write it without a slash")
+        if name in found:
             raise InputError(f"two methods are called {name}; give each a label of its own, label={method}")
         found[name] = build_method(method, own[label])
     return found

@@ -58,9 +58,10 @@ def run(options: Options) -> None:
     from bayeslora.cli.compare import finish
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.compare import Study, compare
+    from bayeslora.compare import compare
     from bayeslora.demo_model import demo_model
     from bayeslora.models import load_model
+    from bayeslora.study import Study
 
     settings = {"swag": [f"learning_rate={options.swag_learning_rate}"]}
     with own_progress():
