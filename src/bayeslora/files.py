@@ -1,12 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from bayeslora.errors import InputError
 
 
 @contextmanager
@@ -29,3 +35,53 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if partial.exists():
             partial.unlink()
+
+
+@contextmanager
+def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that takes the target's place when the block ends well, and vanishes otherwise.
+
+    Args:
+        target: The folder to make.
+        overwrite: Whether a folder that is there may be replaced.
+
+    Yields:
+        The temporary folder, beside the target.
+
+    Raises:
+        InputError: If the target is there and may not be replaced, or the disk is full or not writable.
+    """
+    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
+        raise InputError(f"{target} is there already; choose another folder or pass overwrite=True")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{target} cannot be made: {error.strerror}") from error
+    try:
+        work.chmod(0o755)
+        yield work
+        _take_place(work, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target} could not be written, and nothing of it was kept: {reason}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _take_place(work: Path, target: Path) -> None:
+    """Move a folder to where it belongs; what was there goes when it has come, and stays if it cannot."""
+    if not target.exists():
+        os.replace(work, target)
+        return
+    old = work.with_name(work.name + "-old")
+    os.replace(target, old)
+    try:
+        os.replace(work, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bayeslora.errors import InputError
+from bayeslora.files import appearing
 from bayeslora.operations import draw_count
 from bayeslora.origin import Origin, check_base
 from bayeslora.params import Params, check_against
@@ -57,56 +54,6 @@ FAMILIES: dict[str, Callable[..., Posterior]] = {
     )
 }
 _ADAPTER, _SPREAD, _CONFIG = "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json"
-
-
-@contextmanager
-def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that takes the target's place when the block ends well, and vanishes otherwise.
-
-    Args:
-        target: The folder to make.
-        overwrite: Whether a folder that is there may be replaced.
-
-    Yields:
-        The temporary folder, beside the target.
-
-    Raises:
-        InputError: If the target is there and may not be replaced, or the disk is full or not writable.
-    """
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; choose another folder or pass overwrite=True")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{target} cannot be made: {error.strerror}") from error
-    try:
-        work.chmod(0o755)
-        yield work
-        _take_place(work, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target} could not be written, and nothing of it was kept: {reason}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _take_place(work: Path, target: Path) -> None:
-    """Move a folder to where it belongs; what was there goes when it has come, and stays if it cannot."""
-    if not target.exists():
-        os.replace(work, target)
-        return
-    old = work.with_name(work.name + "-old")
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink()
 
 
 def save_posterior(posterior: Posterior, folder: Path, *, overwrite: bool = False) -> None:
@@ -145,6 +92,35 @@ def load_posterior(name: str | Path, model: nn.Module | None = None, *, revision
         check_base(_origin(posterior), model)
         check_against(posterior.mean, model)
     return posterior
+
+
+def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
+    """Read a posterior, or a plain PEFT adapter as a point.
+
+    Args:
+        name: Folder, or repository ``org/name``.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        The posterior. The origin of a plain adapter has no fingerprint of its base, which only the one who trained it
+        could have taken: it is for `bayeslora.params.write`, not for `bayeslora.predict`.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(str(name), revision)
+    if (folder / _CONFIG).exists():
+        return load_posterior(folder)
+    missing = f"{folder} is neither a posterior of bayeslora nor a PEFT adapter (it has no adapter_config.json)"
+    config = _read_json(folder / "adapter_config.json", missing)
+    if config.get("peft_type") != "LORA":
+        raise InputError(
+            f"{folder} is an adapter of type {config.get('peft_type')}; bayeslora serves LoRA adapters only"
+        )
+    origin = Origin(config, str(config.get("base_model_name_or_path") or ""), {})
+    return Point(_read_tensors(folder / _ADAPTER), origin)
 
 
 def export_draws(posterior: Posterior, folder: str | Path, draws: int, *, seed: int = 0) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import gaussian, make_model, same_params
 
-from bayeslora import storage
+from bayeslora import files, storage
 from bayeslora.errors import InputError
 from bayeslora.origin import origin_of
 from bayeslora.params import read
@@ -154,7 +154,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
     monkeypatch.setattr(owner, name, full)
 
 
-FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "_write_json", 2), (storage.os, "replace", 1)]
+FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "_write_json", 2), (files.os, "replace", 1)]
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), FULL, ids=lambda value: str(getattr(value, "__name__", value)))
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [*FULL, (storage.os, "replace", 2)],
+    [*FULL, (files.os, "replace", 2)],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
 def test_a_full_disk_leaves_the_old_folder_as_it_was(

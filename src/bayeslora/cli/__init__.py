@@ -18,6 +18,7 @@ from bayeslora.version import __version__
 
 VERBS = {
     "train": "fine-tune a model by a method and keep its posterior",
+    "fit": "make a posterior of an adapter that is trained already, by anyone",
     "evaluate": "measure accuracy, calibration and out-of-distribution detection of a posterior",
     "predict": "answer rows of a file or of standard input, with uncertainty",
     "compare": "run several methods on one task and print one table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -68,7 +69,8 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: 
     """Return other data, put to the model as the first task is, by short names.
 
     Args:
-        names: Known tasks, or paths to data with the same columns.
+        names: Known tasks, or paths to data with the same columns; ``./trec`` is a folder even where ``trec`` is a
+            known task.
         options: The first task's options; its data folder is looked in for known tasks.
         like: The first task's test split; classes, readout, few-shot examples and limits are taken from it.
         rows: Most rows of each; 0: as many as of the first task's test split.
@@ -85,7 +87,8 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: 
 def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     """Return the test split of one other data set."""
     path, most = Path(name), rows or options.test_rows or None
-    if path.exists() and like.classes is not None:
+    own = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
+    if own and like.classes is not None:
         file = path if path.is_file() else find_file(path, ("test",))
         if file is None:
             raise InputError(f"{name} has no test examples")
@@ -93,7 +96,7 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
         text = options.text_column or guess_columns(table.columns).text
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
         return split.take(range(min(len(split), most or len(split))))
-    if path.exists():
+    if own:
         other = load_task(None, path, test_rows=most, seed=options.task_seed, columns=named_columns(options) or None)
     else:
         folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""

@@ -34,7 +34,9 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     """Fine-tune a model on a task by one method; the posterior, the options and the test metrics are kept in --out."""
 
     method: str = option(
-        "swag", "map, ensemble:M, swag, multiswag:M, ivon, blob or isotropic; ivon:M is an ensemble of M."
+        "swag",
+        "map, ensemble:M, swag, multiswag:M, ivon, blob, laplace, mc-dropout, tfb, temperature or isotropic; ivon:M is "
+        "an ensemble of M.",
     )
     set: list[str] = option([], "Settings of the method, key=value.")
     seed: int = option(0, "Seed of the run; it decides the adapter's start and the order of the data.")
@@ -75,7 +77,7 @@ def run(options: Options) -> None:
                 posterior.save_pretrained(out / "posterior")
                 if not options.save_steps:
                     shutil.rmtree(out / "training", ignore_errors=True)
-        _measure(options, model, tokenizer, posterior, task.test)
+        measure(options, model, tokenizer, posterior, task.test)
     print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --out FOLDER")
 
 
@@ -93,8 +95,16 @@ def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: An
     return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
 
 
-def _measure(options: Options, model: Any, tokenizer: Any, posterior: Any, test: Any) -> None:
-    """Print the metrics of the test split and keep them, if its answers are known."""
+def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any) -> None:
+    """Print the metrics of the test split and keep them, if its answers are known.
+
+    Args:
+        options: Options with ``draws``, ``token_budget``, ``resamples`` and ``out``.
+        model: The model.
+        tokenizer: Its tokenizer.
+        posterior: The posterior.
+        test: The test split, or None.
+    """
     from bayeslora.cli.terminal import watched
     from bayeslora.engine import predict
     from bayeslora.evaluation import evaluate

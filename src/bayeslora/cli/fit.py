@@ -1,0 +1,79 @@
+"""``bayeslora fit``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option, part
+from bayeslora.cli.runs import check_folder, opened, posterior_name
+from bayeslora.errors import InputError
+
+EXAMPLES = """examples:
+  bayeslora fit run --method laplace --out laplace                  around the mean of a run of `bayeslora train`
+  bayeslora fit adapter --method tfb --task openbookqa --out tfb    around an adapter of PEFT, trained by anyone
+  bayeslora fit run --method temperature --set kind=vector --out scaled
+
+Methods: laplace, mc-dropout, tfb, temperature, isotropic. temperature scales whatever posterior RUN is; the others go
+around its mean. Rows to fit on are the task's train and, for what is chosen on them, validation rows."""
+FREE = ("draws", "token_budget", "device", "resamples")
+
+
+@dataclass(kw_only=True)
+class Options(ModelOptions, TaskOptions, DrawOptions):
+    """Make a posterior of an adapter that is trained already; the posterior and the test metrics are kept in --out."""
+
+    run: str = option("", "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.")
+    method: str = option("laplace", "laplace, mc-dropout, tfb, temperature or isotropic.")
+    set: list[str] = option([], "Settings of the method, key=value.")
+    seed: int = option(0, "Which stream of random numbers the method uses.")
+    resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
+    out: str = option("bayeslora-fit", "Folder for the results.")
+
+
+def run(options: Options) -> None:
+    """Fit, keep the posterior, and measure it on the test split if there is one with labels.
+
+    Args:
+        options: The options.
+
+    Raises:
+        InputError: If there is no adapter, or the method is trained rather than fitted.
+    """
+    if not options.run:
+        raise InputError("name the adapter: bayeslora fit RUN --method laplace --out FOLDER")
+    out, name = Path(options.out), posterior_name(options.run)
+    check_folder(out, options, resume=False, free=FREE)
+    from bayeslora.cli.build import build_method, model_for
+    from bayeslora.cli.data import build_task, keep_format
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.train import measure
+    from bayeslora.methods import METHODS, PostHoc
+    from bayeslora.params import write
+    from bayeslora.storage import load_adapter
+
+    with own_progress():
+        method = build_method(options.method, options.set)
+        if not isinstance(method, PostHoc):
+            fitted = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), PostHoc))
+            raise InputError(f"{options.method} is trained: use bayeslora train. These are fitted: {fitted}")
+        task = build_task(part(TaskOptions, options), "train")
+        start = load_adapter(name)
+        classes = task.train.classes if task.train is not None else None
+        model, tokenizer = model_for(start, part(ModelOptions, options), classes)
+        write(model, start.mean)
+        with opened(out, options):
+            posterior = _fitted(method, model, task, start, tokenizer, options)
+            if task.train is not None:
+                keep_format(out, task.train)
+            posterior.save_pretrained(out / "posterior")
+        measure(options, model, tokenizer, posterior, task.test)
+    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --out FOLDER")
+
+
+def _fitted(method: Any, model: Any, task: Any, start: Any, tokenizer: Any, options: Options) -> Any:
+    """Return the posterior around the adapter that the model has, or of the posterior that was given."""
+    given = start if start.origin is not None and start.origin.fingerprint else None  # a plain adapter has none
+    budget = options.token_budget
+    return method.fit(model, task, start=given, tokenizer=tokenizer, seed=options.seed, token_budget=budget)

@@ -1,0 +1,78 @@
+"""``fit``: posteriors around adapters that are trained already."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_data import POINTS, QUICK
+from peft import LoraConfig, get_peft_model
+from tiny import TARGETS, make_base
+
+from bayeslora.cli import main
+from bayeslora.params import initialise
+from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, Linearised, Scaled
+from bayeslora.storage import load_posterior
+
+
+@pytest.fixture(scope="module")
+def map_run(home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "map"
+    words = ["--method", "map", "--dropout", "0.1", "--validation", "6"]
+    assert main(["train", *home.marbles(), *QUICK, *POINTS, *words, "--out", str(out)]) == 0
+    return out
+
+
+def untrained(home):
+    """Base and data, without the shape of an adapter."""
+    words = [str(w) for w in home.marbles()]
+    at = words.index("--target-modules")
+    end = next((k for k in range(at + 1, len(words)) if words[k].startswith("--")), len(words))
+    return words[:at] + words[end:]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "family"),
+    [
+        ("laplace", ["prior=validation"], Linearised),
+        ("tfb", ["sigma=0.01"], DiagonalGaussian),
+        ("mc-dropout", ["kind=columns"], ColumnDropout),
+        ("temperature", [], Scaled),
+    ],
+)
+def test_a_runs_adapter_becomes_a_posterior_that_evaluate_reads(bay, map_run, tmp_path, method, settings, family):
+    out = tmp_path / "out"
+    words = [*(["--set", *settings] if settings else []), *POINTS, "--draws", "3", "--out", out]
+    said = bay("fit", map_run, "--method", method, *words)
+    assert said.status == 0, said.err
+    posterior = load_posterior(out / "posterior")
+    assert isinstance(posterior, family)
+    assert posterior.origin is not None
+    assert posterior.origin.method == method
+    first = json.loads((out / "evaluation.json").read_text())
+    said = bay("evaluate", out, *POINTS)
+    assert said.status == 0, said.err
+    assert json.loads((out / "evaluation.json").read_text()) == first
+
+
+def test_a_plain_adapter_of_peft_becomes_a_posterior(bay, home, tmp_path):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_base("llama"), config)
+    initialise(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    words = [*untrained(home), *POINTS, "--draws", "2", "--out", tmp_path / "out"]
+    said = bay("fit", tmp_path / "adapter", "--method", "isotropic", *words)
+    assert said.status == 0, said.err
+    assert isinstance(load_posterior(tmp_path / "out" / "posterior"), DiagonalGaussian)
+
+
+def test_what_cannot_be_fitted_is_refused_in_one_sentence(refused, map_run, home, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    assert "is trained: use bayeslora train" in refused("fit", map_run, "--method", "swag", *out)
+    assert "name the adapter" in refused("fit", *out)
+    assert "unknown method" in refused("fit", map_run, "--method", "laplas", *out)
+    (tmp_path / "empty").mkdir()
+    assert "neither a posterior" in refused("fit", tmp_path / "empty", *untrained(home), *out)
+    said = refused("fit", map_run, "--method", "temperature", "--validation", "0", *out)
+    assert "validation" in said
+    assert not (tmp_path / "out").exists()
