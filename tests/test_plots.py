@@ -17,7 +17,14 @@ from bayeslora.errors import InputError
 from bayeslora.methods import METHODS
 from bayeslora.metrics import ece, kl_to_truth, reliability
 from bayeslora.prediction import Prediction
-from bayeslora.report import overconfidence_picture, reliability_diagram, render, risk_coverage_plot, save
+from bayeslora.report import (
+    overconfidence_picture,
+    reliability_diagram,
+    render,
+    risk_coverage_plot,
+    save,
+    tradeoff_plot,
+)
 from bayeslora.report.style import grid, looks
 
 N, C, NAMES = 200, 4, ("map", "ensemble", "swag", "laplace", "a predictor with a name far too long", "ivon")
@@ -297,3 +304,18 @@ def test_missing_matplotlib_is_refused_in_words(draw, monkeypatch):
 def test_what_cannot_be_drawn_is_refused_in_words(draw, words):
     with pytest.raises(InputError, match=words):
         draw()
+
+
+def test_the_trade_off_shows_accuracy_error_and_cost_of_each_method():
+    points = {"map": (0.8, 0.14, 60.0), "ensemble": (0.83, 0.1, 300.0), "swag": (0.79, 0.11, 90.0)}
+    figure = tradeoff_plot(points)
+    (axes,) = figure.axes
+    found = {tuple(float(v) for v in dots.get_offsets()[0]): float(dots.get_sizes()[0]) for dots in axes.collections}
+    assert found.keys() == {(0.14, 0.8), (0.1, 0.83), (0.11, 0.79)}
+    assert found[0.1, 0.83] == pytest.approx(5 * found[0.14, 0.8])  # the area is the cost
+    words = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert words == ["map  1.0×", "ensemble  5.0×", "swag  1.5×"]
+    assert render(figure, "png") == render(tradeoff_plot(points), "png")
+    for bad in ({}, {"map": (0.8, math.nan, 1.0)}):
+        with pytest.raises(InputError):
+            tradeoff_plot(bad)

@@ -11,6 +11,7 @@ import transformers
 from cli_data import POINTS, QUICK
 
 from bayeslora.cli import main
+from bayeslora.errors import InputError
 
 METHODS = ["map", "ensemble:2", "swag", "multiswag:2"]
 
@@ -156,3 +157,42 @@ def test_a_colon_makes_an_ensemble_of_any_method():
     from bayeslora.methods import Ensemble, Ivon
 
     assert build_method("ivon:3", ["sigma0=0.1"]) == Ensemble(3, Ivon(sigma0=0.1))
+
+
+def test_scaling_is_shown_for_every_method_and_helps_its_validation_rows(bay, home, tmp_path):
+    out = tmp_path / "out"
+    words = ["--methods", "map", "isotropic", "temperature", "--set", "isotropic.sigma=0.3", "--temperature-scaling"]
+    said = bay("compare", *home.marbles(), *QUICK, *POINTS, *words, "--validation", "6", "--draws", "3", "--out", out)
+    assert said.status == 0, said.err
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert {"map", "map + T", "isotropic, 3 draws", "isotropic + T, 3 draws", "temperature"} <= rows.keys()
+    assert rows["map + T"]["NLL"] == pytest.approx(rows["temperature"]["NLL"])  # it is MAP, scaled
+    assert rows["map + T"]["accuracy"] == rows["map"]["accuracy"]
+    assert rows["temperature"]["train ×"][0] >= 1
+    assert (out / "trade-off.png").stat().st_size > 0
+
+
+def test_a_folder_that_has_a_known_tasks_name_does_not_hide_the_task(refused, bay, home, tmp_path, monkeypatch):
+    (tmp_path / "openbookqa").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", *home.marbles(), *QUICK, "--methods", "map", "--ood"]
+    assert "test" in refused(*words, "./openbookqa", "--out", "a")  # the folder, which is empty
+    monkeypatch.setattr(
+        "bayeslora.cli.data.load_task", lambda *given, **_: (_ for _ in ()).throw(InputError(str(given)))
+    )
+    from tiny import make_split
+
+    from bayeslora.cli.data import _other
+    from bayeslora.cli.options import TaskOptions
+
+    with pytest.raises(InputError, match="openbookqa"):
+        _other("openbookqa", TaskOptions(), make_split("test", 3, 0, classes=False), 0)
+
+
+def test_all_stands_for_every_method_and_labels_cannot_leave_the_folder(refused, home, tmp_path):
+    from bayeslora.cli.compare import EVERY, Options, _methods
+    from bayeslora.methods import METHODS
+
+    assert {name.partition(":")[0] for name in EVERY} == METHODS.keys()
+    assert list(_methods(Options(methods=["all", "elbo=blob"]))) == [*EVERY, "elbo"]
+    assert "without a slash" in refused("compare", *home.marbles(), "--methods", "a/b=map", "--out", tmp_path / "b")

@@ -49,7 +49,7 @@ def quantised(folder: Any, bits: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["map", "swag", "ivon", "blob", "blob-elbo"])
+@pytest.mark.parametrize("name", ["map", "swag", "ivon", "blob", "blob-elbo", "laplace", "laplace-diagonal", "tfb"])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, tokenizer: Any, tmp_path: Any) -> None:
     # the readout passes over the model in evaluation mode first, after which every layer must still learn

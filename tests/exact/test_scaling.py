@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
-from bayeslora.methods import Temperature
-from bayeslora.methods.search import smallest
+from bayeslora.methods import Isotropic, Temperature
+from bayeslora.methods.isotropic import SIGMAS
+from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics import nll
 from bayeslora.posteriors import scale
 from bayeslora.prediction import Prediction
@@ -108,3 +109,19 @@ def test_the_line_search_finds_the_smallest_of_several_minima_and_ends() -> None
     assert smallest(lambda x: math.cos(3 * x) + 0.1 * (x - 3) ** 2, 0, 6) == pytest.approx(3.13851, abs=1e-4)
     assert smallest(lambda x: x, -1, 1) == -1
     assert smallest(lambda x: -x, -1, 1) == 1
+
+
+def test_isotropic_noise_chosen_on_validation_rows_is_the_best_of_its_grid(tokenizer: Any) -> None:
+    model, task = make_model(), make_task(readout="likelihood")
+    found = Isotropic("validation", draws=4).fit(model, task, tokenizer=tokenizer, seed=1)
+    (sigma,) = {round(float(v.sqrt().max()), 6) for v in found.variance.values()}
+    assert sigma in {round(s, 6) for s in SIGMAS}
+    scores = {
+        s: draws_nll(model, Isotropic(s).fit(model, task), task.validation, 4, tokenizer=tokenizer, seed=1, budget=2048)
+        for s in SIGMAS
+    }
+    assert sigma == pytest.approx(min(scores, key=lambda s: (scores[s], s)), abs=1e-6)
+    with pytest.raises(InputError, match="validation"):
+        Isotropic("validation").fit(model, Task(task.name, task.train, None, task.test), tokenizer=tokenizer)
+    with pytest.raises(InputError, match="'guess'"):
+        Isotropic("guess")

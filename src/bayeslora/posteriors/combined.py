@@ -78,7 +78,7 @@ class Linearised(Posterior):
     """A Gaussian whose predictions come from the model linearised in its parameters at the mean.
 
     The choices' logits are then normal in closed form, f ~ N(f(mean), J Σ Jᵀ), with J the Jacobian of the logits
-    (Immer et al. 2021, arXiv 2008.08400; Yang et al. 2024, arXiv 2308.13111, equation 12). Draws are of the logits;
+    (Immer et al. 2021, arXiv 2008.08703; Yang et al. 2024, arXiv 2308.13111, equation 12). Draws are of the logits;
     `draw` still gives draws of the weights, for those who need adapters.
 
     Attributes:
