@@ -13,12 +13,12 @@ from bayeslora.costs import Cost, most
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.methods import Ensemble, Method, PostHoc, Temperature
-from bayeslora.methods.base import labelled
 from bayeslora.metrics import nll
 from bayeslora.operations import tempered
 from bayeslora.posteriors import Posterior, Scaled
 from bayeslora.prediction import Prediction
 from bayeslora.study import Study, posterior_of, predicted
+from bayeslora.tasks.types import labelled
 
 
 @dataclass(frozen=True)

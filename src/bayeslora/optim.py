@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
+from bayeslora.ivon_settings import check_ivon, estimate_prior
 from bayeslora.params import seed_of
-
-_PRIOR_MEMORY = 0.99
-"""Exponential smoothing of the empirical prior's variance, per step."""
 
 
 @final
@@ -243,7 +241,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         torch._foreach_add_(hess, gap)
         means = [self.mean(p) for p in params]
         if group["prior"] == "empirical":
-            deltas = self._estimate_prior(group, states, means)
+            deltas = estimate_prior(group, states, means)
         update = torch._foreach_div(average, [1 - beta1 ** s["step"] for s in states])
         torch._foreach_add_(update, torch._foreach_mul(means, deltas))
         torch._foreach_div_(update, torch._foreach_add(hess, deltas))
@@ -255,19 +253,6 @@ class IvonOptimizer(torch.optim.Optimizer):
         for p, mean in zip(params, means, strict=True):
             if p.dtype != torch.float32:
                 p.copy_(mean)
-
-    @staticmethod
-    def _estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: list[Tensor]) -> list[float]:
-        """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance."""
-        ess = group["ess"]
-        second = [
-            m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean()
-            for s, m in zip(states, means, strict=True)
-        ]
-        for state, wanted in zip(states, torch.stack(second).tolist(), strict=True):
-            now = 1 / (ess * state["delta"]) if state["delta"] > 0 else wanted
-            state["delta"] = 1 / (ess * (_PRIOR_MEMORY * now + (1 - _PRIOR_MEMORY) * wanted))
-        return [s["delta"] for s in states]
 
     def _grads(self) -> dict[Tensor, Tensor]:
         """Return the gradients that there are."""
@@ -302,31 +287,3 @@ class IvonOptimizer(torch.optim.Optimizer):
         """End a step: no draw, no products."""
         self._noise, self._products, self._seen = {}, {}, {}
         self._draws = self._folds = 0
-
-
-def check_ivon(group: dict[str, Any]) -> None:
-    """Refuse settings that have no meaning.
-
-    Args:
-        group: Settings by the names that `IvonOptimizer` has for them.
-
-    Raises:
-        InputError: Which one, and why.
-    """
-    beta1, beta2 = group["betas"]
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise InputError(f"both of IVON's betas must be in [0, 1), and they are {beta1} and {beta2}")
-    for key in ("lr", "weight_decay", "hess_init"):
-        if not 0 <= group[key] < math.inf:
-            raise InputError(f"IVON's {key} must be finite and not negative, and it is {group[key]}")
-    if not 0 < group["ess"] < math.inf:
-        raise InputError(f"IVON's ess (λ) must be finite and positive, and it is {group['ess']}")
-    if group["hess_init"] + group["weight_decay"] <= 0:
-        raise InputError(
-            "IVON's hess_init + weight_decay must be positive: with both at 0 the first standard deviation is infinite"
-        )
-    for key in ("clip_radius", "price_clip"):
-        if not group[key] > 0:
-            raise InputError(f"IVON's {key} must be positive, and it is {group[key]}")
-    if group["prior"] not in ("fixed", "empirical"):
-        raise InputError(f"IVON's prior must be fixed or empirical, and it is {group['prior']!r}")

@@ -21,12 +21,11 @@ from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
-from bayeslora.methods.base import labelled
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, write
 from bayeslora.posteriors import Posterior
 from bayeslora.storage import load_posterior
-from bayeslora.tasks.types import Split, Task
+from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
 

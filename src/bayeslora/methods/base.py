@@ -22,7 +22,7 @@ from bayeslora.origin import Origin, origin_of
 from bayeslora.params import require_lora
 from bayeslora.posteriors import Posterior
 from bayeslora.quantised import unpack_for_training
-from bayeslora.tasks.types import Split, Task
+from bayeslora.tasks.types import Task
 
 
 class Method(ABC):
@@ -114,30 +114,6 @@ class PostHoc(Method):
         raise InputError(
             f"{self.name} is fitted after training, on the task's rows: call method.fit(model, task), or bayeslora.fit"
         )
-
-
-def labelled(split: Split | None, purpose: str, least: int = 1) -> Split:
-    """Return a split that a method is fitted on, or refuse it.
-
-    Args:
-        split: A split of the task.
-        purpose: What it is for, as the beginning of a sentence.
-        least: Fewest rows that serve.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: If it is missing, too small or has a row without a label.
-    """
-    if split is None or not len(split):
-        raise InputError(f"{purpose}, and the task has none; load it with validation=0.1, or give data with that split")
-    if len(split) < least:
-        raise InputError(f"{purpose}, at least {least} of them, and {split.name} has {len(split)}")
-    unknown = [i for i, example in enumerate(split) if example.label is None]
-    if unknown:
-        raise InputError(f"{purpose}, and row {unknown[0]} of {split.name} has no label")
-    return split
 
 
 @dataclass

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, labelled, origin_for
+from bayeslora.methods.base import PostHoc, origin_for
 from bayeslora.methods.search import draws_nll
 from bayeslora.params import Params, read
 from bayeslora.posteriors import DiagonalGaussian, Posterior
-from bayeslora.tasks.types import Task
+from bayeslora.tasks.types import Task, labelled
 
 SIGMAS = tuple(0.001 * 2 ** (k / 2) for k in range(17))
 """Standard deviations that ``sigma="validation"`` tries: .001 to .256, each √2 of the one before."""

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
+from bayeslora.ivon_settings import check_ivon
 from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
 from bayeslora.methods.diagnostics import diagnostics, report
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
-from bayeslora.optim import IvonOptimizer, check_ivon
+from bayeslora.optim import IvonOptimizer
 from bayeslora.params import live, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 

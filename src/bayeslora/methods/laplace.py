@@ -32,13 +32,13 @@ from bayeslora.engine.readouts import readout_for
 from bayeslora.engine.run import batched
 from bayeslora.errors import InputError
 from bayeslora.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
-from bayeslora.methods.base import PostHoc, labelled, origin_for
+from bayeslora.methods.base import PostHoc, origin_for
 from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics import nll
 from bayeslora.operations import in_last_layers
 from bayeslora.params import Params, read, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
-from bayeslora.tasks.types import Split, Task
+from bayeslora.tasks.types import Split, Task, labelled
 from bayeslora.uncertainty import average
 
 logger = logging.getLogger(__name__)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, labelled, origin_for
+from bayeslora.methods.base import PostHoc, origin_for
 from bayeslora.methods.search import smallest
 from bayeslora.metrics import nll
 from bayeslora.params import Params, read
 from bayeslora.posteriors import Point, Posterior, Scaled, scale
 from bayeslora.prediction import Prediction
-from bayeslora.tasks.types import Split, Task
+from bayeslora.tasks.types import Split, Task, labelled
 from bayeslora.uncertainty import average
 
 _WIDEST = math.log(100.0)

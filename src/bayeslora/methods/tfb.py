@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, labelled, origin_for
+from bayeslora.methods.base import PostHoc, origin_for
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.search import draws_nll
 from bayeslora.params import Params, read
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
-from bayeslora.tasks.types import Split, Task
+from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
 _LARGEST = 1e6

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float, Int
+from bayeslora.errors import InputError
 
 ReadoutName = Literal["auto", "letters", "likelihood", "head"]
 TaskKind = Literal["question", "blank", "class"]
@@ -115,3 +116,27 @@ class Task:
     train: Split | None
     validation: Split | None
     test: Split | None
+
+
+def labelled(split: Split | None, purpose: str, least: int = 1) -> Split:
+    """Return a split that a method is fitted on, or refuse it.
+
+    Args:
+        split: A split of the task.
+        purpose: What it is for, as the beginning of a sentence.
+        least: Fewest rows that serve.
+
+    Returns:
+        The split.
+
+    Raises:
+        InputError: If it is missing, too small or has a row without a label.
+    """
+    if split is None or not len(split):
+        raise InputError(f"{purpose}, and the task has none; load it with validation=0.1, or give data with that split")
+    if len(split) < least:
+        raise InputError(f"{purpose}, at least {least} of them, and {split.name} has {len(split)}")
+    unknown = [i for i, example in enumerate(split) if example.label is None]
+    if unknown:
+        raise InputError(f"{purpose}, and row {unknown[0]} of {split.name} has no label")
+    return split
