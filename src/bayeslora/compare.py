@@ -62,10 +62,10 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
         labelled(study.task.validation, "temperatures are chosen on validation rows")
     if study.scaling:
         Temperature().rows(study.task)
-    for name, method in methods.items():
+    for method in methods.values():
         single = method.member if isinstance(method, Ensemble) else method
-        if isinstance(single, PostHoc) and single.held_out:
-            labelled(study.task.validation, f"{name} is fitted on validation rows")
+        if isinstance(single, PostHoc):
+            single.check(study.model, study.task)
     found = Comparison()
     for seed in seeds:
         for name, method in methods.items():

@@ -25,7 +25,7 @@ from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, write
 from bayeslora.posteriors import Posterior
 from bayeslora.storage import load_posterior
-from bayeslora.tasks.types import Split, Task, labelled
+from bayeslora.tasks.types import Split, Task
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def _run(
     """Train once, and fit what is fitted afterwards."""
     assert task.train is not None
     if isinstance(method, PostHoc):
-        if method.held_out:
-            labelled(task.validation, f"{method.name} is fitted on validation rows")
+        method.check(model, task)
         point = _run(model, task, Map(), args, tokenizer, start, resume, callbacks)
         return method.fit(model, task, start=point, tokenizer=tokenizer, seed=args.seed)
     if start is not None:

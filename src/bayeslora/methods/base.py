@@ -66,10 +66,17 @@ class PostHoc(Method):
         name: The method's name on the command line and on disk.
     """
 
-    @property
     @abstractmethod
-    def held_out(self) -> bool:
-        """Whether the method chooses something on validation rows."""
+    def check(self, model: nn.Module, task: Task) -> None:
+        """Refuse what `fit` would refuse, as far as it can be told before the adapter is trained.
+
+        Args:
+            model: PEFT model.
+            task: The task.
+
+        Raises:
+            InputError: If the model or the task's rows do not serve.
+        """
 
     @abstractmethod
     def fit(

@@ -53,10 +53,10 @@ class Isotropic(PostHoc):
         if self.draws < 1:
             raise InputError(f"draws must be at least 1, and it is {self.draws}")
 
-    @property
-    def held_out(self) -> bool:
-        """Whether σ is chosen."""
-        return self.sigma == "validation"
+    def check(self, model: nn.Module, task: Task) -> None:
+        """Refuse a task without rows to choose σ on; see `PostHoc.check`."""
+        if self.sigma == "validation":
+            labelled(task.validation, "isotropic noise is chosen on validation rows")
 
     def fit(
         self,
@@ -69,12 +69,13 @@ class Isotropic(PostHoc):
         token_budget: int = 2048,
     ) -> DiagonalGaussian:
         """Return the noise around an adapter; see `PostHoc.fit`."""
+        self.check(model, task)
         mean = read(model) if start is None else start.mean
         origin = origin_for(model, self, len(task.train) if task.train is not None else None)
         if not isinstance(self.sigma, str):
             return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
-        rows = labelled(task.validation, "isotropic noise is chosen on validation rows")
-        found = {}
+        assert task.validation is not None
+        rows, found = task.validation, {}
         for sigma in SIGMAS:
             posterior = DiagonalGaussian(mean, _variance(mean, sigma), origin)
             score = draws_nll(model, posterior, rows, self.draws, tokenizer=tokenizer, seed=seed, budget=token_budget)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from bayeslora.curvature import linear_sites
+from bayeslora.curvature import Site, linear_sites
 from bayeslora.engine.linearised import Gaussian, logit_draws, logit_moments
 from bayeslora.engine.readouts import readout_for
 from bayeslora.engine.run import batched
@@ -36,7 +36,7 @@ from bayeslora.methods.base import PostHoc, origin_for
 from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics import nll
 from bayeslora.operations import in_last_layers
-from bayeslora.params import Params, read, swapped
+from bayeslora.params import Params, live, read, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
 from bayeslora.tasks.types import Split, Task, labelled
 from bayeslora.uncertainty import average
@@ -96,10 +96,21 @@ class Laplace(PostHoc):
             if value is not None and value < least:
                 raise InputError(f"Laplace's {key} must be at least {least}, and it is {value}")
 
-    @property
-    def held_out(self) -> bool:
-        """Whether λ is chosen on validation rows."""
-        return self.prior == "validation"
+    def check(self, model: nn.Module, task: Task) -> None:
+        """Refuse an adapter without a parameter to be uncertain about, and a task without rows; see `PostHoc.check`."""
+        labelled(task.train, "Laplace takes the curvature on training rows")
+        if self.prior == "validation":
+            labelled(task.validation, "the prior is chosen on validation rows")
+        self._sites(model)
+
+    def _sites(self, model: nn.Module) -> list[Site]:
+        """Return the parameters that are uncertain."""
+        names = live(model)
+        keep = in_last_layers(names, self.last_layers) if self.last_layers is not None else names.__contains__
+        sites = linear_sites(model, keep)
+        if not sites:
+            raise InputError(f"last_layers={self.last_layers} leaves Laplace no parameter; take more layers")
+        return sites
 
     def fit(
         self,
@@ -117,13 +128,10 @@ class Laplace(PostHoc):
             InputError: If the adapter has no parameter to be uncertain about, the curvature is not finite, or no prior
                 precision is best.
         """
-        train = labelled(task.train, "Laplace takes the curvature on training rows")
-        held = labelled(task.validation, "the prior is chosen on validation rows") if self.held_out else None
+        self.check(model, task)
+        assert task.train is not None
+        train, sites = task.train, self._sites(model)
         mean = read(model) if start is None else start.mean
-        keep = in_last_layers(mean, self.last_layers) if self.last_layers is not None else lambda name: True
-        sites = linear_sites(model, keep)
-        if not sites:
-            raise InputError(f"last_layers={self.last_layers} leaves Laplace no parameter; take more layers")
         readout = readout_for(model, train, tokenizer)
         batches, _ = batched(model, readout, train, token_budget)
         origin = origin_for(model, self, len(train))
@@ -138,9 +146,10 @@ class Laplace(PostHoc):
         def around(precision: float) -> Gaussian:
             return curvature.posterior(mean, precision, origin)
 
-        if held is not None:
+        if self.prior == "validation":
+            assert task.validation is not None
             options = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
-            precision = self._by_validation(model, around, held, options)
+            precision = self._by_validation(model, around, task.validation, options)
         elif self.prior == "marginal":
             precision = by_evidence(curvature.spectra(), mean)
         else:

@@ -45,10 +45,11 @@ class McDropout(PostHoc):
         if self.rate is not None and not 0 < self.rate < 1:
             raise InputError(f"MC dropout needs a rate in (0, 1), and it is {self.rate}")
 
-    @property
-    def held_out(self) -> bool:
-        """No."""
-        return False
+    def check(self, model: nn.Module, task: Task) -> None:
+        """Refuse an adapter without dropout, and DoRA for column masks; see `PostHoc.check`."""
+        _rate(model, self.rate)
+        if self.kind == "columns":
+            _check_columns(model)
 
     def fit(
         self,
@@ -61,6 +62,7 @@ class McDropout(PostHoc):
         token_budget: int = 2048,
     ) -> TokenDropout | ColumnDropout:
         """Return the adapter with its dropout; see `PostHoc.fit`."""
+        self.check(model, task)
         mean = read(model) if start is None else start.mean
         origin = origin_for(model, self, len(task.train) if task.train is not None else None)
         if self.kind == "columns":
@@ -83,12 +85,17 @@ def column_dropout(model: nn.Module, mean: Params, origin: Origin | None, rate: 
     Raises:
         InputError: For DoRA, without dropout, or if there is no A on a linear layer.
     """
-    if require_lora(model).active_peft_config.use_dora:
-        raise InputError("dropout draws are not weight draws under DoRA; use plain LoRA")
+    _check_columns(model)
     strength = {name: 1.0 for name in mean if name.endswith("lora_A.weight")}
     if not strength:
         raise InputError("dropout draws need LoRA matrices A, and the adapter has none")
     return ColumnDropout(mean, _rate(model, rate), strength, origin)
+
+
+def _check_columns(model: nn.Module) -> None:
+    """Refuse an adapter for which dropping columns of A is not what dropout does."""
+    if require_lora(model).active_peft_config.use_dora:
+        raise InputError("dropout draws are not weight draws under DoRA; use plain LoRA")
 
 
 def _rate(model: nn.Module, rate: float | None) -> float:

@@ -56,10 +56,9 @@ class Temperature(PostHoc):
         if self.draws < 1:
             raise InputError(f"draws must be at least 1, and it is {self.draws}")
 
-    @property
-    def held_out(self) -> bool:
-        """Yes."""
-        return True
+    def check(self, model: nn.Module, task: Task) -> None:
+        """Refuse a task without rows to fit on; see `PostHoc.check`."""
+        self.rows(task)
 
     def fit(
         self,
@@ -95,8 +94,7 @@ class Temperature(PostHoc):
         Raises:
             InputError: As `fit`.
         """
-        most = max((len(e.choices) for e in task.validation), default=1) if task.validation is not None else 1
-        rows = labelled(task.validation, "temperature scaling is fitted on validation rows", most)
+        rows = labelled(task.validation, "temperature scaling is fitted on validation rows")
         if self.kind == "vector" and rows.classes is None:
             raise InputError("vector scaling needs the same classes in every row; use the kind 'temperature'")
         return rows

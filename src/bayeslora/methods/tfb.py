@@ -70,10 +70,18 @@ class Tfb(PostHoc):
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"TFB's {key} must be finite and positive, and it is {value}")
 
-    @property
-    def held_out(self) -> bool:
-        """Whether the anchors are validation rows."""
-        return self.sigma is None and self.anchors == "validation"
+    def check(self, model: nn.Module, task: Task) -> None:
+        """Refuse other adapters than plain LoRA, and a task without anchors; see `PostHoc.check`."""
+        plain_layers(model, "TFB")
+        if self.sigma is None:
+            self._anchors(task)
+
+    def _anchors(self, task: Task) -> Split:
+        """Return the rows that the loss is taken on, at most ``most_anchors``."""
+        split = task.train if self.anchors == "train" else task.validation
+        rows = labelled(split, f"TFB searches its noise on {self.anchors} rows")
+        kept = rows.examples[: self.most_anchors]
+        return Split(f"{rows.name}[:{len(kept)}]", kept, rows.format, rows.classes)
 
     def fit(
         self,
@@ -90,17 +98,12 @@ class Tfb(PostHoc):
         Raises:
             InputError: If an adapted layer is not plain LoRA, B is zero, or the loss does not depend on the noise.
         """
-        plain_layers(model, "TFB")
+        self.check(model, task)
         mean, unit = reparametrised(read(model) if start is None else start.mean)
         origin = origin_for(model, self, len(task.train) if task.train is not None else None)
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)
-        split = task.train if self.anchors == "train" else task.validation
-        rows = labelled(split, f"TFB searches its noise on {self.anchors} rows")
-        if len(rows) > self.most_anchors:
-            rows = Split(
-                f"{rows.name}[:{self.most_anchors}]", rows.examples[: self.most_anchors], rows.format, rows.classes
-            )
+        rows = self._anchors(task)
         options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
         bound = (1 + self.tolerance) * draws_nll(model, Point(mean, origin), rows, 1, **options)
 

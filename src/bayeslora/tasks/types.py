@@ -118,22 +118,22 @@ class Task:
     test: Split | None
 
 
-def labelled(split: Split | None, purpose: str, least: int = 1) -> Split:
-    """Return a split that a method is fitted on, or refuse it.
+def labelled(split: Split | None, purpose: str) -> Split:
+    """Return a split that something is fitted or chosen on, or refuse it.
 
     Args:
         split: A split of the task.
         purpose: What it is for, as the beginning of a sentence.
-        least: Fewest rows that serve.
 
     Returns:
         The split.
 
     Raises:
-        InputError: If it is missing, too small or has a row without a label.
+        InputError: If it is missing, has fewer rows than choices, or a row without a label.
     """
     if split is None or not len(split):
         raise InputError(f"{purpose}, and the task has none; load it with validation=0.1, or give data with that split")
+    least = max(len(example.choices) for example in split)
     if len(split) < least:
         raise InputError(f"{purpose}, at least {least} of them, and {split.name} has {len(split)}")
     unknown = [i for i, example in enumerate(split) if example.label is None]
