@@ -23,8 +23,8 @@ TABLE: dict[str, Method] = {name: make(**QUICK.get(name, {})) for name, make in 
     "ivon-published": Ivon(preset="arc_easy"),
     "ivon-empirical": Ivon(sigma0=0.05, max_step=1e-2, temperature=0.1, prior="empirical"),
     "ensemble-ivon": Ensemble(2, Ivon()),
-    "laplace-diagonal": Laplace("diag", predictive="draws", prior="validation"),
-    "ensemble-laplace": Ensemble(2, Laplace(last_layers=1, prior="validation")),
+    "laplace-diagonal": Laplace("diag", predictive="draws"),
+    "ensemble-laplace": Ensemble(2, Laplace(last_layers=1, prior="marginal")),
     "temperature-vector": Temperature("vector"),
 }
 

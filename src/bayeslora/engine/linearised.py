@@ -17,6 +17,8 @@ from bayeslora.engine.readouts import Batch
 from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 
+LOGIT_DRAWS = 256
+"""Least draws of a linearised posterior's logits: they cost next to nothing, and a few would decide by their noise."""
 Gaussian = DiagonalGaussian | KroneckerGaussian
 
 

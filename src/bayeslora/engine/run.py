@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
 from bayeslora.engine.encode import Encoded
-from bayeslora.engine.linearised import logit_draws, logit_moments
+from bayeslora.engine.linearised import LOGIT_DRAWS, logit_draws, logit_moments
 from bayeslora.engine.readouts import Batch, Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
@@ -47,7 +47,8 @@ def predict(
         posterior: What was learned.
         split: The N examples and how they are put to the model.
         draws: Number S of draws. A mixture's members get equally many, and there are never more than there are
-            different draws: 1 for a point, M for an ensemble of M points.
+            different draws: 1 for a point, M for an ensemble of M points. A linearised posterior has at least 256, of
+            its logits.
         seed: Which stream of draws.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included; a single longer example is its own batch.
@@ -66,7 +67,7 @@ def predict(
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
     batches, cut = batched(model, readout, split, token_budget)
-    count = draw_count(posterior, draws)
+    count = draw_count(posterior, max(draws, LOGIT_DRAWS) if draws > 0 and _is_linearised(posterior) else draws)
     began = time.perf_counter()
     with (
         evaluating(model),
@@ -141,6 +142,16 @@ class _Engine:
                 found[order, : log_p.shape[1]] = log_p
                 self.done()
         return found
+
+
+def _is_linearised(posterior: Posterior) -> bool:
+    """Say whether a posterior, or one that it is made of, is linearised."""
+    match posterior:
+        case Mixture(members=members):
+            return any(map(_is_linearised, members))
+        case Scaled(posterior=inner):
+            return _is_linearised(inner)
+    return isinstance(posterior, Linearised)
 
 
 def _passes(posterior: Posterior, count: int) -> int:

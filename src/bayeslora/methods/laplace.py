@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 
 from bayeslora.curvature import Site, linear_sites
-from bayeslora.engine.linearised import Gaussian, logit_draws, logit_moments
+from bayeslora.engine.linearised import LOGIT_DRAWS, Gaussian, logit_draws, logit_moments
 from bayeslora.engine.readouts import readout_for
 from bayeslora.engine.run import batched
 from bayeslora.errors import InputError
@@ -56,18 +56,20 @@ class Laplace(PostHoc):
     Attributes:
         structure: ``kron`` for K-FAC, ``diag`` for the diagonal.
         predictive: ``linearised``, or ``draws`` of the weights.
-        prior: Prior precision λ, or how to find it: ``marginal`` (the evidence) or ``validation``.
+        prior: Prior precision λ, or how to find it: ``validation`` rows, or ``marginal``, the evidence; where the
+            training rows are memorised the curvature vanishes, and the evidence makes the noise as large as the
+            weights.
         rank: Eigenvalues that are kept of the factor of a long side; 10 in the paper's code.
         last_layers: Noise in so many last layers only (a head counts as none); None for all.
         tokens: ``expand`` takes a sequence's tokens as examples of their own, as in the paper; ``reduce`` sums their
             gradients and averages their inputs first (Eschenhagen et al. 2023, arXiv 2311.00636).
-        draws: Draws by which λ is judged on validation rows.
+        draws: Draws of the weights by which λ is judged on validation rows.
     """
 
     name: ClassVar[str] = "laplace"
     structure: Literal["kron", "diag"] = "kron"
     predictive: Literal["linearised", "draws"] = "linearised"
-    prior: float | Literal["marginal", "validation"] = "marginal"
+    prior: float | Literal["marginal", "validation"] = "validation"
     rank: int = 10
     last_layers: int | None = None
     tokens: Literal["expand", "reduce"] = "expand"
@@ -175,7 +177,7 @@ class Laplace(PostHoc):
             with swapped(model, posteriors[0].mean), readout.attached(model):
                 logits, covariances = logit_moments(model, posteriors, batches, len(rows))
             scores = [
-                nll(average(logit_draws(logits, c, self.draws, options["seed"]).log_softmax(-1)), rows.labels)
+                nll(average(logit_draws(logits, c, LOGIT_DRAWS, options["seed"]).log_softmax(-1)), rows.labels)
                 for c in covariances
             ]
         best = min(range(len(scores)), key=lambda k: (scores[k], k))
