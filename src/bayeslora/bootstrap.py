@@ -45,9 +45,26 @@ def bootstrap(
     Returns:
         ``(low, high)``; NaN both if the score of some resample is NaN.
     """
-    rows = _rows(arrays)
-    drawn = _drawn(rows, resamples, torch.Generator().manual_seed(seed))
-    return _interval([v for part in drawn for v in _scored(metric, _take(arrays, part), batched)], level)
+    return interval(resampled(metric, *arrays, resamples=resamples, seed=seed, batched=batched), level)
+
+
+def resampled(
+    metric: Metric, *arrays: Tensor, resamples: int = 1000, seed: int = 0, batched: bool = False
+) -> list[float]:
+    """Compute a score on each of many resampled test sets.
+
+    Args:
+        metric: As for `bootstrap`.
+        *arrays: Tensors with one row per example.
+        resamples: Number of resampled test sets.
+        seed: Seed of the resampling; equal seeds and numbers of rows draw the same rows.
+        batched: As for `bootstrap`.
+
+    Returns:
+        The scores.
+    """
+    drawn = _drawn(_rows(arrays), resamples, torch.Generator().manual_seed(seed))
+    return [v for part in drawn for v in _scored(metric, _take(arrays, part), batched)]
 
 
 def bootstrap_two(
@@ -74,12 +91,31 @@ def bootstrap_two(
     Returns:
         ``(low, high)``; NaN both if the score of some resample is NaN.
     """
+    return interval(resampled_two(metric, negative, positive, resamples=resamples, seed=seed, batched=batched), level)
+
+
+def resampled_two(
+    metric: Metric, negative: Tensor, positive: Tensor, *, resamples: int = 1000, seed: int = 0, batched: bool = False
+) -> list[float]:
+    """Compute a score of two samples on each of many resampled pairs.
+
+    Args:
+        metric: As for `bootstrap_two`.
+        negative: First sample, [N ...].
+        positive: Second sample, [M ...].
+        resamples: Number of resampled pairs of samples.
+        seed: Seed of the resampling; equal seeds and numbers of rows draw the same rows.
+        batched: As for `bootstrap`.
+
+    Returns:
+        The scores.
+    """
     first, second = _rows([negative]), _rows([positive])
     generator, size = torch.Generator().manual_seed(seed), max(first, second)
     values: list[float] = []
     for left, right in zip(*(_drawn(n, resamples, generator, size) for n in (first, second)), strict=True):
         values += _scored(metric, [*_take([negative], left), *_take([positive], right)], batched)
-    return _interval(values, level)
+    return values
 
 
 def paired_bootstrap(
@@ -109,12 +145,11 @@ def paired_bootstrap(
         ``(low, high)`` of the difference; an interval without 0 says that the predictors differ. NaN both if the
         difference in some resample is NaN.
     """
-    rows = _rows([*arrays_a, *arrays_b])
-    values: list[float] = []
-    for part in _drawn(rows, resamples, torch.Generator().manual_seed(seed)):
-        one, other = (_scored(metric, _take(arrays, part), batched) for arrays in (arrays_a, arrays_b))
-        values += [a - b for a, b in zip(one, other, strict=True)]
-    return _interval(values, level)
+    _rows([*arrays_a, *arrays_b])
+    one, other = (
+        resampled(metric, *arrays, resamples=resamples, seed=seed, batched=batched) for arrays in (arrays_a, arrays_b)
+    )
+    return interval([a - b for a, b in zip(one, other, strict=True)], level)
 
 
 def _rows(arrays: Sequence[Tensor]) -> int:
@@ -150,8 +185,15 @@ def _scored(metric: Metric, arrays: Sequence[Tensor], batched: bool) -> list[flo
     return [float(metric(*one)) for one in zip(*arrays, strict=True)]
 
 
-def _interval(values: Sequence[float], level: float) -> tuple[float, float]:
-    """Return the central quantiles of the values, interpolated linearly between order statistics.
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the central quantiles of resampled scores, interpolated linearly between order statistics.
+
+    Args:
+        values: The scores.
+        level: Share of them that the interval holds.
+
+    Returns:
+        ``(low, high)``; NaN both if a score is NaN.
 
     Raises:
         InputError: If there are no values, or the level is not between 0 and 1.

@@ -16,10 +16,24 @@ from bayeslora.curvature import differentiated, linear_sites
 from bayeslora.engine.readouts import Batch
 from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
+from bayeslora.tasks.types import Split
 
 LOGIT_DRAWS = 256
 """Least draws of a linearised posterior's logits: they cost next to nothing, and a few would decide by their noise."""
 Gaussian = DiagonalGaussian | KroneckerGaussian
+
+
+def gradient_budget(token_budget: int, split: Split) -> int:
+    """Return the most tokens of a batch that is differentiated: the gradients of all choices are held at once.
+
+    Args:
+        token_budget: Most tokens of a batch that is only predicted.
+        split: The examples.
+
+    Returns:
+        The budget divided by the number of choices, at least 1.
+    """
+    return max(1, token_budget // max(len(example.choices) for example in split))
 
 
 def logit_moments(

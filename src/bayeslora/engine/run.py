@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
 from bayeslora.engine.encode import Encoded
-from bayeslora.engine.linearised import LOGIT_DRAWS, logit_draws, logit_moments
+from bayeslora.engine.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
 from bayeslora.engine.readouts import Batch, Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
@@ -66,8 +66,11 @@ def predict(
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
+    if _is_linearised(posterior):
+        token_budget = gradient_budget(token_budget, split)
+        draws = max(draws, LOGIT_DRAWS) if draws > 0 else draws
     batches, cut = batched(model, readout, split, token_budget)
-    count = draw_count(posterior, max(draws, LOGIT_DRAWS) if draws > 0 and _is_linearised(posterior) else draws)
+    count = draw_count(posterior, draws)
     began = time.perf_counter()
     with (
         evaluating(model),

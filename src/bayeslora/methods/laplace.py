@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 
 from bayeslora.curvature import Site, linear_sites
-from bayeslora.engine.linearised import LOGIT_DRAWS, Gaussian, logit_draws, logit_moments
+from bayeslora.engine.linearised import LOGIT_DRAWS, Gaussian, gradient_budget, logit_draws, logit_moments
 from bayeslora.engine.readouts import readout_for
 from bayeslora.engine.run import batched
 from bayeslora.errors import InputError
@@ -135,7 +135,7 @@ class Laplace(PostHoc):
         train, sites = task.train, self._sites(model)
         mean = read(model) if start is None else start.mean
         readout = readout_for(model, train, tokenizer)
-        batches, _ = batched(model, readout, train, token_budget)
+        batches, _ = batched(model, readout, train, gradient_budget(token_budget, train))
         origin = origin_for(model, self, len(train))
         curvature: Curvature
         if self.structure == "diag":
@@ -173,7 +173,7 @@ class Laplace(PostHoc):
             scores = [draws_nll(model, p, rows, self.draws, **options) for p in posteriors]
         else:
             readout = readout_for(model, rows, options["tokenizer"])
-            batches, _ = batched(model, readout, rows, options["budget"])
+            batches, _ = batched(model, readout, rows, gradient_budget(options["budget"], rows))
             with swapped(model, posteriors[0].mean), readout.attached(model):
                 logits, covariances = logit_moments(model, posteriors, batches, len(rows))
             scores = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayeslora import scoring, uncertainty
-from bayeslora.bootstrap import bootstrap_two, paired_bootstrap
+from bayeslora.bootstrap import interval, resampled, resampled_two
 from bayeslora.compare import Comparison
 from bayeslora.prediction import Prediction
 
@@ -49,48 +49,41 @@ def marked(
     found = [{**row, "marks": dict[str, Mark]()} for row in rows]
     for heading in dict.fromkeys(key for row in rows for key in row):
         there = [row for row in found if isinstance(row.get(heading), list) and len(row[heading])]
-        score = _difference(comparison, heading, labels, bins, resamples)
+        score = _resampled(comparison, heading, labels, bins, resamples)
         if score is None or len(there) < 2:
             continue
         higher = heading == "accuracy" or heading.startswith("AUROC")
         best = (max if higher else min)(there, key=lambda row: sum(row[heading]) / len(row[heading]))
         best["marks"][heading] = "best"
+        reference = score(best)
         for row in there:
             if row is not best:
-                low, high = score(row, best)
+                low, high = interval([a - b for a, b in zip(score(row), reference, strict=True)])
                 if not (low > 0 or high < 0):
                     row["marks"][heading] = "tied"
     return found
 
 
-Interval = Callable[[dict[str, Any], dict[str, Any]], tuple[float, float]]
-
-
-def _difference(comparison: Comparison, heading: str, labels: Tensor, bins: int, resamples: int) -> Interval | None:
-    """Return the interval of the difference between two rows in one column; None for columns that are not compared."""
+def _resampled(
+    comparison: Comparison, heading: str, labels: Tensor, bins: int, resamples: int
+) -> Callable[[dict[str, Any]], list[float]] | None:
+    """Return a function from a row to its scores on the resampled test sets; None for columns without one."""
     if heading in _SCORES:
         score = partial(scoring.ece, bins=bins) if heading == "ECE" else _SCORES[heading]
-
-        def rows_apart(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-            """Return the interval of the mean score over seeds of one less that of the other."""
-            arrays = [(_stacked(comparison, row), labels) for row in (one, other)]
-            return paired_bootstrap(partial(_over_seeds, score), *arrays, resamples=resamples, batched=True)
-
-        return rows_apart
+        return lambda row: resampled(
+            partial(_over_seeds, score), _stacked(comparison, row), labels, resamples=resamples, batched=True
+        )
     kind = next((k for k in _UNCERTAINTY if heading.startswith(k)), None)
     if kind is None:
         return None
     name = heading.removeprefix(kind).strip()
-
-    def sets_apart(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-        """Return the interval of the difference of two areas under the ROC curve."""
-        known, unknown = (
-            torch.cat([_uncertain(comparison, row, kind, name, outside) for row in (one, other)], 1)
-            for outside in (False, True)
-        )
-        return bootstrap_two(_areas_apart, known, unknown, resamples=resamples, batched=True)
-
-    return sets_apart
+    return lambda row: resampled_two(
+        _areas,
+        _uncertain(comparison, row, kind, name, False),
+        _uncertain(comparison, row, kind, name, True),
+        resamples=resamples,
+        batched=True,
+    )
 
 
 def _stacked(comparison: Comparison, row: dict[str, Any]) -> Tensor:
@@ -120,10 +113,7 @@ def _over_seeds(score: Callable[..., Tensor], log_p: Tensor, labels: Tensor) -> 
     return torch.stack([score(log_p[:, :, k], labels) for k in range(log_p.shape[2])]).mean(0)
 
 
-def _areas_apart(known: Tensor, unknown: Tensor) -> Tensor:
-    """Return the differences [R] of the areas of two rows, whose K seeds each follow one another in [R N 2K]."""
-    areas = torch.stack(
-        [scoring.auroc(known[..., k].contiguous(), unknown[..., k].contiguous()) for k in range(known.shape[-1])]
-    )
-    one, other = areas.chunk(2)
-    return one.mean(0) - other.mean(0)
+def _areas(known: Tensor, unknown: Tensor) -> Tensor:
+    """Return the areas [R] under the ROC curves of uncertainties [R N K], averaged over the K seeds."""
+    areas = [scoring.auroc(known[..., k].contiguous(), unknown[..., k].contiguous()) for k in range(known.shape[-1])]
+    return torch.stack(areas).mean(0)
