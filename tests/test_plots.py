@@ -314,7 +314,7 @@ def test_the_trade_off_shows_accuracy_error_and_cost_of_each_method():
     assert found.keys() == {(0.14, 0.8), (0.1, 0.83), (0.11, 0.79)}
     assert found[0.1, 0.83] == pytest.approx(5 * found[0.14, 0.8])  # the area is the cost
     words = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert words == ["map  1.0×", "ensemble  5.0×", "swag  1.5×"]
+    assert words == ["1  map  1.0×", "2  ensemble  5.0×", "3  swag  1.5×"]
     assert render(figure, "png") == render(tradeoff_plot(points), "png")
     for bad in ({}, {"map": (0.8, math.nan, 1.0)}):
         with pytest.raises(InputError):

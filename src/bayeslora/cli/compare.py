@@ -181,6 +181,7 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
             found.costs[name][seed].train_seconds + (found.costs[name][seed].predict_seconds or 0.0),
         )
         for name in predictions
+        if not name.endswith((" + T", " tuned"))
     }
     try:
         figures = {

@@ -23,8 +23,8 @@ def tradeoff_plot(points: Mapping[str, tuple[float, float, float]]) -> Figure:
         points: Method -> accuracy, calibration error (ECE) and time in seconds, training and prediction together.
 
     Returns:
-        The figure; better is up and to the left, cheaper is smaller. The legend gives the cost relative to the
-        cheapest.
+        The figure; better is up and to the left, cheaper is smaller. Dots are numbered as in the legend, which gives
+        the cost relative to the cheapest.
 
     Raises:
         InputError: If there is no method, or a number is not finite.
@@ -35,9 +35,9 @@ def tradeoff_plot(points: Mapping[str, tuple[float, float, float]]) -> Figure:
         raise InputError("a method's accuracy, ECE or time is not finite; leave it out.")
     cheapest = max(1e-9, min(seconds for *_, seconds in points.values()))
     with styled():
-        figure = page(3, 4.6)
+        figure = page(3, max(4.6, 0.8 + 0.29 * len(points)))
         axes = figure.add_subplot(label="trade-off")
-        for name, look in looks(points).items():
+        for number, (name, look) in enumerate(looks(points).items(), 1):
             accuracy, error, seconds = points[name]
             share = max(1.0, seconds / cheapest)
             axes.scatter(
@@ -47,10 +47,10 @@ def tradeoff_plot(points: Mapping[str, tuple[float, float, float]]) -> Figure:
                 color=(look.colour, 0.75),
                 edgecolor="white",
                 linewidth=0.8,
-                label=f"{shortened(name, 24)}  {share:.1f}×",
+                label=f"{number}  {shortened(name, 24)}  {share:.1f}×",
                 zorder=3,
             )
-            axes.plot(error, accuracy, ".", color=INK, markersize=2.5, zorder=4)
+            axes.annotate(str(number), (error, accuracy), color=INK, fontsize=SMALL, ha="center", va="center", zorder=4)
         axes.margins(0.14)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
