@@ -6,6 +6,7 @@ import gc
 
 import jaxtyping
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 # before anything imports them: from here on a wrong shape in these modules is an error; `bayeslora.prediction` is not
@@ -20,6 +21,8 @@ SHAPE_CHECKED = (
     "curvature",
 )
 jaxtyping.install_import_hook([f"bayeslora.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
+
+torch.set_num_threads(1)  # tiny models are slower on several threads, which wait for each other
 
 from tiny import KINDS, Kind, make_tokenizer  # noqa: E402
 

@@ -229,7 +229,7 @@ if __name__ == "__main__":
 
 
 def test_a_draw_is_the_same_in_another_process(learn: Callable[..., Any]) -> None:
-    ours = [learn(method, LM) for method in TABLE]
+    ours = [learn(method, HEAD if (method, HEAD) in PAIRS and (method, LM) not in PAIRS else LM) for method in TABLE]
     command = [sys.executable, "-c", FRESH, *(str(one.folder) for one in ours)]
     there = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     names: dict[str, Any] = {"__name__": "here"}

@@ -86,13 +86,14 @@ class Ensemble(Method):
         Raises:
             InputError: If the members are fitted after training.
         """
+        check_num_data(num_data)
         if isinstance(self.member, PostHoc):
             raise InputError(
                 f"the members' method, {self.member.name}, is fitted after training: use bayeslora.fit, or fit each "
                 "trained member and put them together with method.mixture(members, model)"
             )
         kwargs = self.member.trainer_kwargs(model, num_data)
-        return {**kwargs, "callbacks": [_Member(self, check_num_data(num_data)), *kwargs["callbacks"]]}
+        return {**kwargs, "callbacks": [_Member(self, num_data), *kwargs["callbacks"]]}
 
     def posterior(self, model: nn.Module) -> Mixture:
         """Return the mixture of the members that were trained.
