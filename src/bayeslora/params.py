@@ -91,6 +91,18 @@ def live(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the active adapter is.
+
+    Args:
+        model: A PEFT model with a LoRA adapter.
+
+    Returns:
+        The device of its first parameter.
+    """
+    return next(iter(live(model).values())).device
+
+
 def read(model: nn.Module) -> Params:
     """Return a copy of the active adapter's parameters.
 

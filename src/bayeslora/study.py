@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -25,7 +24,7 @@ from bayeslora.engine import predict
 from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.base import settings
-from bayeslora.params import initialise, live
+from bayeslora.params import device_of, initialise
 from bayeslora.posteriors import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.storage import load_posterior
@@ -123,7 +122,7 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
         initialise(study.model, number)
     study.report(f"seed {seed}: training {method.name}, run {member + 1}")
     began = time.perf_counter()
-    with peak_memory(_device(study.model)) as peak:
+    with peak_memory(device_of(study.model)) as peak:
         if isinstance(own, PostHoc):
             posterior = own.fit(
                 study.model,
@@ -142,11 +141,6 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
         noted = {"settings": settings(method), "seconds": seconds, "memory": memory}
         partial.write_text(json.dumps(noted), encoding="utf-8")
     return posterior, Cost(seconds, None, memory, folder_bytes(folder / "posterior"))
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Return where a model's adapter is."""
-    return next(iter(live(model).values())).device
 
 
 def planned_steps(study: Study) -> int:
@@ -186,7 +180,7 @@ def predicted(
         noted = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
         return Prediction.load(path), noted.get("memory")
     study.report(f"seed {seed}: {name} answers {split.name} ({len(split)} rows)")
-    with peak_memory(_device(study.model)) as peak:
+    with peak_memory(device_of(study.model)) as peak:
         prediction = predict(
             study.model,
             posterior,

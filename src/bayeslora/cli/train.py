@@ -84,13 +84,13 @@ def run(options: Options) -> None:
 def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
     """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
     from bayeslora.cli.terminal import say
-    from bayeslora.params import initialise, live
+    from bayeslora.params import device_of, initialise, live
     from bayeslora.training import fit
 
     initialise(model, options.seed)
     rows = len(task.train) if task.train is not None else 0
     adapted = sum(p.numel() for p in live(model).values())
-    place = next(iter(live(model).values())).device
+    place = device_of(model)
     say(f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters, on {place}")
     return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
 

@@ -19,7 +19,7 @@ from bayeslora.engine.readouts import Batch, Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
 from bayeslora.origin import check_base
-from bayeslora.params import evaluating, live, require_lora
+from bayeslora.params import device_of, evaluating, require_lora
 from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Scaled, TokenDropout, member_seed
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
@@ -184,7 +184,7 @@ def batched(
         Batches with the indices of their examples, and how many examples were truncated.
     """
     rows, cut = readout.encode(split)
-    device = next(iter(live(model).values())).device
+    device = device_of(model)
     found = []
     for group in grouped(rows, readout, token_budget):
         batch = readout.collate([row for _, row in group])

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora.errors import InputError
 from bayeslora.origin import Origin, origin_of
-from bayeslora.params import require_lora
+from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import Posterior
 from bayeslora.quantised import unpack_for_training
 from bayeslora.tasks.types import Task
@@ -60,11 +60,7 @@ class Method(ABC):
 
 
 class PostHoc(Method):
-    """A way to make a posterior of an adapter that is trained already, by any means.
-
-    Attributes:
-        name: The method's name on the command line and on disk.
-    """
+    """A way to make a posterior of an adapter that is trained already, by any means."""
 
     @abstractmethod
     def check(self, model: nn.Module, task: Task) -> None:
@@ -121,6 +117,22 @@ class PostHoc(Method):
         raise InputError(
             f"{self.name} is fitted after training, on the task's rows: call method.fit(model, task), or bayeslora.fit"
         )
+
+
+def beginning(model: nn.Module, method: PostHoc, task: Task, start: Posterior | None) -> tuple[Params, Origin]:
+    """Return the adapter that a method is fitted to, and the origin of its posterior.
+
+    Args:
+        model: PEFT model.
+        method: The method.
+        task: The task.
+        start: A posterior whose mean is the adapter; None for the model's own.
+
+    Returns:
+        The adapter's parameters, and the origin with the number of the task's training examples.
+    """
+    rows = len(task.train) if task.train is not None else None
+    return read(model) if start is None else start.mean, origin_for(model, method, rows)
 
 
 @dataclass

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, origin_for
+from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import draws_nll
-from bayeslora.params import Params, read
+from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, Posterior
 from bayeslora.tasks.types import Task, labelled
 
@@ -70,8 +70,7 @@ class Isotropic(PostHoc):
     ) -> DiagonalGaussian:
         """Return the noise around an adapter; see `PostHoc.fit`."""
         self.check(model, task)
-        mean = read(model) if start is None else start.mean
-        origin = origin_for(model, self, len(task.train) if task.train is not None else None)
+        mean, origin = beginning(model, self, task, start)
         if not isinstance(self.sigma, str):
             return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
         assert task.validation is not None

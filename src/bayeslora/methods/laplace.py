@@ -32,11 +32,11 @@ from bayeslora.engine.readouts import readout_for
 from bayeslora.engine.run import batched
 from bayeslora.errors import InputError
 from bayeslora.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
-from bayeslora.methods.base import PostHoc, origin_for
+from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics import nll
 from bayeslora.operations import in_last_layers
-from bayeslora.params import Params, live, read, swapped
+from bayeslora.params import Params, live, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
 from bayeslora.tasks.types import Split, Task, labelled
 from bayeslora.uncertainty import average
@@ -133,10 +133,9 @@ class Laplace(PostHoc):
         self.check(model, task)
         assert task.train is not None
         train, sites = task.train, self._sites(model)
-        mean = read(model) if start is None else start.mean
+        mean, origin = beginning(model, self, task, start)
         readout = readout_for(model, train, tokenizer)
         batches, _ = batched(model, readout, train, gradient_budget(token_budget, train))
-        origin = origin_for(model, self, len(train))
         curvature: Curvature
         if self.structure == "diag":
             curvature = DiagonalCurvature(sites)
@@ -146,6 +145,7 @@ class Laplace(PostHoc):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
 
         def around(precision: float) -> Gaussian:
+            """Return the posterior with a prior precision."""
             return curvature.posterior(mean, precision, origin)
 
         if self.prior == "validation":

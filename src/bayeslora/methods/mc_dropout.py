@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, final
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, origin_for
+from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.origin import Origin
-from bayeslora.params import Params, read, require_lora
+from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import ColumnDropout, Posterior, TokenDropout
 from bayeslora.tasks.types import Task
 
@@ -63,8 +63,7 @@ class McDropout(PostHoc):
     ) -> TokenDropout | ColumnDropout:
         """Return the adapter with its dropout; see `PostHoc.fit`."""
         self.check(model, task)
-        mean = read(model) if start is None else start.mean
-        origin = origin_for(model, self, len(task.train) if task.train is not None else None)
+        mean, origin = beginning(model, self, task, start)
         if self.kind == "columns":
             return column_dropout(model, mean, origin, self.rate)
         return TokenDropout(mean, _rate(model, self.rate), origin)

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
-from bayeslora.params import Params, live, require_lora
+from bayeslora.params import Params, device_of, live, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 _STATE_FILE = "bayeslora_swag.safetensors"
@@ -209,7 +209,7 @@ class _Collector(TrainerCallback):
             )
         self.moments = Moments(method.rank)
         if state.global_step > self.start:
-            self.moments.load(checkpoint_file(args, state, _STATE_FILE), next(iter(live(model).values())).device)
+            self.moments.load(checkpoint_file(args, state, _STATE_FILE), device_of(model))
         remember(model, Record(method.name, self.num_data, {"moments": self.moments}))
         hold(kwargs["lr_scheduler"], self.start, method.learning_rate or args.learning_rate / 10)
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, origin_for
+from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import smallest
 from bayeslora.metrics import nll
-from bayeslora.params import Params, read
+from bayeslora.params import Params
 from bayeslora.posteriors import Point, Posterior, Scaled, scale
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split, Task, labelled
@@ -77,8 +77,8 @@ class Temperature(PostHoc):
                 vector scaling is asked for.
         """
         rows = self.rows(task)
-        origin = origin_for(model, self, len(task.train) if task.train is not None else None)
-        inner = Point(read(model), origin) if start is None else start
+        mean, origin = beginning(model, self, task, start)
+        inner = Point(mean, origin) if start is None else start
         prediction = predict(model, inner, rows, self.draws, seed=seed, tokenizer=tokenizer, token_budget=token_budget)
         return Scaled(inner, self.scaling(prediction, rows), origin)
 
@@ -124,6 +124,7 @@ def _inverse_temperature(log_probs: Float[Tensor, "S N C"], labels: Tensor) -> f
     nothing = torch.zeros(1)
 
     def loss(exponent: float) -> float:
+        """Return the negative log-likelihood with the logarithm of 1/T."""
         return nll(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing)), labels)
 
     return math.exp(smallest(loss, -_WIDEST, _WIDEST))
@@ -138,6 +139,7 @@ def _vector(log_probs: Float[Tensor, "S N C"], labels: Tensor, start: float) -> 
     optimizer = torch.optim.LBFGS([exponents, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
+        """Return the negative log-likelihood, and leave its gradient."""
         optimizer.zero_grad()
         limited = exponents.clamp(-_WIDEST, _WIDEST)
         value = -average(scale(log_probs, limited.exp(), bias - bias.mean()))[rows, labels].mean()

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, origin_for
+from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.search import draws_nll
-from bayeslora.params import Params, read
+from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
 from bayeslora.tasks.types import Split, Task, labelled
 
@@ -99,8 +99,8 @@ class Tfb(PostHoc):
             InputError: If an adapted layer is not plain LoRA, B is zero, or the loss does not depend on the noise.
         """
         self.check(model, task)
-        mean, unit = reparametrised(read(model) if start is None else start.mean)
-        origin = origin_for(model, self, len(task.train) if task.train is not None else None)
+        adapter, origin = beginning(model, self, task, start)
+        mean, unit = reparametrised(adapter)
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)
         rows = self._anchors(task)
@@ -108,6 +108,7 @@ class Tfb(PostHoc):
         bound = (1 + self.tolerance) * draws_nll(model, Point(mean, origin), rows, 1, **options)
 
         def within(sigma: float) -> bool:
+            """Return whether the loss stays within the tolerance."""
             return draws_nll(model, _noisy(mean, unit, sigma, origin), rows, self.draws, **options) <= bound
 
         sigma = largest(within, self.steps)

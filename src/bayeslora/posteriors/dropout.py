@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import InputError
 from bayeslora.origin import Origin
-from bayeslora.params import Params, generator, require_lora
+from bayeslora.params import Params, device_of, generator, require_lora
 from bayeslora.posteriors.base import Posterior
 
 
@@ -104,7 +104,7 @@ class TokenDropout(Posterior):
             Nothing; afterwards the model is as before.
         """
         peft = require_lora(model)
-        device = next(p for n, p in peft.named_parameters() if "lora_" in n).device
+        device = device_of(peft)
         rng = torch.Generator(device).manual_seed(generator(seed, index, "tokens").initial_seed())
 
         def _drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
