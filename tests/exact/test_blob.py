@@ -19,7 +19,7 @@ from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Map
 from bayeslora.methods.blob import kl_divergence, kl_weight, paper_cycle
-from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach
+from bayeslora.methods.blob_layer import BlobLinear, _Flipout, _sign_words, attach, begin, detach
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, live, read
 
@@ -90,6 +90,44 @@ def test_flipouts_output_has_mean_mx_and_the_variance_of_a_draw_per_token():
         0
     )  # two tokens of one pass are uncorrelated: that is what the signs are for
     assert bool((across.abs() < 5 * math.sqrt(3 / count)).all())
+
+
+def test_flipouts_gradients_are_those_of_finite_differences():
+    x, mean, noise = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (70, 2, 2))
+    into, out = _sign_words(x, 3), _sign_words(x, 2)  # 70 rows: two words a column
+    assert torch.autograd.gradcheck(lambda *tensors: _Flipout.apply(*tensors, into, out), (x, mean, noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_flipouts_signs_are_of_size_one_and_half_of_them_minus(dtype):
+    rows, width = 1000, 7
+    one = torch.ones(rows, width, dtype=dtype)
+    eye, nothing = torch.eye(width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
+    plus = _sign_words(one, width) * 0
+    signs = _Flipout.apply(one, nothing, eye, _sign_words(one, width), plus).double()
+    assert bool((signs.abs() == 1).all())
+    assert bool((signs.mean(0).abs() < 5 / math.sqrt(rows)).all())  # 5 deviations
+    assert float((signs.T @ signs / rows - torch.eye(width)).abs().max()) < 5 / math.sqrt(rows)
+    assert bool((signs.mean(1).abs() < 1).any())  # not one sign a row
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (0, 6)])
+def test_a_noisy_layer_takes_inputs_of_any_shape(shape):
+    a, x = layer(), torch.randn(shape)
+    assert a(x).shape == (*shape[:-1], 3)
+    turned = torch.randn(6, 4).T.requires_grad_()  # not contiguous
+    a(turned).sum().backward()
+    assert turned.grad.shape == (4, 6)
+    assert bool(turned.grad.abs().sum() > 0)
+
+
+def test_a_noisy_layer_computes_in_autocasts_type():
+    a, x = layer(), torch.randn(4, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = a(x)
+    found.float().square().sum().backward()
+    assert found.dtype == torch.bfloat16
+    assert [t.grad.dtype for t in (x, a.weight, a.spread)] == [torch.float32] * 3
 
 
 def test_there_is_no_noise_outside_training():

@@ -46,36 +46,75 @@ class BlobLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch R"]:
         """Return M x, and flipout's noise in training."""
-        mean = functional.linear(input, self.weight)
         if not (self.noisy and self.training):
-            return mean
+            return functional.linear(input, self.weight)
         noise = self.spread.square()
         noise = (noise * torch.randn_like(noise)).to(self.weight.dtype)
-        return mean + _flipped(functional.linear(_flipped(input), noise))
+        rows = input.reshape(-1, self.in_features)
+        place = rows.device.type
+        if torch.is_autocast_enabled(place):
+            kind = torch.get_autocast_dtype(place)
+            rows, mean, noise = rows.to(kind), self.weight.to(kind), noise.to(kind)
+        else:
+            mean = self.weight
+        with torch.autocast(place, enabled=False):
+            found: Tensor = _Flipout.apply(  # type: ignore[no-untyped-call]
+                rows, mean, noise, _sign_words(rows, self.in_features), _sign_words(rows, self.out_features)
+            )
+        return found.view(*input.shape[:-1], self.out_features)
 
 
-class _Flip(torch.autograd.Function):
-    """x ⊙ s for s ∈ {±1}, of which one byte an element is kept for the backward pass."""
+class _Flipout(torch.autograd.Function):
+    """M x + r ⊙ N (s ⊙ x) for N = Ω ⊙ ε and random signs r and s of each token (Wen et al. 2018, arXiv 1803.04386).
+
+    One function, so that the backward pass keeps x, which autograd would keep anyway, and one bit for each sign.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, signs: Tensor) -> Tensor:
-        """Return x ⊙ s."""
-        ctx.save_for_backward(signs)
-        return x * signs.to(x.dtype)
+    def forward(ctx: Any, rows: Tensor, mean: Tensor, noise: Tensor, into: Tensor, out: Tensor) -> Tensor:
+        """Return the outputs, [T R], of the rows, [T I]; ``into`` and ``out`` hold the signs s and r."""
+        ctx.save_for_backward(rows, mean, noise, into, out)
+        return (rows @ mean.T).add_(_flipped(_flipped(rows, into) @ noise.T, out))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of x; the signs have none."""
-        (signs,) = ctx.saved_tensors
-        return grad * signs.to(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, M and N; the signs have none."""
+        rows, mean, noise, into, out = ctx.saved_tensors
+        needs_rows, needs_mean, needs_noise, *_ = ctx.needs_input_grad
+        turned, signs = _flipped(grad, out), _sign_bits(into, len(rows))
+        to_rows = to_noise = None
+        if needs_rows:
+            to_rows = turned @ noise
+            to_rows.view(signs.dtype).bitwise_xor_(signs)
+            to_rows.addmm_(grad, mean)
+        if needs_noise:
+            to_noise = turned.T @ signs.bitwise_xor_(rows.view(signs.dtype)).view(rows.dtype)
+        return to_rows, grad.T @ rows if needs_mean else None, to_noise, None, None
 
 
-def _flipped(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return x with random signs, eight of them from each 64-bit random number."""
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    signs = (words.view(torch.int8)[: x.numel()].view(x.shape) & 2) - 1
-    flipped: Tensor = _Flip.apply(x, signs)  # type: ignore[no-untyped-call]
-    return flipped
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
+    """Return random words that hold a sign for each of T rows and a number of columns, [⌈T/bits⌉, width]."""
+    size = rows.element_size()
+    shape = -(-len(rows) // (8 * size)), width
+    drawn = torch.empty(-(-shape[0] * width * size // 8), dtype=torch.int64, device=rows.device)
+    drawn.random_(-(2**63), None)
+    return drawn.view(_INTEGERS[size])[: shape[0] * width].view(shape)
+
+
+def _sign_bits(words: Tensor, count: int) -> Tensor:
+    """Return the words' signs in the place of a floating-point number's sign bit, [count, width]."""
+    shifts = torch.arange(8 * words.element_size(), dtype=words.dtype, device=words.device)
+    bits = (words[:, None] << shifts[:, None]).bitwise_and_(torch.iinfo(words.dtype).min)
+    return bits.view(-1, words.shape[1])[:count]
+
+
+def _flipped(rows: Float[Tensor, "T W"], words: Tensor) -> Float[Tensor, "T W"]:
+    """Return the rows with the words' signs."""
+    bits = _sign_bits(words, len(rows))
+    return bits.bitwise_xor_(rows.view(bits.dtype)).view(rows.dtype)
 
 
 def attach(model: nn.Module, init_spread: float, seed: int = 0) -> dict[str, BlobLinear]:
