@@ -8,7 +8,7 @@ import pytest
 import torch
 from methods_table import TABLE
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from tiny import TARGETS, arguments, make_task, same_params
+from tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from bayeslora.engine import predict
@@ -70,3 +70,13 @@ def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, 
     assert bool(found.log_probs.exp().sum(-1).sub(1).abs().max() < 1e-4)
     if posterior.distinct is None:
         assert not torch.equal(found.log_probs[0], found.log_probs[1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits: str, folder: Any, tokenizer: Any) -> None:
+    model, split = quantised(folder, bits), make_task(readout="likelihood").test
+    posterior = gaussian(model)
+    together = predict(model, posterior, split, 3, tokenizer=tokenizer)
+    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, stack=False)
+    assert float((one_by_one.probs - one_by_one.mean_log_probs.exp()).abs().max()) > 1e-3
+    torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=1e-4)

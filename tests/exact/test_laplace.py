@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bayeslora.curvature import Factor, differentiated, ggn_root, linear_sites
 from bayeslora.engine import predict
 from bayeslora.engine.linearised import LOGIT_DRAWS, logit_draws, logit_moments
+from bayeslora.engine.passes import batched
 from bayeslora.engine.readouts import readout_for
-from bayeslora.engine.run import batched
 from bayeslora.errors import InputError
 from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods import Laplace
@@ -74,7 +74,7 @@ def prepared(name: str, tokenizer: Any, budget: int = 60) -> tuple[Any, Any, Any
     if alone:
         assert not readout.shared
         model.get_base_model().config._attn_implementation = "eager"
-    batches, _ = batched(model.eval(), readout, rows, budget)
+    batches = batched(model.eval(), readout, readout.encode(rows)[0], budget)
     return model, readout, rows, batches
 
 
@@ -140,7 +140,7 @@ def test_the_curvature_does_not_depend_on_the_batches(structure: str, tokens: st
 def test_on_one_example_with_one_token_k_fac_is_the_whole_matrix(tokenizer: Any) -> None:
     model, readout, rows, _ = prepared("bert", tokenizer)
     rows = rows.take([0])
-    batches, _ = batched(model, readout, rows, 60)
+    batches = batched(model, readout, readout.encode(rows)[0], 60)
     sites = linear_sites(model, lambda name: "classifier" in name)  # the pooled vector is one token
     curvature = KroneckerCurvature(sites, 40)
     with readout.attached(model):

@@ -11,8 +11,8 @@ from tiny import make_model, make_task
 from torch import Tensor, nn
 
 from bayeslora.curvature import linear_sites
+from bayeslora.engine.passes import batched
 from bayeslora.engine.readouts import readout_for
-from bayeslora.engine.run import batched
 from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.laplace import complexity
 from bayeslora.params import live, read
@@ -40,7 +40,8 @@ def problem(tokenizer: Any) -> Any:
     lengths = [len(tokenizer(e.text)["input_ids"]) for e in task.train]
     rows = task.train.take([i for i, n in enumerate(lengths) if n == max(set(lengths), key=lengths.count)])
     assert len(rows) >= 6
-    batches, _ = batched(model, readout_for(model, rows, tokenizer), rows, 40)
+    readout = readout_for(model, rows, tokenizer)
+    batches = batched(model, readout, readout.encode(rows)[0], 40)
     assert len(batches) > 1
     for p in model.parameters():
         p.requires_grad_(False)

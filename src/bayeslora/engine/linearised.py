@@ -41,7 +41,7 @@ def logit_moments(
     posteriors: Sequence[Gaussian],
     batches: Sequence[tuple[list[int], Batch]],
     examples: int,
-    done: Callable[[], object] = lambda: None,
+    done: Callable[[int], object] = lambda _: None,
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "K N C C"]]:
     """Return mean and covariance of the logits under each of several posteriors with the same mean.
 
@@ -50,7 +50,7 @@ def logit_moments(
         posteriors: K Gaussians over the same parameters.
         batches: Indices of the examples, and the batch.
         examples: Number N of examples.
-        done: Called after each batch.
+        done: Told how many examples have passed.
 
     Returns:
         Logits, minus infinity for choices that an example does not have, and their covariances, float32 on the CPU.
@@ -74,7 +74,7 @@ def logit_moments(
                     total += _quadratic(jacobian, posterior, site.name).cpu()
             logits[order, :classes] = gradients.logits.cpu()
             covariances[:, order, :classes, :classes] = found
-            done()
+            done(len(order))
     return logits, covariances
 
 

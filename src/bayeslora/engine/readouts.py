@@ -223,6 +223,40 @@ def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: 
     }
 
 
+def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
+    """Return a batch that has its rows several times, one copy after the other.
+
+    Args:
+        batch: What `Readout.collate` returns.
+        count: How many times.
+        inputs: Whether the model's inputs are repeated too, or only what is read from its output.
+
+    Returns:
+        The batch; the logits of copy k are rows k·B to (k+1)·B.
+    """
+    if count == 1:
+        return batch
+    found = {
+        key: value.repeat(count, *[1] * (value.ndim - 1)) if inputs else value
+        for key, value in batch.items()
+        if key not in _ROWS
+    }
+    if "readout_keep" in batch:
+        rows, choices = batch["readout_shape"].tolist()
+        steps = {
+            "keep": batch["input_ids"].numel(),
+            "row": len(batch["readout_keep"]),
+            "token": 0,
+            "slot": rows * choices,
+        }
+        for key, step in steps.items():
+            value = batch[f"readout_{key}"]
+            copies = step * torch.arange(count, device=value.device)
+            found[f"readout_{key}"] = (value + copies[:, None]).flatten()
+        found["readout_shape"] = torch.tensor([count * rows, choices])
+    return found
+
+
 def branch_mask(segment: Tensor, dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
     """Return the additive attention mask of prompts (segment 0) with branches (1, 2, …) and padding (-1).
 
@@ -267,7 +301,7 @@ def _shares_prompts(peft: nn.Module, base: Any) -> bool:
     config = base.config
     if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
         return False
-    vocabulary = base.get_input_embeddings().num_embeddings
+    vocabulary = len(base.get_input_embeddings().weight)
     ids = torch.randint(0, min(vocabulary, 1000), (9,), generator=generator("branches")).tolist()
     rows = [Encoded(tuple(ids[:4]), ((ids[4], ids[5], ids[6]), (ids[7], ids[8], ids[4])), 0)]
     device = base.get_input_embeddings().weight.device

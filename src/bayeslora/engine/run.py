@@ -1,25 +1,22 @@
-"""Prediction from a posterior: one pass over the data per draw, in batches of similar length."""
+"""Prediction from a posterior of any family: by its draws, and by its mean."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
-from bayeslora.engine.encode import Encoded
 from bayeslora.engine.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
-from bayeslora.engine.readouts import Batch, Readout, readout_for
+from bayeslora.engine.passes import Passes, batched
+from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
 from bayeslora.origin import check_base
-from bayeslora.params import device_of, evaluating, require_lora
+from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Scaled, TokenDropout, member_seed
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
@@ -37,6 +34,7 @@ def predict(
     seed: int = 0,
     tokenizer: Any = None,
     token_budget: int = TOKEN_BUDGET,
+    stack: bool = True,
     progress: bool = False,
 ) -> Prediction:
     """Return the predictive distribution of every example: by S draws, and by the posterior's mean in one pass.
@@ -51,7 +49,10 @@ def predict(
             its logits.
         seed: Which stream of draws.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
-        token_budget: Most tokens of a batch, padding included; a single longer example is its own batch.
+        token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
+            batch.
+        stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
+            rounding.
         progress: Whether to show a bar with the time left.
 
     Returns:
@@ -69,15 +70,17 @@ def predict(
     if _is_linearised(posterior):
         token_budget = gradient_budget(token_budget, split)
         draws = max(draws, LOGIT_DRAWS) if draws > 0 else draws
-    batches, cut = batched(model, readout, split, token_budget)
+    rows, cut = readout.encode(split)
+    classes = max(len(example.choices) for example in split)
     count = draw_count(posterior, draws)
     began = time.perf_counter()
     with (
         evaluating(model),
         readout.attached(model),
-        tqdm(total=_passes(posterior, count) * len(batches), desc="predict", unit="batch", disable=not progress) as bar,
+        tqdm(total=_passes(posterior, count) * len(rows), desc="predict", unit="row", disable=not progress) as bar,
     ):
-        log_probs, mean = _Engine(model, batches, len(split), bar.update).run(posterior, count, seed)
+        passes = Passes(model, readout, rows, classes, token_budget, bar.update, stack)
+        log_probs, mean = _answers(passes, posterior, count, seed)
     return Prediction(
         log_probs=log_probs,
         mean_log_probs=mean,
@@ -88,63 +91,59 @@ def predict(
     )
 
 
-@final
-@dataclass(frozen=True)
-class _Engine:
-    """Passes over the data under any posterior.
-
-    Attributes:
-        model: PEFT model with the readout attached.
-        batches: Indices of the examples, and the batch.
-        examples: Number N of examples.
-        done: Called after each batch.
-    """
-
-    model: nn.Module
-    batches: Sequence[tuple[list[int], Batch]]
-    examples: int
-    done: Callable[[], object]
-
-    def run(self, posterior: Posterior, count: int, seed: int) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"]]:
-        """Return the log-probabilities of the draws, and those of the posterior's mean."""
-        if isinstance(posterior, Mixture):
-            size = min(count, len(posterior.members))
+def _answers(
+    passes: Passes, posterior: Posterior, count: int, seed: int
+) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"]]:
+    """Return the log-probabilities of the draws, and those of the posterior's mean."""
+    if _has_weights(posterior):
+        return _weights(passes, posterior, count, seed)
+    match posterior:
+        case Mixture(members=members):
+            size = min(count, len(members))
             shares = [len(range(k, count, size)) for k in range(size)]
             found = [
-                self.run(m, share, member_seed(seed, k))
-                for k, (m, share) in enumerate(zip(posterior.members, shares, strict=False))
+                _answers(passes, m, share, member_seed(seed, k))
+                for k, (m, share) in enumerate(zip(members, shares, strict=False))
             ]
             return torch.stack([found[k % size][0][k // size] for k in range(count)]), found[0][1]
-        if isinstance(posterior, Scaled):
-            draws, mean = self.run(posterior.posterior, count, seed)
+        case Scaled(posterior=inner):
+            draws, mean = _answers(passes, inner, count, seed)
             return posterior.apply(draws, "draws"), posterior.apply(mean, "mean")
-        if isinstance(posterior, Linearised):
-            with posterior.applied(self.model, None):
-                logits, covariances = logit_moments(
-                    self.model, [posterior.posterior], self.batches, self.examples, self.done
-                )
+        case Linearised(posterior=inner):
+            with posterior.applied(passes.model, None):
+                batches = batched(passes.model, passes.readout, passes.rows, passes.token_budget)
+                logits, covariances = logit_moments(passes.model, [inner], batches, len(passes.rows), passes.done)
             drawn = logit_draws(logits, covariances[0], count, seed)
             return drawn.log_softmax(-1), logits.log_softmax(-1)
-        mean = self._pass(posterior.applied(self.model, None))
-        if isinstance(posterior, Point):
-            return mean.expand(count, *mean.shape).clone(), mean
-        if isinstance(posterior, TokenDropout):
-            with posterior.applied(self.model, None):
-                return torch.stack([self._pass(posterior.dropping(self.model, k, seed)) for k in range(count)]), mean
-        return torch.stack([self._pass(posterior.applied(self.model, k, seed)) for k in range(count)]), mean
+    assert isinstance(posterior, TokenDropout)
+    mean = passes.run(lambda _: posterior.mean, 1)[0]
+    dropped = []
+    for k in range(count):
+        with posterior.dropping(passes.model, k, seed):
+            dropped.append(passes.run(lambda _: posterior.mean, 1)[0])
+    return torch.stack(dropped), mean
 
-    @torch.inference_mode()
-    def _pass(self, weights: AbstractContextManager[None]) -> Float[Tensor, "N C"]:
-        """Return the log-probabilities of all examples while the model is what the context makes of it."""
-        found = torch.full((self.examples, 0), -torch.inf)
-        with weights:
-            for order, batch in self.batches:
-                log_p = require_lora(self.model)(**batch).logits.float().log_softmax(-1).cpu()
-                if (more := log_p.shape[1] - found.shape[1]) > 0:
-                    found = nn.functional.pad(found, (0, more), value=-torch.inf)
-                found[order, : log_p.shape[1]] = log_p
-                self.done()
-        return found
+
+def _has_weights(posterior: Posterior) -> bool:
+    """Say whether a posterior's predictions are those of the model with drawn weights."""
+    if isinstance(posterior, Mixture):
+        return all(map(_has_weights, posterior.members))
+    return not isinstance(posterior, Scaled | Linearised | TokenDropout)
+
+
+def _weights(
+    passes: Passes, posterior: Posterior, count: int, seed: int
+) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"]]:
+    """Return the log-probabilities under draws of weights and under the mean, which counts as one draw more."""
+    first = posterior.draw(0, seed)
+    extra = int(any(first[name] is not value for name, value in posterior.mean.items()))  # else the mean is draw 0
+
+    def draw(number: int) -> Params:
+        """Return the mean, then the draws."""
+        return posterior.mean if number < extra else posterior.draw(number - extra, seed)
+
+    found = passes.run(draw, count + extra)
+    return found[extra:], found[0]
 
 
 def _is_linearised(posterior: Posterior) -> bool:
@@ -167,51 +166,6 @@ def _passes(posterior: Posterior, count: int) -> int:
         case Point() | Linearised():
             return 1
     return count + 1
-
-
-def batched(
-    model: nn.Module, readout: Readout, split: Split, token_budget: int
-) -> tuple[list[tuple[list[int], Batch]], int]:
-    """Return a split in batches on the model's device, ready for the model with the readout attached.
-
-    Args:
-        model: PEFT model.
-        readout: How answers are read.
-        split: The examples.
-        token_budget: Most tokens of a batch, padding included.
-
-    Returns:
-        Batches with the indices of their examples, and how many examples were truncated.
-    """
-    rows, cut = readout.encode(split)
-    device = device_of(model)
-    found = []
-    for group in grouped(rows, readout, token_budget):
-        batch = readout.collate([row for _, row in group])
-        held = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "shift_labels")}
-        found.append(([index for index, _ in group], held))
-    return found, cut
-
-
-def grouped(rows: Sequence[Encoded], readout: Readout, token_budget: int) -> list[list[tuple[int, Encoded]]]:
-    """Return the examples in batches of similar length under a token budget, the longest first.
-
-    Args:
-        rows: Encoded examples.
-        readout: Gives each example's length.
-        token_budget: Most tokens of a batch, padding included.
-
-    Returns:
-        Batches of (index of the example, example).
-    """
-    lengths = [readout.length(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
-    groups: list[list[tuple[int, Encoded]]] = []
-    for i in order:
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0][0]] > token_budget:
-            groups.append([])
-        groups[-1].append((i, rows[i]))
-    return groups
 
 
 def _members(posterior: Posterior, count: int) -> tuple[int, ...] | None:

@@ -1,0 +1,222 @@
+"""Several draws in one pass over the frozen base: every adapted layer holds the draws' matrices side by side.
+
+The rows of a pass are the batch, once for each draw, draw after draw. PEFT's LoRA layers call ``lora_B(lora_A(x))``,
+whatever the base is (plain, 8 or 4 bits), so only those two inner layers change: a batched matrix product takes the
+place of a plain one. What is the same in all draws is computed once where it can be: with noise in the last layers
+only, the layers before them see the batch once.
+
+Whether a model may be treated like this is tried on the model itself, once, on a few tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora._typing import Float
+from bayeslora.params import Params, generator, live, read, require_lora, swapped
+
+_CLOSE = 0.1
+"""Largest difference from the plain pass, by the difference of two draws, that is taken for rounding."""
+
+
+@final
+class StackedLinear(nn.Module):
+    """S linear layers side by side; the input's rows belong to them in S equal parts, in order.
+
+    Args:
+        weight: The layers' weights.
+        bias: The layers' biases, if they have any.
+    """
+
+    def __init__(self, weight: Float[Tensor, "S O I"], bias: Float[Tensor, "S O"] | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.weight: Tensor
+        self.bias: Tensor | None
+
+    def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """Return each part's rows through its own layer."""
+        parts = input.reshape(len(self.weight), -1, input.shape[-1])
+        across = self.weight.transpose(1, 2)
+        found = torch.bmm(parts, across) if self.bias is None else torch.baddbmm(self.bias[:, None], parts, across)
+        return found.view(*input.shape[:-1], found.shape[-1])
+
+
+@contextmanager
+def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -> Iterator[None]:
+    """Make the model answer for several draws at once for the length of a ``with`` block.
+
+    Args:
+        model: A PEFT model for which `stacks` is true of the parameters that differ between the draws.
+        draws: S values for every parameter of the adapter.
+        share: Whether the layers before the first that differs are to see the batch once. The inputs are then given
+            once; otherwise S times, draw after draw.
+
+    Yields:
+        Nothing. Afterwards, and on any exception, the model is what it was.
+    """
+    names = differing(draws)
+    with swapped(model, draws[0]):
+        places, first = _places(model, names), first_layer(model, names) if share else None
+        assert places is not None
+        held = []
+        hooks: list[Any] = []
+        try:
+            for parent, key, leaves in places:
+                plain = getattr(parent, key)
+                values = {
+                    leaf: torch.stack([draw[name] for draw in draws]).to(getattr(plain, leaf))
+                    if name in names
+                    else getattr(plain, leaf).detach().expand(len(draws), *getattr(plain, leaf).shape)
+                    for leaf, name in leaves.items()
+                }
+                layer = StackedLinear(values["weight"], values.get("bias"))
+                layer.training = plain.training
+                held.append((parent, key, plain))
+                setattr(parent, key, layer)
+            if first is not None:
+                hooks = _widen(*first, len(draws))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parent, key, plain in held:
+                setattr(parent, key, plain)
+
+
+def differing(draws: Sequence[Params]) -> frozenset[str]:
+    """Return the names of the parameters that are not the same in all draws."""
+    first = draws[0]
+    return frozenset(
+        name
+        for name, value in first.items()
+        if any(draw[name] is not value and not torch.equal(draw[name], value) for draw in draws[1:])
+    )
+
+
+def first_layer(model: nn.Module, names: frozenset[str]) -> tuple[nn.ModuleList, int] | None:
+    """Return the list of layers that has the first differing parameter, and that layer's number.
+
+    Args:
+        model: A PEFT model.
+        names: The parameters that differ.
+
+    Returns:
+        None if it is the list's first layer, or in no list.
+    """
+    peft = require_lora(model)
+    wanted = {id(p) for name, p in live(peft).items() if name in names}
+    for module in peft.modules():  # the outermost list comes first
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            found = [i for i, layer in enumerate(module) if any(id(p) in wanted for p in layer.parameters())]
+            if found:
+                return (module, found[0]) if found[0] else None
+    return None
+
+
+Answers = Callable[[int, bool], Tensor]
+"""Answers to a few examples: the number of stacked draws and whether they share layers go in, [S B C] comes out."""
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+
+
+def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hashable, *, share: bool = False) -> bool:
+    """Say whether draws that differ in some parameters can be stacked, by trying it on a few examples.
+
+    Args:
+        model: A PEFT model.
+        names: The parameters that differ.
+        answers: Gives the examples' answers by the model as it is.
+        key: What the answers depend on besides the model.
+        share: Whether the layers before them are to see the batch once.
+
+    Returns:
+        Whether two random draws, stacked, answer as in two plain passes. It is tried once and kept with the model.
+    """
+    verdicts = _VERDICTS.setdefault(model, {})
+    full = (names, key, share)
+    if full not in verdicts:
+        if share and first_layer(model, names) is None:
+            return False
+        verdicts[full] = _places(model, names) is not None and _same(model, names, answers, share)
+    return verdicts[full]
+
+
+def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:
+    """Compare two stacked draws, large enough to tell apart, with two plain passes."""
+    mean = read(model)
+    draws = [
+        {
+            name: torch.randn(value.shape, generator=generator("stacked", k, name)) / math.sqrt(value.shape[-1])
+            if name in names
+            else value
+            for name, value in mean.items()
+        }
+        for k in range(2)
+    ]
+    plain = []
+    for draw in draws:
+        with swapped(model, draw):
+            plain.append(answers(1, False)[0])
+    try:
+        with stacked(model, draws, share=share):
+            found = answers(2, share)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False  # the model does something with the shape of its inputs that does not allow it
+    wanted = torch.stack(plain)
+    there = torch.isfinite(wanted)
+    apart = (wanted[0] - wanted[1])[there[0]].abs().max()
+    return found.shape == wanted.shape and bool((found - wanted)[there].abs().max() <= _CLOSE * apart)
+
+
+def _places(model: nn.Module, names: frozenset[str]) -> list[tuple[nn.Module, str, dict[str, str]]] | None:
+    """Return the linear layers that hold some parameters: parent, name in it, and the names of weight and bias.
+
+    None if some parameter belongs to anything else.
+    """
+    peft = require_lora(model)
+    known = {id(p): name for name, p in live(peft).items()}
+    found, left = [], set(names)
+    for parent in peft.modules():
+        for key, child in parent.named_children():
+            own = {leaf: known[id(p)] for leaf, p in child.named_parameters(recurse=False) if id(p) in known}
+            if type(child) is nn.Linear and left.intersection(own.values()):
+                leaves = {leaf: own.get(leaf, "") for leaf, _ in child.named_parameters(recurse=False)}
+                found.append((parent, key, leaves))
+                left.difference_update(own.values())
+    return None if left else found
+
+
+def _widen(layers: nn.ModuleList, first: int, count: int) -> list[Any]:
+    """Repeat the batch for each draw from a layer on, in all that the layers are given."""
+    size = 0
+    kept: dict[int, tuple[Any, Any]] = {}
+
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Repeat whatever has the batch as its first axis."""
+        nonlocal size
+        if layer is layers[first]:
+            size = len(args[0] if args else kwargs["hidden_states"])
+            kept.clear()
+        return wide(args), wide(kwargs)
+
+    def wide(value: Any) -> Any:
+        """Return a value with its tensors repeated; a mask that all layers share is repeated once."""
+        if isinstance(value, tuple | list):
+            return type(value)(wide(v) for v in value)
+        if isinstance(value, dict):
+            return {k: wide(v) for k, v in value.items()}
+        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
+            return value
+        if id(value) not in kept:  # the value is held as well, so that its id is not given to another
+            kept[id(value)] = (value, value.repeat(count, *[1] * (value.ndim - 1)))
+        return kept[id(value)][1]
+
+    return [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers[first:]]
