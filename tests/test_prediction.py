@@ -126,9 +126,31 @@ def test_a_nan_at_the_posterior_mean_is_named():
 @pytest.mark.parametrize("row", [[1.0, 2.0, 3.0], [-math.inf] * 3, [math.inf, 0.0, 0.0]])
 def test_a_row_that_is_no_distribution_is_refused(row):
     log_probs = random_prediction().log_probs.clone()
-    log_probs[1, 3] = torch.tensor(row)
-    with pytest.raises(InputError, match="row 3 of draw 1 does not sum to 1"):
+    log_probs[0, 3] = torch.tensor(row)
+    with pytest.raises(InputError, match="row 3 of draw 0 does not sum to 1"):
         Prediction(log_probs)
+
+
+def test_draws_that_were_not_taken_count_nowhere_and_survive_the_file(tmp_path):
+    full = random_prediction().log_probs
+    cut = full.clone()
+    cut[2:, 3] = -math.inf
+    error = torch.rand(full.shape[1])
+    prediction, alone = Prediction(cut, monte_carlo_error=error), Prediction(full[:2])
+    assert prediction.draws_taken.tolist() == [2 if n == 3 else len(full) for n in range(full.shape[1])]
+    for name in ("probs", "entropy", "expected_entropy", "mutual_information", "disagreement"):
+        torch.testing.assert_close(getattr(prediction, name)[3], getattr(alone, name)[3])
+    prediction.save(tmp_path / "p.safetensors")
+    loaded = Prediction.load(tmp_path / "p.safetensors")
+    assert torch.equal(loaded.log_probs, cut)
+    assert torch.equal(loaded.monte_carlo_error, error)
+
+
+def test_an_error_that_is_none_is_refused():
+    log_probs = random_prediction().log_probs
+    for error in (torch.zeros(2), torch.full((log_probs.shape[1],), math.nan), -torch.ones(log_probs.shape[1])):
+        with pytest.raises(InputError, match="monte_carlo_error is not one number"):
+            Prediction(log_probs, monte_carlo_error=error)
 
 
 def test_fields_that_do_not_fit_the_draws_are_refused():

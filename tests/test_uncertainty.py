@@ -14,6 +14,7 @@ from bayeslora.uncertainty import (
     disagreement,
     entropy,
     expected_entropy,
+    monte_carlo_error,
     mutual_information,
 )
 
@@ -171,3 +172,44 @@ def test_between_and_within_do_not_depend_on_what_the_members_are_called():
 def test_between_within_needs_a_member_for_every_draw():
     with pytest.raises(InputError, match="2 entries for 3 draws"):
         between_within(random_draws(3), [0, 1])
+
+
+def test_the_monte_carlo_error_is_the_standard_error_of_the_most_uncertain_choice():
+    probs = random_draws(6).exp()
+    wanted = (probs.std(0) / math.sqrt(6)).amax(-1)
+    torch.testing.assert_close(monte_carlo_error(probs.log()), wanted)
+
+
+def test_the_monte_carlo_error_of_pairs_is_that_of_their_averages():
+    probs = random_draws(6).exp()
+    pairs = (probs[0::2] + probs[1::2]) / 2
+    torch.testing.assert_close(monte_carlo_error(probs.log(), paired=True), (pairs.std(0) / math.sqrt(3)).amax(-1))
+    mirrored = torch.stack([probs[0], 0.5 - probs[0]]).abs()
+    mirrored = torch.cat([mirrored, mirrored])[:, :1]
+    assert float(monte_carlo_error(mirrored.log(), paired=True)) < 1e-7
+
+
+def test_the_monte_carlo_error_of_a_mixture_has_no_part_between_its_members():
+    one, other = logs([0.9, 0.1]), logs([0.2, 0.8])
+    draws = torch.stack([one, other, one, other])
+    assert float(monte_carlo_error(draws, (0, 1, 0, 1))) == 0
+    assert float(monte_carlo_error(draws)) == pytest.approx(0.7 / math.sqrt(12))
+    assert float(monte_carlo_error(draws[:2], (0, 1))) == pytest.approx(0.35)  # a single draw of each: an upper bound
+
+
+def test_the_monte_carlo_error_counts_the_draws_that_were_taken():
+    draws = random_draws(5)
+    cut = draws.clone()
+    cut[3:, 7] = -math.inf
+    torch.testing.assert_close(monte_carlo_error(cut)[7], monte_carlo_error(draws[:3])[7])
+    torch.testing.assert_close(monte_carlo_error(cut)[8], monte_carlo_error(draws)[8])
+    assert bool(monte_carlo_error(draws[:1]).isinf().all())
+
+
+def test_nine_in_ten_averages_lie_within_the_errors_they_state():
+    # 4,000 examples, 16 draws each: a t-statistic with 15 degrees of freedom is within 1.75 in 90 % of cases
+    rng = torch.Generator().manual_seed(0)
+    first = 0.5 + 0.1 * torch.randn(16, 4000, generator=rng, dtype=torch.float64).clamp(-4, 4)
+    draws = torch.stack([first, 1 - first], -1).log()
+    inside = ((first.mean(0) - 0.5).abs() <= 1.753 * monte_carlo_error(draws)).double().mean()
+    assert abs(float(inside) - 0.9) < 5 * math.sqrt(0.09 / 4000)

@@ -28,12 +28,15 @@ class Prediction:
     """The probabilities that S draws of the weights give to the choices of N examples.
 
     Attributes:
-        log_probs: Natural logarithms, float32, [S N C]; -inf for choices that an example does not have.
+        log_probs: Natural logarithms, float32, [S N C]; -inf for choices that an example does not have, and for all
+            choices of a draw that was not taken for an example.
         mean_log_probs: The same from one pass at the posterior mean's weights, [N C]; None if there was none.
         components: The mixture member that each draw came from; None for a posterior that is no mixture.
         truncated: Number of examples whose prompt was cut to fit.
         readout: How the answers were read: ``letters``, ``likelihood`` or ``head``.
         seconds: Time that the passes took; None if it was not measured.
+        monte_carlo_error: Standard error of each example's probabilities from taking so many draws and not more; None
+            if it is not known.
 
     Raises:
         InputError: If a shape, type or row cannot be a prediction.
@@ -45,6 +48,7 @@ class Prediction:
     truncated: int = 0
     readout: str = ""
     seconds: float | None = None
+    monte_carlo_error: Float[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         validate(self)
@@ -53,6 +57,11 @@ class Prediction:
     def draws(self) -> int:
         """Number of draws S."""
         return self.log_probs.shape[0]
+
+    @property
+    def draws_taken(self) -> Int[Tensor, " N"]:
+        """Number of draws of each example."""
+        return uncertainty.taken(self.log_probs).sum(0)
 
     @property
     def log_p(self) -> Float[Tensor, "N C"]:
@@ -120,6 +129,8 @@ class Prediction:
         tensors = {"log_probs": _own(self.log_probs)}
         if self.mean_log_probs is not None:
             tensors["mean_log_probs"] = _own(self.mean_log_probs)
+        if self.monte_carlo_error is not None:
+            tensors["monte_carlo_error"] = _own(self.monte_carlo_error)
         fields = {
             "version": _VERSION,
             "components": self.components,
@@ -160,7 +171,7 @@ class Prediction:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{source} is truncated or no .safetensors file ({error}); write it again.") from error
         fields = _fields(metadata, source)
-        if not {"log_probs"} <= tensors.keys() <= {"log_probs", "mean_log_probs"}:
+        if not {"log_probs"} <= tensors.keys() <= {"log_probs", "mean_log_probs", "monte_carlo_error"}:
             raise InputError(
                 f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again."
             )
@@ -191,6 +202,9 @@ def validate(prediction: Prediction) -> None:
     for name, values in (("log_probs", log_probs), ("mean_log_probs", mean)):
         if values is not None:
             _check_rows(name, values)
+    error = prediction.monte_carlo_error
+    if error is not None and (error.shape != log_probs.shape[1:2] or bool((error.isnan() | (error < 0)).any())):
+        raise InputError("monte_carlo_error is not one number of at least 0 for each example; predict again.")
     components = prediction.components
     if components is not None and len(components) != log_probs.shape[0]:
         raise InputError(
@@ -215,6 +229,8 @@ def _check_rows(name: str, values: Tensor) -> None:
         raise InputError(f"{name} has type {values.dtype}; give float32 (call .float() on it).")
     total = values.logsumexp(-1)
     bad = ~(total.abs() < 1e-2)
+    if values.ndim == 3:
+        bad[1:] &= ~(values[1:] == -torch.inf).all(-1)  # draws that were not taken; the first one always is
     if not bool(bad.any()):
         return
     *draw, row = bad.nonzero()[0].tolist() if values.ndim == 2 else _first_row(bad)

@@ -1,7 +1,8 @@
 """How unsure a set of predictions is, and which part of it more data could remove.
 
 Every function takes ``log_probs [S N C]``: natural logarithms of the S draws' probabilities for N examples with up to
-C choices, ``-inf`` for choices that an example does not have. With p̄ = (1/S) Σ_s p_s the total uncertainty splits as
+C choices, ``-inf`` for choices that an example does not have. A draw that was not taken for an example has ``-inf`` for
+all of its choices and counts nowhere. With p̄ = (1/S) Σ_s p_s the total uncertainty splits as
 
     H(p̄)  =  (1/S) Σ_s H(p_s)  +  I,     I = mutual information between the answer and the draw,
 
@@ -12,17 +13,28 @@ in nats, are computed in float64 and come back in the type of the input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bayeslora._typing import Float
+from bayeslora._typing import Bool, Float
 from bayeslora.errors import InputError
 
 _ROUNDING = 1e-12
 """Mutual information under this many nats is the rounding of a difference of entropies, and is returned as 0."""
+
+
+def taken(log_probs: Float[Tensor, "S N C"]) -> Bool[Tensor, "S N"]:
+    """Say which draws were taken for which examples.
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+
+    Returns:
+        False where all choices have -inf.
+    """
+    return torch.isfinite(log_probs).any(-1)
 
 
 def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
@@ -41,8 +53,8 @@ def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
         raise InputError(
             f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one draw."
         )
-    mixed = torch.logsumexp(log_probs.double(), dim=0) - math.log(log_probs.shape[0])
-    return mixed.to(log_probs.dtype)
+    count = taken(log_probs).sum(0).double()
+    return (torch.logsumexp(log_probs.double(), dim=0) - count.log()[:, None]).to(log_probs.dtype)
 
 
 def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch"]:
@@ -66,7 +78,7 @@ def expected_entropy(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     Returns:
         Expected entropy of each example in nats.
     """
-    return entropy(log_probs.double()).mean(0).to(log_probs.dtype)
+    return (entropy(log_probs.double()).sum(0) / taken(log_probs).sum(0)).to(log_probs.dtype)
 
 
 def mutual_information(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
@@ -93,8 +105,9 @@ def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     Returns:
         1 - (1/S) Σ_s 1[argmax p_s = argmax p̄] of each example; choices that tie count as the first of them.
     """
-    agrees = log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)
-    return 1 - agrees.to(log_probs.dtype).mean(0)
+    there = taken(log_probs)
+    agrees = (log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)) & there
+    return 1 - agrees.sum(0).to(log_probs.dtype) / there.sum(0)
 
 
 def between_within(
@@ -125,3 +138,43 @@ def between_within(
     between = mutual_information(torch.stack([average(group) for group in groups]))
     within = torch.stack([mutual_information(group) for group in groups]).mean(0)
     return between.to(log_probs.dtype), within.to(log_probs.dtype)
+
+
+def monte_carlo_error(
+    log_probs: Float[Tensor, "S N C"], components: Sequence[int] | None = None, *, paired: bool = False
+) -> Float[Tensor, " N"]:
+    """Estimate how far the average probabilities are from those of infinitely many draws.
+
+    The draws of a mixture are a sample from each member, stratified: with s_m² the variance over the n_m units of
+    member m, the error is √(Σ_m s_m²/n_m) / M. Where some member has a single unit, the variance over all units takes
+    its place, which is an upper bound on average. A unit is a draw, or two that belong together.
+
+    Args:
+        log_probs: Log-probabilities of the draws.
+        components: The mixture member of each draw; None for no mixture.
+        paired: Whether a member's draws 2k and 2k + 1 are antithetic, so that only their average is a sample.
+
+    Returns:
+        Standard error of each example's probabilities, that of the choice where it is largest; infinite with a single
+        unit.
+    """
+    probs, there = log_probs.double().exp(), taken(log_probs)
+    members = sorted(set(components)) if components is not None else [0]
+    strata = []
+    for member in members:
+        own = [k for k in range(len(probs)) if components is None or components[k] == member]
+        p, t = probs[own], there[own]
+        if paired and len(own) > 1:
+            even = len(own) // 2 * 2
+            both = t[:even].view(-1, 2, t.shape[1]).all(1)
+            p, t = p[:even].view(-1, 2, *p.shape[1:]).mean(1), both
+        strata.append((p, t))
+    if any(bool((t.sum(0) < 2).any()) for _, t in strata):
+        strata = [(torch.cat([p for p, _ in strata]), torch.cat([t for _, t in strata]))]
+    total = torch.zeros_like(probs[0])
+    for p, t in strata:
+        count = t.sum(0)[:, None]
+        mean = (p * t[..., None]).sum(0) / count
+        squares = ((p - mean).square() * t[..., None]).sum(0)
+        total += torch.where(count > 1, squares / (count * (count - 1)), torch.inf)
+    return (total.sqrt() / len(strata)).amax(-1).to(log_probs.dtype)

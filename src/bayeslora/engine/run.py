@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +12,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
+from bayeslora.engine.draws import Draws, members_of
 from bayeslora.engine.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
 from bayeslora.engine.passes import Passes, batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.operations import draw_count
 from bayeslora.origin import check_base
 from bayeslora.params import Params, evaluating
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Scaled, TokenDropout, member_seed
+from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Sampling, Scaled, TokenDropout, member_seed
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
+from bayeslora.uncertainty import monte_carlo_error
 
 TOKEN_BUDGET = 2048
 """Tokens of a batch, padding included, unless the caller says otherwise."""
@@ -32,6 +35,10 @@ def predict(
     draws: int = 10,
     *,
     seed: int = 0,
+    sampling: Sampling = "independent",
+    tolerance: float | None = None,
+    fewest_draws: int = 4,
+    mean: bool = True,
     tokenizer: Any = None,
     token_budget: int = TOKEN_BUDGET,
     stack: bool = True,
@@ -44,10 +51,15 @@ def predict(
             weights do not matter and are unchanged afterwards.
         posterior: What was learned.
         split: The N examples and how they are put to the model.
-        draws: Number S of draws. A mixture's members get equally many, and there are never more than there are
-            different draws: 1 for a point, M for an ensemble of M points. A linearised posterior has at least 256, of
-            its logits.
+        draws: Number S of draws. A mixture's members get equally many, antithetic draws come in pairs, and there are
+            never more than there are different draws: 1 for a point, M for an ensemble of M points. A linearised
+            posterior has at least 256, of its logits.
         seed: Which stream of draws.
+        sampling: How the draws belong together; ``antithetic`` and ``sobol`` need fewer for the same answer.
+        tolerance: An example takes no more draws once the standard error of its probabilities is at most this; None for
+            ``draws`` draws of each. It does not apply to posteriors whose draws are no weights.
+        fewest_draws: Draws of each example before the first look at the error.
+        mean: Whether to pass the data under the mean too.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
             batch.
@@ -60,7 +72,8 @@ def predict(
         two are the same; for a mixture the mean is its first member's.
 
     Raises:
-        InputError: If the split is empty, or the posterior, the model and the split do not fit together.
+        InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
+            together.
     """
     if not len(split):
         raise InputError(f"{split.name} has no examples")
@@ -72,78 +85,106 @@ def predict(
         draws = max(draws, LOGIT_DRAWS) if draws > 0 else draws
     rows, cut = readout.encode(split)
     classes = max(len(example.choices) for example in split)
-    count = draw_count(posterior, draws)
+    how = Draws.of(posterior, draws, seed, sampling, tolerance, fewest_draws, mean)
     began = time.perf_counter()
     with (
         evaluating(model),
         readout.attached(model),
-        tqdm(total=_passes(posterior, count) * len(rows), desc="predict", unit="row", disable=not progress) as bar,
+        tqdm(total=_passes(posterior, how) * len(rows), desc="predict", unit="row", disable=not progress) as bar,
     ):
         passes = Passes(model, readout, rows, classes, token_budget, bar.update, stack)
-        log_probs, mean = _answers(passes, posterior, count, seed)
+        log_probs, at_mean = _answers(passes, posterior, how)
+    components = members_of(posterior, len(log_probs))
+    error = torch.zeros(len(split))
+    if posterior.distinct is None or len(log_probs) < posterior.distinct:
+        error = monte_carlo_error(log_probs, components, paired=how.paired)
     return Prediction(
         log_probs=log_probs,
-        mean_log_probs=mean,
-        components=_members(posterior, count),
+        mean_log_probs=at_mean,
+        components=components,
         truncated=cut,
         readout=readout.name,
         seconds=time.perf_counter() - began,
+        monte_carlo_error=error,
     )
 
 
 def _answers(
-    passes: Passes, posterior: Posterior, count: int, seed: int
-) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"]]:
+    passes: Passes, posterior: Posterior, how: Draws
+) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]:
     """Return the log-probabilities of the draws, and those of the posterior's mean."""
-    if _has_weights(posterior):
-        return _weights(passes, posterior, count, seed)
     match posterior:
-        case Mixture(members=members):
-            size = min(count, len(members))
-            shares = [len(range(k, count, size)) for k in range(size)]
+        case Scaled(posterior=inner) if not _has_weights(inner):
+            draws, mean = _answers(passes, inner, how)
+            return posterior.apply(draws, "draws"), None if mean is None else posterior.apply(mean, "mean")
+        case Mixture(members=members) if not _has_weights(posterior):
+            size = min(how.count, len(members))
+            shares = [len(range(k, how.count, size)) for k in range(size)]
             found = [
-                _answers(passes, m, share, member_seed(seed, k))
+                _answers(passes, m, replace(how, count=share, seed=member_seed(how.seed, k), tolerance=None))
                 for k, (m, share) in enumerate(zip(members, shares, strict=False))
             ]
-            return torch.stack([found[k % size][0][k // size] for k in range(count)]), found[0][1]
-        case Scaled(posterior=inner):
-            draws, mean = _answers(passes, inner, count, seed)
-            return posterior.apply(draws, "draws"), posterior.apply(mean, "mean")
+            return torch.stack([found[k % size][0][k // size] for k in range(how.count)]), found[0][1]
         case Linearised(posterior=inner):
             with posterior.applied(passes.model, None):
                 batches = batched(passes.model, passes.readout, passes.rows, passes.token_budget)
                 logits, covariances = logit_moments(passes.model, [inner], batches, len(passes.rows), passes.done)
-            drawn = logit_draws(logits, covariances[0], count, seed)
+            drawn = logit_draws(logits, covariances[0], how.count, how.seed)
             return drawn.log_softmax(-1), logits.log_softmax(-1)
-    assert isinstance(posterior, TokenDropout)
-    mean = passes.run(lambda _: posterior.mean, 1)[0]
-    dropped = []
-    for k in range(count):
-        with posterior.dropping(passes.model, k, seed):
-            dropped.append(passes.run(lambda _: posterior.mean, 1)[0])
-    return torch.stack(dropped), mean
+        case TokenDropout():
+            at_mean = passes.run(lambda _: posterior.mean, 1)[0] if how.mean else None
+            dropped = []
+            for k in range(how.count):
+                with posterior.dropping(passes.model, k, how.seed):
+                    dropped.append(passes.run(lambda _: posterior.mean, 1)[0])
+            return torch.stack(dropped), at_mean
+    return _weights(passes, posterior, how)
 
 
 def _has_weights(posterior: Posterior) -> bool:
-    """Say whether a posterior's predictions are those of the model with drawn weights."""
+    """Say whether a posterior's predictions are those of the model with drawn weights, scaled or not."""
     if isinstance(posterior, Mixture):
-        return all(map(_has_weights, posterior.members))
-    return not isinstance(posterior, Scaled | Linearised | TokenDropout)
+        return all(_has_weights(member) and not isinstance(member, Scaled) for member in posterior.members)
+    if isinstance(posterior, Scaled):
+        return _has_weights(posterior.posterior)
+    return not isinstance(posterior, Linearised | TokenDropout)
 
 
 def _weights(
-    passes: Passes, posterior: Posterior, count: int, seed: int
-) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"]]:
+    passes: Passes, posterior: Posterior, how: Draws
+) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]:
     """Return the log-probabilities under draws of weights and under the mean, which counts as one draw more."""
-    first = posterior.draw(0, seed)
-    extra = int(any(first[name] is not value for name, value in posterior.mean.items()))  # else the mean is draw 0
+    apart = any(posterior.draw(0, how.seed, how.sampling)[n] is not value for n, value in posterior.mean.items())
+    components = members_of(posterior, how.count)
+    alive = torch.arange(len(passes.rows))
+    at_mean: Tensor | None = None
+    found = torch.full((how.count, len(passes.rows), passes.classes), -math.inf)
+    for numbers in how.rounds():
+        extra = int(how.mean and apart and numbers.start == 0)
 
-    def draw(number: int) -> Params:
-        """Return the mean, then the draws."""
-        return posterior.mean if number < extra else posterior.draw(number - extra, seed)
+        def draw(number: int, start: int = numbers.start - extra) -> Params:
+            """Return the mean where it is asked for, then the draws of this round."""
+            return posterior.mean if start + number < 0 else posterior.draw(start + number, how.seed, how.sampling)
 
-    found = passes.run(draw, count + extra)
-    return found[extra:], found[0]
+        log_p = passes.run(draw, extra + len(numbers), alive.tolist())
+        if numbers.start == 0 and how.mean:
+            at_mean = _scaled(posterior, log_p[0], "mean")
+        found[numbers.start : numbers.stop, alive] = _scaled(posterior, log_p[extra:], "draws")
+        if how.tolerance is None or numbers.stop == how.count:
+            break
+        own = None if components is None else components[: numbers.stop]
+        error = monte_carlo_error(found[: numbers.stop, alive], own, paired=how.paired)
+        alive = alive[error > how.tolerance]
+        if not len(alive):
+            break
+    return found[: numbers.stop], at_mean
+
+
+def _scaled(posterior: Posterior, log_p: Tensor, of: str) -> Tensor:
+    """Return log-probabilities with the scalings that are wrapped around a posterior, the innermost first."""
+    if not isinstance(posterior, Scaled):
+        return log_p
+    return posterior.apply(_scaled(posterior.posterior, log_p, of), of)
 
 
 def _is_linearised(posterior: Posterior) -> bool:
@@ -156,22 +197,14 @@ def _is_linearised(posterior: Posterior) -> bool:
     return isinstance(posterior, Linearised)
 
 
-def _passes(posterior: Posterior, count: int) -> int:
-    """Return how often the data are passed."""
+def _passes(posterior: Posterior, how: Draws) -> int:
+    """Return how often the data are passed, at most."""
     match posterior:
-        case Mixture(members=members):
-            return sum(_passes(m, len(range(k, count, len(members)))) for k, m in enumerate(members[:count]))
+        case Mixture(members=members) if not _has_weights(posterior):
+            shares = [len(range(k, how.count, len(members))) for k in range(min(how.count, len(members)))]
+            return sum(_passes(m, replace(how, count=n)) for m, n in zip(members, shares, strict=False))
         case Scaled():
-            return _passes(posterior.posterior, count)
+            return _passes(posterior.posterior, how)
         case Point() | Linearised():
             return 1
-    return count + 1
-
-
-def _members(posterior: Posterior, count: int) -> tuple[int, ...] | None:
-    """Return the mixture's member of each draw."""
-    if isinstance(posterior, Scaled):
-        return _members(posterior.posterior, count)
-    if not isinstance(posterior, Mixture):
-        return None
-    return tuple(k % len(posterior.members) for k in range(count))
+    return how.count + how.mean

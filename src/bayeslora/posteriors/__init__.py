@@ -1,6 +1,6 @@
 """Posteriors: what was learned, as values; one file for each kind of distribution."""
 
-from bayeslora.posteriors.base import Point, Posterior
+from bayeslora.posteriors.base import Point, Posterior, Sampling
 from bayeslora.posteriors.combined import Linearised, Mixture, Scaled, member_seed, scale
 from bayeslora.posteriors.dropout import ColumnDropout, TokenDropout
 from bayeslora.posteriors.gaussian import DiagonalGaussian, LowRankGaussian
@@ -15,6 +15,7 @@ __all__ = [
     "Mixture",
     "Point",
     "Posterior",
+    "Sampling",
     "Scaled",
     "TokenDropout",
     "member_seed",

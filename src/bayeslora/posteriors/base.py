@@ -10,14 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
 
 from bayeslora.origin import Origin
 from bayeslora.params import Params, generator, swapped
+
+Sampling = Literal["independent", "antithetic", "sobol"]
+"""How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; or they
+are Sobol's sequence with a random digital shift, so that each number of each parameter fills its distribution evenly.
+Each draw by itself has the posterior's distribution in all three."""
 
 
 class Posterior(ABC):
@@ -44,12 +51,13 @@ class Posterior(ABC):
         """How many different draws there are; None where there is no limit."""
 
     @abstractmethod
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return draw number ``index`` of the stream ``seed``.
 
         Args:
             index: Number of the draw, from 0.
             seed: Which stream of draws.
+            sampling: How the draws of a stream belong together.
 
         Returns:
             A value for every parameter of the adapter, float32 on the CPU.
@@ -97,12 +105,12 @@ class Point(Posterior):
         """One."""
         return 1
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the mean."""
         return self.mean
 
 
-def noise(seed: int, index: int, name: str, like: Tensor) -> Tensor:
+def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
     """Return standard normal numbers that belong to one parameter of one draw.
 
     Args:
@@ -110,8 +118,58 @@ def noise(seed: int, index: int, name: str, like: Tensor) -> Tensor:
         index: Number of the draw.
         name: Name of the parameter.
         like: A tensor of the wanted shape.
+        sampling: How the draws of a stream belong together.
 
     Returns:
         Float32 on the CPU.
     """
+    if sampling == "sobol":
+        return torch.special.ndtri(_sobol(seed, index, name, like)).float()
+    if sampling == "antithetic":
+        even = torch.randn(like.shape, generator=generator(seed, index - index % 2, name))
+        return -even if index % 2 else even
     return torch.randn(like.shape, generator=generator(seed, index, name))
+
+
+def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
+    """Return numbers uniform on [0, 1) that belong to one parameter of one draw; see `noise`.
+
+    Args:
+        seed: Which stream of draws.
+        index: Number of the draw.
+        name: Name of the parameter.
+        like: A tensor of the wanted shape.
+        sampling: How the draws of a stream belong together.
+
+    Returns:
+        Float32 on the CPU.
+    """
+    if sampling == "sobol":
+        return _sobol(seed, index, name, like).float()
+    if sampling == "antithetic":
+        even = torch.rand(like.shape, generator=generator(seed, index - index % 2, name))
+        return 1 - even if index % 2 else even
+    return torch.rand(like.shape, generator=generator(seed, index, name))
+
+
+_BITS = 30
+"""Binary digits of torch's Sobol numbers."""
+
+
+def _sobol(seed: int, index: int, name: str, like: Tensor) -> Tensor:
+    """Return a point of Sobol's sequence in (0, 1), its digits shifted at random; float64.
+
+    A parameter with more numbers than the sequence has dimensions takes it several times, with other shifts.
+    """
+    point = _sobol_digits(index, min(like.numel(), SobolEngine.MAXDIM))
+    shift = torch.randint(0, 2**_BITS, (like.numel(),), generator=generator(seed, "sobol", name))
+    digits = point.repeat(-(-like.numel() // len(point)))[: like.numel()] ^ shift
+    return ((digits.double() + 0.5) / 2**_BITS).view(like.shape)
+
+
+@lru_cache(maxsize=128)
+def _sobol_digits(index: int, dimensions: int) -> Tensor:
+    """Return the digits of a point of Sobol's sequence as integers."""
+    engine: Any = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
+    point: Tensor = engine.fast_forward(index).draw(1, dtype=torch.float64)[0]
+    return (point * 2**_BITS).long()

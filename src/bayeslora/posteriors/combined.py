@@ -13,7 +13,7 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.origin import Origin
 from bayeslora.params import Params, generator
-from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.base import Posterior, Sampling
 from bayeslora.posteriors.gaussian import DiagonalGaussian
 from bayeslora.posteriors.kronecker import KroneckerGaussian
 
@@ -53,10 +53,10 @@ class Mixture(Posterior):
         counts = [m.distinct for m in self.members]
         return None if None in counts else sum(c for c in counts if c is not None)
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return draw ``index // M`` of member ``index % M``."""
         inner, member = divmod(index, len(self.members))
-        return self.members[member].draw(inner, member_seed(seed, member))
+        return self.members[member].draw(inner, member_seed(seed, member), sampling)
 
 
 def member_seed(seed: int, member: int) -> int:
@@ -105,9 +105,9 @@ class Linearised(Posterior):
         """No limit."""
         return None
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return a draw of the weights."""
-        return self.posterior.draw(index, seed)
+        return self.posterior.draw(index, seed, sampling)
 
 
 @final
@@ -145,9 +145,9 @@ class Scaled(Posterior):
         """As of the posterior as it was."""
         return self.posterior.distinct
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return a draw of the posterior as it was."""
-        return self.posterior.draw(index, seed)
+        return self.posterior.draw(index, seed, sampling)
 
     def apply(self, log_probs: Float[Tensor, "*S N C"], of: str) -> Float[Tensor, "*S N C"]:
         """Return scaled log-probabilities.
@@ -185,4 +185,6 @@ def scale(
         raise InputError(f"the scaling is for {weight.numel()} classes, and these rows have {log_probs.shape[-1]}")
     absent = log_probs == -math.inf
     moved = log_probs.masked_fill(absent, 0.0) * weight + bias
-    return moved.masked_fill(absent, -math.inf).log_softmax(-1)
+    return (
+        moved.masked_fill(absent, -math.inf).log_softmax(-1).masked_fill(absent, -math.inf)
+    )  # also without any choice

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayeslora.errors import InputError
 from bayeslora.origin import Origin
 from bayeslora.params import Params, device_of, generator, require_lora
-from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.base import Posterior, Sampling, uniform
 
 
 @final
@@ -44,12 +44,12 @@ class ColumnDropout(Posterior):
         """No limit that matters: 2 to the number of input features."""
         return None
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the parameters with the columns of one mask dropped."""
         drawn = dict(self.mean)
         for name, strength in self.strength.items():
             a = self.mean[name]
-            keep = torch.rand(a.shape[1], generator=generator(seed, index, name)) >= self.rate
+            keep = uniform(seed, index, name, a[0], sampling) >= self.rate
             drawn[name] = a * (1 + strength * (keep.float() / (1 - self.rate) - 1))
         return drawn
 
@@ -80,7 +80,7 @@ class TokenDropout(Posterior):
         """No limit."""
         return None
 
-    def draw(self, index: int, seed: int = 0) -> NoReturn:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> NoReturn:
         """Refuse: a draw is no adapter.
 
         Raises:

@@ -10,8 +10,8 @@ import torch
 
 from bayeslora.errors import InputError
 from bayeslora.origin import Origin
-from bayeslora.params import Params, generator
-from bayeslora.posteriors.base import Posterior, noise
+from bayeslora.params import Params
+from bayeslora.posteriors.base import Posterior, Sampling, noise
 
 
 @final
@@ -37,10 +37,10 @@ class DiagonalGaussian(Posterior):
         """No limit."""
         return None
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + √variance · ε."""
         return {
-            name: m + self.variance[name].sqrt() * noise(seed, index, name, m) if name in self.variance else m
+            name: m + self.variance[name].sqrt() * noise(seed, index, name, m, sampling) if name in self.variance else m
             for name, m in self.mean.items()
         }
 
@@ -94,14 +94,14 @@ class LowRankGaussian(Posterior):
         """No limit."""
         return None
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return one draw; see the class for the formula."""
-        weights = torch.randn(self.rank, generator=generator(seed, index, "low-rank")) / math.sqrt(self.rank - 1)
+        weights = noise(seed, index, "low-rank", torch.empty(self.rank), sampling) / math.sqrt(self.rank - 1)
         drawn = dict(self.mean)
         for name, v in self.variance.items():
             m = self.mean[name]
             low_rank = torch.tensordot(weights, self.snapshots[name] - m, dims=1)
-            drawn[name] = m + math.sqrt(self.scale) * (v.sqrt() * noise(seed, index, name, m) + low_rank)
+            drawn[name] = m + math.sqrt(self.scale) * (v.sqrt() * noise(seed, index, name, m, sampling) + low_rank)
         return drawn
 
 

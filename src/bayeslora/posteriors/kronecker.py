@@ -14,7 +14,7 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.origin import Origin
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Posterior, noise
+from bayeslora.posteriors.base import Posterior, Sampling, noise
 
 
 @final
@@ -67,12 +67,12 @@ class KroneckerGaussian(Posterior):
         """No limit."""
         return None
 
-    def draw(self, index: int, seed: int = 0) -> Params:
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + strength ⊙ (G ⊗ X + λI)^(−1/2) ε."""
         drawn = dict(self.mean)
         for name, factor in self.strength.items():
             m = self.mean[name]
-            spread = self.multiply(name, _as_matrix(noise(seed, index, name, m)), torch.rsqrt)
+            spread = self.multiply(name, _as_matrix(noise(seed, index, name, m, sampling)), torch.rsqrt)
             drawn[name] = m + factor * spread.view_as(m)
         return drawn
 

@@ -1,0 +1,111 @@
+"""Which draws to take, and in what order the error is looked at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final, get_args
+
+from bayeslora.errors import InputError
+from bayeslora.operations import draw_count
+from bayeslora.posteriors import Mixture, Posterior, Sampling, Scaled
+
+
+@final
+@dataclass(frozen=True)
+class Draws:
+    """Which draws to take.
+
+    Attributes:
+        count: Largest number S.
+        seed: Which stream.
+        sampling: How they belong together.
+        tolerance: Standard error at which an example takes no more; None for S draws of each.
+        fewest: Draws before the first look at the error.
+        mean: Whether the mean is asked for too.
+        unit: Number of draws that cannot be parted: one of each member, or an antithetic pair of each.
+    """
+
+    count: int
+    seed: int
+    sampling: Sampling
+    tolerance: float | None
+    fewest: int
+    mean: bool
+    unit: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        posterior: Posterior,
+        draws: int,
+        seed: int,
+        sampling: Sampling,
+        tolerance: float | None,
+        fewest: int,
+        mean: bool,
+    ) -> Draws:
+        """Return what serves a request for draws from a posterior.
+
+        Args:
+            posterior: The posterior.
+            draws: Number asked for.
+            seed: Which stream.
+            sampling: How they belong together.
+            tolerance: Standard error at which an example takes no more; None for all of them.
+            fewest: Draws before the first look at the error.
+            mean: Whether the mean is asked for too.
+
+        Returns:
+            The draws to take.
+
+        Raises:
+            InputError: If a number makes no sense.
+        """
+        if sampling not in get_args(Sampling):
+            raise InputError(f"sampling must be one of {', '.join(get_args(Sampling))}, and it is {sampling!r}")
+        if tolerance is not None and not 0 < tolerance < math.inf:
+            raise InputError(f"tolerance must be finite and positive, and it is {tolerance}")
+        if fewest < 2:
+            raise InputError(f"fewest_draws must be at least 2, for one draw has no error, and it is {fewest}")
+        count, inner = draw_count(posterior, draws), posterior
+        while isinstance(inner, Scaled):
+            inner = inner.posterior
+        unit = len(inner.members) if isinstance(inner, Mixture) else 1
+        if sampling == "antithetic" and posterior.distinct is None:
+            unit *= 2
+            count = -(-count // unit) * unit
+        return cls(count, seed, sampling, tolerance, fewest, mean, unit)
+
+    @property
+    def paired(self) -> bool:
+        """Whether draws come in antithetic pairs."""
+        return self.sampling == "antithetic"
+
+    def rounds(self) -> list[range]:
+        """Return the numbers of the draws between two looks at the error, half as many again each time."""
+        if self.tolerance is None:
+            return [range(self.count)]
+        found, last = [], 0
+        while last < self.count:
+            more = max(self.unit, self.fewest if last == 0 else last // 2)
+            found.append(range(last, min(self.count, last + -(-more // self.unit) * self.unit)))
+            last = found[-1].stop
+        return found
+
+
+def members_of(posterior: Posterior, count: int) -> tuple[int, ...] | None:
+    """Return the mixture's member of each draw.
+
+    Args:
+        posterior: The posterior.
+        count: Number of draws.
+
+    Returns:
+        One number for each draw; None for no mixture.
+    """
+    if isinstance(posterior, Scaled):
+        return members_of(posterior.posterior, count)
+    if not isinstance(posterior, Mixture):
+        return None
+    return tuple(k % len(posterior.members) for k in range(count))

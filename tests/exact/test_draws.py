@@ -1,0 +1,184 @@
+"""How draws of a stream belong together, and how many of them an example takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, diagonal, dropout, low_rank, vector
+from tiny import make_model, make_split
+from torch.quasirandom import SobolEngine
+
+from bayeslora.engine import predict
+from bayeslora.engine.draws import Draws
+from bayeslora.errors import InputError
+from bayeslora.operations import tempered
+from bayeslora.params import read
+from bayeslora.posteriors import DiagonalGaussian, Mixture, Point, Scaled
+from bayeslora.posteriors.base import _sobol_digits, noise, uniform
+
+LIKE = torch.empty(4, 6)
+GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]
+
+
+def wide(model: Any) -> DiagonalGaussian:
+    mean = read(model)
+    return DiagonalGaussian(mean, {name: torch.full_like(value, 0.02) for name, value in mean.items()})
+
+
+@pytest.mark.parametrize("sampling", ["antithetic", "sobol"])
+@pytest.mark.parametrize("index", [0, 3])
+def test_each_number_of_a_draw_is_standard_normal_over_the_seeds(sampling: Any, index: int) -> None:
+    # 4,000 seeds; every moment is within 5 of its own deviations
+    found = torch.stack([noise(seed, index, "x", LIKE, sampling) for seed in range(4000)]).double()
+    assert float(found.mean(0).abs().max()) < 5 / math.sqrt(4000)
+    assert float((found.var(0) - 1).abs().max()) < 5 * math.sqrt(2 / 4000)
+    assert float((found.pow(4).mean(0) - 3).abs().max()) < 5 * math.sqrt(96 / 4000)
+
+
+def test_each_number_of_a_draw_is_uniform_over_the_seeds() -> None:
+    for sampling in ("antithetic", "sobol"):
+        found = torch.stack([uniform(seed, 1, "x", LIKE, sampling) for seed in range(4000)]).double()
+        assert float((found.mean(0) - 0.5).abs().max()) < 5 / math.sqrt(12 * 4000)
+        assert float(found.min()) >= 0
+        assert float(found.max()) <= 1
+
+
+@pytest.mark.parametrize("family", GAUSSIAN)
+def test_an_odd_antithetic_draw_mirrors_the_one_before_it(family: str) -> None:
+    posterior = FAMILIES[family]()
+    step = 2 if family == "mixture" else 1  # a mixture's draws go round its members
+    for k in range(step):
+        member = posterior.members[k] if isinstance(posterior, Mixture) else posterior
+        first, second = (vector(posterior.draw(n, 7, "antithetic")) for n in (k, k + step))
+        torch.testing.assert_close((first + second) / 2, vector(member.mean))
+        assert torch.equal(first, vector(posterior.draw(k, 7)))
+
+
+def test_antithetic_masks_of_dropout_are_taken_from_both_ends() -> None:
+    u, v = (uniform(0, k, "x", LIKE, "antithetic") for k in (0, 1))
+    torch.testing.assert_close(u + v, torch.ones_like(u))
+    assert not torch.equal(vector(dropout().draw(0, 0, "antithetic")), vector(dropout().draw(1, 0, "antithetic")))
+
+
+def test_sobol_points_are_those_of_torch() -> None:
+    wanted = SobolEngine(5).draw(9, dtype=torch.float64)
+    assert torch.equal(torch.stack([_sobol_digits(k, 5) for k in range(9)]).double() / 2**30, wanted)
+
+
+def test_sobol_draws_fill_every_stratum_of_every_number_once() -> None:
+    found = torch.stack([uniform(3, k, "x", LIKE, "sobol") for k in range(16)])
+    strata = (found * 16).long().sort(0).values
+    assert torch.equal(strata, torch.arange(16)[:, None, None].expand(16, *LIKE.shape))
+
+
+def test_a_parameter_with_more_numbers_than_sobols_dimensions_is_served() -> None:
+    like = torch.empty(3, SobolEngine.MAXDIM)
+    one, other = noise(0, 0, "x", like, "sobol"), noise(0, 1, "x", like, "sobol")
+    assert bool((one[0] != one[1]).any())
+    correlation = (one.flatten() @ other.flatten()) / one.numel()
+    assert float(correlation) < 0  # the second point is in the other half of every number
+
+
+@pytest.mark.parametrize("make", [diagonal, low_rank])
+def test_averages_of_smooth_functions_need_fewer_draws(make: Any) -> None:
+    posterior = make()
+    rng = torch.Generator().manual_seed(0)
+    direction = torch.randn(len(vector(posterior.mean)), generator=rng).double()
+
+    def spread(sampling: Any) -> float:
+        """Deviation over 60 streams of the average of exp(a·θ/20) over eight draws."""
+        found = [
+            torch.stack([(direction @ vector(posterior.draw(k, seed, sampling)) / 20).exp() for k in range(8)]).mean()
+            for seed in range(60)
+        ]
+        return float(torch.stack(found).std())
+
+    plain = spread("independent")
+    assert spread("antithetic") < 0.7 * plain
+    assert spread("sobol") < 0.7 * plain
+
+
+def test_examples_stop_when_their_error_is_small_enough(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 13, 2, classes=False, readout="likelihood")
+    posterior = wide(model)
+    full = predict(model, posterior, split, 40, seed=2, tokenizer=tokenizer)
+    tolerance = float(full.monte_carlo_error.median()) * 2
+    found = predict(model, posterior, split, 40, seed=2, tolerance=tolerance, tokenizer=tokenizer)
+    taken = found.draws_taken
+    assert int(taken.min()) < int(taken.max()) <= 40
+    assert found.draws == int(taken.max())
+    assert bool(((found.monte_carlo_error <= tolerance) | (taken == 40)).all())
+    for n, count in enumerate(taken.tolist()):
+        torch.testing.assert_close(found.log_probs[:count, n], full.log_probs[:count, n], rtol=0, atol=2e-5)
+        assert bool((found.log_probs[count:, n] == -math.inf).all())
+    torch.testing.assert_close(found.mean_log_probs, full.mean_log_probs, rtol=0, atol=2e-5)
+    again = predict(model, posterior, split, 40, seed=2, tolerance=tolerance, tokenizer=tokenizer, token_budget=70)
+    assert torch.equal(again.draws_taken, taken)
+
+
+@pytest.mark.parametrize("sampling", ["independent", "antithetic"])
+def test_members_of_a_mixture_get_equally_many_draws_of_every_example(sampling: Any, tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
+    posterior = Mixture(tuple(tempered(wide(model), t) for t in (1.0, 0.5, 0.1)))
+    found = predict(model, posterior, split, 30, tolerance=0.01, sampling=sampling, tokenizer=tokenizer)
+    unit = 6 if sampling == "antithetic" else 3
+    assert all(count % unit == 0 for count in found.draws_taken.tolist())
+    assert int(found.draws_taken.min()) < 30
+
+
+def test_scaled_posteriors_stop_by_the_error_of_the_scaled_probabilities(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
+    flat = {f"{of}.{part}": torch.tensor([1e-4 if part == "weight" else 0.0]) for of in ("draws", "mean")
+            for part in ("weight", "bias")}  # fmt: skip
+    found = predict(model, Scaled(wide(model), flat), split, 30, tolerance=0.005, tokenizer=tokenizer)
+    assert found.draws_taken.tolist() == [4] * 9
+    torch.testing.assert_close(found.probs.amax(-1) * (found.probs > 0).sum(-1), torch.ones(9), atol=1e-2, rtol=0)
+
+
+def test_a_point_and_an_ensemble_of_points_have_no_monte_carlo_error(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
+    mean = read(model)
+    other = {name: value + 0.1 for name, value in mean.items()}
+    for posterior in (Point(mean), Mixture((Point(mean), Point(other)))):
+        found = predict(model, posterior, split, 10, tolerance=1e-3, sampling="antithetic", tokenizer=tokenizer)
+        assert found.monte_carlo_error.tolist() == [0.0] * 5
+        assert found.draws == len(getattr(posterior, "members", (0,)))
+
+
+def test_without_the_mean_there_is_one_pass_less(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
+    full = predict(model, wide(model), split, 3, tokenizer=tokenizer, stack=False)
+    found = predict(model, wide(model), split, 3, tokenizer=tokenizer, stack=False, mean=False)
+    assert found.mean_log_probs is None
+    assert torch.equal(found.log_probs, full.log_probs)
+
+
+def test_antithetic_draws_come_in_pairs() -> None:
+    assert Draws.of(diagonal(), 5, 0, "antithetic", None, 4, True).count == 6
+    assert Draws.of(Mixture((diagonal(), low_rank())), 5, 0, "antithetic", None, 4, True).count == 8
+    assert Draws.of(diagonal(), 5, 0, "sobol", None, 4, True).count == 5
+
+
+def test_rounds_grow_by_half_and_end_at_the_largest_number() -> None:
+    rounds = Draws.of(diagonal(), 30, 0, "independent", 0.01, 4, True).rounds()
+    assert [r.stop for r in rounds] == [4, 6, 9, 13, 19, 28, 30]
+    assert [r.start for r in rounds] == [0, *(r.stop for r in rounds[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tolerance": 0.0}, "tolerance must be finite and positive"),
+        ({"tolerance": math.nan}, "tolerance must be finite and positive"),
+        ({"fewest": 1}, "fewest_draws must be at least 2"),
+        ({"sampling": "latin"}, "sampling must be one of independent, antithetic, sobol"),
+        ({"draws": 0}, "draws must be at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
+    usual = {"draws": 5, "seed": 0, "sampling": "independent", "tolerance": None, "fewest": 4, "mean": True}
+    with pytest.raises(InputError, match=said):
+        Draws.of(diagonal(), **(usual | settings))
