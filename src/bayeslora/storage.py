@@ -33,6 +33,7 @@ from bayeslora.posteriors import (
     Mixture,
     Point,
     Posterior,
+    Sampling,
     Scaled,
     TokenDropout,
 )
@@ -123,7 +124,9 @@ def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
     return Point(_read_tensors(folder / _ADAPTER), origin)
 
 
-def export_draws(posterior: Posterior, folder: str | Path, draws: int, *, seed: int = 0) -> list[Path]:
+def export_draws(
+    posterior: Posterior, folder: str | Path, draws: int, *, seed: int = 0, sampling: Sampling = "independent"
+) -> list[Path]:
     """Write draws as plain PEFT adapters, for any tool that reads them.
 
     Args:
@@ -131,6 +134,7 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int, *, seed: 
         folder: Where to; it gets a sub-folder ``draw-000`` … for each draw.
         draws: How many; see `bayeslora.operations.draw_count`.
         seed: Which stream of draws.
+        sampling: How the draws belong together.
 
     Returns:
         The adapters' folders.
@@ -140,7 +144,7 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int, *, seed: 
     with appearing(target) as work:
         for k, name in enumerate(names):
             (work / name).mkdir()
-            _write_adapter(posterior.draw(k, seed), _origin(posterior), work / name)
+            _write_adapter(posterior.draw(k, seed, sampling), _origin(posterior), work / name)
     return [target / name for name in names]
 
 

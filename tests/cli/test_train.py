@@ -88,9 +88,38 @@ def test_predict_returns_each_row_with_its_answer_and_needs_no_training_data(bay
         assert sum(answer["probs"].values()) == pytest.approx(1, abs=1e-5)
         assert answer["answer"] == max(answer["probs"], key=answer["probs"].get)
         assert answer["confidence"] == pytest.approx(max(answer["probs"].values()))
-        assert {"entropy", "mutual_information", "disagreement"} <= answer.keys()
+        assert {"entropy", "mutual_information", "disagreement", "draws", "monte_carlo_error"} <= answer.keys()
     monkeypatch.setattr(sys, "stdin", io.StringIO(path.read_text()))
     assert lines(bay("predict", moved).out) == answers
+
+
+def test_predict_takes_as_many_draws_as_the_stated_error_needs(bay, swag_run, tmp_path):
+    path = write_rows(tmp_path / "new.jsonl", question_rows("new", 8, 5))
+    words = ["--draws", "40", "--sampling", "antithetic", "--fewest-draws", "4"]
+    exact = lines(bay("predict", swag_run, "--input", path, *words).out)
+    assert {row["draws"] for row in exact} == {40}
+    enough = sorted(row["monte_carlo_error"] for row in exact)[4] * 2
+    said = bay("predict", swag_run, "--input", path, *words, "--tolerance", f"{enough:.6f}")
+    assert said.status == 0, said.err
+    answers = lines(said.out)
+    assert min(row["draws"] for row in answers) < 40
+    assert all(row["monte_carlo_error"] <= enough + 1e-6 or row["draws"] == 40 for row in answers)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tolerance", "-1"], "tolerance"),
+        (["--fewest-draws", "1"], "fewest-draws"),
+        (["--sampling", "latin"], "antithetic"),
+    ],
+)
+def test_numbers_of_draws_that_make_no_sense_are_refused(bay, swag_run, tmp_path, words, told):
+    path = write_rows(tmp_path / "new.jsonl", question_rows("new", 2, 5))
+    said = bay("predict", swag_run, "--input", path, *words)
+    assert said.status != 0
+    assert told in said.err
+    assert "Traceback" not in said.err
 
 
 def test_predict_writes_csv_and_does_not_touch_a_field_of_the_rows_own(bay, bert_run, tmp_path):

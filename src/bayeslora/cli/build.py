@@ -12,11 +12,14 @@ import torch
 
 from bayeslora.cli.options import AdapterOptions, ModelOptions, ShapeOptions, TrainingOptions
 from bayeslora.cli.parse import fits, in_words, meant
+from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods import METHODS, Ensemble, Method
 from bayeslora.models import adapter_of, load_model
 from bayeslora.operations import pruned, restricted, tempered
 from bayeslora.posteriors import Posterior
+from bayeslora.prediction import Prediction
+from bayeslora.tasks.types import Split
 
 
 def build_model(
@@ -207,3 +210,34 @@ def shaped(posterior: Posterior, options: ShapeOptions) -> Posterior:
     if options.last_layers:
         posterior = restricted(posterior, options.last_layers)
     return posterior if options.temperature == 1 else tempered(posterior, options.temperature)
+
+
+def predicted(
+    model: Any, tokenizer: Any, posterior: Posterior, split: Split, options: Any, progress: bool
+) -> Prediction:
+    """Return the prediction that the options ask for.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        posterior: The posterior, already shaped.
+        split: The examples.
+        options: `DrawOptions`, `ShapeOptions` and `EnoughOptions` in one.
+        progress: Whether to show a bar.
+
+    Returns:
+        The prediction.
+    """
+    return predict(
+        model,
+        posterior,
+        split,
+        options.draws,
+        seed=options.draw_seed,
+        sampling=options.sampling,
+        tolerance=options.tolerance or None,
+        fewest_draws=options.fewest_draws,
+        tokenizer=tokenizer,
+        token_budget=options.token_budget,
+        progress=progress,
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import DrawOptions, EnoughOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
 from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
 from bayeslora.errors import InputError
 
@@ -20,7 +20,7 @@ Model, task and draws are those of the run unless others are given."""
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EnoughOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -47,11 +47,10 @@ def run(options: Options) -> None:
     if options.json and Path(options.json).exists() and not options.overwrite:
         raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
     folder, name = run_folder(Path(options.run)), posterior_name(options.run)
-    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.build import model_for, predicted, shaped
     from bayeslora.cli.data import other_splits, test_of
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
-    from bayeslora.engine import predict
     from bayeslora.evaluation import evaluate
     from bayeslora.storage import load_posterior
 
@@ -63,16 +62,7 @@ def run(options: Options) -> None:
         others = other_splits(options.ood, tasks, test, options.ood_rows)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), test.classes)
         found = {
-            key: predict(
-                model,
-                posterior,
-                split,
-                options.draws,
-                seed=options.draw_seed,
-                tokenizer=tokenizer,
-                token_budget=options.token_budget,
-                progress=watched(),
-            )
+            key: predicted(model, tokenizer, posterior, split, options, watched())
             for key, split in {"": test, **others}.items()
         }
         prediction = found.pop("")

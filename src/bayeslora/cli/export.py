@@ -51,5 +51,5 @@ def run(options: Options) -> None:
             Point(posterior.mean, posterior.origin).save_pretrained(out)
             print(out)
             return
-        paths = export_draws(posterior, out, options.draws, seed=options.draw_seed)
+        paths = export_draws(posterior, out, options.draws, seed=options.draw_seed, sampling=options.sampling)
     print("\n".join(map(str, paths)))

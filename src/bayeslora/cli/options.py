@@ -13,6 +13,7 @@ LEAST: dict[str, float] = {
     "accumulation": 1, "learning_rate": 0, "swag_learning_rate": 0, "weight_decay": 0, "warmup": 0, "save_steps": 0,
     "temperature": 0, "prune": 0, "last_layers": 0, "few_shot": 0, "max_length": 0, "train_rows": 0, "test_rows": 0,
     "validation": 0, "bins": 1, "resamples": 0, "swag_share": 0, "seed": 0, "task_seed": 0, "draw_seed": 0, "seeds": 0,
+    "tolerance": 0, "fewest_draws": 2,
 }  # fmt: skip
 """The least value of each number; those that are shares also have 1 as their greatest."""
 SHARES = ("prune", "dropout")
@@ -104,10 +105,23 @@ class DrawOptions:
 
 
 @dataclass(kw_only=True)
+class EnoughOptions:
+    """When an example has enough draws."""
+
+    tolerance: float = option(
+        0.0, "Stop drawing for an example once the standard error of its probabilities is at most this; 0: never."
+    )
+    fewest_draws: int = option(4, "Draws of each example before the first look at the error.")
+
+
+@dataclass(kw_only=True)
 class ShapeOptions:
     """Which draws, and from what is made of the posterior."""
 
     draw_seed: int = option(0, "Which stream of draws.")
+    sampling: Literal["independent", "antithetic", "sobol"] = option(
+        "independent", "How the draws belong together; antithetic and sobol need fewer for the same answer."
+    )
     temperature: float = option(1.0, "Factor on the posterior's covariance; 0: the mean.")
     prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.")
     last_layers: int = option(0, "Keep the noise in that many last layers only; 0: in all.")

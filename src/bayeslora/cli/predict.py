@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import DrawOptions, EnoughOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
 from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
 
@@ -25,12 +25,13 @@ EXAMPLES = """examples:
   bayeslora predict run --input new.jsonl --output answers.jsonl
   echo '{"question": "What do plants breathe in?", "choices": ["carbon dioxide", "gold"]}' | bayeslora predict run
 
-Each row comes back with: answer, confidence, probs, entropy, mutual_information (what more data could tell; nats) and
-disagreement (share of draws with another answer). The data that the run was trained on are not needed."""
+Each row comes back with: answer, confidence, probs, entropy, mutual_information (what more data could tell; nats),
+disagreement (share of draws with another answer), draws (how many were taken) and monte_carlo_error (how far the
+probabilities may be off for want of more). The data that the run was trained on are not needed."""
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EnoughOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -52,10 +53,9 @@ def run(options: Options) -> None:
         raise InputError("name what to predict with: bayeslora predict RUN --input FILE")
     target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
     name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.build import model_for, predicted, shaped
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say, watched
-    from bayeslora.engine import predict
     from bayeslora.storage import load_posterior
     from bayeslora.tasks import read_rows
 
@@ -66,16 +66,7 @@ def run(options: Options) -> None:
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
         split = _split(rows, options)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), split.classes)
-        prediction = predict(
-            model,
-            posterior,
-            split,
-            options.draws,
-            seed=options.draw_seed,
-            tokenizer=tokenizer,
-            token_budget=options.token_budget,
-            progress=watched(),
-        )
+        prediction = predicted(model, tokenizer, posterior, split, options, watched())
         if prediction.truncated:
             say(
                 f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning"
@@ -103,13 +94,16 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
         The row's own fields, then the answer's; where rows have a field of the same name, as data with an ``answer``
         do, the new one is called ``predicted_`` and that name.
     """
-    taken = {key for row in rows for key in row}
+    own = {key for row in rows for key in row}
     scores = {
         "confidence": prediction.confidence,
         "entropy": prediction.entropy,
         "mutual_information": prediction.mutual_information,
         "disagreement": prediction.disagreement,
     }
+    if prediction.monte_carlo_error is not None:
+        scores["monte_carlo_error"] = prediction.monte_carlo_error
+    counts = prediction.draws_taken.tolist()
     every, answers = prediction.probs, prediction.answer
     found = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
@@ -117,9 +111,10 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
         new = {
             "answer": example.choices[int(answers[i])],
             **{name: round(float(values[i]), 6) for name, values in scores.items()},
+            "draws": counts[i],
             "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
         }
-        found.append({**row, **{f"predicted_{k}" if k in taken else k: v for k, v in new.items()}})
+        found.append({**row, **{f"predicted_{k}" if k in own else k: v for k, v in new.items()}})
     return found
 
 
