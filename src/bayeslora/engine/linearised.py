@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.curvature import differentiated, linear_sites
-from bayeslora.engine.readouts import Batch
+from bayeslora.engine.batches import Batch
 from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.tasks.types import Split

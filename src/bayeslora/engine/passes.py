@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
+from bayeslora.engine import prefix
+from bayeslora.engine.batches import Batch, repeated
 from bayeslora.engine.encode import Encoded
-from bayeslora.engine.readouts import Batch, Readout, repeated
+from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
+from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora
 
 logger = logging.getLogger(__name__)
 
+_CLOSE = 0.05
+"""Largest difference of a log-probability, in deviations of them all, that is taken for rounding."""
 _PART = 4
 """The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
 
@@ -37,6 +42,8 @@ class Passes:
         token_budget: Most tokens of a batch, over all draws in it.
         done: Told how many examples have passed, each counted once for every draw.
         stack: Whether several draws may share a pass, where the model allows it.
+        share_prefix: Whether a beginning that all prompts have in common may be run by itself, where the model allows
+            it.
     """
 
     model: nn.Module
@@ -46,6 +53,7 @@ class Passes:
     token_budget: int
     done: Callable[[int], object]
     stack: bool = True
+    share_prefix: bool = True
 
     @torch.inference_mode()
     def run(
@@ -64,10 +72,11 @@ class Passes:
         Raises:
             InputError: If a single example under a single draw does not fit into memory.
         """
-        chosen = list(range(len(self.rows)) if examples is None else examples)
-        found = torch.full((count, len(chosen), self.classes), -torch.inf)
-        lengths = [self.readout.length(self.rows[i]) for i in chosen]
+        numbers = list(range(len(self.rows)) if examples is None else examples)
+        found = torch.full((count, len(numbers), self.classes), -torch.inf)
         most = self._most(draw(0)) if self.stack else 1
+        beginning = self._beginning([self.rows[i] for i in numbers])
+        lengths = [self.readout.length(self.rows[i]) - len(beginning) + len(beginning) // 2 for i in numbers]
         for start in range(0, count, most):
             drawn = [draw(k) for k in range(start, min(start + most, count))]
             names = differing(drawn)
@@ -76,15 +85,21 @@ class Passes:
             for width, batches in schedule(lengths, self.token_budget, together).items():
                 for at in range(0, len(drawn), width):
                     part = drawn[at : at + width]
-                    self._fill(found[start + at :][: len(part)], part, chosen, batches, share)
+                    places = [[numbers[p] for p in group] for group in batches]
+                    job = _Job(part, beginning, share, dict(zip(numbers, range(len(numbers)), strict=True)))
+                    self._fill(job, found[start + at :][: len(part)], places)
         return found
 
-    def _stacks(self, names: frozenset[str], *, share: bool) -> bool:
-        """Say whether draws that differ in some parameters can be stacked, by trying it on the first few tokens."""
-        few = [
-            Encoded(row.prompt[: 5 + 3 * k], tuple(a[:2] for a in row.answers), row.label)
+    def _few(self) -> list[Encoded]:
+        """Return beginnings of a few examples, to try things on."""
+        return [
+            replace(row, prompt=row.prompt[: 6 + 3 * k], answers=tuple(a[:2] for a in row.answers))
             for k, row in enumerate(self.rows[:3])
         ]
+
+    def _stacks(self, names: frozenset[str], *, share: bool) -> bool:
+        """Say whether draws that differ in some parameters can be stacked."""
+        few = self._few()
 
         def answers(count: int, shared: bool) -> Tensor:
             """Return the model's answers as it is."""
@@ -92,46 +107,83 @@ class Passes:
 
         return stacks(self.model, names, answers, (self.readout.name, self.readout.shared), share=share)
 
+    def _beginning(self, rows: Sequence[Encoded]) -> tuple[int, ...]:
+        """Return what all prompts begin with, if it is long and the model can go on from it."""
+        tokens = () if self.readout.name == "head" or not self.share_prefix else prefix.common(rows)
+
+        def goes_on() -> bool:
+            """Compare going on from four tokens with whole prompts."""
+            few = [replace(row, prompt=tokens[: len(row.prompt)]) for row in self._few()]
+            kept = prefix.run(self.model, tokens[:4], 1)
+            whole = self._log_probs(few, 1, False)
+            there = torch.isfinite(whole)
+            gap = (self._log_probs(prefix.without(few, 4), 1, False, kept) - whole)[there].abs().max()
+            return kept is not None and bool(gap <= _CLOSE * whole[there].std())
+
+        key = ("prefix", self.readout.name, self.readout.shared)
+        worthwhile = len(tokens) >= prefix.WORTHWHILE
+        return tokens if worthwhile and tried(self.model, key, goes_on) else ()
+
     def _most(self, drawn: Params) -> int:
         """Return how many draws may be stacked at once."""
         one = sum(p.numel() for p in drawn.values()) * 4
         return max(1, sum(p.numel() * p.element_size() for p in self.model.parameters()) // (_PART * one))
 
-    def _fill(
-        self, found: Tensor, drawn: list[Params], chosen: list[int], batches: list[list[int]], share: bool
-    ) -> None:
-        """Write the answers to batches of places into their columns; a batch too large for memory is halved."""
-        short = []
-        with stacked(self.model, drawn, share=share):
-            for places in batches:
+    def _fill(self, job: _Job, found: Tensor, batches: list[list[int]]) -> None:
+        """Write the answers to batches of examples into their columns; a batch too large for memory is halved."""
+        short, count = [], len(job.drawn)
+        with stacked(self.model, job.drawn, share=job.share):
+            kept = prefix.run(self.model, job.beginning, 1 if job.share else count) if job.beginning else None
+            for examples in batches:
+                rows = prefix.without([self.rows[i] for i in examples], len(job.beginning))
                 try:
-                    log_p = self._log_probs([self.rows[chosen[p]] for p in places], len(drawn), share)
+                    log_p = self._log_probs(rows, count, job.share, kept)
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
                         raise
-                    short.append(places)
+                    short.append(examples)
                     continue
-                found[:, places, : log_p.shape[-1]] = log_p
-                self.done(len(places) * len(drawn))
-        for places in short:
+                found[:, [job.column[i] for i in examples], : log_p.shape[-1]] = log_p
+                self.done(len(examples) * count)
+        for examples in short:
             clear_device_cache(garbage_collection=True)
-            size, count = len(places), len(drawn)
+            size = len(examples)
             if size == count == 1:
-                length = self.readout.length(self.rows[chosen[places[0]]])
-                raise InputError(f"example {chosen[places[0]]} has {length} tokens and does not fit into memory")
+                length = self.readout.length(self.rows[examples[0]])
+                raise InputError(f"example {examples[0]} has {length} tokens and does not fit into memory")
             logger.warning("a batch of %d examples under %d draws does not fit into memory; it is halved", size, count)
             if size > 1:
-                self._fill(found, drawn, chosen, [places[: size // 2], places[size // 2 :]], share)
+                self._fill(job, found, [examples[: size // 2], examples[size // 2 :]])
             else:
                 for part in (slice(0, count // 2), slice(count // 2, count)):
-                    self._fill(found[part], drawn[part], chosen, [places], share)
+                    self._fill(replace(job, drawn=job.drawn[part]), found[part], [examples])
 
-    def _log_probs(self, rows: list[Encoded], count: int, share: bool) -> Float[Tensor, "S B C"]:
-        """Return the answers of one pass."""
+    def _log_probs(self, rows: list[Encoded], count: int, share: bool, kept: Any = None) -> Float[Tensor, "S B C"]:
+        """Return the answers of one pass, which goes on from the prompts' common beginning if that is given."""
         batch = self.readout.collate(rows)
-        batch = repeated(on(batch, device_of(self.model)), count, inputs=not share)
-        log_p: Tensor = require_lora(self.model)(**batch).logits.float().log_softmax(-1)
+        inputs: dict[str, Any] = repeated(on(batch, device_of(self.model)), count, inputs=not share)
+        if kept is not None:
+            inputs = prefix.go_on(inputs, kept, len(inputs["input_ids"]) // (1 if share else count))
+        log_p: Tensor = require_lora(self.model)(**inputs).logits.float().log_softmax(-1)
         return log_p.view(count, len(rows), -1).cpu()
+
+
+@final
+@dataclass(frozen=True)
+class _Job:
+    """What a number of batches have in common.
+
+    Attributes:
+        drawn: The draws that are stacked.
+        beginning: Tokens that all prompts begin with.
+        share: Whether the draws share the layers before the first that differs.
+        column: Column of each example.
+    """
+
+    drawn: list[Params]
+    beginning: tuple[int, ...]
+    share: bool
+    column: dict[int, int]
 
 
 def batched(

@@ -15,21 +15,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bayeslora._typing import Bool, Float
+from bayeslora._typing import Float
+from bayeslora.engine.batches import READ, Batch, choice_batch
 from bayeslora.engine.encode import Encoded, encode, tokenizer_of
+from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, generator, require_lora
 from bayeslora.tasks.types import Split
-
-Batch = dict[str, Tensor]
-_ROWS = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout_shape")
 
 
 @final
@@ -96,7 +94,7 @@ class Readout:
 
         def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             asked.clear()
-            asked.update({key: kwargs.pop(key) for key in _ROWS if key in kwargs})
+            asked.update({key: kwargs.pop(key) for key in READ if key in kwargs})
             for key in ("labels", "shift_labels", "num_items_in_batch"):
                 kwargs.pop(key, None)
             return args, {**kwargs, "use_cache": False}
@@ -164,115 +162,8 @@ def readout_for(model: nn.Module, split: Split, tokenizer: Any = None) -> Readou
             )
     bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
     limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
-    shared = name == "likelihood" and _shares_prompts(peft, base)
+    shared = name == "likelihood" and tried(peft, "branches", lambda: _shares_prompts(peft, base))
     return Readout(name, tokenizer, limit, shared, base.dtype)
-
-
-def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: torch.dtype) -> Batch:
-    """Return the model's inputs for prompts followed by choices, and where the choices' tokens are predicted.
-
-    ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of
-    token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c.
-
-    Args:
-        rows: Encoded examples with answers.
-        padding: Token id to pad with.
-        shared: Whether the choices follow one copy of their prompt; else each has its own.
-        dtype: Dtype of the additive attention mask.
-
-    Returns:
-        The batch.
-    """
-    choices = max(len(row.answers) for row in rows)
-    sequences: list[list[int]] = []
-    segments: list[list[int]] = []
-    positions: list[list[int]] = []
-    keep: list[tuple[int, int]] = []
-    predictions: list[tuple[int, int, int]] = []
-    for b, row in enumerate(rows):
-        own = not shared and any(len(a) > 1 for a in row.answers)
-        for c, answer in enumerate(row.answers):
-            if c == 0 or own:
-                sequences.append(list(row.prompt))
-                segments.append([0] * len(row.prompt))
-                positions.append(list(range(len(row.prompt))))
-                keep.append((len(sequences) - 1, len(row.prompt) - 1))
-                last = len(keep) - 1
-            predictions.append((last, answer[0], b * choices + c))
-            for k, (token, following) in enumerate(pairwise(answer)):
-                sequences[-1].append(token)
-                segments[-1].append(c + 1)
-                positions[-1].append(len(row.prompt) + k)
-                keep.append((len(sequences) - 1, len(sequences[-1]) - 1))
-                predictions.append((len(keep) - 1, following, b * choices + c))
-    longest = max(map(len, sequences))
-    ids = torch.tensor([s + [padding] * (longest - len(s)) for s in sequences])
-    segment = torch.tensor([s + [-1] * (longest - len(s)) for s in segments])
-    row_, token_, slot_ = torch.tensor(predictions).unbind(1)
-    return {
-        "input_ids": ids,
-        "attention_mask": branch_mask(segment, dtype)
-        if shared and bool((segment > 1).any())
-        else (segment >= 0).long(),
-        "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in positions]),
-        "readout_keep": torch.tensor([b * longest + t for b, t in keep]),
-        "readout_row": row_,
-        "readout_token": token_,
-        "readout_slot": slot_,
-        "readout_shape": torch.tensor([len(rows), choices]),
-    }
-
-
-def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
-    """Return a batch that has its rows several times, one copy after the other.
-
-    Args:
-        batch: What `Readout.collate` returns.
-        count: How many times.
-        inputs: Whether the model's inputs are repeated too, or only what is read from its output.
-
-    Returns:
-        The batch; the logits of copy k are rows k·B to (k+1)·B.
-    """
-    if count == 1:
-        return batch
-    found = {
-        key: value.repeat(count, *[1] * (value.ndim - 1)) if inputs else value
-        for key, value in batch.items()
-        if key not in _ROWS
-    }
-    if "readout_keep" in batch:
-        rows, choices = batch["readout_shape"].tolist()
-        steps = {
-            "keep": batch["input_ids"].numel(),
-            "row": len(batch["readout_keep"]),
-            "token": 0,
-            "slot": rows * choices,
-        }
-        for key, step in steps.items():
-            value = batch[f"readout_{key}"]
-            copies = step * torch.arange(count, device=value.device)
-            found[f"readout_{key}"] = (value + copies[:, None]).flatten()
-        found["readout_shape"] = torch.tensor([count * rows, choices])
-    return found
-
-
-def branch_mask(segment: Tensor, dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
-    """Return the additive attention mask of prompts (segment 0) with branches (1, 2, …) and padding (-1).
-
-    Args:
-        segment: Segment of each position [B T].
-        dtype: Dtype of the mask.
-
-    Returns:
-        0 where a position may look: back, at its prompt and its own branch; the dtype's lowest number elsewhere.
-    """
-    length = segment.shape[1]
-    asks, looked = segment[:, :, None], segment[:, None, :]
-    back: Bool[Tensor, "T T"] = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = back & ((looked == 0) | (looked == asks))
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-    return mask[:, None]
 
 
 def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "B C"]:
@@ -309,7 +200,7 @@ def _shares_prompts(peft: nn.Module, base: Any) -> bool:
     with evaluating(peft):
         for shared in (True, False):
             batch = {k: v.to(device) for k, v in choice_batch(rows, 0, shared=shared, dtype=base.dtype).items()}
-            asked = {key: batch.pop(key) for key in _ROWS}
+            asked = {key: batch.pop(key) for key in READ}
             logits = peft(**batch, use_cache=False).logits.flatten(0, -2)[asked["readout_keep"]]
             found.append(logits[asked["readout_row"]].float())
     return bool((found[0] - found[1]).abs().max() <= 0.05 * found[1].std())

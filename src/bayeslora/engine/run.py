@@ -42,6 +42,7 @@ def predict(
     tokenizer: Any = None,
     token_budget: int = TOKEN_BUDGET,
     stack: bool = True,
+    share_prefix: bool = True,
     progress: bool = False,
 ) -> Prediction:
     """Return the predictive distribution of every example: by S draws, and by the posterior's mean in one pass.
@@ -65,6 +66,8 @@ def predict(
             batch.
         stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
             rounding.
+        share_prefix: Whether a beginning that all prompts have in common may be run once for each draw, where the model
+            allows it: the same numbers up to rounding.
         progress: Whether to show a bar with the time left.
 
     Returns:
@@ -92,7 +95,7 @@ def predict(
         readout.attached(model),
         tqdm(total=_passes(posterior, how) * len(rows), desc="predict", unit="row", disable=not progress) as bar,
     ):
-        passes = Passes(model, readout, rows, classes, token_budget, bar.update, stack)
+        passes = Passes(model, readout, rows, classes, token_budget, bar.update, stack, share_prefix)
         log_probs, at_mean = _answers(passes, posterior, how)
     components = members_of(posterior, len(log_probs))
     error = torch.zeros(len(split))

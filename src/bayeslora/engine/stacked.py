@@ -5,7 +5,7 @@ whatever the base is (plain, 8 or 4 bits), so only those two inner layers change
 place of a plain one. What is the same in all draws is computed once where it can be: with noise in the last layers
 only, the layers before them see the batch once.
 
-Whether a model may be treated like this is tried on the model itself, once, on a few tokens.
+Whether a model may be treated like this is tried on the model itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
+from bayeslora.engine.trial import tried
 from bayeslora.params import Params, generator, live, read, require_lora, swapped
 
 _CLOSE = 0.1
@@ -124,7 +124,6 @@ def first_layer(model: nn.Module, names: frozenset[str]) -> tuple[nn.ModuleList,
 
 Answers = Callable[[int, bool], Tensor]
 """Answers to a few examples: the number of stacked draws and whether they share layers go in, [S B C] comes out."""
-_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
 def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hashable, *, share: bool = False) -> bool:
@@ -138,15 +137,11 @@ def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hasha
         share: Whether the layers before them are to see the batch once.
 
     Returns:
-        Whether two random draws, stacked, answer as in two plain passes. It is tried once and kept with the model.
+        Whether two random draws, stacked, answer as in two plain passes.
     """
-    verdicts = _VERDICTS.setdefault(model, {})
-    full = (names, key, share)
-    if full not in verdicts:
-        if share and first_layer(model, names) is None:
-            return False
-        verdicts[full] = _places(model, names) is not None and _same(model, names, answers, share)
-    return verdicts[full]
+    if _places(model, names) is None or (share and first_layer(model, names) is None):
+        return False
+    return tried(model, ("stacked", names, key, share), lambda: _same(model, names, answers, share))
 
 
 def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:
@@ -165,11 +160,8 @@ def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool
     for draw in draws:
         with swapped(model, draw):
             plain.append(answers(1, False)[0])
-    try:
-        with stacked(model, draws, share=share):
-            found = answers(2, share)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False  # the model does something with the shape of its inputs that does not allow it
+    with stacked(model, draws, share=share):
+        found = answers(2, share)
     wanted = torch.stack(plain)
     there = torch.isfinite(wanted)
     apart = (wanted[0] - wanted[1])[there[0]].abs().max()
