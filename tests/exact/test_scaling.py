@@ -61,6 +61,18 @@ def test_vector_scaling_recovers_weights_and_biases(truth: tuple[Tensor, Split])
     assert nll(fitted, rows.labels) <= nll(true, rows.labels)
 
 
+def test_a_temperature_that_the_rows_do_not_bound_is_reported(truth: tuple[Tensor, Split], caplog: Any) -> None:
+    log_p, rows = truth
+    answers = log_p.argmax(-1).tolist()
+    right = replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows.examples, answers, strict=True)))
+    found = Temperature().scaling(Prediction(log_p[None], mean_log_probs=log_p), right)
+    assert float(found["draws.weight"]) == pytest.approx(100, rel=1e-3)
+    assert "do not bound the temperature of the draws, and it is at its limit, 0.01" in caplog.text
+    caplog.clear()
+    Temperature().scaling(Prediction(log_p[None], mean_log_probs=log_p), rows)
+    assert not caplog.text
+
+
 def test_draws_are_scaled_one_by_one_and_have_a_temperature_of_their_own(truth: tuple[Tensor, Split]) -> None:
     log_p, rows = truth
     rng = torch.Generator().manual_seed(1)

@@ -8,6 +8,7 @@ a bias for each class.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
@@ -26,6 +27,8 @@ from bayeslora.posteriors import Point, Posterior, Scaled, scale
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split, Task, labelled
 from bayeslora.uncertainty import average
+
+logger = logging.getLogger(__name__)
 
 _WIDEST = math.log(100.0)
 """Temperatures lie between 1/100 and 100."""
@@ -113,6 +116,12 @@ class Temperature(PostHoc):
         found: Params = {}
         for of, log_probs in (("draws", prediction.log_probs), ("mean", mean[None])):
             weight, bias = torch.tensor([_inverse_temperature(log_probs, rows.labels)]), torch.zeros(1)
+            if abs(math.log(weight)) > 0.99 * _WIDEST:
+                logger.warning(
+                    "Temperature scaling: the %d held-out rows do not bound the temperature of the %s, and it is at its "
+                    "limit, %.3g; too few of them are answered wrongly (or too many). Hold out more rows.",
+                    len(rows), of, 1 / float(weight),
+                )  # fmt: skip
             if self.kind == "vector":
                 weight, bias = _vector(log_probs, rows.labels, float(weight))
             found |= {f"{of}.weight": weight, f"{of}.bias": bias}
