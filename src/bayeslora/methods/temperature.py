@@ -118,8 +118,8 @@ class Temperature(PostHoc):
             weight, bias = torch.tensor([_inverse_temperature(log_probs, rows.labels)]), torch.zeros(1)
             if abs(math.log(weight)) > 0.99 * _WIDEST:
                 logger.warning(
-                    "Temperature scaling: the %d held-out rows do not bound the temperature of the %s, and it is at its "
-                    "limit, %.3g; too few of them are answered wrongly (or too many). Hold out more rows.",
+                    "Temperature scaling: the %d held-out rows do not bound the temperature of the %s, and it is at "
+                    "its limit, %.3g; too few of them are answered wrongly (or too many). Hold out more rows.",
                     len(rows), of, 1 / float(weight),
                 )  # fmt: skip
             if self.kind == "vector":
