@@ -12,6 +12,7 @@ from bayeslora.errors import InputError
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
+    from bayeslora.distillation import distill
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
     from bayeslora.methods import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
+    "distillation": ("distill",),
     "training": ("fit",),
     "methods": (
         "Blob",
@@ -117,6 +119,7 @@ __all__ = [
     "Tfb",
     "TokenDropout",
     "__version__",
+    "distill",
     "evaluate",
     "export_draws",
     "fit",

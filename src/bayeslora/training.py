@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from bayeslora.engine.encode import Encoded
-from bayeslora.engine.readouts import readout_for
+from bayeslora.engine.readouts import Readout, readout_for
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
 from bayeslora.methods.regularisers import answer_loss
@@ -120,12 +120,41 @@ def _run(
         logger.warning("%d of %d training prompts were longer than max_length and lost their beginning", cut, len(rows))
     held_out = readout.encode(task.validation)[0] if task.validation is not None and len(task.validation) else None
     kwargs = method.trainer_kwargs(model, len(rows))
-    stop = _Stop()
-    kwargs["callbacks"] = [*kwargs.get("callbacks", ()), *callbacks, stop]
+    kwargs["callbacks"] = [*kwargs.get("callbacks", ()), *callbacks]
     kwargs.setdefault("compute_loss_func", answer_loss)
-    own = _adapted(args, method, held_out is not None)
+    own = _stopping_early(_adapted(args), method, held_out is not None)
     if task.validation is not None and own.eval_strategy != IntervalStrategy.NO:
         _check_labels(task.validation, "evaluation")
+    run_trainer(model, readout, rows, own, kwargs, held_out=held_out, resume=resume)
+    return method.posterior(model)
+
+
+def run_trainer(
+    model: nn.Module,
+    readout: Readout,
+    rows: Sequence[Encoded],
+    args: TrainingArguments,
+    kwargs: dict[str, Any],
+    *,
+    held_out: Sequence[Encoded] | None = None,
+    resume: bool = False,
+) -> None:
+    """Train with the stock Trainer on encoded examples; Ctrl-C writes a checkpoint and stops.
+
+    Args:
+        model: PEFT model with a LoRA adapter.
+        readout: How answers are read.
+        rows: The training examples.
+        args: Arguments of the Trainer.
+        kwargs: Its other arguments, among them ``compute_loss_func``.
+        held_out: Examples for its evaluation.
+        resume: Whether to go on from the last checkpoint in ``output_dir``, if there is one.
+
+    Raises:
+        Interrupted: After Ctrl-C.
+    """
+    own, stop = _adapted(args), _Stop()
+    kwargs = {**kwargs, "callbacks": [*kwargs.get("callbacks", ()), stop]}
     with readout.attached(model), stop.listening():
         trainer = Trainer(
             model=model,
@@ -139,11 +168,10 @@ def _run(
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {own.output_dir}")
-    return method.posterior(model)
 
 
-def _adapted(args: TrainingArguments, method: Method, held_out: bool) -> TrainingArguments:
-    """Return the arguments with what the readout, the machine and the method need."""
+def _adapted(args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments with what the readout and the machine need."""
     if args.n_gpu > 1:
         raise InputError(
             f"{args.n_gpu} GPUs in one process would split batches that belong together; start with accelerate launch, "
@@ -154,6 +182,11 @@ def _adapted(args: TrainingArguments, method: Method, held_out: bool) -> Trainin
     own.label_names = ["labels"]
     if not torch.cuda.is_available():
         own.dataloader_pin_memory = False
+    return own
+
+
+def _stopping_early(own: TrainingArguments, method: Method, held_out: bool) -> TrainingArguments:
+    """Return the arguments with what early stopping needs, where the method asks for it."""
     if isinstance(method, Map) and method.early_stopping is not None and not own.load_best_model_at_end:
         if not held_out:
             raise InputError("early stopping needs a validation split; load the task with validation=0.1")

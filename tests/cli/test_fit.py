@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from cli_data import POINTS, QUICK
+from cli_data import POINTS, QUICK, question_rows, write_rows
 from peft import LoraConfig, get_peft_model
 from tiny import TARGETS, make_base
 
 from bayeslora.cli import main
 from bayeslora.params import initialise
-from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, Linearised, Scaled
+from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, Linearised, Point, Scaled
 from bayeslora.storage import load_posterior
 
 
@@ -76,3 +76,20 @@ def test_what_cannot_be_fitted_is_refused_in_one_sentence(refused, map_run, home
     said = refused("fit", map_run, "--method", "temperature", "--validation", "0", *out)
     assert "validation" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_posterior_is_distilled_into_one_adapter_that_the_other_verbs_read(bay, refused, swag_run, home, tmp_path):
+    out = tmp_path / "one"
+    rows = [{k: v for k, v in row.items() if k != "label"} for row in question_rows("new", 9, 5)]
+    unlabelled = write_rows(tmp_path / "new.jsonl", rows)
+    words = ["--input", unlabelled, "--draws", "4", "--max-steps", "3", *POINTS, "--out", out]
+    said = bay("distill", swag_run, *words)
+    assert said.status == 0, said.err
+    posterior = load_posterior(out / "posterior")
+    assert isinstance(posterior, Point)
+    assert json.loads((out / "evaluation.json").read_text())["rows"]
+    answers = bay("predict", out, "--input", unlabelled)
+    assert answers.status == 0, answers.err
+    assert len(answers.out.splitlines()) == 9
+    assert "there already" in refused("distill", swag_run, *words)
+    assert "name the posterior" in refused("distill", "--out", tmp_path / "two")

@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": "measure accuracy, calibration and out-of-distribution detection of a posterior",
     "predict": "answer rows of a file or of standard input, with uncertainty",
     "compare": "run several methods on one task and print one table",
+    "distill": "train one plain adapter to answer as the draws do on average",
     "export": "write the mean or draws as plain PEFT adapters",
     "demo": "see over-confidence and its cure, in a few minutes on a CPU",
 }

@@ -1,0 +1,90 @@
+"""``bayeslora distill``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, TaskOptions, TrainingOptions, option, part
+from bayeslora.cli.runs import check_folder, opened, posterior_name
+from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from bayeslora.tasks.types import Split, Task
+
+EXAMPLES = """examples:
+  bayeslora distill run --out one                             from the run's validation rows, else its training rows
+  bayeslora distill run --input unlabelled.jsonl --epochs 5 --out one
+
+The result is an ordinary adapter whose probabilities are close to those of the draws, at the cost of one pass. What the
+draws disagree about (mutual information) is lost. Rows that were not trained on are the better ones to learn from."""
+FREE = ("token_budget", "device", "resamples")
+
+
+@dataclass(kw_only=True)
+class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, ShapeOptions):
+    """Train one plain adapter to answer as a posterior's draws do on average; it is kept in --out with its metrics."""
+
+    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
+    seed: int = option(0, "Seed of the order of the rows.")
+    resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
+    out: str = option("bayeslora-distilled", "Folder for the results.")
+
+
+def run(options: Options) -> None:
+    """Distil, keep the adapter, and measure it on the test split if there is one with labels.
+
+    Args:
+        options: The options.
+
+    Raises:
+        InputError: If there is no posterior, or there are no rows.
+    """
+    if not options.run:
+        raise InputError("name the posterior: bayeslora distill RUN --out FOLDER")
+    out, name = Path(options.out), posterior_name(options.run)
+    check_folder(out, options, resume=False, free=FREE)
+    from bayeslora.cli.build import build_arguments, model_for, shaped
+    from bayeslora.cli.data import build_task, keep_format
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import say
+    from bayeslora.cli.train import measure
+    from bayeslora.distillation import distill
+    from bayeslora.storage import load_posterior
+
+    with own_progress():
+        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
+        task = build_task(part(TaskOptions, options), "train")
+        rows = _rows(task, options)
+        model, tokenizer = model_for(posterior, part(ModelOptions, options), rows.classes)
+        say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
+        with opened(out, options):
+            found = distill(
+                model, posterior, rows, args, options.draws, seed=options.draw_seed, sampling=options.sampling,
+                tokenizer=tokenizer, token_budget=options.token_budget,
+            )  # fmt: skip
+            keep_format(out, rows)
+            found.save_pretrained(out / "posterior")
+        measure(options, model, tokenizer, found, task.test)
+    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --mean")
+
+
+def _rows(task: Task, options: Any) -> Split:
+    """Return the rows to learn from: those of the file, else the validation rows, else the training rows."""
+    from bayeslora.cli.data import split_like
+    from bayeslora.tasks import read_rows
+
+    like = task.train or task.test
+    if options.input:
+        if like is None:
+            raise InputError(f"the task {options.task} has no examples to take the format from")
+        found = split_like(read_rows(options.input), replace(like, name=options.input), part(TaskOptions, options))
+    else:
+        held_out = task.validation if task.validation is not None and len(task.validation) else None
+        if held_out is None and task.train is None:
+            raise InputError("there are no rows to learn from; give --input FILE")
+        found = held_out or task.train  # type: ignore[assignment]
+    return found
