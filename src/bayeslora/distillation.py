@@ -17,7 +17,6 @@ from transformers import TrainingArguments
 
 from bayeslora._typing import Float
 from bayeslora.engine import predict, readout_for
-from bayeslora.engine.run import TOKEN_BUDGET
 from bayeslora.errors import InputError
 from bayeslora.origin import origin_of
 from bayeslora.params import read, write
@@ -36,7 +35,7 @@ def distill(
     seed: int = 0,
     sampling: Sampling = "independent",
     tokenizer: Any = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
 ) -> Point:
     """Return one adapter that answers as the draws do on average.
 
@@ -50,7 +49,7 @@ def distill(
         seed: Which stream of draws.
         sampling: How the draws belong together.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
-        token_budget: Most tokens of a prediction batch.
+        token_budget: Most tokens of a prediction batch; None for what fits.
 
     Returns:
         The adapter, a posterior without spread.

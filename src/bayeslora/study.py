@@ -68,7 +68,7 @@ class Study:
     temperatures: Sequence[float] = ()
     scaling: bool = False
     draws: int = 10
-    token_budget: int = 2048
+    token_budget: int | None = None
     resamples: int = 1000
     bins: int = 15
     report: Callable[[str], None] = print

@@ -11,7 +11,7 @@ import torch
 from tiny import Kind, make_model, make_split, make_task, same_state, state_of
 from torch import Tensor
 
-from bayeslora.engine import predict
+from bayeslora.engine import memory, predict
 from bayeslora.engine.passes import grouped, schedule
 from bayeslora.engine.stacked import StackedLinear, first_layer
 from bayeslora.errors import InputError
@@ -233,6 +233,18 @@ def test_every_example_is_in_one_batch_within_the_budget() -> None:
                 longest = max(lengths[p] for p in group)
                 assert width * len(group) * longest <= 100 or (width == len(group) == 1)
     assert schedule(lengths, 10**6, 10) == {10: [[5, 4, 1, 7, 2, 3, 0, 6]]}
+
+
+def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch: Any) -> None:
+    model = make_model("llama", torch.bfloat16)
+    assert memory.found_budget(model) == 2048
+    monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    one = 2 * (10 * 32 + 3 * 48 + 2 * 32 * 2) + 10 * 80  # bytes of a token
+    for free, wanted in ((2 * 300 * one, 300), (0, 1), (10**12, memory.GPU_BUDGET)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
+        assert memory.found_budget(model) == wanted
 
 
 def test_the_longest_examples_come_first() -> None:

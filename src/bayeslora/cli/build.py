@@ -238,6 +238,6 @@ def predicted(
         tolerance=options.tolerance or None,
         fewest_draws=options.fewest_draws,
         tokenizer=tokenizer,
-        token_budget=options.token_budget,
+        token_budget=options.token_budget or None,
         progress=progress,
     )

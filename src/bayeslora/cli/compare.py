@@ -107,7 +107,7 @@ def run(options: Options) -> None:
             temperatures=options.temperatures,
             scaling=options.temperature_scaling,
             draws=options.draws,
-            token_budget=options.token_budget,
+            token_budget=options.token_budget or None,
             resamples=options.resamples,
             bins=options.bins,
             report=say,

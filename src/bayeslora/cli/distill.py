@@ -64,7 +64,7 @@ def run(options: Options) -> None:
         with opened(out, options):
             found = distill(
                 model, posterior, rows, args, options.draws, seed=options.draw_seed, sampling=options.sampling,
-                tokenizer=tokenizer, token_budget=options.token_budget,
+                tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             keep_format(out, rows)
             found.save_pretrained(out / "posterior")

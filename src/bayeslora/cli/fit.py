@@ -75,5 +75,5 @@ def run(options: Options) -> None:
 def _fitted(method: Any, model: Any, task: Any, start: Any, tokenizer: Any, options: Options) -> Any:
     """Return the posterior around the adapter that the model has, or of the posterior that was given."""
     given = start if start.origin is not None and start.origin.fingerprint else None  # a plain adapter has none
-    budget = options.token_budget
+    budget = options.token_budget or None
     return method.fit(model, task, start=given, tokenizer=tokenizer, seed=options.seed, token_budget=budget)

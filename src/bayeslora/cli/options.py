@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast
 Options = TypeVar("Options")
 
 LEAST: dict[str, float] = {
-    "draws": 1, "token_budget": 1, "rank": 1, "alpha": 0, "dropout": 0, "epochs": 0, "max_steps": 0, "batch_size": 1,
+    "draws": 1, "token_budget": 0, "rank": 1, "alpha": 0, "dropout": 0, "epochs": 0, "max_steps": 0, "batch_size": 1,
     "accumulation": 1, "learning_rate": 0, "swag_learning_rate": 0, "weight_decay": 0, "warmup": 0, "save_steps": 0,
     "temperature": 0, "prune": 0, "last_layers": 0, "few_shot": 0, "max_length": 0, "train_rows": 0, "test_rows": 0,
     "validation": 0, "bins": 1, "resamples": 0, "swag_share": 0, "seed": 0, "task_seed": 0, "draw_seed": 0, "seeds": 0,
@@ -101,7 +101,7 @@ class DrawOptions:
     """Prediction."""
 
     draws: int = option(10, "Draws from the posterior; a mixture's members get equally many.")
-    token_budget: int = option(2048, "Most tokens of a prediction batch.")
+    token_budget: int = option(0, "Most tokens of a prediction batch; 0: what is fast and fits into memory.")
 
 
 @dataclass(kw_only=True)

@@ -117,7 +117,7 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
         test,
         options.draws,
         tokenizer=tokenizer,
-        token_budget=options.token_budget,
+        token_budget=options.token_budget or None,
         progress=watched(),
     )
     result = evaluate(prediction, test, resamples=options.resamples)

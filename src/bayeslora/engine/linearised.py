@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.curvature import differentiated, linear_sites
 from bayeslora.engine.batches import Batch
+from bayeslora.engine.memory import CPU_BUDGET
 from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.tasks.types import Split
@@ -23,17 +24,17 @@ LOGIT_DRAWS = 256
 Gaussian = DiagonalGaussian | KroneckerGaussian
 
 
-def gradient_budget(token_budget: int, split: Split) -> int:
+def gradient_budget(token_budget: int | None, split: Split) -> int:
     """Return the most tokens of a batch that is differentiated: the gradients of all choices are held at once.
 
     Args:
-        token_budget: Most tokens of a batch that is only predicted.
+        token_budget: Most tokens of a batch that is only predicted; None for 2048.
         split: The examples.
 
     Returns:
         The budget divided by the number of choices, at least 1.
     """
-    return max(1, token_budget // max(len(example.choices) for example in split))
+    return max(1, (token_budget or CPU_BUDGET) // max(len(example.choices) for example in split))
 
 
 def logit_moments(

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from bayeslora._typing import Float
 from bayeslora.engine.draws import Draws, members_of
 from bayeslora.engine.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
+from bayeslora.engine.memory import found_budget
 from bayeslora.engine.passes import Passes, batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
@@ -23,9 +24,6 @@ from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Sampling
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 from bayeslora.uncertainty import monte_carlo_error
-
-TOKEN_BUDGET = 2048
-"""Tokens of a batch, padding included, unless the caller says otherwise."""
 
 
 def predict(
@@ -40,7 +38,7 @@ def predict(
     fewest_draws: int = 4,
     mean: bool = True,
     tokenizer: Any = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     stack: bool = True,
     share_prefix: bool = True,
     progress: bool = False,
@@ -63,7 +61,7 @@ def predict(
         mean: Whether to pass the data under the mean too.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
-            batch.
+            batch. None: 2048 on a CPU, and what its free memory allows on a GPU.
         stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
             rounding.
         share_prefix: Whether a beginning that all prompts have in common may be run once for each draw, where the model
@@ -95,7 +93,9 @@ def predict(
         readout.attached(model),
         tqdm(total=_passes(posterior, how) * len(rows), desc="predict", unit="row", disable=not progress) as bar,
     ):
-        passes = Passes(model, readout, rows, classes, token_budget, bar.update, stack, share_prefix)
+        passes = Passes(
+            model, readout, rows, classes, token_budget or found_budget(model), bar.update, stack, share_prefix
+        )
         log_probs, at_mean = _answers(passes, posterior, how)
     components = members_of(posterior, len(log_probs))
     error = torch.zeros(len(split))

@@ -83,7 +83,7 @@ class PostHoc(Method):
         start: Posterior | None = None,
         tokenizer: Any = None,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: int | None = None,
     ) -> Posterior:
         """Return the posterior around an adapter that is trained.
 
@@ -93,7 +93,7 @@ class PostHoc(Method):
             start: The adapter to fit instead, as the mean of a posterior.
             tokenizer: The model's tokenizer; None loads the one that was saved with the model.
             seed: Which stream of random numbers.
-            token_budget: Most tokens of a batch.
+            token_budget: Most tokens of a batch; None for what fits.
 
         Returns:
             The posterior.

@@ -66,7 +66,7 @@ class Isotropic(PostHoc):
         start: Posterior | None = None,
         tokenizer: Any = None,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: int | None = None,
     ) -> DiagonalGaussian:
         """Return the noise around an adapter; see `PostHoc.fit`."""
         self.check(model, task)

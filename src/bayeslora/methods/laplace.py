@@ -122,7 +122,7 @@ class Laplace(PostHoc):
         start: Posterior | None = None,
         tokenizer: Any = None,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: int | None = None,
     ) -> Linearised | KroneckerGaussian | DiagonalGaussian:
         """Return the Gaussian around an adapter; see `PostHoc.fit`.
 

@@ -59,7 +59,7 @@ class McDropout(PostHoc):
         start: Posterior | None = None,
         tokenizer: Any = None,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: int | None = None,
     ) -> TokenDropout | ColumnDropout:
         """Return the adapter with its dropout; see `PostHoc.fit`."""
         self.check(model, task)

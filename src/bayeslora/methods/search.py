@@ -17,7 +17,7 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def draws_nll(
-    model: nn.Module, posterior: Posterior, rows: Split, draws: int, *, tokenizer: Any, seed: int, budget: int
+    model: nn.Module, posterior: Posterior, rows: Split, draws: int, *, tokenizer: Any, seed: int, budget: int | None
 ) -> float:
     """Return the negative log-likelihood of the draws' average probabilities.
 
@@ -28,7 +28,7 @@ def draws_nll(
         draws: Number of draws.
         tokenizer: The model's tokenizer, or None.
         seed: Which stream of draws; the same one makes posteriors comparable.
-        budget: Most tokens of a batch.
+        budget: Most tokens of a batch; None for what fits.
 
     Returns:
         Nats per example; infinite where the draws are not finite.

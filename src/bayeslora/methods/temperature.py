@@ -71,7 +71,7 @@ class Temperature(PostHoc):
         start: Posterior | None = None,
         tokenizer: Any = None,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: int | None = None,
     ) -> Scaled:
         """Return the posterior ``start`` (or the model's adapter) with scaled log-probabilities; see `PostHoc.fit`.
 

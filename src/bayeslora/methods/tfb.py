@@ -91,7 +91,7 @@ class Tfb(PostHoc):
         start: Posterior | None = None,
         tokenizer: Any = None,
         seed: int = 0,
-        token_budget: int = 2048,
+        token_budget: int | None = None,
     ) -> DiagonalGaussian:
         """Return the noisy adapter; see `PostHoc.fit`.
 

@@ -1,0 +1,41 @@
+"""How many tokens a batch may have."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bayeslora.params import device_of, require_lora
+
+CPU_BUDGET = 2048
+"""On a CPU larger batches leave its caches and gain nothing; gradients are computed with as many everywhere."""
+GPU_BUDGET = 32768
+"""On a GPU more tokens at once gain nothing."""
+_SHARE = 0.5
+"""Part of the free memory that a batch may take by the estimate, which is a rough one; what fails is halved."""
+
+
+def found_budget(model: nn.Module) -> int:
+    """Return how many tokens a prediction batch may have on the model's device.
+
+    A token needs, by estimate, ten times the hidden size and three times the inner size of the layers in the model's
+    dtype, its keys and values in every layer, and the logits with their float32 copies.
+
+    Args:
+        model: A PEFT model.
+
+    Returns:
+        Tokens, padding included.
+    """
+    device = device_of(model)
+    if device.type != "cuda":
+        return CPU_BUDGET
+    base = require_lora(model).get_base_model()
+    config = base.config.get_text_config()
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    size = base.dtype.itemsize
+    inside = size * (10 * hidden + 3 * inner + 2 * hidden * config.num_hidden_layers)
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(GPU_BUDGET, int(_SHARE * (free + held)) // (inside + (size + 8) * config.vocab_size)))
