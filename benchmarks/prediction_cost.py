@@ -26,6 +26,7 @@ import bayeslora as bl
 from bayeslora.bootstrap import bootstrap
 from bayeslora.demo_model import demo_model
 from bayeslora.engine.readouts import readout_for
+from bayeslora.methods.regularisers import answer_loss
 from bayeslora.metrics import accuracy, ece, nll
 from bayeslora.params import swapped
 from bayeslora.posteriors import Posterior
@@ -225,7 +226,27 @@ def growth(model: Any, tokenizer: Any, posterior: Posterior, test: Split) -> lis
     return rows
 
 
-SECTIONS = ("draws", "single", "prefix", "quality", "growth")
+def training(model: Any, tokenizer: Any, task: Any, rounds: int) -> list[dict[str, Any]]:
+    """Return the row on a training step, forward and backward, by the forward pass alone."""
+    readout = readout_for(model, task.train, tokenizer)
+    rows, _ = readout.encode(task.train)
+    batch = {k: v.to(model.device) for k, v in readout.collate(rows[:16]).items()}
+    labels = batch.pop("labels")
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(**batch)
+
+    def step() -> None:
+        answer_loss(model(**batch), labels).backward()
+        model.zero_grad()
+
+    with readout.attached(model):
+        took = in_turn({"forward": forward, "step": step}, 3 * rounds)
+    return [row("training step / forward pass", ratio(took, "step", "forward"), 2.5)]
+
+
+SECTIONS = ("draws", "single", "prefix", "quality", "growth", "training")
 
 
 def main() -> None:
@@ -261,6 +282,8 @@ def main() -> None:
                 rows += qualities(model, tokenizer, posterior, task.test)
             case "growth":
                 rows += growth(model, tokenizer, posterior, task.test)
+            case "training":
+                rows += training(model, tokenizer, task, args.rounds)
     finish(rows, args.json)
 
 

@@ -180,10 +180,16 @@ def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "
     size = torch.Size(asked["readout_shape"].tolist())
     values = logits[row, token].float()
     if len(row) > len(torch.unique(slot)):  # some choice has several tokens: normalise each prediction
-        values = values - logits.float().logsumexp(-1)[row]
+        values = values - _log_normaliser(logits)[row]
     filled = torch.zeros(size.numel(), device=values.device).index_add(0, slot, values)
     there = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
     return filled.masked_fill(~there, -torch.inf).view(size)
+
+
+def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:
+    """Return logsumexp over the vocabulary in float32, in blocks whose float32 copies fit a CPU's cache."""
+    size = (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[1]
+    return torch.cat([block.float().logsumexp(-1) for block in logits.split(max(1, size))])
 
 
 @torch.no_grad()
