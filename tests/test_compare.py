@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny import arguments, make_model, make_task
 
 from bayeslora.compare import compare
 from bayeslora.errors import InputError
-from bayeslora.methods import Ensemble, Map, Swag
+from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Tfb
 from bayeslora.storage import load_posterior
 from bayeslora.study import SEED_STRIDE, Study, planned_steps
 from bayeslora.tasks.types import Task
@@ -69,3 +70,34 @@ def test_a_comparison_of_nothing_is_refused(tokenizer, tmp_path):
     untested = study(tokenizer, tmp_path, task=Task("bags", full.train, None, None))
     with pytest.raises(InputError, match="no test examples"):
         compare(untested, {"map": Map()}, [0])
+
+
+def test_a_method_that_cannot_be_fitted_is_reported_and_the_others_are_compared(tokenizer, tmp_path, monkeypatch):
+    fit, seen = Tfb.fit, []
+
+    def failing(self, model, task, *, seed=0, **rest):
+        seen.append(seed)
+        if len(seen) > 1:
+            raise InputError("TFB found no noise that the anchors' loss bears")
+        return fit(self, model, task, seed=seed, **rest)
+
+    monkeypatch.setattr(Tfb, "fit", failing)
+    own = study(tokenizer, tmp_path, max_steps=2)
+    own = replace(own, scaling=True, temperatures=(0.1, 1.0))
+    found = compare(own, {"map": Map(), "tfb": Tfb(sigma=0.01), "isotropic": Isotropic(0.01)}, [0, 1, 2])
+    assert found.failures == {"tfb": {1: "TFB found no noise that the anchors' loss bears"}}
+    assert len(seen) == 2  # not tried again under the third seed
+    assert {name.split()[0] for name in found.predictions} == {"map", "isotropic"}
+    assert all(len(by_seed) == 3 for by_seed in found.predictions.values())
+    assert not any(
+        name.startswith("tfb") for name in (*found.costs, *found.ood, *found.evaluations, *found.temperatures)
+    )
+
+
+def test_a_comparison_in_which_nothing_can_be_fitted_is_refused(tokenizer, tmp_path, monkeypatch):
+    def failing(self, model, task, **rest):
+        raise InputError("the curvature is not finite")
+
+    monkeypatch.setattr(Tfb, "fit", failing)
+    with pytest.raises(InputError, match="no method could be fitted; tfb under seed 3: the curvature is not finite"):
+        compare(study(tokenizer, tmp_path, max_steps=2), {"tfb": Tfb(sigma=0.01)}, [3])

@@ -31,6 +31,7 @@ class Comparison:
         ood: The predictions of each method under each seed on each other data set.
         costs: What each method cost under each seed, as if it shared nothing.
         temperatures: The temperature that was chosen for each ``<name> tuned`` under each seed.
+        failures: Why a method could not be fitted, by seed; it is in none of the others.
     """
 
     evaluations: dict[str, dict[int, Evaluation]] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Comparison:
     ood: dict[str, dict[int, dict[str, Prediction]]] = field(default_factory=dict)
     costs: dict[str, dict[int, Cost]] = field(default_factory=dict)
     temperatures: dict[str, dict[int, float]] = field(default_factory=dict)
+    failures: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -> Comparison:
@@ -49,10 +51,11 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
         seeds: The seeds.
 
     Returns:
-        All evaluations and predictions; the posteriors are in the study's folder.
+        All evaluations and predictions; the posteriors are in the study's folder. A method that could not be fitted
+        under some seed is left out, and the reason is in ``failures``.
 
     Raises:
-        InputError: If there is no method, seed or test split.
+        InputError: If there is no method, seed or test split, or no method could be fitted.
     """
     if not methods or not seeds:
         raise InputError("a comparison needs at least one method and one seed")
@@ -69,7 +72,14 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
     found = Comparison()
     for seed in seeds:
         for name, method in methods.items():
-            posterior, run = posterior_of(study, method, seed)
+            if name in found.failures:
+                continue
+            try:
+                posterior, run = posterior_of(study, method, seed)
+            except InputError as error:
+                study.report(f"seed {seed}: {name} failed: {error}")
+                found.failures[name] = {seed: str(error)}
+                continue
             _measured(study, found, posterior, name, seed, run)
             if study.scaling and not isinstance(posterior, Scaled):
                 _scaled(study, found, posterior, name, seed)
@@ -78,7 +88,20 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
                 tuned = f"{name} tuned"
                 found.temperatures.setdefault(tuned, {})[seed] = best
                 _measured(study, found, tempered(posterior, best), tuned, seed, run)
+    _without_failures(found)
     return found
+
+
+def _without_failures(found: Comparison) -> None:
+    """Take what a method has under some seeds out, if it has nothing under another."""
+    for name in found.failures:
+        for results in (found.evaluations, found.predictions, found.ood, found.costs, found.temperatures):
+            for row in (name, f"{name} + T", f"{name} tuned"):
+                results.pop(row, None)
+    if not found.predictions:
+        name, by_seed = next(iter(found.failures.items()))
+        seed, reason = next(iter(by_seed.items()))
+        raise InputError(f"no method could be fitted; {name} under seed {seed}: {reason}")
 
 
 def _measured(study: Study, found: Comparison, posterior: Posterior, name: str, seed: int, run: Cost) -> None:

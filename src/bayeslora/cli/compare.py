@@ -137,11 +137,17 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
     rows = comparison_rows(found)
     if study.resamples and task.test is not None:
         rows = marked(found, rows, task.test.labels, bins=study.bins, resamples=study.resamples)
-    print(text_table(rows))
-    write_text(out / "results.md", text_table(rows, markdown=True) + "\n")
+    failed = [
+        f"no row for {name}: under seed {seed} {reason}"
+        for name, by_seed in found.failures.items()
+        for seed, reason in by_seed.items()
+    ]
+    print("\n".join([text_table(rows), *failed]))
+    write_text(out / "results.md", "\n\n".join([text_table(rows, markdown=True), *failed]) + "\n")
     numbers: dict[str, Any] = {
         "rows": rows,
         "temperatures": found.temperatures,
+        "failures": found.failures,
         "evaluations": {m: {s: e.to_dict() for s, e in by.items()} for m, by in found.evaluations.items()},
         "train_rows": len(task.train) if task.train is not None else 0,
         "test_rows": len(task.test) if task.test is not None else 0,

@@ -189,7 +189,7 @@ def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "
 def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:
     """Return logsumexp over the vocabulary in float32, in blocks whose float32 copies fit a CPU's cache."""
     size = (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[1]
-    return torch.cat([block.float().logsumexp(-1) for block in logits.split(max(1, size))])
+    return torch.cat([block.float().logsumexp(-1) for block in torch.split(logits, max(1, size))])
 
 
 @torch.no_grad()
