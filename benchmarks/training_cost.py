@@ -1,9 +1,9 @@
 """What a Bayesian method adds to a training step of the stock Trainer, as ratios to AdamW from one run.
 
-The same model, rows and Trainer train with AdamW and with each method, in turn, for several rounds; the figure for time
-is the ratio of the shortest steps over all rounds, for what disturbs a machine only ever lengthens a step. (The median
-over the rounds of the ratio of median steps is printed as well.) Peak memory is that of a process (CPU) or of the
-allocator (GPU) in a run of its own. Rows are random tokens: timings do not depend on their values.
+Every method and AdamW have a Trainer of their own, on copies of one model that share the frozen base, and take turns
+step by step, so that what disturbs the machine disturbs all of them alike. The figure for time is the median over the
+steps of a step's time by the mean of the AdamW steps before and after it. Peak memory is that of a process (CPU) or of
+the allocator (GPU) in a run of its own. Rows are random tokens: timings do not depend on their values.
 
     python benchmarks/training_cost.py --json training_cost.json                     # SmolLM2-135M, CPU
     python benchmarks/training_cost.py --shapes llama-2-7b --batch 8 --tokens 256    # random weights, GPU
@@ -12,11 +12,13 @@ allocator (GPU) in a run of its own. Rows are random tokens: timings do not depe
 from __future__ import annotations
 
 import argparse
+import copy
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -49,21 +51,51 @@ SHAPES = {
 WARM = 2
 
 
-class Clock(TrainerCallback):
-    """Times the steps of a run, from one step's end to the next, so that everything is in."""
+class Turns:
+    """Whose turn it is among several Trainers, each in a thread of its own.
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.last: float | None = None
+    Args:
+        names: The Trainers, in the order of their turns.
+    """
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time since the last step's end."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.last = now
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.at, self.changed = names, 0, threading.Condition()
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.failed: BaseException | None = None
+
+    def callbacks(self, name: str) -> tuple[TrainerCallback, TrainerCallback]:
+        """Return the callback that waits for a turn, to go first, and the one that times the step, to go last."""
+        turns, began = self, [0.0]
+
+        class First(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                with turns.changed:
+                    turns.changed.wait_for(lambda: turns.names[turns.at] == name or turns.failed is not None)
+                if turns.failed is not None:
+                    raise RuntimeError("another run failed")
+                began[0] = now()
+
+        class Last(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                turns.seconds[name].append(now() - began[0])
+                with turns.changed:
+                    turns.at = (turns.at + 1) % len(turns.names)
+                    turns.changed.notify_all()
+
+        return First(), Last()
+
+    def fail(self, error: BaseException) -> None:
+        """Wake the others up: one run has failed."""
+        with self.changed:
+            self.failed = self.failed or error
+            self.changed.notify_all()
+
+
+def now() -> float:
+    """Return the time, when everything before is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -87,9 +119,9 @@ def rows(model: Any, args: argparse.Namespace, steps: int) -> list[dict[str, tor
     return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
 
 
-def train(model: Any, name: str, args: argparse.Namespace) -> list[float]:
-    """Train for some steps and return the seconds of each after the first few."""
-    steps, clock = args.steps + WARM, Clock()
+def train(model: Any, name: str, args: argparse.Namespace, around: tuple[TrainerCallback, ...] = ()) -> None:
+    """Train for some steps; the first of the callbacks goes before the method's own, the others after."""
+    steps = args.steps + WARM
     data = rows(model, args, steps)
     initialise(model, 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,9 +131,33 @@ def train(model: Any, name: str, args: argparse.Namespace) -> list[float]:
             gradient_checkpointing=args.checkpointing,
         )  # fmt: skip
         kwargs = METHODS[name].trainer_kwargs(model, len(data))
-        kwargs["callbacks"] = [*kwargs["callbacks"], clock]
+        kwargs["callbacks"] = [*around[:1], *kwargs["callbacks"], *around[1:]]
         Trainer(model, arguments, train_dataset=data, **kwargs).train()
-    return clock.seconds[WARM - 1 :]
+
+
+def in_turn(model: Any, names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of each step of each method, taken in turn."""
+    turns = Turns(names)
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+
+    def work(name: str) -> None:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        try:
+            train(copy.deepcopy(model, dict(frozen)), name, args, turns.callbacks(name))
+        except BaseException as error:  # the others wait for it
+            turns.fail(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+        time.sleep(1)  # let it come to its first step
+    for thread in threads:
+        thread.join()
+    if turns.failed is not None:
+        raise turns.failed
+    return {name: found[WARM:-1] for name, found in turns.seconds.items()}
 
 
 def memory(name: str, args: argparse.Namespace) -> float:
@@ -138,8 +194,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "adamw"], choices=list(METHODS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, help="threads on a CPU; none: torch's choice")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--peak", choices=list(METHODS), help=argparse.SUPPRESS)
@@ -152,24 +207,19 @@ def main() -> None:
         train(model, args.peak, args)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    train(model, "adamw", args)
-    names = ["adamw", *args.methods]
-    rounds: dict[str, list[list[float]]] = {name: [] for name in names}
-    for number in range(args.rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            rounds[name].append(train(model, name, args))
-        print(", ".join(f"{n} {min(r[-1]) * 1e3:.0f} ms" for n, r in rounds.items()), flush=True)
-    shortest = {name: min(map(min, found)) for name, found in rounds.items()}
+    took = in_turn(model, ["adamw", *args.methods], args)
+    plain = took["adamw"]
+    around = [(before + after) / 2 for before, after in zip(plain, [*plain[1:], plain[-1]], strict=True)]
+    print(f"AdamW: {statistics.median(plain) * 1e3:.0f} ms a step, {min(plain) * 1e3:.0f} to {max(plain) * 1e3:.0f}")
+    ratios = {n: [a / b for a, b in zip(took[n], around, strict=True)] for n in args.methods}
     del model
     peaks = {name: memory(name, args) for name in ["adamw", *args.methods]}
     found = []
     for name in args.methods:
         time_bound, memory_bound = BOUNDS[name]
-        medians = [
-            statistics.median(a) / statistics.median(b) for a, b in zip(rounds[name], rounds["adamw"], strict=True)
-        ]
-        print(f"{name}: median ratio of medians {statistics.median(medians):.3f} {[round(m, 2) for m in medians]}")
-        found.append(row(f"{name}: step time / AdamW", shortest[name] / shortest["adamw"], time_bound))
+        quarters = statistics.quantiles(ratios[name], n=4)
+        print(f"{name}: quartiles of the ratio {quarters[0]:.3f} {quarters[1]:.3f} {quarters[2]:.3f}")
+        found.append(row(f"{name}: step time / AdamW", statistics.median(ratios[name]), time_bound))
         found.append(row(f"{name}: peak memory / AdamW", peaks[name] / peaks["adamw"], memory_bound))
     found.append(row("AdamW: peak memory", peaks["adamw"], None, "MiB"))
     finish(found, args.json)
