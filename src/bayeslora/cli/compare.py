@@ -38,7 +38,10 @@ EVERY = (
     "isotropic",
 )
 """What ``--methods all`` stands for."""
-FREE = ("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image", "device", "token_budget")
+FREE = (
+    *("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image"),
+    *("device", "token_budget"),
+)
 
 
 @dataclass(kw_only=True)
