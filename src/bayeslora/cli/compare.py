@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayeslora.cli.options import (
@@ -163,7 +164,7 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
 
 
 def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
-    """Draw a comparison's figures, of the first seed.
+    """Draw a comparison's figures: the trade-off as the mean over the seeds, the others of the first seed.
 
     Args:
         found: The comparison.
@@ -185,11 +186,11 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
     ood = {name: list(found.ood[name][seed].values()) for name in predictions}
     points = {
         name: (
-            found.evaluations[name][seed].value("draws", "accuracy"),
-            found.evaluations[name][seed].value("draws", "ece"),
-            found.costs[name][seed].train_seconds + (found.costs[name][seed].predict_seconds or 0.0),
+            fmean(e.value("draws", "accuracy") for e in by_seed.values()),
+            fmean(e.value("draws", "ece") for e in by_seed.values()),
+            fmean(c.train_seconds + (c.predict_seconds or 0.0) for c in found.costs[name].values()),
         )
-        for name in predictions
+        for name, by_seed in found.evaluations.items()
         if not name.endswith((" + T", " tuned"))
     }
     try:
