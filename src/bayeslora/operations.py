@@ -125,6 +125,7 @@ def pruned(posterior: Posterior, fraction: float) -> Posterior:
         raise InputError(f"the fraction to prune must be in [0, 1], and it is {fraction}")
 
     def mask(name: str, p: Posterior) -> Factor:
+        """Return 0 where a parameter is removed and 1 elsewhere."""
         deviation = standard_deviation(p).get(name)
         if deviation is None:
             return 1.0

@@ -225,6 +225,7 @@ class _Stop(TrainerCallback):
         before = signal.getsignal(signal.SIGINT)
 
         def note(number: int, frame: FrameType | None) -> None:
+            """Note that Ctrl-C was pressed; a second one has its usual effect."""
             self.asked = True
             signal.signal(signal.SIGINT, before)
 

@@ -77,14 +77,12 @@ def _rows(task: Task, options: Any) -> Split:
     from bayeslora.cli.data import split_like
     from bayeslora.tasks import read_rows
 
-    like = task.train or task.test
     if options.input:
+        like = task.train or task.test
         if like is None:
             raise InputError(f"the task {options.task} has no examples to take the format from")
-        found = split_like(read_rows(options.input), replace(like, name=options.input), part(TaskOptions, options))
-    else:
-        held_out = task.validation if task.validation is not None and len(task.validation) else None
-        if held_out is None and task.train is None:
-            raise InputError("there are no rows to learn from; give --input FILE")
-        found = held_out or task.train  # type: ignore[assignment]
+        return split_like(read_rows(options.input), replace(like, name=options.input), part(TaskOptions, options))
+    found = task.validation or task.train
+    if not found:
+        raise InputError("there are no rows to learn from; give --input FILE")
     return found

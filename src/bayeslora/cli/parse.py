@@ -111,6 +111,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one sentence, without forty lines of usage."""
 
     def error(self, message: str) -> NoReturn:
+        """End with the one sentence that says what is wrong."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 

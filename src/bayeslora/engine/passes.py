@@ -19,7 +19,7 @@ from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
-from bayeslora.params import Params, device_of, require_lora
+from bayeslora.params import Params, device_of, live, require_lora
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Passes:
         """
         numbers = list(range(len(self.rows)) if examples is None else examples)
         found = torch.full((count, len(numbers), self.classes), -torch.inf)
-        most = self._most(draw(0)) if self.stack else 1
+        most = self._most() if self.stack else 1
         beginning = self._beginning([self.rows[i] for i in numbers])
         lengths = [self.readout.length(self.rows[i]) - len(beginning) + len(beginning) // 2 for i in numbers]
         for start in range(0, count, most):
@@ -124,9 +124,9 @@ class Passes:
         worthwhile = len(tokens) >= prefix.WORTHWHILE
         return tokens if worthwhile and tried(self.model, key, goes_on) else ()
 
-    def _most(self, drawn: Params) -> int:
+    def _most(self) -> int:
         """Return how many draws may be stacked at once."""
-        one = sum(p.numel() for p in drawn.values()) * 4
+        one = sum(p.numel() for p in live(self.model).values()) * 4
         return max(1, sum(p.numel() * p.element_size() for p in self.model.parameters()) // (_PART * one))
 
     def _fill(self, job: _Job, found: Tensor, batches: list[list[int]]) -> None:

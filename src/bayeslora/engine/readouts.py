@@ -93,6 +93,7 @@ class Readout:
         asked: Batch = {}
 
         def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            """Take what is not for the model out of its arguments."""
             asked.clear()
             asked.update({key: kwargs.pop(key) for key in READ if key in kwargs})
             for key in ("labels", "shift_labels", "num_items_in_batch"):
@@ -100,9 +101,11 @@ class Readout:
             return args, {**kwargs, "use_cache": False}
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            """Give the head the positions that are asked for."""
             return (args[0].flatten(0, -2)[asked["readout_keep"]], *args[1:])
 
         def after(_: nn.Module, args: Any, outputs: Any) -> SequenceClassifierOutput:
+            """Return the choices' logits in the place of the model's."""
             return SequenceClassifierOutput(logits=choice_logits(outputs.logits, asked))
 
         handles = [

@@ -157,7 +157,7 @@ def _weights(
     passes: Passes, posterior: Posterior, how: Draws
 ) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]:
     """Return the log-probabilities under draws of weights and under the mean, which counts as one draw more."""
-    apart = any(posterior.draw(0, how.seed, how.sampling)[n] is not value for n, value in posterior.mean.items())
+    apart = posterior.distinct is None  # else the mean is draw 0: a point's, or that of points' first member
     components = members_of(posterior, how.count)
     alive = torch.arange(len(passes.rows))
     at_mean: Tensor | None = None

@@ -78,6 +78,7 @@ class KlToBase(TrainerCallback):
         own = weakref.ref(self)
 
         def keep(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            """Keep a training batch for the second pass."""
             callback = own()
             if callback is not None and torch.is_grad_enabled():
                 callback._inputs = positional, dict(named)

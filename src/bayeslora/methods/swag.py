@@ -250,6 +250,7 @@ def hold(scheduler: Any, start: int, rate: float) -> None:
         )
 
     def held(before: Any, base: float) -> Any:
+        """Return the schedule that is constant from the start of the phase on."""
         return lambda step: rate / base if step >= start else before(step)
 
     inner.lr_lambdas = [held(f, float(base)) for f, base in zip(inner.lr_lambdas, inner.base_lrs, strict=True)]

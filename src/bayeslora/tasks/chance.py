@@ -151,6 +151,7 @@ def _die(rng: random.Random) -> Example:
     template = rng.choice(DIE_TEMPLATES)
 
     def text(counted: list[tuple[int, str]]) -> str:
+        """Return the question about so many signs."""
         placed = _joined([f"a {sign} on {count}" for count, sign in counted])
         return template.format(placed=placed, listed=_listed(counted), total=sum(count for count, _ in counted))
 

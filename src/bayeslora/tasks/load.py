@@ -216,6 +216,7 @@ def _layout(rows: Rows, layouts: list[Columns]) -> Columns:
         return guess_columns(rows.columns)
 
     def lacks(columns: Columns, *, label: bool) -> bool:
+        """Say whether the rows have not all of these columns."""
         choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
         needed = (columns.text, columns.context, *choices, columns.label if label else None)
         return any(column is not None and column not in rows.columns for column in needed)
