@@ -22,7 +22,7 @@ from bayeslora.origin import origin_of
 from bayeslora.params import read, write
 from bayeslora.posteriors import Point, Posterior, Sampling
 from bayeslora.tasks.types import Split
-from bayeslora.training import run_trainer
+from bayeslora.trainer import run_trainer
 
 
 def distill(

@@ -100,7 +100,8 @@ def device_of(model: nn.Module) -> torch.device:
     Returns:
         The device of its first parameter.
     """
-    return next(iter(live(model).values())).device
+    peft = require_lora(model)
+    return next((p for name, p in peft.named_parameters() if ".lora_" in name), next(peft.parameters())).device
 
 
 def read(model: nn.Module) -> Params:
@@ -115,17 +116,16 @@ def read(model: nn.Module) -> Params:
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in live(model).items()}
 
 
-def check_against(params: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse parameters that do not fit the model's active adapter.
+def check_against(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that do not fit a model's active adapter.
 
     Args:
         params: Parameters that are to be written.
-        model: A PEFT model with a LoRA adapter.
+        own: The adapter's own, as `live` gives them.
 
     Raises:
         InputError: If a name is missing or left over, or a shape differs; the message names the first one.
     """
-    own = live(model)
     for name in own.keys() - params.keys():
         raise InputError(
             f"the posterior has no tensor {name!r}, which the model's adapter has; use the LoraConfig "
@@ -152,8 +152,9 @@ def write(model: nn.Module, params: Mapping[str, Tensor]) -> None:
         model: A PEFT model with a LoRA adapter.
         params: Values for every parameter of the adapter; they are cast to the adapter's dtype and device.
     """
-    check_against(params, model)
-    for name, parameter in live(model).items():
+    own = live(model)
+    check_against(params, own)
+    for name, parameter in own.items():
         parameter.copy_(params[name])
 
 
@@ -168,14 +169,21 @@ def swapped(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
     Yields:
         Nothing. Afterwards, and on any exception, the adapter is bit for bit what it was.
     """
-    before = {name: p.detach().clone() for name, p in live(model).items()}
+    own = live(model)
+    check_against(params, own)
+    before = {name: p.detach().clone() for name, p in own.items()}
+
+    @torch.no_grad()
+    def put(values: Mapping[str, Tensor]) -> None:
+        """Write values into the adapter."""
+        for name, parameter in own.items():
+            parameter.copy_(values[name])
+
     try:
-        write(model, params)
+        put(params)
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in live(model).items():
-                parameter.copy_(before[name])
+        put(before)
 
 
 @contextmanager

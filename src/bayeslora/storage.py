@@ -23,7 +23,7 @@ from bayeslora.errors import InputError
 from bayeslora.files import appearing
 from bayeslora.operations import draw_count
 from bayeslora.origin import Origin, check_base
-from bayeslora.params import Params, check_against
+from bayeslora.params import Params, check_against, live
 from bayeslora.posteriors import (
     ColumnDropout,
     DiagonalGaussian,
@@ -91,7 +91,7 @@ def load_posterior(name: str | Path, model: nn.Module | None = None, *, revision
     posterior = _read_posterior(folder)
     if model is not None:
         check_base(_origin(posterior), model)
-        check_against(posterior.mean, model)
+        check_against(posterior.mean, live(model))
     return posterior
 
 

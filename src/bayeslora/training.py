@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, final
+from typing import Any
 
-import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import Readout, readout_for
-from bayeslora.errors import InputError, Interrupted
+from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
+from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.params import initialise, write
-from bayeslora.posteriors import Posterior
+from bayeslora.params import initialise, read, write
+from bayeslora.posteriors import Point, Posterior
 from bayeslora.storage import load_posterior
 from bayeslora.tasks.types import Split, Task
+from bayeslora.together import Lanes, train_together
+from bayeslora.trainer import adapted, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +72,15 @@ def fit(
         raise InputError(f"{method.name} makes {runs} runs, and {len(starts)} starts were given; give one for each")
     if not isinstance(method, Ensemble):
         return _run(model, task, method, args, tokenizer, starts[0], resume, callbacks)
+    own_args = [method.member_arguments(args, k) for k in range(method.members)]
+    folders = [Path(own.output_dir) / "posterior" for own in own_args]
+    if method.together and not (resume and all(folder.exists() for folder in folders)):
+        members = _side_by_side(model, task, method, own_args, tokenizer, starts, resume, callbacks)
+        for member, folder in zip(members, folders, strict=True):
+            member.save_pretrained(folder, overwrite=True)
+        return method.mixture(members, model)
     members = []
-    for k in range(method.members):
-        own = method.member_arguments(args, k)
-        done = Path(own.output_dir) / "posterior"
+    for k, (own, done) in enumerate(zip(own_args, folders, strict=True)):
         if resume and done.exists():
             members.append(load_posterior(done))
             continue
@@ -114,6 +117,58 @@ def _run(
         return method.fit(model, task, start=point, tokenizer=tokenizer, seed=args.seed)
     if start is not None:
         write(model, start.mean)
+    run = _prepared(model, task, method, args, tokenizer, callbacks)
+    run_trainer(model, run.readout, run.rows, run.args, run.kwargs, held_out=run.held_out, resume=resume)
+    return method.posterior(model)
+
+
+def _side_by_side(
+    model: nn.Module,
+    task: Task,
+    ensemble: Ensemble,
+    args: Sequence[TrainingArguments],
+    tokenizer: Any,
+    starts: Sequence[Posterior | None],
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> list[Posterior]:
+    """Train the members of an ensemble in one pass over the base."""
+    run = _prepared(model, task, ensemble.member, args[0], tokenizer, callbacks)
+    begins = []
+    for start, member in zip(starts, args, strict=True):
+        if start is None:
+            initialise(model, member.seed)
+        begins.append(read(model) if start is None else start.mean)
+
+    def train(joint: TrainingArguments, lanes: Lanes) -> None:
+        """Train with the order that the lanes give."""
+        run_trainer(model, run.readout, run.rows, joint, run.kwargs, held_out=run.held_out, resume=resume, lanes=lanes)
+
+    members = train_together(model, run.readout, run.rows, begins, args, train)
+    return [Point(params, origin_for(model, ensemble.member)) for params in members]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run is given: the readout, the encoded rows, and the Trainer's arguments with what the method adds."""
+
+    readout: Readout
+    rows: list[Encoded]
+    held_out: list[Encoded] | None
+    args: TrainingArguments
+    kwargs: dict[str, Any]
+
+
+def _prepared(
+    model: nn.Module,
+    task: Task,
+    method: Method,
+    args: TrainingArguments,
+    tokenizer: Any,
+    callbacks: Sequence[TrainerCallback],
+) -> _Prepared:
+    """Encode a task's rows, and gather what the Trainer is given."""
+    assert task.train is not None
     readout = readout_for(model, task.train, tokenizer)
     rows, cut = readout.encode(task.train)
     if cut:
@@ -122,67 +177,10 @@ def _run(
     kwargs = method.trainer_kwargs(model, len(rows))
     kwargs["callbacks"] = [*kwargs.get("callbacks", ()), *callbacks]
     kwargs.setdefault("compute_loss_func", answer_loss)
-    own = _stopping_early(_adapted(args), method, held_out is not None)
+    own = _stopping_early(adapted(args), method, held_out is not None)
     if task.validation is not None and own.eval_strategy != IntervalStrategy.NO:
         _check_labels(task.validation, "evaluation")
-    run_trainer(model, readout, rows, own, kwargs, held_out=held_out, resume=resume)
-    return method.posterior(model)
-
-
-def run_trainer(
-    model: nn.Module,
-    readout: Readout,
-    rows: Sequence[Encoded],
-    args: TrainingArguments,
-    kwargs: dict[str, Any],
-    *,
-    held_out: Sequence[Encoded] | None = None,
-    resume: bool = False,
-) -> None:
-    """Train with the stock Trainer on encoded examples; Ctrl-C writes a checkpoint and stops.
-
-    Args:
-        model: PEFT model with a LoRA adapter.
-        readout: How answers are read.
-        rows: The training examples.
-        args: Arguments of the Trainer.
-        kwargs: Its other arguments, among them ``compute_loss_func``.
-        held_out: Examples for its evaluation.
-        resume: Whether to go on from the last checkpoint in ``output_dir``, if there is one.
-
-    Raises:
-        Interrupted: After Ctrl-C.
-    """
-    own, stop = _adapted(args), _Stop()
-    kwargs = {**kwargs, "callbacks": [*kwargs.get("callbacks", ()), stop]}
-    with readout.attached(model), stop.listening():
-        trainer = Trainer(
-            model=model,
-            args=own,
-            train_dataset=_Rows(rows),
-            eval_dataset=None if held_out is None else _Rows(held_out),
-            data_collator=readout.collate,
-            **kwargs,
-        )
-        checkpoint = get_last_checkpoint(own.output_dir) if resume and Path(own.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.asked:
-        raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {own.output_dir}")
-
-
-def _adapted(args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments with what the readout and the machine need."""
-    if args.n_gpu > 1:
-        raise InputError(
-            f"{args.n_gpu} GPUs in one process would split batches that belong together; start with accelerate launch, "
-            "or choose one with CUDA_VISIBLE_DEVICES=0"
-        )
-    own = copy.copy(args)
-    own.remove_unused_columns = False
-    own.label_names = ["labels"]
-    if not torch.cuda.is_available():
-        own.dataloader_pin_memory = False
-    return own
+    return _Prepared(readout, rows, held_out, own, kwargs)
 
 
 def _stopping_early(own: TrainingArguments, method: Method, held_out: bool) -> TrainingArguments:
@@ -193,50 +191,3 @@ def _stopping_early(own: TrainingArguments, method: Method, held_out: bool) -> T
         own.eval_strategy = own.save_strategy = IntervalStrategy.EPOCH
         own.load_best_model_at_end, own.metric_for_best_model, own.greater_is_better = True, "eval_loss", False
     return own
-
-
-@final
-class _Rows(torch.utils.data.Dataset[Encoded]):
-    """Encoded examples as the Trainer wants them."""
-
-    def __init__(self, rows: Sequence[Encoded]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.rows[index]
-
-
-@final
-class _Stop(TrainerCallback):
-    """Ends training after the step in which Ctrl-C was pressed, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take Ctrl-C for the length of a ``with`` block, if this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            """Note that Ctrl-C was pressed; a second one has its usual effect."""
-            self.asked = True
-            signal.signal(signal.SIGINT, before)
-
-        signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop if asked."""
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.engine import prefix
 from bayeslora.engine.batches import Batch, repeated
+from bayeslora.engine.compiled import compiled
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
@@ -44,6 +46,7 @@ class Passes:
         stack: Whether several draws may share a pass, where the model allows it.
         share_prefix: Whether a beginning that all prompts have in common may be run by itself, where the model allows
             it.
+        compile: Whether the model's layers are compiled.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class Passes:
     done: Callable[[int], object]
     stack: bool = True
     share_prefix: bool = True
+    compile: bool = False
 
     @torch.inference_mode()
     def run(
@@ -80,8 +84,8 @@ class Passes:
         for start in range(0, count, most):
             drawn = [draw(k) for k in range(start, min(start + most, count))]
             names = differing(drawn)
-            together = len(drawn) if names and self._stacks(names, share=False) else 1
-            share = together > 1 and self._stacks(names, share=True)
+            together = len(drawn) if names and self.stacks(names, share=False) else 1
+            share = together > 1 and self.stacks(names, share=True)
             for width, batches in schedule(lengths, self.token_budget, together).items():
                 for at in range(0, len(drawn), width):
                     part = drawn[at : at + width]
@@ -97,8 +101,8 @@ class Passes:
             for k, row in enumerate(self.rows[:3])
         ]
 
-    def _stacks(self, names: frozenset[str], *, share: bool) -> bool:
-        """Say whether draws that differ in some parameters can be stacked."""
+    def stacks(self, names: frozenset[str], *, share: bool) -> bool:
+        """Say whether draws that differ in some parameters can be stacked; see `bayeslora.engine.stacked.stacks`."""
         few = self._few()
 
         def answers(count: int, shared: bool) -> Tensor:
@@ -132,7 +136,8 @@ class Passes:
     def _fill(self, job: _Job, found: Tensor, batches: list[list[int]]) -> None:
         """Write the answers to batches of examples into their columns; a batch too large for memory is halved."""
         short, count = [], len(job.drawn)
-        with stacked(self.model, job.drawn, share=job.share):
+        layers = compiled(self.model) if self.compile else nullcontext()
+        with stacked(self.model, job.drawn, share=job.share), layers:
             kept = prefix.run(self.model, job.beginning, 1 if job.share else count) if job.beginning else None
             for examples in batches:
                 rows = prefix.without([self.rows[i] for i in examples], len(job.beginning))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.engine.trial import tried
+from bayeslora.errors import InputError
 from bayeslora.params import Params, generator, live, read, require_lora, swapped
 
 _CLOSE = 0.1
@@ -31,14 +32,17 @@ class StackedLinear(nn.Module):
     """S linear layers side by side; the input's rows belong to them in S equal parts, in order.
 
     Args:
-        weight: The layers' weights.
+        weight: The layers' weights; parameters are trained, other tensors are not.
         bias: The layers' biases, if they have any.
     """
 
     def __init__(self, weight: Float[Tensor, "S O I"], bias: Float[Tensor, "S O"] | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        for leaf, value in (("weight", weight), ("bias", bias)):
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(leaf, value)
+            else:
+                self.register_buffer(leaf, value, persistent=False)
         self.weight: Tensor
         self.bias: Tensor | None
 
@@ -64,32 +68,77 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -
         Nothing. Afterwards, and on any exception, the model is what it was.
     """
     names = differing(draws)
+
+    def drawn(plain: nn.Module, leaf: str, name: str) -> Tensor:
+        """Return a layer's weights or biases in all draws; what they share is not copied."""
+        own: Tensor = getattr(plain, leaf)
+        if name in names:
+            return torch.stack([draw[name] for draw in draws]).to(own)
+        return own.detach().expand(len(draws), *own.shape)
+
     with swapped(model, draws[0]):
-        places, first = _places(model, names), first_layer(model, names) if share else None
-        assert places is not None
-        held = []
-        hooks: list[Any] = []
-        try:
-            for parent, key, leaves in places:
-                plain = getattr(parent, key)
-                values = {
-                    leaf: torch.stack([draw[name] for draw in draws]).to(getattr(plain, leaf))
-                    if name in names
-                    else getattr(plain, leaf).detach().expand(len(draws), *getattr(plain, leaf).shape)
-                    for leaf, name in leaves.items()
-                }
-                layer = StackedLinear(values["weight"], values.get("bias"))
-                layer.training = plain.training
-                held.append((parent, key, plain))
-                setattr(parent, key, layer)
-            if first is not None:
-                hooks = _widen(*first, len(draws))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parent, key, plain in held:
-                setattr(parent, key, plain)
+        first = first_layer(model, names) if share else None
+        with _replaced(model, names, drawn):
+            hooks = [] if first is None else _widen(*first, len(draws))
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+
+@contextmanager
+def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
+    """Give the model several adapters to be trained at once for the length of a ``with`` block.
+
+    The parameters keep their names, and their first axis is the adapter's number. The rows of a batch belong to the
+    adapters in equal parts, in order.
+
+    Args:
+        model: A PEFT model whose adapter is made of linear layers.
+        starts: Where each of the M adapters starts.
+
+    Yields:
+        Nothing. Afterwards, and on any exception, the model has its own adapter again.
+
+    Raises:
+        InputError: If a parameter of the adapter belongs to anything but a linear layer.
+    """
+    if _places(model, frozenset(starts[0])) is None:
+        raise InputError(
+            "this adapter has parameters outside of linear layers, so its ensemble's members cannot be trained in one "
+            "pass; use together=False"
+        )
+
+    def copies(plain: nn.Module, leaf: str, name: str) -> nn.Parameter:
+        """Return a layer's weights or biases at all starts."""
+        own: nn.Parameter = getattr(plain, leaf)
+        return nn.Parameter(torch.stack([start[name] for start in starts]).to(own.data), own.requires_grad)
+
+    with _replaced(model, frozenset(starts[0]), copies):
+        yield
+
+
+@contextmanager
+def _replaced(
+    model: nn.Module, names: frozenset[str], value: Callable[[nn.Module, str, str], Tensor]
+) -> Iterator[None]:
+    """Put stacked layers in the place of those that hold some parameters for the length of a ``with`` block."""
+    places = _places(model, names)
+    assert places is not None
+    held = []
+    try:
+        for parent, key, leaves in places:
+            plain = getattr(parent, key)
+            values = {leaf: value(plain, leaf, name) for leaf, name in leaves.items()}
+            layer = StackedLinear(values["weight"], values.get("bias"))
+            layer.training = plain.training
+            held.append((parent, key, plain))
+            setattr(parent, key, layer)
+        yield
+    finally:
+        for parent, key, plain in held:
+            setattr(parent, key, plain)
 
 
 def differing(draws: Sequence[Params]) -> frozenset[str]:
@@ -139,9 +188,14 @@ def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hasha
     Returns:
         Whether two random draws, stacked, answer as in two plain passes.
     """
-    if _places(model, names) is None or (share and first_layer(model, names) is None):
-        return False
-    return tried(model, ("stacked", names, key, share), lambda: _same(model, names, answers, share))
+
+    def trial() -> bool:
+        """Look for what stands in the way, then compare."""
+        if _places(model, names) is None or (share and first_layer(model, names) is None):
+            return False
+        return _same(model, names, answers, share)
+
+    return tried(model, ("stacked", names, key, share), trial)
 
 
 def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:
@@ -173,9 +227,12 @@ def _places(model: nn.Module, names: frozenset[str]) -> list[tuple[nn.Module, st
 
     None if some parameter belongs to anything else.
     """
+    found: list[tuple[nn.Module, str, dict[str, str]]] = []
+    left = set(names)
+    if not left:
+        return found
     peft = require_lora(model)
     known = {id(p): name for name, p in live(peft).items()}
-    found, left = [], set(names)
     for parent in peft.modules():
         for key, child in parent.named_children():
             own = {leaf: known[id(p)] for leaf, p in child.named_parameters(recurse=False) if id(p) in known}

@@ -44,18 +44,22 @@ class Ensemble(Method):
         members: Number M of runs.
         member: The method of each run.
         dropout_draws: Whether each member's draws drop columns of A, at the adapter's dropout rate.
+        together: Whether `bayeslora.fit` trains all members in one pass over the base, side by side: what separate runs
+            give up to rounding (with dropout: with other masks), at M times the rows of a batch. For plain members.
     """
 
     name: ClassVar[str] = "ensemble"
     members: int = 5
     member: Method = field(default_factory=Map)
     dropout_draws: bool = False
+    together: bool = False
 
     def __post_init__(self) -> None:
         """Refuse an empty ensemble and one inside another.
 
         Raises:
-            InputError: If there is no member, or the member is an ensemble, or not a point while dropout is asked for.
+            InputError: If there is no member, or the member is an ensemble, or not a point while dropout is asked for,
+                or members are to be trained together that are not plain.
         """
         if self.members < 1:
             raise InputError(f"an ensemble needs at least 1 member, and it has {self.members}")
@@ -63,6 +67,10 @@ class Ensemble(Method):
             raise InputError("the members of an ensemble cannot be ensembles; multiply the number of members instead")
         if self.dropout_draws and not isinstance(self.member, Map):
             raise InputError(f"dropout draws need members that are points, and these are {self.member.name}; use Map()")
+        if self.together and not isinstance(self.member, Map):
+            raise InputError(f"members that are trained together must be points, and these are {self.member.name}")
+        if self.together and isinstance(self.member, Map) and self.member.early_stopping is not None:
+            raise InputError("members that are trained together cannot stop early, each at its time")
 
     def member_arguments(self, args: TrainingArguments, member: int) -> TrainingArguments:
         """Return the Trainer's arguments for one member: its own seed, data order and output folder.
@@ -84,9 +92,11 @@ class Ensemble(Method):
         """Return the member's arguments, with the callback that gives it its start and keeps its posterior.
 
         Raises:
-            InputError: If the members are fitted after training.
+            InputError: If the members are fitted after training, or trained together.
         """
         check_num_data(num_data)
+        if self.together:
+            raise InputError("members are trained together by bayeslora.fit only; use together=False")
         if isinstance(self.member, PostHoc):
             raise InputError(
                 f"the members' method, {self.member.name}, is fitted after training: use bayeslora.fit, or fit each "

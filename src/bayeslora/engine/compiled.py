@@ -1,0 +1,58 @@
+"""A model's layers compiled: `torch.compile` on each, which all share one compiled code.
+
+The layers of a transformer are the same function with other weights, so that compiling one serves all; hooks and
+readouts around them stay as they are. The first batches of a process pay for the compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from bayeslora.errors import InputError
+from bayeslora.params import require_lora
+
+
+@contextmanager
+def compiled(model: nn.Module, backend: str | None = None, mode: str | None = None) -> Iterator[None]:
+    """Run a model's layers compiled for the length of a ``with`` block.
+
+    Args:
+        model: A PEFT model.
+        backend: Of `torch.compile`; None for Inductor.
+        mode: Of `torch.compile`; None for its default.
+
+    Yields:
+        Nothing. Afterwards, and on any exception, the layers are as before.
+
+    Raises:
+        InputError: If the model has no list of layers, or they cannot be compiled on this machine.
+    """
+    layers = _layers(model)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend=backend or "inductor", mode=mode)
+        yield
+    except TorchDynamoException as error:
+        cause = getattr(error, "inner_exception", error)
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise InputError(f"the model's layers cannot be compiled here: {reason}; leave compilation off") from error
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if own is not None:
+                layer.forward = own
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model: the modules of the outermost list."""
+    lists = (m for m in require_lora(model).get_base_model().modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+    found = next(lists, None)
+    if found is None:
+        raise InputError("this model has no list of layers that could be compiled; leave compilation off")
+    return list(found)
