@@ -46,6 +46,6 @@ def plain_logits(model: Any, tokenizer: Any, split: Split, readout: str) -> torc
     return torch.stack(rows) if rows else found
 
 
-def batches_of(split: Split) -> list[Split]:
+def batches_of(split: Split, size: int = BATCH) -> list[Split]:
     """Return the split in batches of sixteen rows, in the order of the file."""
-    return [split.take(range(i, min(i + BATCH, len(split)))) for i in range(0, len(split), BATCH)]
+    return [split.take(range(i, min(i + size, len(split)))) for i in range(0, len(split), size)]

@@ -10,69 +10,43 @@ with our batches and head. Quality is measured against many plain draws.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from growth import by_size, memory
 from plain import batches_of, plain_logits
+from quality import ADAPTIVE, fewer_draws, one_adapter
 from report import finish, row
+from timing import in_turn, ratio, seconds
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainingArguments
 
 import bayeslora as bl
-from bayeslora.bootstrap import bootstrap
 from bayeslora.demo_model import demo_model
+from bayeslora.engine.compiled import compiled
 from bayeslora.engine.readouts import readout_for
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.metrics import accuracy, ece, nll
 from bayeslora.params import swapped
 from bayeslora.posteriors import Posterior
-from bayeslora.tasks.types import Split
+from bayeslora.tasks.types import Split, Task
 
-DRAWS, MANY = 10, 64
-TOLERANCE = 0.02
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Return how long something takes."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+DRAWS = 10
 
 
-def in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round, after one unmeasured round of all but the slowest."""
-    for name, work in ways.items():
-        if name != "plain":
-            work()
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds):
-        for name in ways if number % 2 == 0 else reversed(ways):
-            took[name].append(seconds(ways[name]))
-        print("  " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in took.items()), flush=True)
-    return took
-
-
-def ratio(took: dict[str, list[float]], one: str, other: str) -> float:
-    """Return the median ratio of times over the rounds."""
-    return statistics.median(a / b for a, b in zip(took[one], took[other], strict=True))
-
-
-def plain_draws(model: Any, tokenizer: Any, split: Split, posterior: Posterior, draws: int) -> torch.Tensor:
+def plain_draws(
+    model: Any, tokenizer: Any, split: Split, posterior: Posterior, draws: int, size: int = 16
+) -> torch.Tensor:
     """Return the log-probabilities of a plain loop over draws."""
     found = []
     model.eval()
     for k in range(draws):
         with swapped(model, posterior.draw(k)), torch.inference_mode():
             found.append(torch.cat([
-                plain_logits(model, tokenizer, batch, "likelihood").log_softmax(-1) for batch in batches_of(split)
+                plain_logits(model, tokenizer, batch, "likelihood").log_softmax(-1) for batch in batches_of(split, size)
             ]))  # fmt: skip
     return torch.stack(found)
 
@@ -92,19 +66,13 @@ def rate(model: Any, tokenizer: Any, split: Split, took: float) -> tuple[float, 
     return 2 * (body * tokens + head * kept) / took, 2 * size**3 / best
 
 
-def quality(name: str, prediction: Any, reference: Any, labels: torch.Tensor) -> list[dict[str, Any]]:
-    """Return how far a prediction's measures are from the reference's, in half-widths of its bootstrap interval."""
-    found = []
-    for measure, score in (("accuracy", accuracy), ("NLL", nll), ("ECE", ece)):
-        low, high = bootstrap(score, reference.log_p, labels, resamples=500)
-        value = score(prediction.log_p, labels)
-        centre, half = (low + high) / 2, (high - low) / 2
-        found.append(
-            row(f"{name}: {measure}, distance in half intervals", abs(value - centre) / half, 1.0, "intervals")
-        )
-        wanted = score(reference.log_p, labels)
-        print(f"  {name}: {measure} {value:.4f}, {MANY} draws {wanted:.4f} [{low:.4f}, {high:.4f}]")
-    return found
+def shares(work: Callable[[], Any]) -> str:
+    """Return which operations take the time, in words."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    return ", ".join(f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / total:.0%}" for e in events[:8])
 
 
 def posterior_of(args: argparse.Namespace, model: Any, tokenizer: Any, task: Any) -> Posterior:
@@ -125,28 +93,56 @@ def ten_draws(model: Any, tokenizer: Any, posterior: Posterior, test: Split, rou
     def ours(draws: int, **how: Any) -> Any:
         return bl.predict(model, posterior, test, draws, tokenizer=tokenizer, mean=False, **how)
 
-    theirs = plain_draws(model, tokenizer, test.take(range(min(16, len(test)))), posterior, 2)
-    mine = ours(2).log_probs[:, :16]
-    gap = float((mine.exp() - theirs.exp()).abs().max())
+    few = test.take(range(min(16, len(test))))
+    theirs = plain_draws(model, tokenizer, few, posterior, 2).exp()
+    other = plain_draws(model, tokenizer, few, posterior, 2, size=1).exp()
+    gap = float((ours(2).log_probs[:, : len(few)].exp() - theirs).abs().max())
+    rounding = float((other - theirs).abs().max())
+    print(f"  a probability differs from the plain loop's by at most {gap:.3f}, its own batch sizes' by {rounding:.3f}")
     took = in_turn(
         {
             "plain": lambda: plain_draws(model, tokenizer, test, posterior, DRAWS),
             "loop": lambda: ours(DRAWS, stack=False, share_prefix=False),
             "stacked": lambda: ours(DRAWS),
             "one": lambda: ours(1),
-            "adaptive": lambda: ours(MANY, tolerance=TOLERANCE, sampling="antithetic"),
+            "adaptive": lambda: ours(**ADAPTIVE),
         },
         rounds,
+        cold=("plain",),
     )
-    model_rate, machine_rate = rate(model, tokenizer, test, statistics.median(took["one"]))
+    model_rate, machine_rate = rate(model, tokenizer, test, min(took["one"]))
     print(f"  one draw: {model_rate / 1e9:.0f} GFLOP/s in the model, {machine_rate / 1e9:.0f} in a large product")
+    print(f"  one draw's time: {shares(lambda: ours(1))}")
     return [
-        row("largest difference in a probability from the plain loop", gap, 0.05, "probability"),
+        row("largest difference from the plain loop / that of its own batch sizes", gap / rounding, 2.0),
         row("machine's rate by the model's, one draw", machine_rate / model_rate, 2.0),
         row("ten draws / plain loop (a)", ratio(took, "stacked", "plain"), 1 / 3),
         row("ten draws / fastest loop (b)", ratio(took, "stacked", "loop"), 1.0),
         row("ten draws / one draw", ratio(took, "stacked", "one"), None),
         row("adaptive antithetic draws / plain loop of ten (a)", ratio(took, "adaptive", "plain"), 1 / 8),
+    ]
+
+
+def compiled_layers(model: Any, tokenizer: Any, posterior: Posterior, test: Split, rounds: int) -> list[dict[str, Any]]:
+    """Return the rows on predictions with compiled layers, after their compilation."""
+
+    def ours(draws: int, **how: Any) -> Any:
+        return bl.predict(model, posterior, test, draws, tokenizer=tokenizer, mean=False, **how)
+
+    took = in_turn(
+        {
+            "one": lambda: ours(1),
+            "one compiled": lambda: ours(1, compile=True),
+            "ten": lambda: ours(DRAWS),
+            "ten compiled": lambda: ours(DRAWS, compile=True),
+        },
+        rounds,
+    )
+    model_rate, machine_rate = rate(model, tokenizer, test, min(took["one compiled"]))
+    return [
+        row("machine's rate by the model's, one draw compiled", machine_rate / model_rate, 2.0),
+        row("one draw compiled / not", ratio(took, "one compiled", "one"), None),
+        row("ten draws compiled / not", ratio(took, "ten compiled", "ten"), None),
     ]
 
 
@@ -180,52 +176,6 @@ def prefixes(model: Any, tokenizer: Any, posterior: Posterior, task: Any, rounds
     return [row("shared beginning, two draws / plain loop (a)", ratio(took, "shared", "plain"), 0.2)]
 
 
-def qualities(model: Any, tokenizer: Any, posterior: Posterior, test: Split) -> list[dict[str, Any]]:
-    """Return the rows on what fewer draws give."""
-
-    def ours(draws: int, **how: Any) -> Any:
-        return bl.predict(model, posterior, test, draws, tokenizer=tokenizer, mean=False, **how)
-
-    reference = ours(MANY, seed=1000)
-    found = ours(MANY, tolerance=TOLERANCE, sampling="antithetic")
-    taken = found.draws_taken.float()
-    print(f"  adaptive: {float(taken.mean()):.1f} draws on average, {int(taken.max())} at most")
-    rows = quality("adaptive", found, reference, test.labels)
-    labels = test.labels
-    excess: dict[str, list[float]] = {}
-    best = nll(reference.log_p, labels)
-    for seed in range(4):
-        for name, draws, sampling in (
-            ("ten independent", 10, "independent"), ("five independent", 5, "independent"),
-            ("four antithetic", 4, "antithetic"), ("four Sobol", 4, "sobol"),
-        ):  # fmt: skip
-            value = nll(ours(draws, seed=seed, sampling=sampling).log_p, labels) - best
-            excess.setdefault(name, []).append(value)
-    for name, values in excess.items():
-        print(
-            f"  {name}: NLL less that of {MANY}: {statistics.mean(values):+.4f} (seeds {[round(v, 4) for v in values]})"
-        )
-    ten = statistics.mean(excess["ten independent"])
-    for name in ("four antithetic", "four Sobol"):
-        rows.append(
-            row(f"{name}: NLL beyond that of ten independent", statistics.mean(excess[name]) - ten, 0.0, "nats")
-        )
-    return rows
-
-
-def growth(model: Any, tokenizer: Any, posterior: Posterior, test: Split) -> list[dict[str, Any]]:
-    """Return how time grows with draws and with rows."""
-    rows = []
-    for draws in (1, 2, 5, 10, 20):
-        took = seconds(lambda: bl.predict(model, posterior, test, draws, tokenizer=tokenizer, mean=False))  # noqa: B023
-        rows.append(row(f"{draws} draws of {len(test)} rows", took, None, "s"))
-    for count in (1, 4, 16):
-        part = test.take(range(min(count, len(test))))
-        took = seconds(lambda: bl.predict(model, posterior, part, DRAWS, tokenizer=tokenizer, mean=False))  # noqa: B023
-        rows.append(row(f"{DRAWS} draws of {count} rows", took, None, "s"))
-    return rows
-
-
 def training(model: Any, tokenizer: Any, task: Any, rounds: int) -> list[dict[str, Any]]:
     """Return the row on a training step, forward and backward, by the forward pass alone."""
     readout = readout_for(model, task.train, tokenizer)
@@ -241,12 +191,34 @@ def training(model: Any, tokenizer: Any, task: Any, rounds: int) -> list[dict[st
         answer_loss(model(**batch), labels).backward()
         model.zero_grad()
 
-    with readout.attached(model):
-        took = in_turn({"forward": forward, "step": step}, 3 * rounds)
-    return [row("training step / forward pass", ratio(took, "step", "forward"), 2.5)]
+    found, fastest = [], []
+    for name, layers in (("", nullcontext()), (" with compiled layers", compiled(model))):
+        with readout.attached(model), layers:
+            took = in_turn({"forward": forward, "step": step}, 3 * rounds)
+        found.append(row(f"training step / forward pass{name}", ratio(took, "step", "forward"), 2.5))
+        fastest.append(min(took["step"]))
+    return [*found, row("training step with compiled layers / without", fastest[1] / fastest[0], None)]
 
 
-SECTIONS = ("draws", "single", "prefix", "quality", "growth", "training")
+def members(model: Any, tokenizer: Any, task: Task, rounds: int) -> list[dict[str, Any]]:
+    """Return the row on four members of an ensemble, trained in one pass and one after another."""
+    small = replace(task, train=task.train.take(range(16)), validation=None)
+
+    def train(together: bool) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                folder, max_steps=4, per_device_train_batch_size=2, report_to="none", save_strategy="no",
+                disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+            )  # fmt: skip
+            bl.fit(model, small, bl.Ensemble(4, together=together), args, tokenizer=tokenizer)
+
+    took = in_turn({"together": lambda: train(True), "apart": lambda: train(False)}, rounds)
+    return [row("four members of two rows a step, together / apart", ratio(took, "together", "apart"), 1.0)]
+
+
+SECTIONS = (
+    "draws", "single", "prefix", "training", "members", "memory", "growth", "quality", "distil", "compiled",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -266,6 +238,11 @@ def main() -> None:
     task = bl.load_task(
         args.task, args.data, readout="likelihood", train_rows=args.train_rows, test_rows=args.rows, validation=20
     )
+    more = bl.load_task(
+        args.task, args.data, readout="likelihood", train_rows=args.train_rows + 420, test_rows=200, validation=0
+    )
+    seen = {example.text for split in (task.train, task.validation) for example in split}
+    free = more.train.take([i for i, example in enumerate(more.train) if example.text not in seen][:240])
     model, tokenizer = bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])
     posterior = posterior_of(args, model, tokenizer, task)
     rows: list[dict[str, Any]] = []
@@ -278,12 +255,20 @@ def main() -> None:
                 rows += single_prompts(model, tokenizer, posterior, task.test, args.rounds)
             case "prefix":
                 rows += prefixes(model, tokenizer, posterior, task, args.rounds)
-            case "quality":
-                rows += qualities(model, tokenizer, posterior, task.test)
-            case "growth":
-                rows += growth(model, tokenizer, posterior, task.test)
             case "training":
                 rows += training(model, tokenizer, task, args.rounds)
+            case "members":
+                rows += members(model, tokenizer, task, args.rounds)
+            case "memory":
+                rows += memory(model, tokenizer, posterior, task.test)
+            case "growth":
+                rows += by_size(model, tokenizer, posterior, task)
+            case "quality":
+                rows += fewer_draws(model, tokenizer, posterior, task.test)
+            case "distil":
+                rows += one_adapter(model, tokenizer, posterior, free, more.test, args.rounds)
+            case "compiled":
+                rows += compiled_layers(model, tokenizer, posterior, task.test, args.rounds)
     finish(rows, args.json)
 
 

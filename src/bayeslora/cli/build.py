@@ -222,7 +222,7 @@ def predicted(
         tokenizer: Its tokenizer.
         posterior: The posterior, already shaped.
         split: The examples.
-        options: `DrawOptions`, `ShapeOptions` and `EnoughOptions` in one.
+        options: `DrawOptions`, `ShapeOptions` and `EffortOptions` in one.
         progress: Whether to show a bar.
 
     Returns:
@@ -237,6 +237,7 @@ def predicted(
         sampling=options.sampling,
         tolerance=options.tolerance or None,
         fewest_draws=options.fewest_draws,
+        compile=options.compile,
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
         progress=progress,

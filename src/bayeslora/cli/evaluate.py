@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import DrawOptions, EnoughOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import DrawOptions, EffortOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
 from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
 from bayeslora.errors import InputError
 
@@ -20,7 +20,7 @@ Model, task and draws are those of the run unless others are given."""
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EnoughOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EffortOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")

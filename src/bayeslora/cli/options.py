@@ -105,13 +105,14 @@ class DrawOptions:
 
 
 @dataclass(kw_only=True)
-class EnoughOptions:
-    """When an example has enough draws."""
+class EffortOptions:
+    """What a prediction may cost."""
 
     tolerance: float = option(
         0.0, "Stop drawing for an example once the standard error of its probabilities is at most this; 0: never."
     )
     fewest_draws: int = option(4, "Draws of each example before the first look at the error.")
+    compile: bool = option(False, "Compile the model's layers: takes a minute, then is faster; for many rows.")
 
 
 @dataclass(kw_only=True)

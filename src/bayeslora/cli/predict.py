@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import DrawOptions, EnoughOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import DrawOptions, EffortOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
 from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
 
@@ -31,7 +31,7 @@ probabilities may be off for want of more). The data that the run was trained on
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EnoughOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EffortOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
