@@ -169,7 +169,21 @@ def swapped(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
     Yields:
         Nothing. Afterwards, and on any exception, the adapter is bit for bit what it was.
     """
-    own = live(model)
+    with holding(live(model), params):
+        yield
+
+
+@contextmanager
+def holding(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put values into an adapter's own parameters for the length of a ``with`` block.
+
+    Args:
+        own: The adapter's own, as `live` gives them.
+        params: Values for all of them.
+
+    Yields:
+        Nothing. Afterwards, and on any exception, they are bit for bit what they were.
+    """
     check_against(params, own)
     before = {name: p.detach().clone() for name, p in own.items()}
 

@@ -21,7 +21,7 @@ from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
-from bayeslora.params import Params, device_of, live, require_lora
+from bayeslora.params import Params, device_of, require_lora
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +78,12 @@ class Passes:
         """
         numbers = list(range(len(self.rows)) if examples is None else examples)
         found = torch.full((count, len(numbers), self.classes), -torch.inf)
-        most = self._most() if self.stack else 1
         beginning = self._beginning([self.rows[i] for i in numbers])
         lengths = [self.readout.length(self.rows[i]) - len(beginning) + len(beginning) // 2 for i in numbers]
-        for start in range(0, count, most):
-            drawn = [draw(k) for k in range(start, min(start + most, count))]
+        start = 0
+        while start < count:
+            drawn = [draw(start)]
+            drawn += [draw(k) for k in range(start + 1, min(start + self._most(drawn[0]), count))]
             names = differing(drawn)
             together = len(drawn) if names and self.stacks(names, share=False) else 1
             share = together > 1 and self.stacks(names, share=True)
@@ -92,6 +93,7 @@ class Passes:
                     places = [[numbers[p] for p in group] for group in batches]
                     job = _Job(part, beginning, share, dict(zip(numbers, range(len(numbers)), strict=True)))
                     self._fill(job, found[start + at :][: len(part)], places)
+            start += len(drawn)
         return found
 
     def _few(self) -> list[Encoded]:
@@ -128,10 +130,12 @@ class Passes:
         worthwhile = len(tokens) >= prefix.WORTHWHILE
         return tokens if worthwhile and tried(self.model, key, goes_on) else ()
 
-    def _most(self) -> int:
-        """Return how many draws may be stacked at once."""
-        one = sum(p.numel() for p in live(self.model).values()) * 4
-        return max(1, sum(p.numel() * p.element_size() for p in self.model.parameters()) // (_PART * one))
+    def _most(self, one: Params) -> int:
+        """Return how many draws as large as one may be stacked at once."""
+        if not self.stack:
+            return 1
+        whole = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
 
     def _fill(self, job: _Job, found: Tensor, batches: list[list[int]]) -> None:
         """Write the answers to batches of examples into their columns; a batch too large for memory is halved."""

@@ -11,7 +11,7 @@ Whether a model may be treated like this is tried on the model itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
-from bayeslora.params import Params, generator, live, read, require_lora, swapped
+from bayeslora.params import Params, generator, holding, live, read, require_lora, swapped
 
 _CLOSE = 0.1
 """Largest difference from the plain pass, by the difference of two draws, that is taken for rounding."""
@@ -76,9 +76,10 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -
             return torch.stack([draw[name] for draw in draws]).to(own)
         return own.detach().expand(len(draws), *own.shape)
 
-    with swapped(model, draws[0]):
+    own = live(model)
+    with holding(own, draws[0]):
         first = first_layer(model, names) if share else None
-        with _replaced(model, names, drawn):
+        with _replaced(model, own, names, drawn):
             hooks = [] if first is None else _widen(*first, len(draws))
             try:
                 yield
@@ -104,7 +105,8 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
     Raises:
         InputError: If a parameter of the adapter belongs to anything but a linear layer.
     """
-    if _places(model, frozenset(starts[0])) is None:
+    own = live(model)
+    if _places(model, own, frozenset(starts[0])) is None:
         raise InputError(
             "this adapter has parameters outside of linear layers, so its ensemble's members cannot be trained in one "
             "pass; use together=False"
@@ -115,16 +117,16 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
         own: nn.Parameter = getattr(plain, leaf)
         return nn.Parameter(torch.stack([start[name] for start in starts]).to(own.data), own.requires_grad)
 
-    with _replaced(model, frozenset(starts[0]), copies):
+    with _replaced(model, own, frozenset(starts[0]), copies):
         yield
 
 
 @contextmanager
 def _replaced(
-    model: nn.Module, names: frozenset[str], value: Callable[[nn.Module, str, str], Tensor]
+    model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str], value: Callable[[nn.Module, str, str], Tensor]
 ) -> Iterator[None]:
     """Put stacked layers in the place of those that hold some parameters for the length of a ``with`` block."""
-    places = _places(model, names)
+    places = _places(model, own, names)
     assert places is not None
     held = []
     try:
@@ -191,7 +193,7 @@ def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hasha
 
     def trial() -> bool:
         """Look for what stands in the way, then compare."""
-        if _places(model, names) is None or (share and first_layer(model, names) is None):
+        if _places(model, live(model), names) is None or (share and first_layer(model, names) is None):
             return False
         return _same(model, names, answers, share)
 
@@ -222,7 +224,9 @@ def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool
     return found.shape == wanted.shape and bool((found - wanted)[there].abs().max() <= _CLOSE * apart)
 
 
-def _places(model: nn.Module, names: frozenset[str]) -> list[tuple[nn.Module, str, dict[str, str]]] | None:
+def _places(
+    model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str]
+) -> list[tuple[nn.Module, str, dict[str, str]]] | None:
     """Return the linear layers that hold some parameters: parent, name in it, and the names of weight and bias.
 
     None if some parameter belongs to anything else.
@@ -231,15 +235,16 @@ def _places(model: nn.Module, names: frozenset[str]) -> list[tuple[nn.Module, st
     left = set(names)
     if not left:
         return found
-    peft = require_lora(model)
-    known = {id(p): name for name, p in live(peft).items()}
-    for parent in peft.modules():
+    known = {id(p): name for name, p in own.items()}
+    for parent in model.modules():
         for key, child in parent.named_children():
-            own = {leaf: known[id(p)] for leaf, p in child.named_parameters(recurse=False) if id(p) in known}
-            if type(child) is nn.Linear and left.intersection(own.values()):
-                leaves = {leaf: own.get(leaf, "") for leaf, _ in child.named_parameters(recurse=False)}
+            if type(child) is not nn.Linear:
+                continue
+            mine = {leaf: known[id(p)] for leaf, p in child.named_parameters(recurse=False) if id(p) in known}
+            if left.intersection(mine.values()):
+                leaves = {leaf: mine.get(leaf, "") for leaf, _ in child.named_parameters(recurse=False)}
                 found.append((parent, key, leaves))
-                left.difference_update(own.values())
+                left.difference_update(mine.values())
     return None if left else found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -37,10 +38,15 @@ class DiagonalGaussian(Posterior):
         """No limit."""
         return None
 
+    @cached_property
+    def _deviation(self) -> Params:
+        """The square roots of the variances, which every draw needs."""
+        return _roots(self.variance)
+
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + √variance · ε."""
         return {
-            name: m + self.variance[name].sqrt() * noise(seed, index, name, m, sampling) if name in self.variance else m
+            name: m + self._deviation[name] * noise(seed, index, name, m, sampling) if name in self.variance else m
             for name, m in self.mean.items()
         }
 
@@ -94,15 +100,25 @@ class LowRankGaussian(Posterior):
         """No limit."""
         return None
 
+    @cached_property
+    def _deviation(self) -> Params:
+        """The square roots of the diagonal part, which every draw needs."""
+        return _roots(self.variance)
+
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return one draw; see the class for the formula."""
         weights = noise(seed, index, "low-rank", torch.empty(self.rank), sampling) / math.sqrt(self.rank - 1)
         drawn = dict(self.mean)
-        for name, v in self.variance.items():
+        for name, deviation in self._deviation.items():
             m = self.mean[name]
             low_rank = torch.tensordot(weights, self.snapshots[name] - m, dims=1)
-            drawn[name] = m + math.sqrt(self.scale) * (v.sqrt() * noise(seed, index, name, m, sampling) + low_rank)
+            drawn[name] = m + math.sqrt(self.scale) * (deviation * noise(seed, index, name, m, sampling) + low_rank)
         return drawn
+
+
+def _roots(variance: Params) -> Params:
+    """Return the square root of each variance."""
+    return {name: v.sqrt() for name, v in variance.items()}
 
 
 def _check_variance(mean: Params, variance: Params) -> None:
