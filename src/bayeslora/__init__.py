@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bayeslora.distillation import distill
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
+    from bayeslora.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.methods import (
         Blob,
         Ensemble,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
+    "generation": ("Answer", "Answers", "by_embedding", "by_entailment", "generate", "generate_each"),
     "distillation": ("distill",),
     "training": ("fit",),
     "methods": (
@@ -92,6 +94,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Answer",
+    "Answers",
     "Blob",
     "ColumnDropout",
     "DiagonalGaussian",
@@ -119,10 +123,14 @@ __all__ = [
     "Tfb",
     "TokenDropout",
     "__version__",
+    "by_embedding",
+    "by_entailment",
     "distill",
     "evaluate",
     "export_draws",
     "fit",
+    "generate",
+    "generate_each",
     "load_model",
     "load_posterior",
     "load_task",

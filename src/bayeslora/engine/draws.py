@@ -8,7 +8,11 @@ from typing import final, get_args
 
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
+from bayeslora.params import Params
 from bayeslora.posteriors import Mixture, Posterior, Sampling, Scaled
+
+_ROOM = 2**24
+"""Numbers of all draws that are kept with a posterior: 64 MiB."""
 
 
 @final
@@ -109,3 +113,25 @@ def members_of(posterior: Posterior, count: int) -> tuple[int, ...] | None:
     if not isinstance(posterior, Mixture):
         return None
     return tuple(k % len(posterior.members) for k in range(count))
+
+
+def kept_draw(posterior: Posterior, index: int, seed: int, sampling: Sampling) -> Params:
+    """Return a draw, and keep it with the posterior for the next prediction while there is room.
+
+    Args:
+        posterior: The posterior.
+        index: Number of the draw.
+        seed: Which stream.
+        sampling: How the draws belong together.
+
+    Returns:
+        The same values as ``posterior.draw``; not to be changed.
+    """
+    key = (index, seed, sampling)
+    if key not in posterior.kept:
+        drawn = posterior.draw(*key)
+        size = sum(value.numel() for value in drawn.values())
+        if (len(posterior.kept) + 1) * size > _ROOM:
+            return drawn
+        posterior.kept[key] = drawn
+    return posterior.kept[key]

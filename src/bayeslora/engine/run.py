@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
-from bayeslora.engine.draws import Draws, members_of
+from bayeslora.engine.draws import Draws, kept_draw, members_of
 from bayeslora.engine.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
 from bayeslora.engine.memory import found_budget
 from bayeslora.engine.passes import Passes, batched
@@ -20,7 +20,17 @@ from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.origin import check_base
 from bayeslora.params import Params, evaluating
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Sampling, Scaled, TokenDropout, member_seed
+from bayeslora.posteriors import (
+    Linearised,
+    Mixture,
+    Point,
+    Posterior,
+    Sampling,
+    Scaled,
+    TokenDropout,
+    has_weights,
+    member_seed,
+)
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 from bayeslora.uncertainty import monte_carlo_error
@@ -120,10 +130,10 @@ def _answers(
 ) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]:
     """Return the log-probabilities of the draws, and those of the posterior's mean."""
     match posterior:
-        case Scaled(posterior=inner) if not _has_weights(inner):
+        case Scaled(posterior=inner) if not has_weights(inner):
             draws, mean = _answers(passes, inner, how)
             return posterior.apply(draws, "draws"), None if mean is None else posterior.apply(mean, "mean")
-        case Mixture(members=members) if not _has_weights(posterior):
+        case Mixture(members=members) if not has_weights(posterior):
             size = min(how.count, len(members))
             shares = [len(range(k, how.count, size)) for k in range(size)]
             found = [
@@ -147,15 +157,6 @@ def _answers(
     return _weights(passes, posterior, how)
 
 
-def _has_weights(posterior: Posterior) -> bool:
-    """Say whether a posterior's predictions are those of the model with drawn weights, scaled or not."""
-    if isinstance(posterior, Mixture):
-        return all(_has_weights(member) and not isinstance(member, Scaled) for member in posterior.members)
-    if isinstance(posterior, Scaled):
-        return _has_weights(posterior.posterior)
-    return not isinstance(posterior, Linearised | TokenDropout)
-
-
 def _weights(
     passes: Passes, posterior: Posterior, how: Draws
 ) -> tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]:
@@ -170,7 +171,9 @@ def _weights(
 
         def draw(number: int, start: int = numbers.start - extra) -> Params:
             """Return the mean where it is asked for, then the draws of this round."""
-            return posterior.mean if start + number < 0 else posterior.draw(start + number, how.seed, how.sampling)
+            return (
+                posterior.mean if start + number < 0 else kept_draw(posterior, start + number, how.seed, how.sampling)
+            )
 
         log_p = passes.run(draw, extra + len(numbers), alive.tolist())
         if numbers.start == 0 and how.mean:
@@ -206,7 +209,7 @@ def _is_linearised(posterior: Posterior) -> bool:
 def _passes(posterior: Posterior, how: Draws) -> int:
     """Return how often the data are passed, at most."""
     match posterior:
-        case Mixture(members=members) if not _has_weights(posterior):
+        case Mixture(members=members) if not has_weights(posterior):
             shares = [len(range(k, how.count, len(members))) for k in range(min(how.count, len(members)))]
             return sum(_passes(m, replace(how, count=n)) for m, n in zip(members, shares, strict=False))
         case Scaled():

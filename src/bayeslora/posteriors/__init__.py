@@ -1,7 +1,7 @@
 """Posteriors: what was learned, as values; one file for each kind of distribution."""
 
 from bayeslora.posteriors.base import Point, Posterior, Sampling
-from bayeslora.posteriors.combined import Linearised, Mixture, Scaled, member_seed, scale
+from bayeslora.posteriors.combined import Linearised, Mixture, Scaled, has_weights, member_seed, scale
 from bayeslora.posteriors.dropout import ColumnDropout, TokenDropout
 from bayeslora.posteriors.gaussian import DiagonalGaussian, LowRankGaussian
 from bayeslora.posteriors.kronecker import KroneckerGaussian
@@ -18,6 +18,7 @@ __all__ = [
     "Sampling",
     "Scaled",
     "TokenDropout",
+    "has_weights",
     "member_seed",
     "scale",
 ]

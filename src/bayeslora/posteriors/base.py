@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -62,6 +62,11 @@ class Posterior(ABC):
         Returns:
             A value for every parameter of the adapter, float32 on the CPU.
         """
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, int, Sampling], Params]:
+        """Draws that one prediction keeps for the next, by index, seed and sampling; empty at first."""
+        return {}
 
     @final
     @contextmanager

@@ -14,6 +14,7 @@ from bayeslora.errors import InputError
 from bayeslora.origin import Origin
 from bayeslora.params import Params, generator
 from bayeslora.posteriors.base import Posterior, Sampling
+from bayeslora.posteriors.dropout import TokenDropout
 from bayeslora.posteriors.gaussian import DiagonalGaussian
 from bayeslora.posteriors.kronecker import KroneckerGaussian
 
@@ -188,3 +189,19 @@ def scale(
     return (
         moved.masked_fill(absent, -math.inf).log_softmax(-1).masked_fill(absent, -math.inf)
     )  # also without any choice
+
+
+def has_weights(posterior: Posterior) -> bool:
+    """Say whether a posterior's predictions are those of the model with drawn weights, scaled or not.
+
+    Args:
+        posterior: The posterior.
+
+    Returns:
+        False for what is linearised or drops tokens, and for mixtures of such, or of scaled members.
+    """
+    if isinstance(posterior, Mixture):
+        return all(has_weights(member) and not isinstance(member, Scaled) for member in posterior.members)
+    if isinstance(posterior, Scaled):
+        return has_weights(posterior.posterior)
+    return not isinstance(posterior, Linearised | TokenDropout)

@@ -1,0 +1,150 @@
+"""A language model that answers with the average of several draws.
+
+From outside it is a model like any other: rows go in, one distribution a row comes out, so that everything that
+`transformers` does with a model (greedy, sampling, beams, penalties, streaming) works. Inside, every row is there once
+for each draw, and the keys and values that are kept belong to their draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from bayeslora._typing import Float
+from bayeslora.engine.stacked import differing, stacked, stacks
+from bayeslora.errors import InputError
+from bayeslora.params import Params, evaluating, generator, require_lora
+
+
+@final
+class DrawsCache(DynamicCache):
+    """Keys and values of every row under every draw, draw after draw.
+
+    Args:
+        draws: Number S of draws.
+        config: The model's configuration.
+    """
+
+    def __init__(self, draws: int, config: Any) -> None:
+        super().__init__(config=config)
+        self.draws = draws
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take other rows, the same under every draw."""
+        steps = len(beam_idx) * torch.arange(self.draws, device=beam_idx.device)
+        super().reorder_cache((steps[:, None] + beam_idx).flatten())
+
+
+@final
+class Averager:
+    """What the model said last.
+
+    Args:
+        draws: Number S of draws whose answers are averaged; 1 where every row has a draw of its own.
+
+    Attributes:
+        log_probs: Log-probabilities [S R V] of the R rows' next token under each draw, float32.
+        average: log p̄ [R V].
+    """
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self.log_probs = torch.empty(0)
+        self.average = torch.empty(0)
+
+    def take(self, logits: Float[Tensor, "SR T V"]) -> Float[Tensor, "R 1 V"]:
+        """Keep the last position's logits, and return their average over the draws."""
+        self.log_probs = logits[:, -1].float().log_softmax(-1).view(self.draws, -1, logits.shape[-1])
+        self.average = self.log_probs[0] if self.draws == 1 else self.log_probs.logsumexp(0) - math.log(self.draws)
+        return self.average[:, None]
+
+    def entropies(self) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+        """Return H(p̄) and the mean of the draws' entropies, in nats."""
+        return torch.special.entr(self.average.exp()).sum(-1), torch.special.entr(self.log_probs.exp()).sum(-1).mean(0)
+
+
+@contextmanager
+def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> Iterator[Averager]:
+    """Let a model answer under several draws for the length of a ``with`` block.
+
+    Args:
+        model: PEFT model, a causal language model.
+        draws: S draws.
+        average: Whether each row is answered by the average of all draws; else the rows belong to the draws in S equal
+            parts.
+
+    Yields:
+        What the model said last.
+
+    Raises:
+        InputError: If the model has no language model head, or its draws cannot share a pass.
+    """
+    base = require_lora(model).get_base_model()
+    if base.get_output_embeddings() is None:
+        raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
+    with evaluating(model):
+        names = differing(draws)
+        if names and not stacks(model, names, _few_answers(base), "generation"):
+            raise InputError(
+                "the draws of this adapter cannot share a pass (it has parameters outside of linear layers), so the "
+                "model cannot generate from several at once; use draws=1"
+            )
+        averager = Averager(len(draws) if average else 1)
+        with stacked(model, list(draws) if names else [draws[0]]):
+            hooks = [
+                base.register_forward_pre_hook(_repeating(averager.draws), with_kwargs=True),
+                base.register_forward_hook(lambda _, args, outputs: _averaged(averager, outputs)),
+            ]
+            try:
+                yield averager
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+
+def _averaged(averager: Averager, outputs: Any) -> Any:
+    """Put the average in the place of the model's logits."""
+    outputs.logits = averager.take(outputs.logits)
+    return outputs
+
+
+def _repeating(count: int) -> Any:
+    """Return a hook that gives the model every row several times, one copy after the other."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Repeat whatever has the batch as its first axis."""
+        first = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
+        size = len(first)
+
+        def wide(value: Any) -> Any:
+            """Return a value with its rows repeated."""
+            if isinstance(value, dict):
+                return {key: wide(inner) for key, inner in value.items()}
+            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
+                return value
+            return value.repeat(count, *[1] * (value.ndim - 1))
+
+        return (args, kwargs) if count == 1 else (tuple(map(wide, args)), wide(kwargs))
+
+    return before
+
+
+def _few_answers(base: Any) -> Any:
+    """Return what tells a model's answers to two short texts, once for each stacked draw."""
+    size = min(len(base.get_input_embeddings().weight), 1000)
+    ids = torch.randint(0, size, (2, 5), generator=generator("generation"))
+
+    @torch.inference_mode()
+    def answers(count: int, _: bool) -> Tensor:
+        """Return the log-probabilities of what comes next."""
+        device = base.get_input_embeddings().weight.device
+        logits = base(input_ids=ids.repeat(count, 1).to(device), use_cache=False).logits[:, -1]
+        return logits.float().log_softmax(-1).view(count, len(ids), -1)
+
+    return answers
