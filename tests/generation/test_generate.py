@@ -245,7 +245,7 @@ def test_what_cannot_be_generated_is_refused_in_words(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="prompt 1 is empty"):
         bl.generate(model, posterior, ["Answer", ""], DRAWS, tokenizer=tokenizer, max_new_tokens=5)
     with pytest.raises(InputError, match="temperature was fitted"):
-        bl.generate(model, Scaled(posterior, 1.0, 1.0), PROMPTS, DRAWS, tokenizer=tokenizer)
+        bl.generate(model, Scaled(posterior, torch.tensor(2.0)), PROMPTS, DRAWS, tokenizer=tokenizer)
     with pytest.raises(InputError, match="not weights"):
         bl.generate(model, Linearised(posterior), PROMPTS, DRAWS, tokenizer=tokenizer)
     with pytest.raises(InputError, match="num_beams"):

@@ -24,6 +24,9 @@ VERBS = {
     "compare": "run several methods on one task and print one table",
     "distill": "train one plain adapter to answer as the draws do on average",
     "export": "write the mean or draws as plain PEFT adapters",
+    "generate": "write text token by token from the average of the draws, with uncertainty",
+    "serve": "answer over HTTP as OpenAI's interface does, with uncertainty, and a page to try it",
+    "lm-eval": "run tasks of the LM evaluation harness, averaged over draws, with calibration",
     "demo": "see over-confidence and its cure, in a few minutes on a CPU",
 }
 RESUMABLE = ("train", "compare", "demo")
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _said(f"unknown verb {verb!r}, {meant(verb, list(VERBS))}")
     try:
-        module = import_module(f"bayeslora.cli.{verb}")
+        module = import_module(f"bayeslora.cli.{verb.replace('-', '_')}")
         options = parse(module.Options, rest, verb=verb, examples=module.EXAMPLES)
         with quiet():
             module.run(options)
