@@ -19,6 +19,7 @@ from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
 CAUSAL = ("llama", "qwen2", "gpt2")
 PROMPTS = ["Question: bag holds 3 red, 5 blue", "Answer"]
 DRAWS = 4
+ONE = {f"{of}.{part}": torch.ones(1) for of in ("draws", "mean") for part in ("weight", "bias")}
 
 
 @pytest.fixture(params=CAUSAL)
@@ -245,7 +246,7 @@ def test_what_cannot_be_generated_is_refused_in_words(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="prompt 1 is empty"):
         bl.generate(model, posterior, ["Answer", ""], DRAWS, tokenizer=tokenizer, max_new_tokens=5)
     with pytest.raises(InputError, match="temperature was fitted"):
-        bl.generate(model, Scaled(posterior, torch.tensor(2.0)), PROMPTS, DRAWS, tokenizer=tokenizer)
+        bl.generate(model, Scaled(posterior, ONE), PROMPTS, DRAWS, tokenizer=tokenizer)
     with pytest.raises(InputError, match="not weights"):
         bl.generate(model, Linearised(posterior), PROMPTS, DRAWS, tokenizer=tokenizer)
     with pytest.raises(InputError, match="num_beams"):
@@ -255,7 +256,7 @@ def test_what_cannot_be_generated_is_refused_in_words(tokenizer: Any) -> None:
         bl.generate(encoder, gaussian(encoder), PROMPTS, DRAWS, tokenizer=tokenizer)
     wide = make_model("llama", target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(InputError, match="outside of linear layers"):
-        bl.generate(wide, gaussian(wide), PROMPTS, DRAWS, tokenizer=tokenizer)
+        bl.generate(wide, gaussian(wide), PROMPTS, DRAWS, tokenizer=tokenizer, max_new_tokens=5)
     assert same_state(model, before)
 
 

@@ -83,11 +83,9 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
         What the model said last.
 
     Raises:
-        InputError: If the model has no language model head, or its draws cannot share a pass.
+        InputError: If the draws cannot share a pass.
     """
     base = require_lora(model).get_base_model()
-    if base.get_output_embeddings() is None:
-        raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
     with evaluating(model):
         names = differing(draws)
         if names and not stacks(model, names, _few_answers(base), "generation"):

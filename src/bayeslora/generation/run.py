@@ -154,6 +154,9 @@ def generate_each(
 
 def _draws(model: nn.Module, posterior: Posterior, count: int, seed: int, sampling: Sampling) -> list[Params]:
     """Return draws of weights, or refuse."""
+    base = require_lora(model).get_base_model()
+    if base.get_output_embeddings() is None:
+        raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
     if not has_weights(posterior):
         raise InputError(
             f"the draws of a {type(posterior).__name__} are not weights that stay the same from token to token; "
