@@ -171,7 +171,7 @@ def test_steps_are_told_as_they_happen_and_can_end_it(tokenizer: Any) -> None:
 def test_a_chat_goes_through_its_template(tokenizer: Any) -> None:
     model = make_model("llama")
     chat = [{"role": "user", "content": "bag holds 3 red"}]
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="prompt 0 is a chat"):
         bl.generate(model, gaussian(model), [chat], DRAWS, tokenizer=tokenizer)
     tokenizer.chat_template = "{% for m in messages %}Question: {{ m.content }}{% endfor %} Answer:"
     try:
