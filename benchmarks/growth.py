@@ -42,11 +42,7 @@ def by_size(model: Any, tokenizer: Any, posterior: Posterior, task: Task) -> lis
     for shots in (1, 4):
         form = replace(resolve_format(test.format, "likelihood"), few_shot=task.train.take(range(shots)).examples)
         long = replace(test.take(range(8)), format=form)
-        tokens = len(
-            tokenizer(bl.tasks.render.render(long.examples[0], bl.tasks.render.resolve_format(form, "letters")))[
-                "input_ids"
-            ]
-        )
+        tokens = len(tokenizer(render(long.examples[0], form))["input_ids"])
         took(f"{DRAWS} draws of 8 rows of some {tokens} tokens", long, DRAWS, share_prefix=False)
     for hidden in (256, 576, 1024):
         rows += random_model(hidden, tokenizer, test.take(range(12)), model.device)

@@ -119,7 +119,7 @@ def ten_draws(model: Any, tokenizer: Any, posterior: Posterior, test: Split, rou
         row("ten draws / plain loop (a)", ratio(took, "stacked", "plain"), 1 / 3),
         row("ten draws / fastest loop (b)", ratio(took, "stacked", "loop"), 1.0),
         row("ten draws / one draw", ratio(took, "stacked", "one"), None),
-        row("adaptive antithetic draws / plain loop of ten (a)", ratio(took, "adaptive", "plain"), 1 / 8),
+        row("adaptive draws / plain loop of ten (a)", ratio(took, "adaptive", "plain"), 1 / 8),
     ]
 
 

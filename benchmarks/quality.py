@@ -19,8 +19,8 @@ from bayeslora.posteriors import Posterior
 from bayeslora.tasks.types import Split
 
 MANY = 64
-ADAPTIVE = {"draws": 10, "tolerance": 0.07, "sampling": "antithetic"}
-"""As many antithetic draws as a row needs for a standard error of .07, ten at most."""
+ADAPTIVE = {"draws": 10, "tolerance": 0.07}
+"""As many draws as a row needs for a standard error of .07, ten at most."""
 SEEDS = 8
 
 
