@@ -1,0 +1,117 @@
+"""``bayeslora serve``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayeslora.cli.options import ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.runs import posterior_name, run_folder
+from bayeslora.errors import InputError
+
+EXAMPLES = """examples:
+  bayeslora serve run                     the page is at http://127.0.0.1:8000, the interface at /v1
+  bayeslora serve run --port 8100 --draws 5 --most-draws 20
+  BAYESLORA_API_KEY=secret bayeslora serve run --host 0.0.0.0
+
+  client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="secret or anything")
+  client.chat.completions.create(model="run", messages=[{"role": "user", "content": "Hello"}])
+
+The model NAME averages the draws at each token; NAME/mean and NAME/draw-000 … are its parts. Answers have a field
+`uncertainty`; POST /v1/classify chooses among choices."""
+
+
+@dataclass(kw_only=True)
+class Options(ModelOptions, TaskOptions, ShapeOptions):
+    """Answer over HTTP as OpenAI's interface does, with each token's and each answer's uncertainty."""
+
+    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    name: str = option("", "Name of the model; empty: that of the run's folder.")
+    host: str = option("127.0.0.1", "Address to listen at; the default is reached from this machine only.")
+    port: int = option(8000, "Port to listen at; 0: any that is free.")
+    draws: int = option(5, "Draws unless a request says otherwise.")
+    most_draws: int = option(32, "Most draws of a request.")
+    most_tokens: int = option(1024, "Most new tokens of an answer.")
+    most_rows: int = option(16, "Most answers that are generated at once.")
+    most_waiting: int = option(64, "Most requests in the queue; more are told to come again.")
+    timeout: float = option(120.0, "Most seconds of a request.")
+    api_key: str = option("", "Key that clients must send; empty: that of BAYESLORA_API_KEY, if it is set.")
+
+
+def run(options: Options) -> None:
+    """Serve until the process is told to stop.
+
+    Args:
+        options: The options.
+
+    Raises:
+        InputError: If there is no run, a number makes no sense, a package is missing, or the port is taken.
+    """
+    if not options.run:
+        raise InputError("name what to serve: bayeslora serve RUN")
+    for name in ("draws", "most_draws", "most_tokens", "most_rows", "most_waiting", "timeout"):
+        if getattr(options, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, and it is {getattr(options, name)}")
+    if options.draws > options.most_draws:
+        raise InputError(f"--draws is {options.draws}, more than --most-draws, {options.most_draws}")
+    name = posterior_name(options.run)
+    try:
+        import uvicorn
+
+        from bayeslora.serve import Limits, make_app
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'bayeslora[serve]'") from error
+    listening = _listening(options.host, options.port)
+    with listening:
+        key = options.api_key or os.environ.get("BAYESLORA_API_KEY", "")
+        limits = Limits(
+            waiting=options.most_waiting, rows=options.most_rows, tokens=options.most_tokens, timeout=options.timeout,
+            api_key=key,
+        )  # fmt: skip
+        app = make_app(_served(options, name), limits)
+        place = f"http://{options.host}:{listening.getsockname()[1]}"
+        print(f"serving {app.state.worker.served.name} at {place}   interface: {place}/v1   Ctrl-C stops", flush=True)
+        if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
+            print("anybody who reaches this address can use it: set --api-key", flush=True)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen(128)
+    except (OSError, OverflowError) as error:
+        found.close()
+        raise InputError(f"{host}:{port} cannot be listened at ({error}); choose another --port or --host") from error
+    return found
+
+
+def _served(options: Options, name: str) -> Any:
+    """Load what answers."""
+    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.data import kept_format
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.serve.worker import Served
+    from bayeslora.storage import load_posterior
+    from bayeslora.tasks.types import Format, Split
+
+    tasks = part(TaskOptions, options)
+    with own_progress():
+        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        like = kept_format(run_folder(Path(options.run)), tasks)
+        if like is None:
+            form = Format(
+                tasks.template, tasks.readout, (), tasks.max_length or None, "class" if tasks.classes else "question"
+            )
+            like = Split("input", (), form, tuple(tasks.classes) or None)
+        model, tokenizer = model_for(posterior, part(ModelOptions, options), like.classes)
+    own = options.name or run_folder(Path(options.run)).resolve().name
+    return Served(own, model, tokenizer, posterior, options.draws, options.most_draws, like, options.draw_seed)
