@@ -19,7 +19,7 @@ from bayeslora.version import __version__
 
 
 def module(verb):
-    return import_module(f"bayeslora.cli.{verb}")
+    return import_module(f"bayeslora.cli.{verb.replace('-', '_')}")
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])

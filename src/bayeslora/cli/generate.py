@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   bayeslora generate run --prompt "Question: What do plants breathe in?\\nAnswer:"
   bayeslora generate run --prompt "Name a river." --chat --draws 10
   bayeslora generate run --prompt "Name a river." --chat --each --do-sample
-  bayeslora generate run --input prompts.txt --json > answers.jsonl
+  bayeslora generate run --input prompts.txt --json
 
 Every token is taken from the average of the draws; --each gives one answer a draw, in groups that say the same."""
 

@@ -1,0 +1,110 @@
+"""``bayeslora lm-eval``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, option, part
+from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.errors import InputError
+
+EXAMPLES = """examples:
+  bayeslora lm-eval run --tasks arc_easy hellaswag --draws 10       with the calibration of their answers
+  bayeslora lm-eval run --tasks arc_easy --mean --out mean.json     one pass at the mean, to compare with
+  bayeslora lm-eval run --tasks marbles --include-path tasks        a task of your own, from a folder with its YAML
+
+Needs pip install 'bayeslora[lm-eval]'. Likelihoods of whole answers are averaged over the draws."""
+LEFT_OUT = ("samples", "pretty_env_info")
+"""What the file for the numbers does not hold: every example, and the machine."""
+
+
+@dataclass(kw_only=True)
+class Options(ModelOptions, DrawOptions, ShapeOptions):
+    """Run tasks of the LM evaluation harness on a posterior: its own measures, and ECE, NLL and Brier beside them."""
+
+    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    tasks: list[str] = option([], "Tasks, groups or tags of the harness, or patterns such as 'mmlu_*'.")
+    mean: bool = option(False, "One pass at the posterior's mean instead of draws.")
+    limit: int = option(0, "Most examples of each task; 0: all.")
+    num_fewshot: int = option(-1, "Solved examples in each prompt; -1: the task's own number.")
+    include_path: str = option("", "Folder with tasks of your own.")
+    out: str = option("", "JSON file for the numbers; empty: they are only printed.")
+    overwrite: bool = option(False, "Replace an --out file that is there.")
+
+
+def run(options: Options) -> None:
+    """Run the tasks, print the harness's table and keep the numbers.
+
+    Args:
+        options: The options.
+
+    Raises:
+        InputError: If there is no run or task, a number makes no sense, or the file for the numbers is there already.
+    """
+    if not options.run or not options.tasks:
+        raise InputError("name what to evaluate, and tasks: bayeslora lm-eval RUN --tasks TASK …")
+    if options.limit < 0 or options.num_fewshot < -1:
+        raise InputError("--limit must be at least 0 and --num-fewshot at least -1")
+    if options.out and Path(options.out).exists() and not options.overwrite:
+        raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
+    name = posterior_name(options.run)
+    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import watched
+    from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
+    from bayeslora.posteriors import Point
+    from bayeslora.storage import load_posterior
+
+    with own_progress(), _errors_only():
+        tasks, manager = find_tasks(options.tasks, options.include_path)
+        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
+        model, tokenizer = model_for(posterior, part(ModelOptions, options), None)
+        lm = PosteriorLM(
+            model, posterior, options.draws, seed=options.draw_seed, sampling=options.sampling, tokenizer=tokenizer,
+            token_budget=options.token_budget or None, progress=watched(),
+        )  # fmt: skip
+        results = evaluate_tasks(
+            lm, tasks, limit=options.limit or None, manager=manager,
+            num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
+        )  # fmt: skip
+    _show(results)
+    if options.out:
+        said = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
+        kept = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": said}
+        write_json(Path(options.out), json.loads(json.dumps(kept, default=_plain)))
+        print(f"numbers: {options.out}")
+
+
+def _show(results: dict[str, Any]) -> None:
+    """Print the harness's tables, and which tasks have no calibration."""
+    from lm_eval.utils import make_table
+
+    print(make_table(results).strip())
+    if results.get("groups"):
+        print(make_table(results, "groups").strip())
+    for task, reason in results["not_calibrated"].items():
+        print(f"no calibration of {task}: {reason}")
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's as Python's, and anything else that JSON does not know as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Show only the harness's errors for the length of a ``with`` block."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        yield
+    finally:
+        log.setLevel(before)

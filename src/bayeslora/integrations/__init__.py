@@ -1,0 +1,1 @@
+"""Other libraries' evaluations and loggers, answered by a posterior."""

@@ -1,0 +1,125 @@
+"""Calibration of multiple-choice answers, from the samples that the LM evaluation harness logs.
+
+The predicted distribution of an example is the softmax over the log-likelihoods of its choices, not divided by their
+lengths: the one whose most probable choice the harness's ``acc`` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayeslora._typing import Float, Int
+from bayeslora.errors import InputError
+from bayeslora.metrics import brier, ece, nll
+
+BINS = 15
+"""Bins of equal width of the ECE."""
+
+
+def choice_log_probs(samples: Sequence[Mapping[str, Any]]) -> tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]:
+    """Return the predictions and the right answers of a multiple-choice task.
+
+    Args:
+        samples: The task's logged samples under one filter.
+
+    Returns:
+        Log-probabilities, -inf for choices that an example does not have, and the index of the right choice.
+
+    Raises:
+        InputError: If there are no samples, or one has no choices or no single known answer.
+    """
+    if not samples:
+        raise InputError("there are no logged samples; evaluate with log_samples=True")
+    scores = [_scores(number, sample) for number, sample in enumerate(samples)]
+    labels = [_label(number, sample, own) for number, (sample, own) in enumerate(zip(samples, scores, strict=True))]
+    widest = max(map(len, scores))
+    log_p = torch.full((len(scores), widest), -torch.inf, dtype=torch.float64)
+    for row, own in zip(log_p, scores, strict=True):
+        row[: len(own)] = torch.tensor(own, dtype=torch.float64).log_softmax(0)
+    return log_p, torch.tensor(labels)
+
+
+def calibration(samples: Sequence[Mapping[str, Any]], bins: int = BINS) -> dict[str, float]:
+    """Return the ECE, NLL and Brier score of a multiple-choice task.
+
+    Args:
+        samples: The task's logged samples under one filter.
+        bins: Bins of equal width of the ECE.
+
+    Returns:
+        ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics`.
+    """
+    log_p, labels = choice_log_probs(samples)
+    return {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
+
+
+def add_calibration(results: Mapping[str, Any], bins: int = BINS) -> dict[str, Any]:
+    """Return the harness's results with the calibration of each multiple-choice task, under the harness's kind of keys.
+
+    Args:
+        results: What `lm_eval.simple_evaluate` returns, with samples.
+        bins: Bins of equal width of the ECE.
+
+    Returns:
+        The results, where each such task also has ``ece,FILTER``, ``nll,FILTER`` and ``brier,FILTER``. Tasks for which
+        they are not defined are named in ``not_calibrated``, with the reason.
+    """
+    scores = {task: dict(own) for task, own in results["results"].items()}
+    better = {task: dict(own) for task, own in results.get("higher_is_better", {}).items()}
+    refused: dict[str, str] = {}
+    for task, samples in (results.get("samples") or {}).items():
+        if results["configs"][task].get("output_type") != "multiple_choice":
+            continue
+        for name in dict.fromkeys(sample["filter"] for sample in samples):
+            try:
+                found = calibration([sample for sample in samples if sample["filter"] == name], bins)
+            except InputError as error:
+                refused[task] = str(error)
+                continue
+            scores[task].update({f"{key},{name}": value for key, value in found.items()})
+            better.setdefault(task, {}).update(dict.fromkeys(found, False))
+    return {**results, "results": scores, "higher_is_better": better, "not_calibrated": refused}
+
+
+def _scores(number: int, sample: Mapping[str, Any]) -> list[float]:
+    """Return the log-likelihoods of a sample's choices."""
+    try:
+        found = [float(response[0]) for response in sample["filtered_resps"]]
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise InputError(f"sample {number} has no log-likelihoods of choices; give a multiple-choice task's") from error
+    if "acc_mutual_info" in sample:  # the second half are the choices without the question
+        found = found[: len(found) // 2]
+    if not found:
+        raise InputError(f"sample {number} has no choices")
+    return found
+
+
+def _label(number: int, sample: Mapping[str, Any], scores: Sequence[float]) -> int:
+    """Return the index of a sample's right choice, which the harness gives as a number or a text."""
+    target, texts = sample["target"], _texts(sample)[: len(scores)]
+    if isinstance(target, Sequence) and not isinstance(target, str) and len(target) == 1:
+        target = target[0]
+    found = -1
+    if len(set(texts)) == 1 < len(scores):  # the choices are in the contexts, and the target is what follows them all
+        if len(scores) == 2 and "acc" in sample:
+            best = max(range(2), key=scores.__getitem__)
+            found = best if float(sample["acc"]) else 1 - best
+    elif isinstance(target, str):
+        text = target.strip()
+        found = texts.index(text) if text in texts else int(text) if text.isdecimal() else -1
+    elif isinstance(target, int):
+        found = int(target)
+    if not 0 <= found < len(scores):
+        raise InputError(f"sample {number} has no single known answer among its {len(scores)} choices")
+    return found
+
+
+def _texts(sample: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a sample's choices, from the arguments as they are or as they are written to files."""
+    asked = sample["arguments"]
+    pairs = [tuple(pair.values()) for pair in asked.values()] if isinstance(asked, Mapping) else asked
+    return [str(pair[1]).strip() for pair in pairs]
