@@ -79,7 +79,7 @@ def one_adapter(
     rows = replace(free, examples=tuple(replace(e, label=None) for e in free))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, num_train_epochs=4, per_device_train_batch_size=8, learning_rate=5e-4, report_to="none",
+            folder, num_train_epochs=4, per_device_train_batch_size=8, learning_rate=2e-3, report_to="none",
             save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
         one = bl.distill(model, posterior, rows, args, 20, seed=100, tokenizer=tokenizer)

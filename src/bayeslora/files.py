@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -67,6 +69,30 @@ def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"{target} could not be written, and nothing of it was kept: {reason}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def read_object(path: Path, missing: str) -> dict[str, Any]:
+    """Read a JSON object of a posterior's folder.
+
+    Args:
+        path: The file.
+        missing: What to say if it is not there.
+
+    Returns:
+        The object.
+
+    Raises:
+        InputError: If it is missing, cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(missing) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object; copy the folder again")
+    return value
 
 
 def _take_place(work: Path, target: Path) -> None:

@@ -1,26 +1,29 @@
 """Posteriors on disk: a plain PEFT adapter and, beside it, what makes it a posterior.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are the mean, for every tool that reads PEFT adapters.
-``posterior_config.json`` holds family, method, base model and checksums, ``posterior.safetensors`` the spread. Members
-of a mixture, and the posterior that another is made of, are sub-folders. A folder appears at once, when all of it is
-written.
+``posterior_config.json`` holds family, method, base model and checksums, ``posterior.safetensors`` the spread,
+``README.md`` is the card. Members of a mixture, and the posterior that another is made of, are sub-folders. A folder
+appears at once, when all of it is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bayeslora.card import card
 from bayeslora.errors import InputError
-from bayeslora.files import appearing
+from bayeslora.files import appearing, read_object
+from bayeslora.hub import fetch
 from bayeslora.operations import draw_count
 from bayeslora.origin import Origin, check_base
 from bayeslora.params import Params, check_against, live
@@ -38,6 +41,9 @@ from bayeslora.posteriors import (
     TokenDropout,
 )
 from bayeslora.version import __version__
+
+if TYPE_CHECKING:
+    from bayeslora.evaluation import Evaluation
 
 FORMAT_VERSION = 1
 FAMILIES: dict[str, Callable[..., Posterior]] = {
@@ -57,19 +63,36 @@ FAMILIES: dict[str, Callable[..., Posterior]] = {
 _ADAPTER, _SPREAD, _CONFIG = "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json"
 
 
-def save_posterior(posterior: Posterior, folder: Path, *, overwrite: bool = False) -> None:
+def save_posterior(
+    posterior: Posterior,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    evaluation: Evaluation | None = None,
+    task: str = "",
+) -> None:
     """Write a posterior to a folder; see the module for its layout.
 
     Args:
         posterior: Any posterior with an origin.
         folder: Where to.
         overwrite: Whether a folder that is there may be replaced.
+        evaluation: Scores for the card.
+        task: What they were measured on.
     """
     with appearing(folder, overwrite=overwrite) as work:
         _write_posterior(posterior, work)
+        text = card(work, folder.resolve().name, evaluation, task)
+        (work / "README.md").write_text(text, encoding="utf-8")
 
 
-def load_posterior(name: str | Path, model: nn.Module | None = None, *, revision: str | None = None) -> Posterior:
+def load_posterior(
+    name: str | Path,
+    model: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Posterior:
     """Read a posterior from a folder or from the Hugging Face Hub.
 
     Args:
@@ -77,6 +100,7 @@ def load_posterior(name: str | Path, model: nn.Module | None = None, *, revision
         model: PEFT model that it is for; if given, its base and its adapter's names and shapes are checked now rather
             than when the posterior is used.
         revision: Branch, tag or commit on the Hub.
+        token: Token for a private repository; None for the one that the machine is logged in with.
 
     Returns:
         The posterior, checked: format version, checksums, and every tensor's name and shape.
@@ -87,7 +111,7 @@ def load_posterior(name: str | Path, model: nn.Module | None = None, *, revision
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _download(str(name), revision)
+        folder = fetch(str(name), revision, token)
     posterior = _read_posterior(folder)
     if model is not None:
         check_base(_origin(posterior), model)
@@ -111,11 +135,11 @@ def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _download(str(name), revision)
+        folder = fetch(str(name), revision)
     if (folder / _CONFIG).exists():
         return load_posterior(folder)
     missing = f"{folder} is neither a posterior of bayeslora nor a PEFT adapter (it has no adapter_config.json)"
-    config = _read_json(folder / "adapter_config.json", missing)
+    config = read_object(folder / "adapter_config.json", missing)
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"{folder} is an adapter of type {config.get('peft_type')}; bayeslora serves LoRA adapters only"
@@ -125,7 +149,13 @@ def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
 
 
 def export_draws(
-    posterior: Posterior, folder: str | Path, draws: int, *, seed: int = 0, sampling: Sampling = "independent"
+    posterior: Posterior,
+    folder: str | Path,
+    draws: int,
+    *,
+    seed: int = 0,
+    sampling: Sampling = "independent",
+    name: str = "draw",
 ) -> list[Path]:
     """Write draws as plain PEFT adapters, for any tool that reads them.
 
@@ -135,17 +165,23 @@ def export_draws(
         draws: How many; see `bayeslora.operations.draw_count`.
         seed: Which stream of draws.
         sampling: How the draws belong together.
+        name: What stands in the place of ``draw``, so that one server can hold adapters of several exports.
 
     Returns:
         The adapters' folders.
+
+    Raises:
+        InputError: If the name is no name of a folder and an adapter, or the folder cannot be written.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"the adapters' name {name!r} must be of letters, digits, '.', '_' and '-'")
     target = Path(folder)
-    names = [f"draw-{k:03d}" for k in range(draw_count(posterior, draws))]
+    names = [f"{name}-{k:03d}" for k in range(draw_count(posterior, draws))]
     with appearing(target) as work:
-        for k, name in enumerate(names):
-            (work / name).mkdir()
-            _write_adapter(posterior.draw(k, seed, sampling), _origin(posterior), work / name)
-    return [target / name for name in names]
+        for k, own in enumerate(names):
+            (work / own).mkdir()
+            _write_adapter(posterior.draw(k, seed, sampling), _origin(posterior), work / own)
+    return [target / own for own in names]
 
 
 def _write_posterior(posterior: Posterior, folder: Path) -> None:
@@ -187,7 +223,7 @@ def _write_posterior(posterior: Posterior, folder: Path) -> None:
 
 def _read_posterior(folder: Path) -> Posterior:
     """Read one posterior, and a mixture's members below it."""
-    config = _read_json(folder / _CONFIG, f"{folder} is not a posterior of bayeslora (it has no {_CONFIG})")
+    config = read_object(folder / _CONFIG, f"{folder} is not a posterior of bayeslora (it has no {_CONFIG})")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
@@ -208,7 +244,7 @@ def _read_posterior(folder: Path) -> Posterior:
                 f"{folder / file} is damaged or was changed (its checksum is not the one written with "
                 "it); copy the folder again"
             )
-    adapter = _read_json(folder / "adapter_config.json", f"{folder} has no adapter_config.json; copy the folder again")
+    adapter = read_object(folder / "adapter_config.json", f"{folder} has no adapter_config.json; copy the folder again")
     keys = ("base_model", "fingerprint", "method", "settings", "num_data")
     origin = Origin(adapter, **{k: cast(Any, config.get(k)) for k in keys})
     try:
@@ -246,19 +282,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    """Read a JSON object, in words when it is missing or is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(missing) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object; copy the folder again")
-    return value
-
-
 def _origin(posterior: Posterior) -> Origin:
     """Return the posterior's origin, or refuse."""
     if posterior.origin is None:
@@ -270,14 +293,3 @@ def _sha256(path: Path) -> str:
     """Return a file's checksum."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _download(name: str, revision: str | None) -> Path:
-    """Fetch a posterior's repository from the Hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{name} is neither a folder nor a repository that the Hub gives; check the name") from error

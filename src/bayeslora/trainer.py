@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from bayeslora import metrics
 from bayeslora.engine.compiled import compiled
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import Readout
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.together import Lanes
+
+SCORES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": metrics.accuracy,
+    "nll": metrics.nll,
+    "ece": metrics.ece,
+    "brier": metrics.brier,
+}
+"""What the Trainer's evaluations measure, of the adapter as it is then."""
 
 
 def run_trainer(
@@ -36,7 +47,8 @@ def run_trainer(
 ) -> None:
     """Train with the stock Trainer on encoded examples; Ctrl-C writes a checkpoint and stops.
 
-    With ``torch_compile`` in the arguments the model's layers are compiled, each by itself.
+    With ``torch_compile`` in the arguments the model's layers are compiled, each by itself. Its evaluations measure
+    `SCORES` unless there are several lanes, or ``compute_metrics`` or arguments that do without are given.
 
     Args:
         model: PEFT model with a LoRA adapter.
@@ -55,6 +67,9 @@ def run_trainer(
     own, stop = adapted(args), _Stop()
     apart = [] if lanes is None else [lanes.callback()]
     kwargs = {**kwargs, "callbacks": [*apart, *kwargs.get("callbacks", ()), stop]}
+    whole = lanes is None and not own.batch_eval_metrics and own.eval_do_concat_batches
+    if held_out and whole and "compute_metrics" not in kwargs:
+        kwargs |= scoring(max(len(row.answers) for row in held_out))
     layers = compiled(model, own.torch_compile_backend, own.torch_compile_mode) if own.torch_compile else nullcontext()
     own.torch_compile, own.torch_compile_backend, own.torch_compile_mode = False, None, None
     with readout.attached(model), layers, stop.listening():
@@ -71,6 +86,32 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {own.output_dir}")
+
+
+def scoring(choices: int) -> dict[str, Any]:
+    """Return what makes the Trainer's evaluations measure `SCORES`.
+
+    Args:
+        choices: Most choices of an example; 0 where the logits of all batches are equally many.
+
+    Returns:
+        ``compute_metrics`` and ``preprocess_logits_for_metrics`` for the Trainer.
+    """
+
+    def log_probs(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Return a batch's log-probabilities, as many in each batch: minus infinity where there is no choice."""
+        found = logits[0] if isinstance(logits, tuple) else logits
+        missing = max(0, choices - found.shape[-1])
+        return functional.pad(found.float().log_softmax(-1), (0, missing), value=-math.inf)
+
+    def scores(found: Any) -> dict[str, float]:
+        """Return the scores; NaN where the model's output is, which must not end the training."""
+        log_p, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+        if bool(log_p.isnan().any()):
+            return dict.fromkeys(SCORES, math.nan)
+        return {name: score(log_p, labels) for name, score in SCORES.items()}
+
+    return {"compute_metrics": scores, "preprocess_logits_for_metrics": log_probs}
 
 
 def adapted(args: TrainingArguments) -> TrainingArguments:

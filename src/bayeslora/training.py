@@ -43,8 +43,9 @@ def fit(
 
     The loss is the cross-entropy over the choices, so that what is trained is what is evaluated. A method that is
     fitted to a trained adapter (`PostHoc`) is fitted to the plain fine-tune. An ensemble trains its members one after
-    another in ``<output_dir>/member-k`` and keeps each there when it is done. Ctrl-C writes a checkpoint and stops; a
-    second one stops at once.
+    another in ``<output_dir>/member-k`` and keeps each there when it is done. Evaluations on the way log accuracy, NLL,
+    ECE and Brier score of the adapter as it is then, but for members that are trained together. Ctrl-C writes a
+    checkpoint and stops; a second one stops at once.
 
     Args:
         model: PEFT model with a LoRA adapter. It is trained from the adapter that it has, and ends in the last state of

@@ -213,7 +213,7 @@ def one_step(tmp_path, method, **changes):
                 p.fill_(0.1)
     args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant", **changes)
     kwargs = method.trainer_kwargs(model, 4)
-    (callback,) = kwargs["callbacks"]
+    callback, *_ = kwargs["callbacks"]
     seen = {}
     before_step = callback.on_pre_optimizer_step
 

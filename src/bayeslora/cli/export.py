@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.options import ShapeOptions, option, part
 from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
 
+if TYPE_CHECKING:
+    from bayeslora.origin import Origin
+
 EXAMPLES = """examples:
   bayeslora export run --out adapters --draws 10     ten plain PEFT adapters, adapters/draw-000 …
+  bayeslora export run --out adapters --name birds   the same, named birds-000 …, for a server that has others too
   bayeslora export run --out mean --mean             one, of the posterior's mean
 
-Every tool that loads PEFT adapters loads them; average the probabilities of their answers, not the logits."""
+Every tool that loads PEFT adapters loads them; average the probabilities of their answers, not the logits. After the
+folders comes the line that starts vLLM with them, on standard error."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes as --max-lora-rank."""
 
 
 @dataclass(kw_only=True)
@@ -23,11 +33,12 @@ class Options(ShapeOptions):
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     out: str = option("", "Folder to make.")
     draws: int = option(10, "How many draws; of an ensemble no more than it has members.")
+    name: str = option("draw", "What the adapters are called, with a number each; a server needs different names.")
     mean: bool = option(False, "Write the mean instead of draws.")
 
 
 def run(options: Options) -> None:
-    """Write the adapters and print their folders.
+    """Write the adapters, print their folders, and say how vLLM serves them.
 
     Args:
         options: The options.
@@ -42,6 +53,7 @@ def run(options: Options) -> None:
         raise InputError(f"{out} is there already; choose another --out")
     from bayeslora.cli.build import shaped
     from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.terminal import say
     from bayeslora.posteriors import Point
     from bayeslora.storage import export_draws, load_posterior
 
@@ -49,7 +61,54 @@ def run(options: Options) -> None:
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
         if options.mean:
             Point(posterior.mean, posterior.origin).save_pretrained(out)
-            print(out)
-            return
-        paths = export_draws(posterior, out, options.draws, seed=options.draw_seed, sampling=options.sampling)
-    print("\n".join(map(str, paths)))
+            folders = {"mean" if options.name == "draw" else options.name: out}
+        else:
+            paths = export_draws(
+                posterior,
+                out,
+                options.draws,
+                seed=options.draw_seed,
+                sampling=options.sampling,
+                name=options.name,
+            )
+            folders = {path.name: path for path in paths}
+    print("\n".join(map(str, folders.values())), flush=True)
+    if posterior.origin is not None:
+        say(serving(posterior.origin, folders))
+
+
+def serving(origin: Origin, folders: Mapping[str, Path]) -> str:
+    """Return the line that starts vLLM with exported adapters, or the sentence why it would refuse them.
+
+    Args:
+        origin: Where the posterior comes from.
+        folders: The adapters' folders, by the names to serve them under.
+
+    Returns:
+        One line.
+    """
+    config = origin.adapter_config
+    refused = _refused(config)
+    if refused:
+        return f"vLLM does not serve these adapters: {' and '.join(refused)}; other tools load them with PEFT"
+    rank = next(allowed for allowed in VLLM_RANKS if allowed >= int(config.get("r", 1)))
+    base = origin.base_model or "BASE"
+    words = ["vllm", "serve", str(Path(base).resolve()) if Path(base).is_dir() else base, "--enable-lora"]
+    words += ["--max-loras", str(len(folders)), "--max-lora-rank", str(rank), "--lora-modules"]
+    return shlex.join([*words, *(f"{name}={path.resolve()}" for name, path in folders.items())])
+
+
+def _refused(config: Mapping[str, Any]) -> list[str]:
+    """Return what vLLM refuses of an adapter, or would load as something else."""
+    found = []
+    if config.get("modules_to_save"):
+        found.append(f"whole modules are saved with them ({', '.join(config['modules_to_save'])})")
+    if config.get("use_dora"):
+        found.append("they are DoRA")
+    if config.get("bias", "none") != "none":
+        found.append(f"they have biases (bias={config['bias']!r})")
+    if int(config.get("r", 1)) > VLLM_RANKS[-1]:
+        found.append(f"their rank {config['r']} is above {VLLM_RANKS[-1]}")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        found.append("their rank or alpha differs from layer to layer (rank_pattern, alpha_pattern), which it ignores")
+    return found

@@ -96,7 +96,7 @@ def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: An
 
 
 def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any) -> None:
-    """Print the metrics of the test split and keep them, if its answers are known.
+    """Print the metrics of the test split and keep them, also on the posterior's card, if its answers are known.
 
     Args:
         options: Options with ``draws``, ``token_budget``, ``resamples`` and ``out``.
@@ -105,6 +105,7 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
         posterior: The posterior.
         test: The test split, or None.
     """
+    from bayeslora.card import write_card
     from bayeslora.cli.terminal import watched
     from bayeslora.engine import predict
     from bayeslora.evaluation import evaluate
@@ -122,4 +123,5 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
     )
     result = evaluate(prediction, test, resamples=options.resamples)
     write_json(Path(options.out) / "evaluation.json", result.to_dict())
+    write_card(Path(options.out) / "posterior", evaluation=result, task=test.name)
     print(result.table())

@@ -34,6 +34,7 @@ from bayeslora.errors import InputError
 from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach
+from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.methods.guards import check_training
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
@@ -79,12 +80,13 @@ class Blob(Method):
         """Put the Gaussian layers into the model, so that its optimiser will know them.
 
         Returns:
-            The callback that trains them.
+            The callback that trains them, and the one that logs how they do.
 
         Raises:
             InputError: If the adapter is not plain LoRA on linear layers.
         """
-        return {"callbacks": [_Trainer(self, check_num_data(num_data), attach(model, self.init_spread))]}
+        trainer = _Trainer(self, check_num_data(num_data), attach(model, self.init_spread))
+        return {"callbacks": [trainer, Figures(self.name, trainer.figures)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean.
@@ -182,6 +184,14 @@ class _Trainer(TrainerCallback):
         own = list(self.layers.values())
         spread: Params = {name: layer.spread for name, layer in self.layers.items()}
         remember(model, Record(self.method.name, self.num_data, dict(spread), undo=lambda: detach(model, own)))
+
+    @torch.no_grad()
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """Return the divergence from the prior, its weight in the last step, and the deviations, for the log."""
+        sigma = self.method.prior_sigma
+        kl = sum(float(kl_divergence(layer.weight.float(), layer.spread, sigma)) for layer in self.layers.values())
+        weight = kl_weight(max(0, state.global_step - 1), self.cycle)
+        return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
 
     @torch.no_grad()
     def on_pre_optimizer_step(

@@ -1,12 +1,17 @@
-"""Whether IVON learned its variance: figures for the log, and a word at the end."""
+"""Figures of a method for the Trainer's log and its trackers; and whether IVON learned its variance."""
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from bayeslora.optim import IvonOptimizer
 from bayeslora.params import live
@@ -15,6 +20,63 @@ logger = logging.getLogger(__name__)
 
 LEARNED = 0.5
 """The variance counts as learned if at least this share of h has moved by more than 10 % from h₀."""
+
+
+@final
+class Figures(TrainerCallback):
+    """Adds a method's figures to the losses that the Trainer logs, before its trackers see them.
+
+    The Trainer calls its trackers (``report_to``) before the callbacks that it is given, and tells no callback where
+    the others are. So this one looks up who calls it, and goes to the front. It has no other part in training.
+
+    Args:
+        method: Name of the method, which the figures' names begin with.
+        figures: Returns the figures at the Trainer's state; what it returns is logged as ``<method>_<name>``.
+    """
+
+    def __init__(self, method: str, figures: Callable[[TrainerState], dict[str, float]]) -> None:
+        self.method, self.figures = method, figures
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go to the front."""
+        self._go_first(sys._getframe(1).f_locals.get("self"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go to the front, also of trackers that were added to a Trainer that was there."""
+        self._go_first(sys._getframe(1).f_locals.get("self"))
+
+    def _go_first(self, handler: object) -> None:
+        """Give the one who calls the callbacks a list that begins with this one; it is going through the old list."""
+        if isinstance(handler, CallbackHandler) and any(one is self for one in handler.callbacks):
+            handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the figures to what is logged while training."""
+        logs = kwargs.get("logs")
+        if isinstance(logs, dict) and "loss" in logs:
+            found = {f"{self.method}_{name}": value for name, value in self.figures(state).items()}
+            logs.update(found)
+            if state.log_history:
+                state.log_history[-1].update(found)
+
+
+@torch.no_grad()
+def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
+    """Return how far parameters may be from their mean.
+
+    Args:
+        deviations: Standard deviations σ.
+
+    Returns:
+        ``sigma``: median σ; ``sigma_mean``: mean σ. Empty if there is none.
+    """
+    parts = [one.detach().flatten().float() for one in deviations]
+    if not parts:
+        return {}
+    sigma = torch.cat(parts)
+    return {"sigma": float(sigma.median()), "sigma_mean": float(sigma.mean())}
 
 
 @torch.no_grad()
@@ -26,7 +88,8 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
 
     Returns:
         ``hess_moved``: share of coordinates whose h is more than 10 % off h₀; ``clipped``: share whose update is at the
-        clip radius; ``sigma``: median σ. Empty before the first step.
+        clip radius; ``ess``: λ, how many examples the data count for; ``sigma`` and ``sigma_mean``: median and mean σ.
+        Empty before the first step.
     """
     moved, clipped, sigma = [], [], []
     for group in optimizer.param_groups:
@@ -44,7 +107,8 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
     return {
         "hess_moved": float(torch.cat(moved).float().mean()),
         "clipped": float(torch.cat(clipped).float().mean()),
-        "sigma": float(torch.cat(sigma).median()),
+        "ess": float(optimizer.param_groups[0]["ess"]),
+        **spread(sigma),
     }
 
 

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.ivon_settings import check_ivon
 from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
-from bayeslora.methods.diagnostics import diagnostics, report
+from bayeslora.methods.diagnostics import Figures, diagnostics, report
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
 from bayeslora.optim import IvonOptimizer
 from bayeslora.params import live, read, require_lora
@@ -175,9 +175,10 @@ class Ivon(Method):
         if isinstance(model, PeftModel):  # else TRL makes the adapter, and it is looked at when training begins
             plain_layers(model, "IVON")
         settings = self.optimizer_settings(check_num_data(num_data))
+        sampler = _Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": [_Sampler(self, num_data)],
+            "callbacks": [sampler, Figures(self.name, sampler.figures)],
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -199,7 +200,7 @@ class Ivon(Method):
 
 @final
 class _Sampler(TrainerCallback):
-    """Draws at the beginning of each step, lets the modules read the draw, and tells how the variance does."""
+    """Draws at the beginning of each step, lets the modules read the draw, and tells how the variance did."""
 
     def __init__(self, method: Ivon, num_data: int) -> None:
         self.method, self.num_data = method, num_data
@@ -271,14 +272,9 @@ class _Sampler(TrainerCallback):
         if self.batches * draws // batches > before * draws // batches:
             self.optimizer.draw()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the diagnostics to what is logged while training."""
-        logs = kwargs.get("logs")
-        if self.optimizer is not None and isinstance(logs, dict) and "loss" in logs:
-            found = {f"ivon_{key}": value for key, value in diagnostics(self.optimizer).items()}
-            logs.update(found)
-            if state.log_history:
-                state.log_history[-1].update(found)
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """Return how the variance does, for the log."""
+        return {} if self.optimizer is None else diagnostics(self.optimizer)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -58,6 +58,7 @@ class KlToBase(TrainerCallback):
         self._model: nn.Module | None = None
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._detach: weakref.finalize[..., KlToBase] | None = None
+        self._asked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,6 +87,17 @@ class KlToBase(TrainerCallback):
         hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse a Trainer that has taken a step without asking for the loss.
+
+        Raises:
+            InputError: If it has.
+        """
+        if not self._asked:
+            raise InputError(
+                "the Trainer does not call compute_loss_func, so that the KL term would be left out; use kl=0"
+            )
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -105,6 +117,7 @@ class KlToBase(TrainerCallback):
         Returns:
             The loss.
         """
+        self._asked = True
         loss = answer_loss(outputs, labels, num_items_in_batch)
         if self._inputs is None or self._model is None or not torch.is_grad_enabled():
             return loss

@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
+from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.params import Params, device_of, live, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
@@ -72,8 +73,9 @@ class Swag(Method):
             raise InputError("scale must not be negative, and learning_rate must be positive")
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
-        """Return the callback that holds the learning rate and collects."""
-        return {"callbacks": [_Collector(self, check_num_data(num_data))]}
+        """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
+        collector = _Collector(self, check_num_data(num_data))
+        return {"callbacks": [collector, Figures(self.name, collector.figures)]}
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the Gaussian over the collected path; a `Point` for ``swa``.
@@ -224,6 +226,12 @@ class _Collector(TrainerCallback):
                     if p.requires_grad
                 }
             )
+
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """Return how many snapshots were collected and are kept, and the path's deviations √Σ_d, for the log."""
+        count, kept = self.moments.count, len(self.moments.snapshots)
+        squares = self.moments.squares.values() if count > 1 else ()
+        return {"snapshots": count, "rank": kept, **spread((m / count).sqrt() for m in squares)}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the moments into the checkpoint."""

@@ -21,6 +21,9 @@ from torch.quasirandom import SobolEngine
 from bayeslora.origin import Origin
 from bayeslora.params import Params, generator, swapped
 
+if TYPE_CHECKING:
+    from bayeslora.evaluation import Evaluation
+
 Sampling = Literal["independent", "antithetic", "sobol"]
 """How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; or they
 are Sobol's sequence with a random digital shift, so that each number of each parameter fills its distribution evenly.
@@ -85,16 +88,39 @@ class Posterior(ABC):
             yield
 
     @final
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the posterior to a folder: the mean as a plain PEFT adapter, and the spread beside it.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        evaluation: Evaluation | None = None,
+        task: str = "",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> None:
+        """Write the posterior to a folder: the mean as a plain PEFT adapter, the spread beside it, and a card.
 
         Args:
             folder: Where to; it appears all at once when everything is written.
             overwrite: Whether a folder that is there may be replaced.
+            evaluation: Scores for the card.
+            task: What they were measured on, such as ``openbookqa/test``.
+            push_to_hub: Whether to upload the folder to the Hugging Face Hub when it is there; if that fails, the
+                folder stays, and `bayeslora.hub.push` tries again.
+            repo_id: Repository ``org/name``; None for the folder's name under the user's own.
+            private: Whether a repository that is made is private; None for what the account makes by default.
+            token: Token to write with; None for the one that the machine is logged in with.
+            commit_message: The commit's message.
         """
+        from bayeslora.hub import push
         from bayeslora.storage import save_posterior
 
-        save_posterior(self, Path(folder), overwrite=overwrite)
+        save_posterior(self, Path(folder), overwrite=overwrite, evaluation=evaluation, task=task)
+        if push_to_hub:
+            push(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
 
 @final

@@ -1,0 +1,230 @@
+"""Rewards under draws: the answers of a model with a scalar head, and what its draws disagree about.
+
+A reward model that was trained on preferences says σ(r_c − r_r) for "the first text is preferred to the second", so its
+rewards have no zero: two draws that agree on every preference may differ by a constant. Compare texts draw by draw
+(`preference_probability`), or give each draw the zero of the same reference texts first (`penalised_rewards`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+
+from bayeslora._typing import Float
+from bayeslora.engine.batches import repeated
+from bayeslora.engine.draws import Draws, kept_draw
+from bayeslora.engine.encode import Encoded, tokenizer_of
+from bayeslora.engine.memory import found_budget
+from bayeslora.engine.passes import on, schedule
+from bayeslora.engine.readouts import Readout
+from bayeslora.engine.stacked import differing, stacked, stacks
+from bayeslora.errors import InputError
+from bayeslora.origin import check_base
+from bayeslora.params import Params, device_of, evaluating, require_lora
+from bayeslora.posteriors import Posterior, Sampling, Scaled, has_weights
+
+Text = str | Sequence[dict[str, str]]
+"""A text, or the messages of a chat, which go through the tokenizer's chat template."""
+_PART = 4
+"""The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
+
+
+def predict_rewards(
+    model: nn.Module,
+    posterior: Posterior,
+    texts: Sequence[Text],
+    draws: int = 10,
+    *,
+    seed: int = 0,
+    sampling: Sampling = "independent",
+    tokenizer: Any = None,
+    token_budget: int | None = None,
+    stack: bool = True,
+) -> Float[Tensor, "S N"]:
+    """Return the reward of every text under every draw.
+
+    ``mean(0)`` is the reward and ``std(0)`` its uncertainty. A text is encoded as TRL's RewardTrainer encodes it, with
+    the end-of-text token after it.
+
+    Args:
+        model: PEFT model with a scalar head (``num_labels=1``); it is unchanged afterwards.
+        posterior: What was learned.
+        texts: The N texts, each a prompt with its answer, or messages with ``role`` and ``content``.
+        draws: Number S of draws; see `bayeslora.predict`.
+        seed: Which stream of draws. Draw k is the same weights in every call.
+        sampling: How the draws belong together.
+        tokenizer: The model's tokenizer; None loads the one that was saved with the model.
+        token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
+        stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
+            rounding.
+
+    Returns:
+        Float32 on the CPU.
+
+    Raises:
+        InputError: If the model has no scalar head, the posterior's draws are no weights, or a text is too long.
+    """
+    if isinstance(posterior, Scaled) or not has_weights(posterior):
+        raise InputError("rewards need a posterior whose draws are weights; use Laplace(predictive='draws') or another")
+    if not len(texts):
+        raise InputError("there are no texts to reward; give at least one")
+    readout = _readout(model, tokenizer)
+    if posterior.origin is not None:
+        check_base(posterior.origin, model)
+    rows = _encoded(texts, readout)
+    count = Draws.of(posterior, draws, seed, sampling, None, 4, False).count
+    passes = _Passes(model, readout, rows, token_budget or found_budget(model))
+    with evaluating(model), torch.inference_mode():
+        one = kept_draw(posterior, 0, seed, sampling)
+        most = passes.most(one) if stack else 1
+        found = []
+        for start in range(0, count, most):
+            numbers = range(start, min(start + most, count))
+            found.append(passes.run([kept_draw(posterior, k, seed, sampling) for k in numbers]))
+    return torch.cat(found)
+
+
+def preference_probability(chosen: Float[Tensor, "S N"], rejected: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:
+    """Return the probability that one text is preferred to another, σ(r_c − r_r) averaged over the draws.
+
+    Args:
+        chosen: Rewards of the first texts.
+        rejected: Rewards of the second texts under the same draws, in the same order.
+
+    Returns:
+        Probabilities.
+
+    Raises:
+        InputError: If the two have different shapes.
+    """
+    if chosen.shape != rejected.shape or chosen.ndim != 2:
+        raise InputError(
+            f"rewards to compare must be [draws, texts] both, and they are {list(chosen.shape)} and "
+            f"{list(rejected.shape)}; take equally many draws and texts"
+        )
+    return torch.sigmoid(chosen - rejected).mean(0)
+
+
+def penalised_rewards(
+    rewards: Float[Tensor, "S N"], weight: float = 1.0, reference: Float[Tensor, "S M"] | None = None
+) -> Float[Tensor, " N"]:
+    """Return the mean over the draws less λ standard deviations, which does not trust what the draws disagree about.
+
+    Args:
+        rewards: Rewards of N texts under S draws.
+        weight: λ; 0 is the mean.
+        reference: Rewards of M other texts under the same draws, whose mean is each draw's zero; None takes the rewards
+            as they are, with a disagreement about the zero counted as uncertainty.
+
+    Returns:
+        Penalised rewards. A single draw has no deviation.
+
+    Raises:
+        InputError: If λ is negative, or the reference has other draws.
+    """
+    if not weight >= 0:
+        raise InputError(f"the weight of the penalty must not be negative, and it is {weight}")
+    if reference is not None:
+        if reference.ndim != 2 or len(reference) != len(rewards) or not reference.numel():
+            raise InputError(
+                f"the reference must be [draws, texts] with {len(rewards)} draws, and it is {list(reference.shape)}; "
+                "take it under the same draws"
+            )
+        rewards = rewards - reference.mean(1, keepdim=True)
+    return rewards.mean(0) - weight * rewards.std(0, correction=min(1, len(rewards) - 1))
+
+
+def _readout(model: nn.Module, tokenizer: Any) -> Readout:
+    """Return how texts are put to a model with a scalar head, or refuse the model."""
+    peft = require_lora(model)
+    base = peft.get_base_model()
+    if "ForSequenceClassification" not in type(base).__name__ or base.config.num_labels != 1:
+        raise InputError(
+            f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
+            "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
+        )
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
+    if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
+        raise InputError("a scalar head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id")
+    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
+    return Readout("head", tokenizer, limit, False, base.dtype)
+
+
+def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:
+    """Return the texts as token ids."""
+    tokenizer, rows = readout.tokenizer, []
+    end = tokenizer.eos_token or ""
+    for row, text in enumerate(texts):
+        if isinstance(text, str):
+            ids = tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+        elif tokenizer.chat_template is None:
+            raise InputError(f"text {row} is a chat, and the tokenizer has no chat template; give texts instead")
+        else:
+            ids = tokenizer.apply_chat_template(list(text), tokenize=True, return_dict=True)["input_ids"]
+        if not ids:
+            raise InputError(f"text {row} has no token; leave it out")
+        if readout.limit is not None and len(ids) > readout.limit:
+            raise InputError(f"text {row} has {len(ids)} tokens, and the model reads at most {readout.limit}; cut it")
+        rows.append(Encoded(tuple(ids), (), -1))
+    return rows
+
+
+@final
+@dataclass(frozen=True)
+class _Passes:
+    """Encoded texts and the model that rewards them.
+
+    Attributes:
+        model: PEFT model.
+        readout: How texts are put to it.
+        rows: The N texts.
+        token_budget: Most tokens of a batch, over all draws in it.
+    """
+
+    model: nn.Module
+    readout: Readout
+    rows: Sequence[Encoded]
+    token_budget: int
+
+    def most(self, one: Params) -> int:
+        """Return how many draws as large as one may be stacked at once."""
+        whole = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
+
+    def run(self, drawn: Sequence[Params]) -> Float[Tensor, "S N"]:
+        """Return the rewards of all texts under some draws."""
+
+        def few(count: int, shared: bool) -> Tensor:
+            """Return the rewards of a few texts by the model as it is."""
+            return self._rewards(list(range(len(self.rows[:3]))), count)[..., None]
+
+        names = differing(drawn)
+        together = len(drawn) if names and stacks(self.model, names, few, "reward") else 1
+        found = torch.empty(len(drawn), len(self.rows))
+        for width, batches in schedule([len(r.prompt) for r in self.rows], self.token_budget, together).items():
+            for at in range(0, len(drawn), width):
+                part = drawn[at : at + width]
+                with stacked(self.model, part):
+                    for group in batches:
+                        found[at : at + len(part), group] = self._rewards(group, len(part))
+        return found
+
+    def _rewards(self, group: list[int], count: int) -> Float[Tensor, "S B"]:
+        """Return the rewards of one pass; a batch too large for memory is halved."""
+        try:
+            batch = on(self.readout.collate([self.rows[i] for i in group]), device_of(self.model))
+            inputs: dict[str, Any] = repeated(batch, count)
+            values: Tensor = require_lora(self.model)(**inputs).logits.float()
+            return values.view(count, len(group)).cpu()
+        except RuntimeError as error:
+            if len(group) == 1 or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        half = len(group) // 2
+        return torch.cat([self._rewards(group[:half], count), self._rewards(group[half:], count)], dim=1)

@@ -1,0 +1,98 @@
+"""``export``: names of the adapters, and the line that serves them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import gaussian, make_model
+
+from bayeslora.cli.export import serving
+from bayeslora.origin import Origin
+from bayeslora.storage import export_draws
+
+FOLDERS = {"draw-000": Path("/x/draw-000"), "draw-001": Path("/x y/draw-001")}
+
+
+def origin_with(**config: object) -> Origin:
+    origin = gaussian(make_model()).origin
+    assert origin is not None
+    return replace(origin, base_model="org/base", adapter_config={**origin.adapter_config, **config})
+
+
+def test_after_the_folders_comes_the_line_that_serves_them(bay, swag_run, home, tmp_path):
+    said = bay("export", swag_run, "--draws", "2", "--name", "birds", "--out", tmp_path / "a b")
+    assert said.status == 0, said.err
+    folders = said.out.splitlines()
+    assert [Path(folder).name for folder in folders] == ["birds-000", "birds-001"]
+    words = shlex.split(said.err)
+    assert words[:4] == ["vllm", "serve", str(home.path / "llama"), "--enable-lora"]
+    assert words[4:9] == ["--max-loras", "2", "--max-lora-rank", "8", "--lora-modules"]
+    assert words[9:] == [f"birds-00{k}={tmp_path}/a b/birds-00{k}" for k in range(2)]
+    assert json.loads((tmp_path / "a b" / "birds-000" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_paths_are_whole_wherever_it_is_run(bay, swag_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = bay("export", swag_run, "--draws", "1", "--out", "here")
+    assert said.out.split() == ["here/draw-000"]
+    assert shlex.split(said.err)[-1] == f"draw-000={tmp_path}/here/draw-000"
+
+
+@pytest.mark.parametrize(("words", "name"), [([], "mean"), (["--name", "birds"], "birds")])
+def test_the_mean_is_served_under_a_name_too(bay, swag_run, tmp_path, words, name):
+    said = bay("export", swag_run, "--mean", "--out", tmp_path / "mean", *words)
+    assert said.status == 0, said.err
+    assert said.out.split() == [str(tmp_path / "mean")]
+    assert shlex.split(said.err)[-1] == f"{name}={tmp_path}/mean"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a=b", "a b", "..", "-x"])
+def test_a_name_that_is_no_name_of_an_adapter_is_refused(refused, swag_run, tmp_path, name):
+    assert "must be of letters, digits" in refused("export", swag_run, f"--name={name}", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_several_exports_do_not_meet(tmp_path):
+    posterior = gaussian(make_model())
+    found = [export_draws(posterior, tmp_path / name, 2, name=name) for name in ("birds", "fish")]
+    assert len({path.name for paths in found for path in paths}) == 4
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (33, 64), (257, 320), (321, 512), (512, 512)])
+def test_the_rank_is_the_next_that_vllm_takes(rank, allowed):
+    words = shlex.split(serving(origin_with(r=rank), FOLDERS))
+    assert words[words.index("--max-lora-rank") + 1] == str(allowed)
+    assert words[2] == "org/base"
+    assert words[-1] == "draw-001=/x y/draw-001"
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"modules_to_save": ["score", "classifier"]}, "whole modules are saved with them (score, classifier)"),
+        ({"use_dora": True}, "they are DoRA"),
+        ({"bias": "all"}, "they have biases (bias='all')"),
+        ({"r": 513}, "their rank 513 is above 512"),
+        ({"rank_pattern": {"q_proj": 4}}, "differs from layer to layer"),
+    ],
+)
+def test_what_vllm_does_not_serve_is_said(config, told):
+    said = serving(origin_with(**config), FOLDERS)
+    assert told in said
+    assert said.startswith("vLLM does not serve these adapters: ")
+    assert "vllm serve" not in said
+
+
+def test_two_reasons_are_one_sentence():
+    assert "they are DoRA and they have biases" in serving(origin_with(use_dora=True, bias="all"), FOLDERS)
+
+
+def test_a_classification_head_is_exported_and_not_served(bay, bert_run, tmp_path):
+    said = bay("export", bert_run, "--draws", "2", "--out", tmp_path / "draws")
+    assert said.status == 0, said.err
+    assert len(said.out.split()) == 2
+    assert said.err.startswith("vLLM does not serve these adapters: whole modules are saved with them")
