@@ -3,6 +3,7 @@
 python examples/sft_trainer.py           # about a minute on two CPU cores; needs pip install trl
 """
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -15,7 +16,9 @@ rows = Dataset.from_list(
     [{"prompt": e.text, "completion": f" {e.choices[e.label]}"} for e in task.train if e.label is not None]
 )
 model, tokenizer = bl.load_model(demo_model(), target_modules=["q_proj", "v_proj"])
-args = SFTConfig("sft/run", max_steps=12, learning_rate=5e-4, save_strategy="no", report_to="none")
+args = SFTConfig(
+    "sft/run", max_steps=12, learning_rate=5e-4, save_strategy="no", report_to="none", bf16=torch.cuda.is_available()
+)
 
 method = bl.Swag(start=4, interval=2)
 trainer = SFTTrainer(

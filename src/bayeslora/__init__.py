@@ -12,10 +12,12 @@ from bayeslora.errors import InputError
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
+    from bayeslora.card import write_card
     from bayeslora.distillation import distill
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
     from bayeslora.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
+    from bayeslora.hub import push
     from bayeslora.methods import (
         Blob,
         Ensemble,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         Tfb,
         multi_swag,
     )
+    from bayeslora.methods.trainers import kwargs_for
     from bayeslora.models import load_model
     from bayeslora.operations import pruned, restricted, tempered
     from bayeslora.optim import IvonOptimizer
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
         TokenDropout,
     )
     from bayeslora.prediction import Prediction
+    from bayeslora.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.storage import export_draws, load_posterior
     from bayeslora.tasks import load_task
     from bayeslora.training import fit
@@ -88,6 +92,10 @@ _HOMES = {
     ),
     "engine": ("predict",),
     "prediction": ("Prediction",),
+    "rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
+    "methods.trainers": ("kwargs_for",),
+    "hub": ("push",),
+    "card": ("write_card",),
     "storage": ("export_draws", "load_posterior"),
     "tasks": ("load_task",),
 }
@@ -131,14 +139,20 @@ __all__ = [
     "fit",
     "generate",
     "generate_each",
+    "kwargs_for",
     "load_model",
     "load_posterior",
     "load_task",
     "multi_swag",
+    "penalised_rewards",
     "predict",
+    "predict_rewards",
+    "preference_probability",
     "pruned",
+    "push",
     "restricted",
     "tempered",
+    "write_card",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Methods on 8-bit and 4-bit bases (bitsandbytes, on the CPU too)."""
+"""Every method on 8-bit and 4-bit bases (bitsandbytes, on the CPU too)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from methods_table import TABLE
+from datasets import Dataset
+from methods_table import DROPOUT, TABLE
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.engine import predict
-from bayeslora.params import initialise, live, read
+from bayeslora.generation import generate
+from bayeslora.methods.trainers import kwargs_for
+from bayeslora.params import initialise, live, read, swapped
 from bayeslora.storage import load_posterior
 from bayeslora.training import fit
 
@@ -38,23 +42,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return path
 
 
-def quantised(folder: Any, bits: str) -> Any:
+def quantised(folder: Any, bits: str, dropout: float = 0.0) -> Any:
     base = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**BITS[bits]), dtype=torch.float32, device_map="cpu"
     )
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM"))
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(**lora, lora_dropout=dropout))
     assert "bit" in type(model.base_model.model.model.layers[0].self_attn.q_proj).__name__
     initialise(model, 0)
     return model
 
 
-@pytest.mark.parametrize("name", ["map", "swag", "ivon", "blob", "blob-elbo", "laplace", "laplace-diagonal", "tfb"])
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "temperature-vector"])  # that is for heads
 @pytest.mark.parametrize("bits", BITS)
 def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, tokenizer: Any, tmp_path: Any) -> None:
     # the readout passes over the model in evaluation mode first, after which every layer must still learn
     checkpointing = name in ("ivon", "blob")
-    model, task, method = quantised(folder, bits), make_task(readout="likelihood"), TABLE[name]
+    model, task, method = quantised(folder, bits, DROPOUT), make_task(readout="likelihood"), TABLE[name]
     before = read(model)
     args = arguments(
         tmp_path / "run", gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, max_steps=4,
@@ -80,3 +85,54 @@ def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits: str, fo
     one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, stack=False)
     assert float((one_by_one.probs - one_by_one.mean_log_probs.exp()).abs().max()) > 1e-3
     torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_posterior_is_read_on_the_base_in_full_precision(bits: str, folder: Any, tokenizer: Any) -> None:
+    model, split = quantised(folder, bits), make_task(readout="likelihood").test
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
+    plain = get_peft_model(LlamaForCausalLM.from_pretrained(folder), lora)
+    ours, theirs = (predict(one, gaussian(model), split, 3, tokenizer=tokenizer) for one in (model, plain))
+    assert 0 < float((ours.probs - theirs.probs).abs().max()) < 0.05  # the quantisation
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_text_is_generated_from_the_average_of_plain_passes(bits: str, folder: Any, tokenizer: Any) -> None:
+    model, prompt = quantised(folder, bits), "Question: bag holds 3 red, 5 blue"
+    posterior = gaussian(model)
+    model.get_base_model().generation_config.eos_token_id = None  # a text of full length
+    (answer,) = generate(model, posterior, [prompt], 3, tokenizer=tokenizer, max_new_tokens=5)
+    ids, found = tokenizer(prompt)["input_ids"], []
+    for k in range(3):
+        with swapped(model, posterior.draw(k)), torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([ids + list(answer.token_ids)])).logits[0, len(ids) - 1 : -1]
+        found.append(logits.float().log_softmax(-1).exp())
+    average = torch.stack(found).mean(0)
+    assert average.argmax(-1).tolist() == list(answer.token_ids)
+    torch.testing.assert_close(answer.log_probs, average.max(-1).values.log(), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, DPOTrainer])
+@pytest.mark.parametrize("name", ["map", "swag", "ivon", "blob"])
+def test_a_method_learns_in_trl_which_casts_the_adapter(
+    name: str, trainer: Any, folder: Any, tokenizer: Any, tmp_path: Any
+) -> None:
+    model, method = quantised(folder, "4-bit"), TABLE[name]
+    before = read(model)
+    config = SFTConfig if trainer is SFTTrainer else DPOConfig
+    row = {"prompt": "Question: bag holds 3 red.\nAnswer:"}
+    row |= {"completion": " red"} if trainer is SFTTrainer else {"chosen": " red", "rejected": " blue"}
+    args = config(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    kwargs = kwargs_for(trainer, method, model, 8)
+    run = trainer(model, args=args, train_dataset=Dataset.from_list([row] * 8), processing_class=tokenizer, **kwargs)
+    run.train()
+    posterior = method.posterior(run.model)
+    assert all(p.dtype == torch.bfloat16 for p in live(model).values())
+    assert not any(torch.equal(posterior.mean[n], before[n]) for n in before)
+    found = predict(model, posterior, make_task(readout="likelihood").test, draws=2, tokenizer=tokenizer)
+    assert bool(found.log_probs.exp().sum(-1).sub(1).abs().max() < 1e-4)
+    if posterior.distinct is None:
+        assert not torch.equal(found.log_probs[0], found.log_probs[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import torch
 from datasets import Dataset
 from methods_table import DROPOUT, REPEATS, TABLE
 from peft import LoraConfig, PeftModel
-from tiny import COLOURS, TARGETS, arguments, make_base, make_model, same_params
+from tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Ensemble, Method, Swag
+from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
+from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import LowRankGaussian, Posterior
 from bayeslora.storage import load_posterior
 
 ROWS = 16
+LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]
+"""Methods that learn while a Trainer trains."""
 
 
 def sentences() -> list[tuple[str, str]]:
@@ -62,6 +66,28 @@ def sft(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any], **more: A
 TRAINERS = {"transformers": (arguments, stock), "trl": (sft_arguments, sft)}
 
 
+def chat_tokenizer() -> Any:
+    found = make_tokenizer()
+    found.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    return found
+
+
+def chats(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> SFTTrainer:
+    """An SFTTrainer on messages, which go through the chat template."""
+    turns = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in sentences()
+    ]
+    return SFTTrainer(model, args, train_dataset=Dataset.from_list(turns), processing_class=chat_tokenizer(), **kwargs)
+
+
+def packed_arguments(folder: Path, **changes: Any) -> SFTConfig:
+    return sft_arguments(folder, packing=True, max_length=64, **changes)
+
+
+SHAPES = {"chats": (sft_arguments, chats), "packed": (packed_arguments, sft)}
+"""Other shapes of an SFTTrainer's rows; those that are packed follow each other in one row of a batch."""
+
+
 def trained(method: Method, args: Any, make: Any, tokenizer: Any) -> tuple[PeftModel, Posterior]:
     """The loop that the documentation shows."""
     model = make_model("llama", lora_dropout=DROPOUT)
@@ -76,11 +102,16 @@ def trained(method: Method, args: Any, make: Any, tokenizer: Any) -> tuple[PeftM
     return trainer.model, method.posterior(trainer.model)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in REPEATS])
+@pytest.mark.parametrize(
+    ("name", "trainer"),
+    [(name, "transformers") for name in TABLE if name not in REPEATS]
+    + [(name, "trl") for name in LEARNERS]
+    + [(name, "chats") for name in LEARNERS]
+    + [(name, "packed") for name in ("map", "map-kl", "swag", "ivon", "blob", "blob-elbo", "ensemble")],
+)
 def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     method = TABLE[name]
-    make_arguments, make = TRAINERS[trainer]
+    make_arguments, make = (TRAINERS | SHAPES)[trainer]
     before = read(make_model("llama", lora_dropout=DROPOUT))
     model, posterior = trained(method, make_arguments(tmp_path / "run"), make, tokenizer)
     assert posterior.origin is not None
@@ -105,6 +136,41 @@ def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer: Any, tmp_pat
         found.append(method.posterior(model).mean)
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_packed_rows_have_the_loss_of_rows_apart(tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model("llama")
+    trainer = sft(model, packed_arguments(tmp_path, bf16=False, gradient_checkpointing=False), tokenizer, {})
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
+    labels = batch.pop("labels")
+    assert len(starts) - 1 > len(batch["input_ids"]) == 1  # several rows of the data in the only row of the batch
+    with torch.no_grad():
+        together = answer_loss(model.eval()(**batch, use_cache=False), labels, 1)
+        apart = sum(
+            answer_loss(model(input_ids=batch["input_ids"][:, a:b], use_cache=False), labels[:, a:b], 1)
+            for a, b in pairwise(starts)
+        )
+    torch.testing.assert_close(together, apart)
+
+
+class OwnLoss(SFTTrainer):
+    """A Trainer that takes ``compute_loss_func`` and does not ask it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_kl_term_that_the_trainer_leaves_out_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model, method = make_model("llama"), Map(kl=0.1)
+    rows = Dataset.from_list([{"prompt": a, "completion": b} for a, b in sentences()])
+    trainer = OwnLoss(
+        model, sft_arguments(tmp_path), train_dataset=rows, processing_class=tokenizer,
+        **method.trainer_kwargs(model, ROWS),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="does not call compute_loss_func"):
+        trainer.train()
 
 
 def test_swag_serves_the_adapter_that_sft_trainer_makes_itself(tokenizer: Any, tmp_path: Path) -> None:

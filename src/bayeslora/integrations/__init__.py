@@ -1,1 +1,1 @@
-"""Other libraries' evaluations and loggers, answered by a posterior."""
+"""Other libraries, answered by a posterior: the evaluation harness, and servers of plain adapters."""

@@ -1,0 +1,216 @@
+"""Every method on preferences: TRL's DPOTrainer and RewardTrainer, and rewards under draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from methods_table import DROPOUT, TABLE
+from peft import LoraConfig, PeftModel
+from preferences import PAIRS, ROWS, TEXTS, reward_model
+from tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from bayeslora.errors import InputError
+from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, PostHoc, Swag
+from bayeslora.methods.trainers import kwargs_for
+from bayeslora.params import live, read, swapped
+from bayeslora.posteriors import Point, Posterior
+from bayeslora.rewards import predict_rewards, preference_probability
+
+LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]
+
+
+def configured(kind: Any, folder: Path, **changes: Any) -> Any:
+    plain = arguments(folder)
+    same = ("max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to", "disable_tqdm",
+            "logging_strategy", "use_cpu", "seed")  # fmt: skip
+    exact = {"bf16": False, "gradient_checkpointing": False}
+    return kind(str(folder), **({name: getattr(plain, name) for name in same} | exact | changes))
+
+
+def dpo(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> DPOTrainer:
+    """A DPOTrainer whose reference is the base model, the adapter off, also for an ensemble's next members."""
+    trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **kwargs)
+    trainer.model.delete_adapter("ref")
+    return trainer
+
+
+def reward(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> RewardTrainer:
+    return RewardTrainer(
+        model, args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **kwargs
+    )  # fmt: skip
+
+
+TRAINERS: dict[str, Any] = {
+    "dpo": (DPOTrainer, DPOConfig, dpo, lambda **lora: make_model("llama", **lora)),
+    "reward": (RewardTrainer, RewardConfig, reward, reward_model),
+}
+
+
+def trained(method: Method, trainer: str, folder: Path, tokenizer: Any, **changes: Any) -> tuple[PeftModel, Posterior]:
+    """The loop that the documentation shows."""
+    kind, config, make, build = TRAINERS[trainer]
+    model, args = build(lora_dropout=DROPOUT), configured(config, folder, **changes)
+    runs = [method.member_arguments(args, k) for k in range(method.members)] if isinstance(method, Ensemble) else [args]
+    for own in runs:
+        make(model, own, tokenizer, kwargs_for(kind, method, model, ROWS)).train()
+    return model, method.posterior(model)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "map-kl"])
+def test_a_method_learns_from_preferences(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+    start = read(TRAINERS[trainer][3]())
+    model, posterior = trained(TABLE[name], trainer, tmp_path, tokenizer)
+    assert posterior.origin is not None
+    assert (posterior.origin.method, posterior.origin.num_data) == (TABLE[name].name, ROWS)
+    assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in live(model).items()}
+    assert all(bool(p.isfinite().all()) for p in posterior.mean.values())
+    assert not any(torch.equal(posterior.mean[n], start[n]) for n in start)
+    if posterior.distinct != 1:
+        assert not same_params(posterior.draw(0), posterior.draw(1))
+    assert all(type(m).__module__.startswith(("torch.nn", "peft", "transformers")) for m in model.modules())
+    before = state_of(model)
+    with posterior.applied(model, 1 if posterior.distinct != 1 else 0):
+        pass
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_kl_term_is_refused_where_the_trainer_has_its_own_loss(trainer: str) -> None:
+    kind, _, _, build = TRAINERS[trainer]
+    with pytest.raises(InputError, match=f"{kind.__name__} computes a loss of its own"):
+        kwargs_for(kind, Map(kl=0.1), build(), ROWS)
+
+
+def test_a_map_run_is_the_plain_dpo_run_bit_for_bit(tokenizer: Any, tmp_path: Path) -> None:
+    found = []
+    for make in (lambda model: {}, lambda model: Map().trainer_kwargs(model, ROWS)):
+        model = make_model("llama", lora_dropout=DROPOUT)
+        dpo(model, configured(DPOConfig, tmp_path), tokenizer, make(model)).train()
+        found.append(read(model))
+    assert same_params(*found)
+
+
+@pytest.mark.parametrize("name", ["ivon", "blob"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_gradient_checkpointing_sees_the_same_noise(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+    plain, again = (
+        trained(TABLE[name], trainer, tmp_path, tokenizer, gradient_checkpointing=value)[1] for value in (False, True)
+    )
+    assert same_params(plain.draw(0), again.draw(0))
+
+
+def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probability of each row's completion by a pass in evaluation mode."""
+    ids, labels = batch["input_ids"], batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    own = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    return (own * (labels != -100)).sum(1)
+
+
+@pytest.mark.parametrize("reference", ["base", "copy"])
+@pytest.mark.parametrize("name", ["ivon", "blob"])
+def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(
+    name: str, reference: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    model, seen = make_model("llama"), []
+    kwargs = kwargs_for(DPOTrainer, TABLE[name], model, ROWS)
+    rows = Dataset.from_list(PAIRS)
+    trainer = DPOTrainer(
+        model, args=configured(DPOConfig, tmp_path), train_dataset=rows, processing_class=tokenizer, **kwargs
+    )
+    if reference == "base":
+        model.delete_adapter("ref")
+
+    def look(_: Any, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
+        seen.append((torch.is_grad_enabled(), inputs, outputs.log_probs.detach().sum(1)))
+
+    model.register_forward_hook(look, with_kwargs=True)
+    trainer.train()
+    wanted = make_base("llama") if reference == "base" else make_model("llama")
+    passes = [(inputs, found) for trains, inputs, found in seen if not trains]
+    assert len(passes) == trainer.state.max_steps
+    for inputs, found in passes:
+        torch.testing.assert_close(found, log_probs(wanted, inputs), rtol=1e-4, atol=1e-4)
+    trains, inputs, first = seen[0]
+    assert trains
+    assert not torch.allclose(first, log_probs(make_model("llama"), inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_chosen_and_rejected_are_under_the_same_draw_of_ivon(tokenizer: Any, tmp_path: Path) -> None:
+    model, method, seen = make_model("llama"), Ivon(), []
+    trainer = dpo(
+        model, configured(DPOConfig, tmp_path, max_steps=3), tokenizer, kwargs_for(DPOTrainer, method, model, 16)
+    )
+
+    def look(_: Any, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
+        if torch.is_grad_enabled():
+            own = trainer.optimizer.optimizer
+            draw = {name: (own.mean(p) + own.noise(p)).clone() for name, p in live(model).items()}
+            seen.append((draw, inputs, outputs.log_probs.detach().sum(1)))
+
+    model.register_forward_hook(look, with_kwargs=True)
+    trainer.train()
+    plain = make_model("llama")
+    for draw, inputs, found in seen:
+        with swapped(plain, draw):
+            torch.testing.assert_close(found, log_probs(plain, inputs), rtol=1e-4, atol=1e-4)
+    assert not any(torch.equal(seen[0][0][name], seen[1][0][name]) for name in seen[0][0])
+
+
+def test_dpo_trains_the_adapter_that_it_makes_itself(tokenizer: Any, tmp_path: Path) -> None:
+    method, base = Swag(), make_base("llama")
+    trainer = DPOTrainer(
+        base, args=configured(DPOConfig, tmp_path), train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=TARGETS["llama"]),
+        **kwargs_for(DPOTrainer, method, base, ROWS),
+    )  # fmt: skip
+    trainer.train()
+    assert method.posterior(trainer.model).mean.keys() == live(trainer.model).keys()
+
+
+def test_an_optimiser_is_given_where_its_class_is_not_taken(tokenizer: Any, tmp_path: Path) -> None:
+    found = []
+    for kind in (SFTTrainer, DPOTrainer):
+        model, method = make_model("llama"), Ivon()
+        kwargs = kwargs_for(kind, method, model, ROWS)
+        assert ("optimizers" in kwargs) == (kind is DPOTrainer)
+        rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS])
+        args = configured(SFTConfig, tmp_path)
+        SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, **kwargs).train()
+        found.append(method.posterior(model))
+    assert same_params(found[0].draw(3), found[1].draw(3))
+    with pytest.raises(InputError, match="without an adapter"):
+        kwargs_for(DPOTrainer, Ivon(), make_base("llama"), ROWS)
+
+
+def test_texts_and_chats_are_encoded_as_the_reward_trainer_does(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    model = reward_model()
+    for texts in (TEXTS, [[{"role": "user", "content": text}] for text in TEXTS]):
+        rows = Dataset.from_list([{"chosen": a, "rejected": b} for a, b in zip(texts[::2], texts[1::2], strict=True)])
+        args = configured(RewardConfig, tmp_path)
+        trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+        ids = [row[f"{side}_ids"] for row in trainer.train_dataset for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            wanted = torch.tensor([model.eval()(input_ids=torch.tensor([row])).logits.item() for row in ids])
+        found = predict_rewards(model, Point(read(model)), texts, tokenizer=tokenizer)
+        torch.testing.assert_close(found[0], wanted)
+
+
+def test_draws_of_a_trained_reward_model_disagree_about_rewards(tokenizer: Any, tmp_path: Path) -> None:
+    model, posterior = trained(Ensemble(2, Blob()), "reward", tmp_path, tokenizer)
+    found = predict_rewards(model, posterior, TEXTS, 4, tokenizer=tokenizer)
+    assert found.shape == (4, len(TEXTS))
+    assert float(found.std(0).min()) > 0
+    chosen, rejected = found[:, ::2], found[:, 1::2]
+    both = preference_probability(chosen, rejected) + preference_probability(rejected, chosen)
+    torch.testing.assert_close(both, torch.ones(5))
