@@ -15,6 +15,7 @@ from bayeslora.serve import Limits, make_app
 from bayeslora.serve.worker import Served
 from bayeslora.tasks.types import Format, Split
 
+DRAWN = ("tiny/draw-000", "tiny/draw-001", "tiny/draw-002")
 TEMPLATE = "{% for m in messages %}Question: {{ m.content }}{% endfor %} Answer:"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import gaussian, make_base, make_model, same_state, state_of
 from torch import Tensor
+from transformers import TextIteratorStreamer
 
 import bayeslora as bl
 from bayeslora.errors import InputError
@@ -166,6 +167,13 @@ def test_steps_are_told_as_they_happen_and_can_end_it(tokenizer: Any) -> None:
     )[0]
     assert [int(s.token_ids[0]) for s in seen] == list(answer.token_ids)
     assert len(seen) == 3
+
+
+def test_text_streams_as_it_does_in_transformers(tokenizer: Any) -> None:
+    model, streamer = make_model("llama"), TextIteratorStreamer(tokenizer, skip_prompt=True)
+    how = {"tokenizer": tokenizer, "max_new_tokens": 6, "eos_token_id": None}
+    answer = bl.generate(model, gaussian(model), PROMPTS[:1], DRAWS, streamer=streamer, **how)[0]
+    assert "".join(streamer) == answer.text
 
 
 def test_a_chat_goes_through_its_template(tokenizer: Any) -> None:
