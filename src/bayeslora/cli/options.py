@@ -121,7 +121,7 @@ class ShapeOptions:
 
     draw_seed: int = option(0, "Which stream of draws.")
     sampling: Literal["independent", "antithetic", "sobol"] = option(
-        "independent", "How the draws belong together; antithetic and sobol need fewer for the same answer."
+        "independent", "How the draws belong together; antithetic and sobol serve narrow posteriors."
     )
     temperature: float = option(1.0, "Factor on the posterior's covariance; 0: the mean.")
     prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.")
