@@ -19,7 +19,7 @@ from bayeslora._typing import Float
 from bayeslora.engine.batches import repeated
 from bayeslora.engine.draws import Draws, kept_draw
 from bayeslora.engine.encode import Encoded, tokenizer_of
-from bayeslora.engine.memory import found_budget
+from bayeslora.engine.memory import found_budget, most_stacked
 from bayeslora.engine.passes import on, schedule
 from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
@@ -30,8 +30,6 @@ from bayeslora.posteriors import Posterior, Sampling, Scaled, has_weights
 
 Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
-_PART = 4
-"""The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
 
 
 def predict_rewards(
@@ -81,7 +79,7 @@ def predict_rewards(
     passes = _Passes(model, readout, rows, token_budget or found_budget(model))
     with evaluating(model), torch.inference_mode():
         one = kept_draw(posterior, 0, seed, sampling)
-        most = passes.most(one) if stack else 1
+        most = most_stacked(model, one) if stack else 1
         found = []
         for start in range(0, count, most):
             numbers = range(start, min(start + most, count))
@@ -191,11 +189,6 @@ class _Passes:
     readout: Readout
     rows: Sequence[Encoded]
     token_budget: int
-
-    def most(self, one: Params) -> int:
-        """Return how many draws as large as one may be stacked at once."""
-        whole = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
 
     def run(self, drawn: Sequence[Params]) -> Float[Tensor, "S N"]:
         """Return the rewards of all texts under some draws."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bayeslora.params import device_of, require_lora
+from bayeslora.params import Params, device_of, require_lora
 
 CPU_BUDGET = 2048
 """On a CPU larger batches leave its caches and gain nothing; gradients are computed with as many everywhere."""
@@ -13,6 +13,22 @@ GPU_BUDGET = 32768
 """On a GPU more tokens at once gain nothing."""
 _SHARE = 0.5
 """Part of the free memory that a batch may take by the estimate, which is a rough one; what fails is halved."""
+_PART = 4
+"""The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
+
+
+def most_stacked(model: nn.Module, one: Params) -> int:
+    """Return how many draws may be stacked at once.
+
+    Args:
+        model: A PEFT model.
+        one: A draw; the others are as large.
+
+    Returns:
+        At least 1.
+    """
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
 
 
 def found_budget(model: nn.Module) -> int:

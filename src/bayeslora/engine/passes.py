@@ -17,6 +17,7 @@ from bayeslora.engine import prefix
 from bayeslora.engine.batches import Batch, repeated
 from bayeslora.engine.compiled import compiled
 from bayeslora.engine.encode import Encoded
+from bayeslora.engine.memory import most_stacked
 from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.engine.trial import tried
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 _CLOSE = 0.05
 """Largest difference of a log-probability, in deviations of them all, that is taken for rounding."""
-_PART = 4
-"""The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
 
 
 @final
@@ -83,7 +82,8 @@ class Passes:
         start = 0
         while start < count:
             drawn = [draw(start)]
-            drawn += [draw(k) for k in range(start + 1, min(start + self._most(drawn[0]), count))]
+            most = most_stacked(self.model, drawn[0]) if self.stack else 1
+            drawn += [draw(k) for k in range(start + 1, min(start + most, count))]
             names = differing(drawn)
             together = len(drawn) if names and self.stacks(names, share=False) else 1
             share = together > 1 and self.stacks(names, share=True)
@@ -129,13 +129,6 @@ class Passes:
         key = ("prefix", self.readout.name, self.readout.shared)
         worthwhile = len(tokens) >= prefix.WORTHWHILE
         return tokens if worthwhile and tried(self.model, key, goes_on) else ()
-
-    def _most(self, one: Params) -> int:
-        """Return how many draws as large as one may be stacked at once."""
-        if not self.stack:
-            return 1
-        whole = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
 
     def _fill(self, job: _Job, found: Tensor, batches: list[list[int]]) -> None:
         """Write the answers to batches of examples into their columns; a batch too large for memory is halved."""
