@@ -54,10 +54,10 @@ def train_together(
         InputError: If the model, the readout, the optimiser or the precision does not allow it.
     """
     _check(model, readout, rows, args[0])
-    lanes = Lanes(len(rows), [own.seed if own.data_seed is None else own.data_seed for own in args])
+    seeds = [own.seed if own.data_seed is None else own.data_seed for own in args]
+    lanes = Lanes(len(rows), seeds, args[0].max_grad_norm)
     joint = copy.copy(args[0])
     joint.output_dir, joint.max_grad_norm = str(Path(args[0].output_dir).parent / "together"), 0.0
-    lanes.max_grad_norm = args[0].max_grad_norm
     with side_by_side(model, starts):
         train(joint, lanes)
         trained = read(model)
@@ -104,11 +104,12 @@ class Lanes(torch.utils.data.Sampler[tuple[int, ...]]):
     Args:
         rows: Number of training examples.
         seeds: The seed of each member's order.
+        max_grad_norm: Largest norm of a member's gradient; 0 for any.
     """
 
-    def __init__(self, rows: int, seeds: Sequence[int]) -> None:
+    def __init__(self, rows: int, seeds: Sequence[int], max_grad_norm: float) -> None:
         self.own = [SeedableRandomSampler(range(rows), data_seed=seed) for seed in seeds]
-        self.max_grad_norm = 0.0
+        self.max_grad_norm = max_grad_norm
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         """Yield the number of a row for each member."""

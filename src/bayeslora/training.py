@@ -73,6 +73,20 @@ def fit(
         raise InputError(f"{method.name} makes {runs} runs, and {len(starts)} starts were given; give one for each")
     if not isinstance(method, Ensemble):
         return _run(model, task, method, args, tokenizer, starts[0], resume, callbacks)
+    return _members(model, task, method, args, tokenizer, starts, resume, callbacks)
+
+
+def _members(
+    model: nn.Module,
+    task: Task,
+    method: Ensemble,
+    args: TrainingArguments,
+    tokenizer: Any,
+    starts: Sequence[Posterior | None],
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Posterior:
+    """Train an ensemble's members, those that are not there already, and put them together."""
     own_args = [method.member_arguments(args, k) for k in range(method.members)]
     folders = [Path(own.output_dir) / "posterior" for own in own_args]
     if method.together and not (resume and all(folder.exists() for folder in folders)):

@@ -14,7 +14,7 @@ from bayeslora.errors import InputError
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.types import Example, Format, Split, Task
+from bayeslora.tasks.types import Example, Format, Split, Task, TaskKind
 
 _FILE = "task.json"
 
@@ -118,6 +118,21 @@ def keep_format(folder: Path, split: Split) -> None:
         split: The split that is trained on.
     """
     write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
+
+
+def given_format(options: TaskOptions, name: str) -> Split:
+    """Return how the options alone say that examples are put to the model, as a split without examples.
+
+    Args:
+        options: The options.
+        name: Name of the split.
+
+    Returns:
+        The empty split.
+    """
+    kind: TaskKind = "class" if options.classes else "question"
+    form = Format(options.template, options.readout, (), options.max_length or None, kind)
+    return Split(name, (), form, tuple(options.classes) or None)
 
 
 def kept_format(folder: Path, options: TaskOptions) -> Split | None:

@@ -131,16 +131,12 @@ def _target(path: Path, overwrite: bool) -> Path:
 
 def _split(rows: Rows, options: Options) -> Split:
     """Return the rows as examples of the task that was trained on."""
-    from bayeslora.cli.data import build_task, kept_format, split_like
-    from bayeslora.tasks.types import Format, Split
+    from bayeslora.cli.data import build_task, given_format, kept_format, split_like
 
     tasks = part(TaskOptions, options)
     like = kept_format(run_folder(Path(options.run)), tasks)
     if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
-        form = Format(
-            tasks.template, tasks.readout, (), tasks.max_length or None, "class" if tasks.classes else "question"
-        )
-        like = Split(rows.name, (), form, tuple(tasks.classes) or None)
+        like = given_format(tasks, rows.name)
     if like is None:
         task = build_task(tasks)
         like = next((s for s in (task.train, task.test) if s is not None), None)

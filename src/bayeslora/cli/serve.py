@@ -71,12 +71,12 @@ def run(options: Options) -> None:
             waiting=options.most_waiting, rows=options.most_rows, tokens=options.most_tokens, timeout=options.timeout,
             api_key=key,
         )  # fmt: skip
-        app = make_app(_served(options, name), limits)
+        served = _served(options, name)
         place = f"http://{options.host}:{listening.getsockname()[1]}"
-        print(f"serving {app.state.worker.served.name} at {place}   interface: {place}/v1   Ctrl-C stops", flush=True)
+        print(f"serving {served.name} at {place}   interface: {place}/v1   Ctrl-C stops", flush=True)
         if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
             print("anybody who reaches this address can use it: set --api-key", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(make_app(served, limits), log_level="warning", timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -97,21 +97,17 @@ def _listening(host: str, port: int) -> socket.socket:
 def _served(options: Options, name: str) -> Any:
     """Load what answers."""
     from bayeslora.cli.build import model_for, shaped
-    from bayeslora.cli.data import kept_format
+    from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
     from bayeslora.serve.worker import Served
     from bayeslora.storage import load_posterior
-    from bayeslora.tasks.types import Format, Split
 
     tasks = part(TaskOptions, options)
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
         like = kept_format(run_folder(Path(options.run)), tasks)
         if like is None:
-            form = Format(
-                tasks.template, tasks.readout, (), tasks.max_length or None, "class" if tasks.classes else "question"
-            )
-            like = Split("input", (), form, tuple(tasks.classes) or None)
+            like = given_format(tasks, "input")
         model, tokenizer = model_for(posterior, part(ModelOptions, options), like.classes)
     own = options.name or run_folder(Path(options.run)).resolve().name
     return Served(own, model, tokenizer, posterior, options.draws, options.most_draws, like, options.draw_seed)

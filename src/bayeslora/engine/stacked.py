@@ -78,8 +78,9 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -
 
     own = live(model)
     with holding(own, draws[0]):
-        first = first_layer(model, names) if share else None
-        with _replaced(model, own, names, drawn):
+        places, first = _places(model, own, names), first_layer(model, names) if share else None
+        assert places is not None
+        with _replaced(places, drawn):
             hooks = [] if first is None else _widen(*first, len(draws))
             try:
                 yield
@@ -105,8 +106,8 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
     Raises:
         InputError: If a parameter of the adapter belongs to anything but a linear layer.
     """
-    own = live(model)
-    if _places(model, own, frozenset(starts[0])) is None:
+    places = _places(model, live(model), frozenset(starts[0]))
+    if places is None:
         raise InputError(
             "this adapter has parameters outside of linear layers, so its ensemble's members cannot be trained in one "
             "pass; use together=False"
@@ -117,17 +118,13 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
         own: nn.Parameter = getattr(plain, leaf)
         return nn.Parameter(torch.stack([start[name] for start in starts]).to(own.data), own.requires_grad)
 
-    with _replaced(model, own, frozenset(starts[0]), copies):
+    with _replaced(places, copies):
         yield
 
 
 @contextmanager
-def _replaced(
-    model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str], value: Callable[[nn.Module, str, str], Tensor]
-) -> Iterator[None]:
-    """Put stacked layers in the place of those that hold some parameters for the length of a ``with`` block."""
-    places = _places(model, own, names)
-    assert places is not None
+def _replaced(places: Sequence[Place], value: Callable[[nn.Module, str, str], Tensor]) -> Iterator[None]:
+    """Put stacked layers in some places for the length of a ``with`` block."""
     held = []
     try:
         for parent, key, leaves in places:
@@ -224,14 +221,16 @@ def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool
     return found.shape == wanted.shape and bool((found - wanted)[there].abs().max() <= _CLOSE * apart)
 
 
-def _places(
-    model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str]
-) -> list[tuple[nn.Module, str, dict[str, str]]] | None:
-    """Return the linear layers that hold some parameters: parent, name in it, and the names of weight and bias.
+Place = tuple[nn.Module, str, dict[str, str]]
+"""A linear layer: its parent, its name there, and the names of its weight and bias in the adapter."""
+
+
+def _places(model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str]) -> list[Place] | None:
+    """Return the linear layers that hold some parameters.
 
     None if some parameter belongs to anything else.
     """
-    found: list[tuple[nn.Module, str, dict[str, str]]] = []
+    found: list[Place] = []
     left = set(names)
     if not left:
         return found
@@ -259,18 +258,29 @@ def _widen(layers: nn.ModuleList, first: int, count: int) -> list[Any]:
         if layer is layers[first]:
             size = len(args[0] if args else kwargs["hidden_states"])
             kept.clear()
-        return wide(args), wide(kwargs)
-
-    def wide(value: Any) -> Any:
-        """Return a value with its tensors repeated; a mask that all layers share is repeated once."""
-        if isinstance(value, tuple | list):
-            return type(value)(wide(v) for v in value)
-        if isinstance(value, dict):
-            return {k: wide(v) for k, v in value.items()}
-        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
-            return value
-        if id(value) not in kept:  # the value is held as well, so that its id is not given to another
-            kept[id(value)] = (value, value.repeat(count, *[1] * (value.ndim - 1)))
-        return kept[id(value)][1]
+        return with_copies(args, size, count, kept), with_copies(kwargs, size, count, kept)
 
     return [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers[first:]]
+
+
+def with_copies(value: Any, size: int, count: int, kept: dict[int, tuple[Any, Any]]) -> Any:
+    """Return what a model is given with its rows repeated, one copy after the other.
+
+    Args:
+        value: Anything; tensors of two axes and more, with as many rows as the batch, are repeated.
+        size: Rows of the batch.
+        count: How many times.
+        kept: What was repeated already, by its id; a mask that all layers share is repeated once.
+
+    Returns:
+        The same, repeated.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(with_copies(v, size, count, kept) for v in value)
+    if isinstance(value, dict):
+        return {k: with_copies(v, size, count, kept) for k, v in value.items()}
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
+        return value
+    if id(value) not in kept:  # the value is held as well, so that its id is not given to another
+        kept[id(value)] = (value, value.repeat(count, *[1] * (value.ndim - 1)))
+    return kept[id(value)][1]

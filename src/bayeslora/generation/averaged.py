@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from bayeslora._typing import Float
-from bayeslora.engine.stacked import differing, stacked, stacks
+from bayeslora.engine.stacked import differing, stacked, stacks, with_copies
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
 
@@ -117,18 +117,11 @@ def _repeating(count: int) -> Any:
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Repeat whatever has the batch as its first axis."""
+        if count == 1:
+            return args, kwargs
         first = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
-        size = len(first)
-
-        def wide(value: Any) -> Any:
-            """Return a value with its rows repeated."""
-            if isinstance(value, dict):
-                return {key: wide(inner) for key, inner in value.items()}
-            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
-                return value
-            return value.repeat(count, *[1] * (value.ndim - 1))
-
-        return (args, kwargs) if count == 1 else (tuple(map(wide, args)), wide(kwargs))
+        kept: dict[int, tuple[Any, Any]] = {}
+        return with_copies(args, len(first), count, kept), with_copies(kwargs, len(first), count, kept)
 
     return before
 

@@ -77,8 +77,14 @@ def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
         if own.api_key and not secrets.compare_digest(_digest(given), _digest(own.api_key)):
             raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
 
+    _pages(app)
+    _interface(app, served, answering, allowed)
+    return app
+
+
+def _pages(app: FastAPI) -> None:
+    """Add what is open to everybody: the page, and whether the server is there."""
     page = files("bayeslora.serve").joinpath("page.html").read_text(encoding="utf-8")
-    began = int(time.time())
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
@@ -90,6 +96,13 @@ def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
     async def health() -> dict[str, str]:
         """Say that the server is there."""
         return {"status": "ok"}
+
+
+def _interface(
+    app: FastAPI, served: Served, answering: Answering, allowed: Callable[[Request], Awaitable[None]]
+) -> None:
+    """Add OpenAI's interface and classification."""
+    began = int(time.time())
 
     def described(name: str) -> dict[str, Any]:
         """Return what is said of a model."""
@@ -122,8 +135,6 @@ def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
     async def classify(body: ClassifyRequest) -> Response:
         """Choose among choices."""
         return await answering.classify(body)
-
-    return app
 
 
 def _digest(text: str) -> bytes:

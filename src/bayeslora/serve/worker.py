@@ -211,7 +211,7 @@ class Worker:
             return all(row.finish is not None for row in rows)
 
         settings = {
-            "max_new_tokens": max(row.longest for row in rows), "do_sample": False, "renormalize_logits": False,
+            "max_new_tokens": max(row.longest for row in rows), "do_sample": False,
             "logits_processor": LogitsProcessorList([Choosing(rows)]),
         }  # fmt: skip
         decoder = Decoder(self.served.model, drawn, True, tokenizer, settings)
