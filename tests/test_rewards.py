@@ -60,7 +60,7 @@ def test_what_cannot_be_rewarded_is_refused(tokenizer: Any) -> None:
     for other in (make_model("llama"), make_model("bert")):
         with pytest.raises(InputError, match="one output"):
             predict_rewards(other, Point(read(other)), TEXTS, tokenizer=tokenizer)
-    with pytest.raises(InputError, match="draws are weights"):
+    with pytest.raises(InputError, match="not weights"):
         predict_rewards(model, Linearised(gaussian(model)), TEXTS, tokenizer=tokenizer)
     with pytest.raises(InputError, match="no texts"):
         predict_rewards(model, point, [], tokenizer=tokenizer)

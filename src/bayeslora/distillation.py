@@ -7,22 +7,27 @@ disagree about: one adapter has probabilities, and no mutual information.
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Float
 from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
 from bayeslora.origin import origin_of
-from bayeslora.params import read, write
+from bayeslora.params import Params, generator, read, write
 from bayeslora.posteriors import Point, Posterior, Sampling
 from bayeslora.tasks.types import Split
 from bayeslora.trainer import run_trainer
+
+logger = logging.getLogger(__name__)
 
 
 def distill(
@@ -32,12 +37,17 @@ def distill(
     args: TrainingArguments,
     draws: int = 20,
     *,
+    held_out: float = 0.2,
     seed: int = 0,
     sampling: Sampling = "independent",
     tokenizer: Any = None,
     token_budget: int | None = None,
 ) -> Point:
     """Return one adapter that answers as the draws do on average.
+
+    Some rows are not learned from: after each epoch, or when the arguments say so, the divergence is measured on them,
+    and the adapter that came closest is kept. The mean, where training starts, is the first candidate, so the result is
+    never further from the draws there than the mean is.
 
     Args:
         model: PEFT model of the posterior; it ends as the distilled adapter.
@@ -46,30 +56,78 @@ def distill(
             draws are surer than on others, so others are better.
         args: Arguments of the Trainer.
         draws: Draws of each example.
+        held_out: Share of the rows that choose what is kept, drawn with the seed of the arguments; 0 keeps the end of
+            the training.
         seed: Which stream of draws.
         sampling: How the draws belong together.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a prediction batch; None for what fits.
 
     Returns:
-        The adapter, a posterior without spread.
+        The adapter, a posterior without spread. Its origin's settings have the ``divergence`` in nats on the held-out
+        rows, and that of the mean as ``divergence_of_mean``.
 
     Raises:
-        InputError: If there are no examples, or something does not fit.
+        InputError: If there are too few examples, ``held_out`` is no share, or something does not fit.
     """
     if not len(rows):
         raise InputError(f"{rows.name} has no examples to distil from")
+    if not 0 <= held_out < 1:
+        raise InputError(f"held_out is a share of the rows, from 0 to less than 1, and it is {held_out}")
+    apart = round(held_out * len(rows))
+    if held_out and not 0 < apart < len(rows):
+        raise InputError(
+            f"{rows.name} has {len(rows)} examples, too few to hold out {held_out:g} of them; give more, or held_out=0"
+        )
     said = predict(
-        model, posterior, rows, draws, seed=seed, sampling=sampling, mean=False, tokenizer=tokenizer,
+        model, posterior, rows, draws, seed=seed, sampling=sampling, mean=bool(apart), tokenizer=tokenizer,
         token_budget=token_budget,
     )  # fmt: skip
     write(model, posterior.mean)
     readout = readout_for(model, rows, tokenizer)
     numbered = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
-    run_trainer(model, readout, numbered, args, {"compute_loss_func": soft_loss(said.log_p)})
+    order = torch.randperm(len(rows), generator=generator("held-out rows", args.seed)).tolist()
+    judges, learned = order[:apart], order[apart:]
+    own, closest = copy.copy(args), None
+    kwargs: dict[str, Any] = {"compute_loss_func": soft_loss(said.log_p)}
+    if said.mean_log_probs is not None:
+        closest = _Closest(float(divergences(said.log_p[judges], said.mean_log_probs[judges]).mean()), posterior.mean)
+        kwargs |= {"callbacks": [closest], "compute_metrics": None}
+        if own.eval_strategy == IntervalStrategy.NO:
+            own.eval_strategy, own.do_eval = IntervalStrategy.EPOCH, True
+    run_trainer(
+        model, readout, [numbered[i] for i in learned], own, kwargs,
+        held_out=[numbered[i] for i in judges] or None,
+    )  # fmt: skip
     made_of = posterior.origin.method if posterior.origin is not None else ""
-    settings = {"draws": said.draws, "sampling": sampling, "of": made_of}
-    return Point(read(model), origin_of(model, "distilled", settings, len(rows)))
+    settings: dict[str, Any] = {"draws": said.draws, "sampling": sampling, "of": made_of}
+    if closest is not None:
+        write(model, closest.params)
+        settings |= {"held_out": apart, **closest.told()}
+    return Point(read(model), origin_of(model, "distilled", settings, len(learned)))
+
+
+@final
+class _Closest(TrainerCallback):
+    """Keeps the adapter whose evaluation was best."""
+
+    def __init__(self, divergence: float, params: Params) -> None:
+        self.before = self.divergence = divergence
+        self.params = params
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare with the best so far."""
+        if kwargs["metrics"]["eval_loss"] < self.divergence:
+            self.divergence, self.params = kwargs["metrics"]["eval_loss"], read(kwargs["model"])
+
+    def told(self) -> dict[str, float]:
+        """Return the divergence now and before, and say it; a training that was of no use is warned of."""
+        logger.info("On held-out rows: divergence %.4g, of the mean %.4g nats.", self.divergence, self.before)
+        if self.divergence >= self.before > 0:
+            logger.warning(
+                "no epoch came closer to the draws than the mean, which is kept; take more rows or another rate"
+            )
+        return {"divergence": self.divergence, "divergence_of_mean": self.before}
 
 
 def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
@@ -87,7 +145,19 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
         wanted = log_p.to(log_q.device)[labels][:, : log_q.shape[-1]]
-        gap = (wanted - log_q).masked_fill(torch.isneginf(wanted), 0.0)
-        return (wanted.exp() * gap).sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        return divergences(wanted, log_q).sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     return loss
+
+
+def divergences(log_p: Float[Tensor, "N C"], log_q: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+    """Return KL(p ‖ q) of each row.
+
+    Args:
+        log_p: Log-probabilities; -inf for choices that a row does not have.
+        log_q: Others, of the same choices.
+
+    Returns:
+        Nats.
+    """
+    return (log_p.exp() * (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)

@@ -24,9 +24,8 @@ from bayeslora.engine.passes import on, schedule
 from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.errors import InputError
-from bayeslora.origin import check_base
 from bayeslora.params import Params, device_of, evaluating, require_lora
-from bayeslora.posteriors import Posterior, Sampling, Scaled, has_weights
+from bayeslora.posteriors import Posterior, Sampling
 
 Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
@@ -67,15 +66,11 @@ def predict_rewards(
     Raises:
         InputError: If the model has no scalar head, the posterior's draws are no weights, or a text is too long.
     """
-    if isinstance(posterior, Scaled) or not has_weights(posterior):
-        raise InputError("rewards need a posterior whose draws are weights; use Laplace(predictive='draws') or another")
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
     readout = _readout(model, tokenizer)
-    if posterior.origin is not None:
-        check_base(posterior.origin, model)
+    count = Draws.of_weights(model, posterior, draws, seed, sampling).count
     rows = _encoded(texts, readout)
-    count = Draws.of(posterior, draws, seed, sampling, None, 4, False).count
     passes = _Passes(model, readout, rows, token_budget or found_budget(model))
     with evaluating(model), torch.inference_mode():
         one = kept_draw(posterior, 0, seed, sampling)

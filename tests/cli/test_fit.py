@@ -85,6 +85,7 @@ def test_a_posterior_is_distilled_into_one_adapter_that_the_other_verbs_read(bay
     words = ["--input", unlabelled, "--draws", "4", "--max-steps", "3", *POINTS, "--out", out]
     said = bay("distill", swag_run, *words)
     assert said.status == 0, said.err
+    assert "on 2 held-out rows" in said.out
     posterior = load_posterior(out / "posterior")
     assert isinstance(posterior, Point)
     assert json.loads((out / "evaluation.json").read_text())["rows"]

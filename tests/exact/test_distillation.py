@@ -11,9 +11,9 @@ from peft import PeftModel
 from tiny import KINDS, arguments, make_base, same_params
 
 import bayeslora as bl
-from bayeslora.distillation import distill, soft_loss
+from bayeslora.distillation import distill, divergences, soft_loss
 from bayeslora.errors import InputError
-from bayeslora.params import live, read
+from bayeslora.params import generator, live, read
 from bayeslora.posteriors import DiagonalGaussian, Point
 
 
@@ -45,7 +45,7 @@ def test_a_distilled_adapter_answers_as_the_draws_do(name: str, tokenizer: Any, 
     posterior = DiagonalGaussian(mean, {n: torch.full_like(m, 0.3) for n, m in mean.items()})
     wanted = bl.predict(model, posterior, rows, 20, tokenizer=tokenizer)
     args = arguments(tmp_path, max_steps=60, learning_rate=2e-2)
-    found = distill(model, posterior, unlabelled, args, 20, tokenizer=tokenizer)
+    found = distill(model, posterior, unlabelled, args, 20, held_out=0, tokenizer=tokenizer)
     assert same_params(read(model), found.mean)
     assert isinstance(found, Point)
     assert found.origin is not None
@@ -67,3 +67,42 @@ def test_there_must_be_rows(tokenizer: Any, tmp_path: Any) -> None:
     nothing = replace(KINDS["gpt2"].task().train, examples=())
     with pytest.raises(InputError, match="no examples to distil from"):
         distill(model, Point(read(model)), nothing, arguments(tmp_path), tokenizer=tokenizer)
+    rows = KINDS["gpt2"].task().train
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError, match="share of the rows"):
+            distill(model, Point(read(model)), rows, arguments(tmp_path), held_out=share, tokenizer=tokenizer)
+    with pytest.raises(InputError, match="too few to hold out"):
+        distill(model, Point(read(model)), rows, arguments(tmp_path), held_out=0.001, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("rate", [2e-2, 1e2])
+def test_the_epoch_that_comes_closest_on_held_out_rows_is_kept(
+    rate: float, tokenizer: Any, tmp_path: Any, caplog: Any
+) -> None:
+    kind = KINDS["bert"]
+    model, rows = kind.build(), kind.task().train
+    mean = read(model)
+    posterior = DiagonalGaussian(mean, {n: torch.full_like(m, 0.3) for n, m in mean.items()})
+    said = bl.predict(model, posterior, rows, 20, tokenizer=tokenizer)
+    args = arguments(tmp_path, num_train_epochs=8, max_steps=-1, learning_rate=rate)
+    found = distill(model, posterior, rows, args, 20, held_out=0.5, tokenizer=tokenizer)
+    assert found.origin is not None
+    told = found.origin.settings
+    judges = torch.randperm(len(rows), generator=generator("held-out rows", args.seed))[: len(rows) // 2]
+    assert told["held_out"] == len(judges)
+    assert found.origin.num_data == len(rows) - len(judges)
+
+    def divergence(log_q: torch.Tensor | None) -> float:
+        assert log_q is not None
+        return float(divergences(said.log_p[judges], log_q[judges]).mean())
+
+    after = bl.predict(model, found, rows, 1, tokenizer=tokenizer)
+    assert told["divergence"] == pytest.approx(divergence(after.log_p), rel=1e-4)
+    assert told["divergence_of_mean"] == pytest.approx(divergence(said.mean_log_probs), rel=1e-4)
+    if rate > 1:  # every epoch is worse than no training
+        assert same_params(found.mean, mean)
+        assert "no epoch came closer" in caplog.text
+    else:
+        assert told["divergence"] < told["divergence_of_mean"]
+        assert "no epoch" not in caplog.text
+    assert args.eval_strategy == "no"

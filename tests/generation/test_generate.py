@@ -275,3 +275,10 @@ def test_a_mixture_of_points(model: Any, tokenizer: Any) -> None:
     one = bl.generate(model, members, PROMPTS, 50, **how)
     other = bl.generate(model, posterior, PROMPTS, DRAWS, **how)
     assert [a.token_ids for a in one] == [a.token_ids for a in other]
+
+
+def test_antithetic_draws_come_in_pairs(tokenizer: Any) -> None:
+    model = make_model("llama")
+    how: dict[str, Any] = {"sampling": "antithetic", "tokenizer": tokenizer, "max_new_tokens": 2}
+    each = bl.generate_each(model, gaussian(model), PROMPTS[:1], 3, **how)[0]
+    assert each.draws == (0, 1, 2, 3)

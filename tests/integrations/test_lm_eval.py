@@ -353,9 +353,10 @@ def test_tasks_without_calibration_are_named_with_the_reason():
 
 def test_posteriors_without_weights_and_texts_without_tokens_are_refused(model, posterior):
     scaling = {f"{of}.{part}": torch.ones(1) for of in ("draws", "mean") for part in ("weight", "bias")}
-    for other in (Linearised(posterior), Scaled(posterior, scaling)):
-        with pytest.raises(InputError, match="not weights that score texts"):
-            ours(model, other)
+    with pytest.raises(InputError, match="not weights"):
+        ours(model, Linearised(posterior))
+    with pytest.raises(InputError, match="temperature was fitted"):
+        ours(model, Scaled(posterior, scaling))
     with pytest.raises(InputError, match="draws must be at least 1"):
         ours(model, posterior, 0)
     lm = ours(model, posterior, max_length=8)

@@ -11,6 +11,7 @@ from bayeslora.cli.runs import check_folder, opened, posterior_name
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
+    from bayeslora.posteriors import Point
     from bayeslora.tasks.types import Split, Task
 
 EXAMPLES = """examples:
@@ -28,7 +29,8 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, ShapeOpti
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
-    seed: int = option(0, "Seed of the order of the rows.")
+    held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.")
+    seed: int = option(0, "Seed of the order of the rows, and of which are held out.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-distilled", "Folder for the results.")
 
@@ -63,13 +65,24 @@ def run(options: Options) -> None:
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
             found = distill(
-                model, posterior, rows, args, options.draws, seed=options.draw_seed, sampling=options.sampling,
-                tokenizer=tokenizer, token_budget=options.token_budget or None,
+                model, posterior, rows, args, options.draws, held_out=options.held_out, seed=options.draw_seed,
+                sampling=options.sampling, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             keep_format(out, rows)
             found.save_pretrained(out / "posterior")
+        _tell(found)
         measure(options, model, tokenizer, found, task.test)
     print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --mean")
+
+
+def _tell(found: Point) -> None:
+    """Print how close the adapter came to the draws."""
+    told = {} if found.origin is None else found.origin.settings
+    if "held_out" in told:
+        print(
+            f"divergence from the draws on {told['held_out']} held-out rows: {told['divergence']:.4f} nats, "
+            f"of the mean {told['divergence_of_mean']:.4f}"
+        )
 
 
 def _rows(task: Task, options: Any) -> Split:

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import final, get_args
 
+from torch import nn
+
 from bayeslora.errors import InputError
 from bayeslora.operations import draw_count
+from bayeslora.origin import check_base
 from bayeslora.params import Params
-from bayeslora.posteriors import Mixture, Posterior, Sampling, Scaled
+from bayeslora.posteriors import Mixture, Posterior, Sampling, Scaled, has_weights
 
 _ROOM = 2**24
 """Numbers of all draws that are kept with a posterior: 64 MiB."""
@@ -80,6 +83,40 @@ class Draws:
             unit *= 2
             count = -(-count // unit) * unit
         return cls(count, seed, sampling, tolerance, fewest, mean, unit)
+
+    @classmethod
+    def of_weights(
+        cls, model: nn.Module, posterior: Posterior, draws: int, seed: int, sampling: Sampling = "independent"
+    ) -> Draws:
+        """Return what serves a request for draws that stay the same weights in every pass.
+
+        Args:
+            model: PEFT model that is to have the draws.
+            posterior: The posterior.
+            draws: Number asked for.
+            seed: Which stream.
+            sampling: How they belong together.
+
+        Returns:
+            The draws to take.
+
+        Raises:
+            InputError: If the posterior's draws are no weights, it belongs to another model, or a number makes no
+                sense.
+        """
+        if isinstance(posterior, Scaled):
+            raise InputError(
+                "a temperature was fitted to the choices of a task and says nothing about anything else; use what is "
+                "scaled, posterior.posterior"
+            )
+        if not has_weights(posterior):
+            raise InputError(
+                f"the draws of a {type(posterior).__name__} are not weights that stay the same from text to text; use "
+                "its mean, Point(posterior.mean) or `bayeslora export --mean`, or another posterior"
+            )
+        if posterior.origin is not None:
+            check_base(posterior.origin, model)
+        return cls.of(posterior, draws, seed, sampling, None, 2, False)
 
     @property
     def paired(self) -> bool:

@@ -7,17 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from bayeslora.engine.draws import kept_draw
+from bayeslora.engine.draws import Draws, kept_draw
 from bayeslora.engine.encode import tokenizer_of
 from bayeslora.engine.memory import found_budget
 from bayeslora.errors import InputError
 from bayeslora.generation.answers import Answer, Answers
 from bayeslora.generation.decode import Decoder, OnStep
 from bayeslora.generation.groups import Same
-from bayeslora.operations import draw_count
-from bayeslora.origin import check_base
 from bayeslora.params import Params, require_lora
-from bayeslora.posteriors import Posterior, Sampling, Scaled, has_weights
+from bayeslora.posteriors import Posterior, Sampling
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
@@ -139,19 +137,8 @@ def draws_of(model: nn.Module, posterior: Posterior, count: int, seed: int, samp
     base = require_lora(model).get_base_model()
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
-    if not has_weights(posterior):
-        raise InputError(
-            f"the draws of a {type(posterior).__name__} are not weights that stay the same from token to token; "
-            "generate from its mean, Point(posterior.mean), or from another posterior"
-        )
-    if isinstance(posterior, Scaled):
-        raise InputError(
-            "a temperature was fitted to the choices of a task and says nothing about tokens; generate from what is "
-            "scaled, posterior.posterior"
-        )
-    if posterior.origin is not None:
-        check_base(posterior.origin, model)
-    return [kept_draw(posterior, k, seed, sampling) for k in range(draw_count(posterior, count))]
+    how = Draws.of_weights(model, posterior, count, seed, sampling)
+    return [kept_draw(posterior, k, seed, sampling) for k in range(how.count)]
 
 
 def _grouped(decoder: Decoder, prompts: Sequence[Prompt], longest: int, size: int | None) -> list[list[list[int]]]:

@@ -29,9 +29,8 @@ from bayeslora.errors import InputError
 from bayeslora.generation import generate
 from bayeslora.integrations.likelihoods import Likelihoods, Pair
 from bayeslora.integrations.samples import add_calibration
-from bayeslora.origin import check_base
 from bayeslora.params import evaluating
-from bayeslora.posteriors import Posterior, Sampling, Scaled, has_weights
+from bayeslora.posteriors import Posterior, Sampling
 from bayeslora.tasks.types import Format, Split
 
 try:
@@ -77,20 +76,13 @@ class PosteriorLM(HFLM):
         max_length: int | None = None,
         progress: bool = False,
     ) -> None:
-        if isinstance(posterior, Scaled) or not has_weights(posterior):
-            raise InputError(
-                f"the draws of a {type(posterior).__name__} are not weights that score texts of any task; evaluate "
-                "Point(posterior.mean), on the command line --mean"
-            )
-        if posterior.origin is not None:
-            check_base(posterior.origin, model)
+        count = Draws.of_weights(model, posterior, draws, seed, sampling).count
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         readout = readout_for(model, Split("lm-eval", (), Format("", "likelihood")), tokenizer)
         with evaluating(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         if self.backend != "causal":
             raise InputError("an encoder-decoder cannot be scored here; load a causal language model")
-        count = Draws.of(posterior, draws, seed, sampling, None, 2, False).count
         drawn = [kept_draw(posterior, k, seed, sampling) for k in range(count)]
         drawn = drawn if differing(drawn) else drawn[:1]
         self.posterior, self.draws, self.seed, self.sampling = posterior, count, seed, sampling
