@@ -28,7 +28,7 @@ def wide(model: Any) -> DiagonalGaussian:
     return DiagonalGaussian(mean, {name: torch.full_like(value, 0.02) for name, value in mean.items()})
 
 
-@pytest.mark.parametrize("sampling", ["antithetic", "sobol"])
+@pytest.mark.parametrize("sampling", ["antithetic", "simplex", "sobol"])
 @pytest.mark.parametrize("index", [0, 3])
 def test_each_number_of_a_draw_is_standard_normal_over_the_seeds(sampling: Any, index: int) -> None:
     # 4,000 seeds; every moment is within 5 of its own deviations
@@ -39,7 +39,7 @@ def test_each_number_of_a_draw_is_standard_normal_over_the_seeds(sampling: Any, 
 
 
 def test_each_number_of_a_draw_is_uniform_over_the_seeds() -> None:
-    for sampling in ("antithetic", "sobol"):
+    for sampling in ("antithetic", "simplex", "sobol"):
         found = torch.stack([uniform(seed, 1, "x", LIKE, sampling) for seed in range(4000)]).double()
         assert float((found.mean(0) - 0.5).abs().max()) < 5 / math.sqrt(12 * 4000)
         assert float(found.min()) >= 0
@@ -61,6 +61,38 @@ def test_antithetic_masks_of_dropout_are_taken_from_both_ends() -> None:
     u, v = (uniform(0, k, "x", LIKE, "antithetic") for k in (0, 1))
     torch.testing.assert_close(u + v, torch.ones_like(u))
     assert not torch.equal(vector(dropout().draw(0, 0, "antithetic")), vector(dropout().draw(1, 0, "antithetic")))
+
+
+@pytest.mark.parametrize("family", GAUSSIAN)
+def test_five_simplex_draws_average_to_the_mean(family: str) -> None:
+    posterior = FAMILIES[family]()
+    members = posterior.members if isinstance(posterior, Mixture) else (posterior,)
+    for k, member in enumerate(members):  # a mixture's draws go round its members
+        for group in range(2):
+            numbers = [(5 * group + i) * len(members) + k for i in range(5)]
+            drawn = torch.stack([vector(posterior.draw(n, 7, "simplex")) for n in numbers])
+            torch.testing.assert_close(drawn.mean(0), vector(member.mean), rtol=0, atol=1e-6)  # float32 noise
+            assert bool((drawn.var(0) > 0).any())
+
+
+def test_simplex_draws_of_a_group_correlate_by_a_quarter_and_groups_not_at_all() -> None:
+    found = torch.stack([
+        torch.stack([noise(seed, k, "x", LIKE, "simplex").flatten() for k in range(6)]) for seed in range(4000)
+    ]).double()  # fmt: skip
+    correlations = torch.einsum("sin,sjn->ij", found, found) / (4000 * LIKE.numel())
+    wanted = torch.full((6, 6), -0.25).double().fill_diagonal_(1.0)
+    wanted[5, :5] = wanted[:5, 5] = 0.0
+    assert float((correlations - wanted).abs().max()) < 5 * math.sqrt(2 / (4000 * LIKE.numel()))
+
+
+def test_what_five_simplex_draws_are_worth() -> None:
+    """The average of a linear function has no variance, and that of a quadratic one the variance of four draws."""
+    like = torch.empty(1000)
+    squares = torch.stack([
+        torch.stack([noise(seed, k, "x", like, "simplex") for k in range(5)]).double().square().mean(0)
+        for seed in range(40)
+    ])  # fmt: skip
+    assert float(squares.var()) == pytest.approx(2 / 4, rel=5 * math.sqrt(6 / 40000))
 
 
 def test_sobol_points_are_those_of_torch() -> None:
@@ -98,6 +130,7 @@ def test_averages_of_smooth_functions_need_fewer_draws(make: Any) -> None:
 
     plain = spread("independent")
     assert spread("antithetic") < 0.7 * plain
+    assert spread("simplex") < 0.7 * plain
     assert spread("sobol") < 0.7 * plain
 
 
@@ -174,7 +207,7 @@ def test_rounds_grow_by_half_and_end_at_the_largest_number() -> None:
         ({"tolerance": 0.0}, "tolerance must be finite and positive"),
         ({"tolerance": math.nan}, "tolerance must be finite and positive"),
         ({"fewest": 1}, "fewest_draws must be at least 2"),
-        ({"sampling": "latin"}, "sampling must be one of independent, antithetic, sobol"),
+        ({"sampling": "latin"}, "sampling must be one of independent, antithetic, simplex, sobol"),
         ({"draws": 0}, "draws must be at least 1"),
     ],
 )

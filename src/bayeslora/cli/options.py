@@ -13,10 +13,10 @@ LEAST: dict[str, float] = {
     "accumulation": 1, "learning_rate": 0, "swag_learning_rate": 0, "weight_decay": 0, "warmup": 0, "save_steps": 0,
     "temperature": 0, "prune": 0, "last_layers": 0, "few_shot": 0, "max_length": 0, "train_rows": 0, "test_rows": 0,
     "validation": 0, "bins": 1, "resamples": 0, "swag_share": 0, "seed": 0, "task_seed": 0, "draw_seed": 0, "seeds": 0,
-    "tolerance": 0, "fewest_draws": 2,
+    "tolerance": 0, "fewest_draws": 2, "held_out": 0,
 }  # fmt: skip
 """The least value of each number; those that are shares also have 1 as their greatest."""
-SHARES = ("prune", "dropout")
+SHARES = ("prune", "dropout", "held_out")
 """Options between 0 and 1."""
 
 
@@ -120,8 +120,8 @@ class ShapeOptions:
     """Which draws, and from what is made of the posterior."""
 
     draw_seed: int = option(0, "Which stream of draws.")
-    sampling: Literal["independent", "antithetic", "sobol"] = option(
-        "independent", "How the draws belong together; antithetic and sobol serve narrow posteriors."
+    sampling: Literal["independent", "antithetic", "simplex", "sobol"] = option(
+        "independent", "How the draws belong together; simplex gets most from few of them."
     )
     temperature: float = option(1.0, "Factor on the posterior's covariance; 0: the mean.")
     prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.")

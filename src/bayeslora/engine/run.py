@@ -65,7 +65,7 @@ def predict(
             never more than there are different draws: 1 for a point, M for an ensemble of M points. A linearised
             posterior has at least 256, of its logits.
         seed: Which stream of draws.
-        sampling: How the draws belong together; ``antithetic`` and ``sobol`` serve narrow posteriors.
+        sampling: How the draws belong together; ``simplex`` gets most from few of them.
         tolerance: An example takes no more draws once the standard error of its probabilities is at most this; None for
             ``draws`` draws of each. It does not apply to posteriors whose draws are no weights.
         fewest_draws: Draws of each example before the first look at the error.

@@ -6,6 +6,7 @@ set, on every device, in any batch order and in any process.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,13 @@ from bayeslora.params import Params, generator, swapped
 if TYPE_CHECKING:
     from bayeslora.evaluation import Evaluation
 
-Sampling = Literal["independent", "antithetic", "sobol"]
-"""How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; or they
-are Sobol's sequence with a random digital shift, so that each number of each parameter fills its distribution evenly.
-Each draw by itself has the posterior's distribution in all three."""
+Sampling = Literal["independent", "antithetic", "simplex", "sobol"]
+"""How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; the noise
+of five draws sums to zero; or they are Sobol's sequence with a random digital shift, so that each number of each
+parameter fills its distribution evenly. Each draw by itself has the posterior's distribution in all four."""
+
+_GROUP = 5
+"""Draws of ``simplex`` whose noise sums to zero."""
 
 
 class Posterior(ABC):
@@ -159,6 +163,8 @@ def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "
     if sampling == "antithetic":
         even = torch.randn(like.shape, generator=generator(seed, index - index % 2, name))
         return -even if index % 2 else even
+    if sampling == "simplex":
+        return _simplex(seed, index, name, like)
     return torch.randn(like.shape, generator=generator(seed, index, name))
 
 
@@ -177,10 +183,25 @@ def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling =
     """
     if sampling == "sobol":
         return _sobol(seed, index, name, like).float()
+    if sampling == "simplex":
+        return torch.special.ndtr(_simplex(seed, index, name, like))
     if sampling == "antithetic":
         even = torch.rand(like.shape, generator=generator(seed, index - index % 2, name))
         return 1 - even if index % 2 else even
     return torch.rand(like.shape, generator=generator(seed, index, name))
+
+
+def _simplex(seed: int, index: int, name: str, like: Tensor) -> Tensor:
+    """Return standard normal numbers that sum to zero over the draws of a group; any two correlate by -1/(K-1).
+
+    z_i = √(K/(K−1)) (ε_i − ε̄), the most negative correlation that K exchangeable normal numbers can have (antithetic
+    coupling of K processes: Craiu and Meng 2005, Annals of Statistics 33). A group's average of what is linear in the
+    noise is exact, as with pairs that mirror each other. Its average of what is quadratic is worth K − 1 independent
+    draws; a pair's is worth one.
+    """
+    group, own = divmod(index, _GROUP)
+    every = torch.randn((_GROUP, *like.shape), generator=generator(seed, "simplex", group, name))
+    return math.sqrt(_GROUP / (_GROUP - 1)) * (every[own] - every.mean(0))
 
 
 _BITS = 30
