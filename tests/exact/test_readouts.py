@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import COLOURS, KINDS, make_model, make_split, same_state, state_of
+from tiny import COLOURS, KINDS, arguments, make_model, make_split, make_task, same_params, same_state, state_of
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from bayeslora.engine import Readout, predict, readout_for
+from bayeslora.generation import generate
+from bayeslora.methods import Map
 from bayeslora.params import live, read
 from bayeslora.posteriors import Point
 from bayeslora.tasks.render import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
+from bayeslora.training import fit
 
 LANGUAGE_MODELS = ("llama", "qwen2", "gpt2")
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -180,6 +184,33 @@ def test_attaching_a_readout_leaves_no_trace(model: Any, tokenizer: Any) -> None
     assert same_state(model, before)
     ids = torch.arange(3, 12)[None]
     assert model(input_ids=ids).logits.shape == (1, 9, 80)
+
+
+@pytest.mark.parametrize("readout_name", ["letters", "likelihood"])
+def test_a_callback_may_predict_and_generate_while_the_model_trains(
+    readout_name: str, tokenizer: Any, tmp_path: Any
+) -> None:
+    task = make_task(readout=readout_name)
+    seen: list[Any] = []
+
+    class Watching(TrainerCallback):
+        """Predicts and generates after every epoch."""
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Predict and generate."""
+            here = Point(read(kwargs["model"]))
+            answers = predict(kwargs["model"], here, task.test, 1, tokenizer=tokenizer)
+            text = generate(kwargs["model"], here, ["Question"], 1, tokenizer=tokenizer, max_new_tokens=3)
+            seen.append((answers.log_p, text[0].token_ids))
+
+    plain = fit(make_model(), task, Map(), arguments(tmp_path / "plain"), tokenizer=tokenizer)
+    model = make_model()
+    watched = fit(model, task, Map(), arguments(tmp_path / "w"), tokenizer=tokenizer, callbacks=[Watching()])
+    assert same_params(watched.mean, plain.mean)
+    answers = predict(model, watched, task.test, 1, tokenizer=tokenizer)
+    text = generate(model, watched, ["Question"], 1, tokenizer=tokenizer, max_new_tokens=3)
+    torch.testing.assert_close(seen[-1][0], answers.log_p)
+    assert seen[-1][1] == text[0].token_ids
 
 
 def test_sharing_is_left_to_attention_that_takes_a_mask(model: Any, tokenizer: Any) -> None:

@@ -79,6 +79,8 @@ class Readout:
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Make ``model(**batch).logits`` the choices' logits [B C] for the length of a ``with`` block.
 
+        A pass without the batch's ``readout_`` tensors stays as it is, so a callback may predict or generate.
+
         Args:
             model: A PEFT model.
 
@@ -96,17 +98,23 @@ class Readout:
             """Take what is not for the model out of its arguments."""
             asked.clear()
             asked.update({key: kwargs.pop(key) for key in READ if key in kwargs})
+            if not asked:
+                return args, kwargs
             for key in ("labels", "shift_labels", "num_items_in_batch"):
                 kwargs.pop(key, None)
             return args, {**kwargs, "use_cache": False}
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """Give the head the positions that are asked for."""
-            return (args[0].flatten(0, -2)[asked["readout_keep"]], *args[1:])
+            return (args[0].flatten(0, -2)[asked["readout_keep"]], *args[1:]) if asked else args
 
-        def after(_: nn.Module, args: Any, outputs: Any) -> SequenceClassifierOutput:
+        def after(_: nn.Module, args: Any, outputs: Any) -> Any:
             """Return the choices' logits in the place of the model's."""
-            return SequenceClassifierOutput(logits=choice_logits(outputs.logits, asked))
+            if not asked:
+                return outputs
+            logits = choice_logits(outputs.logits, asked)
+            asked.clear()  # whoever calls the base model itself is not asked
+            return SequenceClassifierOutput(logits=logits)
 
         handles = [
             peft.register_forward_pre_hook(before, with_kwargs=True),
