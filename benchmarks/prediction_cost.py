@@ -239,10 +239,10 @@ def main() -> None:
         args.task, args.data, readout="likelihood", train_rows=args.train_rows, test_rows=args.rows, validation=20
     )
     more = bl.load_task(
-        args.task, args.data, readout="likelihood", train_rows=args.train_rows + 420, test_rows=200, validation=0
+        args.task, args.data, readout="likelihood", train_rows=args.train_rows + 700, test_rows=200, validation=0
     )
     seen = {example.text for split in (task.train, task.validation) for example in split}
-    free = more.train.take([i for i, example in enumerate(more.train) if example.text not in seen][:240])
+    free = more.train.take([i for i, example in enumerate(more.train) if example.text not in seen][:480])
     model, tokenizer = bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])
     posterior = posterior_of(args, model, tokenizer, task)
     rows: list[dict[str, Any]] = []

@@ -99,14 +99,16 @@ def one_adapter(
     rows = replace(free, examples=tuple(replace(e, label=None) for e in free))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, num_train_epochs=4, per_device_train_batch_size=8, learning_rate=2e-3, report_to="none",
+            folder, num_train_epochs=3, per_device_train_batch_size=8, learning_rate=5e-4, report_to="none",
             save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
-        one = bl.distill(model, posterior, rows, args, 20, seed=100, tokenizer=tokenizer)
+        one = bl.distill(model, posterior, rows, args, 20, seed=100, sampling="simplex", tokenizer=tokenizer)
     answers = bl.predict(model, one, test, 1, tokenizer=tokenizer)
     for name, log_p in (("draws", said.log_p), ("mean", said.mean_log_probs), ("distilled", answers.log_p)):
         measures = [score(log_p, test.labels) for score in (accuracy, nll, ece)]
         print(f"  {name}: accuracy {measures[0]:.3f}, NLL {measures[1]:.3f}, ECE {measures[2]:.3f}")
+    if one.origin is not None:
+        print(f"  {one.origin.settings}")
     point = bl.Point(posterior.mean, posterior.origin)
     took = in_turn(
         {
