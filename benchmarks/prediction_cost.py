@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--model", help="folder or name of a causal language model; none: the demo's")
     parser.add_argument("--posterior", help="folder of a posterior; none: IVON learns one first")
     parser.add_argument("--task", default="arc_easy")
+    parser.add_argument("--readout", default="likelihood", choices=("likelihood", "letters", "head"))
+    parser.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"])
     parser.add_argument("--rows", type=int, default=48, help="test rows")
     parser.add_argument("--train-rows", type=int, default=60)
     parser.add_argument("--epochs", type=float, default=4)
@@ -236,14 +238,15 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     task = bl.load_task(
-        args.task, args.data, readout="likelihood", train_rows=args.train_rows, test_rows=args.rows, validation=20
+        args.task, args.data, readout=args.readout, train_rows=args.train_rows, test_rows=args.rows, validation=20
     )
     more = bl.load_task(
-        args.task, args.data, readout="likelihood", train_rows=args.train_rows + 700, test_rows=200, validation=0
+        args.task, args.data, readout=args.readout, train_rows=args.train_rows + 700, test_rows=200, validation=0
     )
     seen = {example.text for split in (task.train, task.validation) for example in split}
     free = more.train.take([i for i, example in enumerate(more.train) if example.text not in seen][:480])
-    model, tokenizer = bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])
+    classes = task.test.classes if args.readout == "head" else None
+    model, tokenizer = bl.load_model(args.model or demo_model(), classes, target_modules=args.target_modules)
     posterior = posterior_of(args, model, tokenizer, task)
     rows: list[dict[str, Any]] = []
     for section in args.sections:
