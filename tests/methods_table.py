@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 from tiny import KINDS
 
 from bayeslora.methods import METHODS, Blob, Ensemble, Ivon, Laplace, Map, Method, PostHoc, Swag, Temperature
@@ -34,6 +38,9 @@ EVERYTHING = ("llama-likelihood",)
 DIFFERENT = ("ensemble-dropout", "ivon", "blob", "laplace")
 """The methods that differ most, which are tested on every kind."""
 
+MAIN = ("map", "swag", "ensemble", "ivon", "blob", "laplace")
+"""The methods that the quick part of the suite tries beyond the plain Trainer and base."""
+
 REPEATS = (
     *("ensemble-blob", "ensemble-ivon", "ensemble-laplace", "ivon-published", "map-decay", "swag-swa", "multiswag"),
     *(name for name, method in TABLE.items() if isinstance(method, PostHoc)),
@@ -47,3 +54,13 @@ PAIRS = [
     if (kind in EVERYTHING or method in DIFFERENT) and not (method == "temperature-vector" and kind != "bert")
 ] + [("temperature-vector", "bert")]
 """Methods by models."""
+
+
+def quick_if_main(names: Iterable[str], *more: str) -> list[Any]:
+    """Rows of a table of methods beyond the plain Trainer and base: only the main methods' are for the quick part.
+
+    Args:
+        names: The methods.
+        *more: What else each row has.
+    """
+    return [pytest.param(name, *more, marks=() if name in MAIN else pytest.mark.slow) for name in names]

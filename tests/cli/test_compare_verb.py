@@ -54,6 +54,7 @@ def finished(words, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_goes_on_without_training_anything_twice_and_ends_in_the_same_table(
     bay, words, trainings, finished, tmp_path
 ):

@@ -207,6 +207,7 @@ def test_exported_draws_and_the_mean_are_plain_adapters(bay, swag_run, tmp_path)
     assert all(torch.equal(written[name], value) for name, value in posterior.mean.items())
 
 
+@pytest.mark.slow
 def test_progress_goes_to_standard_error_and_libraries_are_silent(home, tmp_path):
     words = [*home.marbles(), *QUICK, *POINTS, "--method", "map", "--out", str(tmp_path / "run")]
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")}

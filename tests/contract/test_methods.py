@@ -228,6 +228,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_draw_is_the_same_in_another_process(learn: Callable[..., Any]) -> None:
     ours = [learn(method, HEAD if (method, HEAD) in PAIRS and (method, LM) not in PAIRS else LM) for method in TABLE]
     command = [sys.executable, "-c", FRESH, *(str(one.folder) for one in ours)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, TABLE
+from methods_table import DROPOUT, TABLE, quick_if_main
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -54,7 +54,7 @@ def quantised(folder: Any, bits: str, dropout: float = 0.0) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name != "temperature-vector"])  # that is for heads
+@pytest.mark.parametrize("name", quick_if_main(n for n in TABLE if n != "temperature-vector"))  # that is for heads
 @pytest.mark.parametrize("bits", BITS)
 def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, tokenizer: Any, tmp_path: Any) -> None:
     # the readout passes over the model in evaluation mode first, after which every layer must still learn

@@ -273,6 +273,7 @@ print("FOUND", json.dumps(SQLiteStorage.get_logs("bags", "one")))
 """
 
 
+@pytest.mark.slow
 def test_a_real_tracker_has_the_figures_on_its_disk(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}

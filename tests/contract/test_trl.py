@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, REPEATS, TABLE
+from methods_table import DROPOUT, REPEATS, TABLE, quick_if_main
 from peft import LoraConfig, PeftModel
 from tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
@@ -104,10 +104,10 @@ def trained(method: Method, args: Any, make: Any, tokenizer: Any) -> tuple[PeftM
 
 @pytest.mark.parametrize(
     ("name", "trainer"),
-    [(name, "transformers") for name in TABLE if name not in REPEATS]
-    + [(name, "trl") for name in LEARNERS]
-    + [(name, "chats") for name in LEARNERS]
-    + [(name, "packed") for name in ("map", "map-kl", "swag", "ivon", "blob", "blob-elbo", "ensemble")],
+    quick_if_main((name for name in TABLE if name not in REPEATS), "transformers")
+    + quick_if_main(LEARNERS, "trl")
+    + quick_if_main(LEARNERS, "chats")
+    + quick_if_main(("map", "map-kl", "swag", "ivon", "blob", "blob-elbo", "ensemble"), "packed"),
 )
 def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     method = TABLE[name]

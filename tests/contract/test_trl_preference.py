@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, TABLE
+from methods_table import DROPOUT, TABLE, quick_if_main
 from peft import LoraConfig, PeftModel
 from preferences import PAIRS, ROWS, TEXTS, reward_model
 from tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
@@ -63,7 +63,7 @@ def trained(method: Method, trainer: str, folder: Path, tokenizer: Any, **change
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "map-kl"])
+@pytest.mark.parametrize("name", quick_if_main(name for name in LEARNERS if name != "map-kl"))
 def test_a_method_learns_from_preferences(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     start = read(TRAINERS[trainer][3]())
     model, posterior = trained(TABLE[name], trainer, tmp_path, tokenizer)
