@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tiny import arguments, make_model, make_task, same_params
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError, Interrupted
-from bayeslora.methods import Ensemble, Map, Swag
+from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.params import read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.tasks.types import Split
@@ -103,3 +104,14 @@ def test_a_run_that_breaks_off_leaves_no_hook_in_the_model(method: Any, tokenize
         fit(model, LM_TASK, method, arguments(tmp_path), tokenizer=tokenizer, callbacks=[Press(3, times=2)])
     gc.collect()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", [Blob(), Ivon(), Swag(), Map(kl=0.5), Ensemble(2)], ids=lambda m: m.name)
+def test_a_run_that_breaks_off_does_not_keep_its_model_alive(method: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model()
+    there = weakref.ref(model)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, LM_TASK, method, arguments(tmp_path), tokenizer=tokenizer, callbacks=[Press(3, times=2)])
+    del model
+    gc.collect()
+    assert there() is None

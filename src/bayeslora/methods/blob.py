@@ -19,6 +19,8 @@ alone; and L is never longer than the run, since otherwise the prior would hardl
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
@@ -147,6 +149,19 @@ def _spread_gradient(spread: Tensor, prior_sigma: float) -> Tensor:
     return spread.pow(3).mul_(2 / prior_sigma**2).sub_(2 / spread)
 
 
+def _taking_out(model: nn.Module, layers: list[BlobLinear]) -> Callable[[], None]:
+    """Return what puts plain layers back; it does not keep the model alive, for a model's record is kept as long."""
+    there = weakref.ref(model)
+
+    def undo() -> None:
+        """Put plain layers back."""
+        own = there()
+        if own is not None:
+            detach(own, layers)
+
+    return undo
+
+
 @final
 class _Trainer(TrainerCallback):
     """Adds ∇KL to the Trainer's gradients, or takes the released algorithm's second step."""
@@ -181,9 +196,9 @@ class _Trainer(TrainerCallback):
             begin(self.layers, self.method.init_spread, args.seed)
         else:
             self._load(checkpoint_file(args, state, _STATE_FILE))
-        own = list(self.layers.values())
         spread: Params = {name: layer.spread for name, layer in self.layers.items()}
-        remember(model, Record(self.method.name, self.num_data, dict(spread), undo=lambda: detach(model, own)))
+        undo = _taking_out(model, list(self.layers.values()))
+        remember(model, Record(self.method.name, self.num_data, dict(spread), undo))
 
     @torch.no_grad()
     def figures(self, state: TrainerState) -> dict[str, float]:
