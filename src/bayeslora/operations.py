@@ -13,6 +13,7 @@ from torch import Tensor
 from bayeslora.errors import InputError
 from bayeslora.params import Params
 from bayeslora.posteriors import (
+    GROUPS,
     ColumnDropout,
     DiagonalGaussian,
     KroneckerGaussian,
@@ -21,6 +22,7 @@ from bayeslora.posteriors import (
     Mixture,
     Point,
     Posterior,
+    Sampling,
     Scaled,
     TokenDropout,
 )
@@ -28,15 +30,33 @@ from bayeslora.posteriors import (
 Factor = float | Tensor
 
 
-def draw_count(posterior: Posterior, draws: int) -> int:
+def draw_unit(posterior: Posterior, sampling: Sampling = "independent") -> int:
+    """Return how many draws belong together: whole groups of the sampling, of each member of a mixture.
+
+    Args:
+        posterior: Any posterior.
+        sampling: How the draws belong together.
+
+    Returns:
+        The number that draws are taken in multiples of.
+    """
+    if isinstance(posterior, Scaled):
+        return draw_unit(posterior.posterior, sampling)
+    if isinstance(posterior, Mixture):
+        return len(posterior.members) * math.lcm(*(draw_unit(member, sampling) for member in posterior.members))
+    return GROUPS[sampling] if posterior.distinct is None else 1
+
+
+def draw_count(posterior: Posterior, draws: int, sampling: Sampling = "independent") -> int:
     """Return how many draws serve a request: a mixture's members get equally many, and none is drawn twice.
 
     Args:
         posterior: Any posterior.
         draws: Number asked for.
+        sampling: How the draws belong together: antithetic draws come in pairs, simplex draws in fives.
 
     Returns:
-        ``draws``, rounded up to a multiple of a mixture's members and cut to the number of different draws.
+        ``draws``, rounded up to a multiple of `draw_unit` and cut to the number of different draws.
 
     Raises:
         InputError: If ``draws`` is less than 1.
@@ -44,11 +64,14 @@ def draw_count(posterior: Posterior, draws: int) -> int:
     if draws < 1:
         raise InputError(f"draws must be at least 1, and it is {draws}")
     if isinstance(posterior, Scaled):
-        return draw_count(posterior.posterior, draws)
+        return draw_count(posterior.posterior, draws, sampling)
     if isinstance(posterior, Mixture):
         size = len(posterior.members)
         draws = size * max(draw_count(m, -(-draws // size)) for m in posterior.members)
-    return draws if posterior.distinct is None else min(draws, posterior.distinct)
+    if posterior.distinct is not None:
+        return min(draws, posterior.distinct)
+    unit = draw_unit(posterior, sampling)
+    return -(-draws // unit) * unit
 
 
 def tempered(posterior: Posterior, temperature: float) -> Posterior:

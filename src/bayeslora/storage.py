@@ -162,7 +162,7 @@ def export_draws(
     Args:
         posterior: Any posterior with an origin.
         folder: Where to; it gets a sub-folder ``draw-000`` … for each draw.
-        draws: How many; see `bayeslora.operations.draw_count`.
+        draws: How many, rounded up to whole groups of the sampling; see `bayeslora.operations.draw_count`.
         seed: Which stream of draws.
         sampling: How the draws belong together.
         name: What stands in the place of ``draw``, so that one server can hold adapters of several exports.
@@ -176,7 +176,7 @@ def export_draws(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"the adapters' name {name!r} must be of letters, digits, '.', '_' and '-'")
     target = Path(folder)
-    names = [f"{name}-{k:03d}" for k in range(draw_count(posterior, draws))]
+    names = [f"{name}-{k:03d}" for k in range(draw_count(posterior, draws, sampling))]
     with appearing(target) as work:
         for k, own in enumerate(names):
             (work / own).mkdir()

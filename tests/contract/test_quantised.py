@@ -130,7 +130,8 @@ def test_a_method_learns_in_trl_which_casts_the_adapter(
     run = trainer(model, args=args, train_dataset=Dataset.from_list([row] * 8), processing_class=tokenizer, **kwargs)
     run.train()
     posterior = method.posterior(run.model)
-    assert all(p.dtype == torch.bfloat16 for p in live(model).values())
+    kept = torch.float32 if name in ("swag", "blob") else torch.bfloat16
+    assert all(p.dtype == kept for p in live(model).values())
     assert not any(torch.equal(posterior.mean[n], before[n]) for n in before)
     found = predict(model, posterior, make_task(readout="likelihood").test, draws=2, tokenizer=tokenizer)
     assert bool(found.log_probs.exp().sum(-1).sub(1).abs().max() < 1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, diagonal, dropout, low_rank, vector
-from tiny import make_model, make_split
+from tiny import gaussian, make_model, make_split
 from torch.quasirandom import SobolEngine
 
 from bayeslora.engine import predict
@@ -18,6 +18,7 @@ from bayeslora.operations import tempered
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Mixture, Point, Scaled
 from bayeslora.posteriors.base import _sobol_digits, noise, uniform
+from bayeslora.storage import export_draws
 
 LIKE = torch.empty(4, 6)
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]
@@ -152,12 +153,12 @@ def test_examples_stop_when_their_error_is_small_enough(tokenizer: Any) -> None:
     assert torch.equal(again.draws_taken, taken)
 
 
-@pytest.mark.parametrize("sampling", ["independent", "antithetic"])
+@pytest.mark.parametrize("sampling", ["independent", "antithetic", "simplex"])
 def test_members_of_a_mixture_get_equally_many_draws_of_every_example(sampling: Any, tokenizer: Any) -> None:
     model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
     posterior = Mixture(tuple(tempered(wide(model), t) for t in (1.0, 0.5, 0.1)))
     found = predict(model, posterior, split, 30, tolerance=0.01, sampling=sampling, tokenizer=tokenizer)
-    unit = 6 if sampling == "antithetic" else 3
+    unit = {"independent": 3, "antithetic": 6, "simplex": 15}[sampling]
     assert all(count % unit == 0 for count in found.draws_taken.tolist())
     assert int(found.draws_taken.min()) < 30
 
@@ -193,6 +194,55 @@ def test_antithetic_draws_come_in_pairs() -> None:
     assert Draws.of(diagonal(), 5, 0, "antithetic", None, 4, True).count == 6
     assert Draws.of(Mixture((diagonal(), low_rank())), 5, 0, "antithetic", None, 4, True).count == 8
     assert Draws.of(diagonal(), 5, 0, "sobol", None, 4, True).count == 5
+
+
+def test_simplex_draws_come_in_fives() -> None:
+    three = Mixture((diagonal(), low_rank(), diagonal()))
+    for posterior, asked, given in (
+        (diagonal(), 8, 10), (diagonal(), 5, 5), (three, 8, 15), (three, 16, 30), (Mixture((three, diagonal())), 1, 30),
+        (Mixture((diagonal(), Point(low_rank().mean))), 4, 10), (Point(diagonal().mean), 8, 1),
+    ):  # fmt: skip
+        assert Draws.of(posterior, asked, 0, "simplex", None, 4, True).count == given
+
+
+@pytest.mark.parametrize("asked", [8, 40])
+@pytest.mark.parametrize("tolerance", [None, 0.01])
+@pytest.mark.parametrize("family", ["diagonal", "low-rank", "mixture", "scaled", "nested"])
+def test_the_noise_of_all_simplex_draws_that_are_used_sums_to_zero(
+    family: str, tolerance: float | None, asked: int
+) -> None:
+    made = FAMILIES["mixture"]()
+    posterior = Mixture((made, low_rank(), diagonal())) if family == "nested" else FAMILIES[family]()
+    points = {id(p): vector(p.mean) for p in members(posterior)}
+    for numbers in Draws.of(posterior, asked, 7, "simplex", tolerance, 4, True).rounds():
+        used: dict[int, list[torch.Tensor]] = {}
+        for k in range(numbers.stop):
+            used.setdefault(id(member_of(posterior, k)), []).append(vector(posterior.draw(k, 7, "simplex")))
+        assert used.keys() == points.keys()
+        for key, drawn in used.items():
+            torch.testing.assert_close(torch.stack(drawn).mean(0), points[key], rtol=0, atol=2e-6)  # float32 noise
+
+
+def members(posterior: Any) -> list[Any]:
+    """The posteriors that a posterior draws from in the end."""
+    if isinstance(posterior, Scaled):
+        return members(posterior.posterior)
+    return [m for one in posterior.members for m in members(one)] if isinstance(posterior, Mixture) else [posterior]
+
+
+def member_of(posterior: Any, index: int) -> Any:
+    """The one that a draw comes from."""
+    if isinstance(posterior, Scaled):
+        return member_of(posterior.posterior, index)
+    if not isinstance(posterior, Mixture):
+        return posterior
+    inner, member = divmod(index, len(posterior.members))
+    return member_of(posterior.members[member], inner)
+
+
+def test_exported_simplex_draws_come_in_fives(tmp_path: Any) -> None:
+    posterior = gaussian(make_model())
+    assert len(export_draws(posterior, tmp_path / "draws", 8, sampling="simplex")) == 10
 
 
 def test_rounds_grow_by_half_and_end_at_the_largest_number() -> None:

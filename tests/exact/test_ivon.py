@@ -273,3 +273,17 @@ def test_fsdp_version_1_is_refused(tmp_path):
     optimizer = torch.optim.SGD([FlatParameter(torch.zeros(3))], lr=0.1)
     with pytest.raises(InputError, match="FSDP version 1"):
         kwargs["callbacks"][0].on_train_begin(arguments(tmp_path), None, None, model=model, optimizer=optimizer)
+
+
+def test_parameters_that_are_spread_over_processes_are_refused(tmp_path):
+    args, model, other = arguments(tmp_path), make_model(), make_model()
+    runs = (("IVON", Ivon().trainer_kwargs(model, ROWS), model), ("BLoB", Blob().trainer_kwargs(other, ROWS), other))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        optimizer = torch.optim.SGD([torch.nn.Parameter(DTensor.from_local(torch.zeros(3), mesh))], lr=0.1)
+        for name, kwargs, trained in runs:
+            with pytest.raises(InputError, match=f"{name} cannot train under FSDP version 2 .* use DDP"):
+                kwargs["callbacks"][0].on_train_begin(args, None, None, model=trained, optimizer=optimizer)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -12,10 +12,12 @@ import pytest
 import torch
 from tiny import arguments, make_model, make_task, same_params
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Swag
+from bayeslora.methods.regularisers import answer_loss
 from bayeslora.methods.swag import Moments, hold
 from bayeslora.params import live, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
@@ -98,14 +100,82 @@ def test_snapshots_are_the_last_k_iterates_as_they_were(run: Any) -> None:
     assert_moments(posterior, diary.iterates[2:])  # the moments count all ten
 
 
-def test_moments_of_bf16_weights_are_kept_in_float32(run: Any) -> None:
+def half_precision() -> Any:
+    """A model whose base and adapter are in bfloat16, as TRL makes them."""
     model = make_model(dtype=torch.bfloat16)
     for p in live(model).values():
         p.data = p.data.bfloat16()
+    return model
+
+
+def test_an_adapter_in_bf16_trains_and_is_summed_up_in_float32(run: Any) -> None:
+    model = half_precision()
     posterior, diary = run(Swag(start=2, interval=1), model=model)
-    assert all(p.dtype == torch.bfloat16 for p in live(model).values())
+    assert all(p.dtype == torch.float32 for p in live(model).values())
     assert_moments(posterior, diary.iterates[2:])
     assert all(v.dtype == torch.float32 for v in (posterior.mean | posterior.variance).values())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["known to the Trainer", "added afterwards"])
+def test_an_adapter_in_bf16_moves_at_a_small_rate(late: bool, tokenizer: Any, tmp_path: Path) -> None:
+    model, method = half_precision(), Swag(start=2, interval=1, learning_rate=1e-5)
+    split = make_task(readout="likelihood").train
+    readout = readout_for(model, split, tokenizer)
+    rows = readout.encode(split)[0]
+    kwargs = method.trainer_kwargs(model, len(rows))
+    args = arguments(tmp_path, max_steps=STEPS, learning_rate=1e-4, weight_decay=0.0, remove_unused_columns=False)
+    added = kwargs.pop("callbacks") if late else []
+    with readout.attached(model):
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=readout.collate,
+                          compute_loss_func=answer_loss, **kwargs)  # fmt: skip
+        for callback in added:
+            trainer.add_callback(callback)
+        trainer.train()
+    posterior = method.posterior(model)
+    moved = torch.cat([(v > 1e-30).flatten() for v in posterior.variance.values()])
+    assert float(moved.float().mean()) > 0.99
+
+
+def test_a_resumed_run_of_an_adapter_in_bf16_is_the_whole_one(run: Any) -> None:
+    method = Swag(start=2, interval=1)
+    whole, _ = run(method, model=half_precision())
+    save = {"save_strategy": "steps", "save_steps": 3}
+    run(method, model=half_precision(), stop=StopAfter(6), **save)
+    resumed, _ = run(method, model=half_precision(), resume=True, **save)
+    for part in ("mean", "variance", "snapshots"):
+        assert same_params(getattr(resumed, part), getattr(whole, part))
+
+
+def test_moments_copy_what_they_are_given_to_the_cpu() -> None:
+    moments, value = Moments(rank=2), torch.zeros(3)
+    moments.add({"w": value})
+    value += 1
+    assert not bool(moments.snapshots[0]["w"].any())
+    with pytest.raises(NotImplementedError, match="meta"):  # which has no values to copy
+        Moments(rank=2).add({"w": torch.zeros(3, device="meta")})
+
+
+def test_a_path_that_does_not_move_is_warned_of(run: Any, caplog: Any) -> None:
+    run(Swag(start=2, interval=1), weight_decay=0.0)
+    assert not caplog.messages
+    run(Swag("swa", start=2, interval=1, learning_rate=1e-30), weight_decay=0.0)
+    assert not caplog.messages
+    run(Swag(start=2, interval=1, learning_rate=1e-30), weight_decay=0.0)
+    assert len(caplog.messages) == 1
+    assert "100 % of the adapter's numbers were the same in all 10 snapshots" in caplog.text
+    assert "learning_rate" in caplog.text
+
+
+def test_a_path_that_stands_still_in_bf16_is_warned_of_with_the_cause(run: Any, caplog: Any) -> None:
+    model = half_precision()
+
+    class Late(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            for p in live(model).values():
+                p.data = p.data.bfloat16()
+
+    run(Swag(start=2, interval=1, learning_rate=1e-6), model=model, stop=Late(), weight_decay=0.0)
+    assert "the adapter is in torch.bfloat16, in which small steps are lost" in caplog.text
 
 
 def test_a_tiny_variance_beside_a_large_mean_is_found() -> None:

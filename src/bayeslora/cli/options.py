@@ -100,7 +100,7 @@ class TrainingOptions:
 class DrawOptions:
     """Prediction."""
 
-    draws: int = option(10, "Draws from the posterior; a mixture's members get equally many.")
+    draws: int = option(10, "Draws from the posterior, rounded up: a mixture's members get equally many.")
     token_budget: int = option(0, "Most tokens of a prediction batch; 0: what is fast and fits into memory.")
 
 
@@ -121,7 +121,7 @@ class ShapeOptions:
 
     draw_seed: int = option(0, "Which stream of draws.")
     sampling: Literal["independent", "antithetic", "simplex", "sobol"] = option(
-        "independent", "How the draws belong together; simplex gets most from few of them."
+        "independent", "How the draws belong together; simplex, in whole fives, gets most from few of them."
     )
     temperature: float = option(1.0, "Factor on the posterior's covariance; 0: the mean.")
     prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.")

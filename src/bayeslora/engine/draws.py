@@ -9,7 +9,7 @@ from typing import final, get_args
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.operations import draw_count
+from bayeslora.operations import draw_count, draw_unit
 from bayeslora.origin import check_base
 from bayeslora.params import Params
 from bayeslora.posteriors import Mixture, Posterior, Sampling, Scaled, has_weights
@@ -30,7 +30,7 @@ class Draws:
         tolerance: Standard error at which an example takes no more; None for S draws of each.
         fewest: Draws before the first look at the error.
         mean: Whether the mean is asked for too.
-        unit: Number of draws that cannot be parted: one of each member, or an antithetic pair of each.
+        unit: Number of draws that cannot be parted: one of each member, or an antithetic pair or simplex five of each.
     """
 
     count: int
@@ -75,13 +75,7 @@ class Draws:
             raise InputError(f"tolerance must be finite and positive, and it is {tolerance}")
         if fewest < 2:
             raise InputError(f"fewest_draws must be at least 2, for one draw has no error, and it is {fewest}")
-        count, inner = draw_count(posterior, draws), posterior
-        while isinstance(inner, Scaled):
-            inner = inner.posterior
-        unit = len(inner.members) if isinstance(inner, Mixture) else 1
-        if sampling == "antithetic" and posterior.distinct is None:
-            unit *= 2
-            count = -(-count // unit) * unit
+        count, unit = draw_count(posterior, draws, sampling), draw_unit(posterior, sampling)
         return cls(count, seed, sampling, tolerance, fewest, mean, unit)
 
     @classmethod

@@ -61,9 +61,9 @@ def predict(
             weights do not matter and are unchanged afterwards.
         posterior: What was learned.
         split: The N examples and how they are put to the model.
-        draws: Number S of draws. A mixture's members get equally many, antithetic draws come in pairs, and there are
-            never more than there are different draws: 1 for a point, M for an ensemble of M points. A linearised
-            posterior has at least 256, of its logits.
+        draws: Number S of draws, rounded up: a mixture's members get equally many, antithetic draws come in pairs and
+            simplex draws in fives. There are never more than there are different draws: 1 for a point, M for an
+            ensemble of M points. A linearised posterior has at least 256, of its logits.
         seed: Which stream of draws.
         sampling: How the draws belong together; ``simplex`` gets most from few of them.
         tolerance: An example takes no more draws once the standard error of its probabilities is at most this; None for

@@ -38,6 +38,7 @@ from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_fi
 from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach
 from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.methods.guards import check_training
+from bayeslora.methods.precision import widen
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 
@@ -170,6 +171,10 @@ class _Trainer(TrainerCallback):
         self.method, self.num_data, self.layers = method, num_data, layers
         self.gradients: dict[str, Tensor] = {}
         self.cycle = 1
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the adapter into float32, in which the small steps towards the prior are not lost."""
+        widen(kwargs.get("model"), kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -59,18 +59,24 @@ def check_training(args: TrainingArguments, optimizer: Any, method: str) -> None
         method: The method's name, for the message.
 
     Raises:
-        InputError: For DeepSpeed, which steps inside ``backward``, and FSDP1, which flattens parameters.
+        InputError: For DeepSpeed, which steps inside ``backward``, FSDP1, which flattens parameters, and FSDP2 and
+            tensor parallelism, which spread each over the processes.
     """
     if args.deepspeed or "DeepSpeed" in type(optimizer).__name__:
         raise InputError(
             f"{method} cannot train under DeepSpeed, which takes the optimiser's step inside backward; use DDP "
-            "(accelerate launch) or FSDP version 2"
+            "(accelerate launch)"
         )
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(type(p).__name__ == "FlatParameter" for p in params):
+    kinds = {base.__name__ for group in optimizer.param_groups for p in group["params"] for base in type(p).__mro__}
+    if "FlatParameter" in kinds:
         raise InputError(
-            f"{method} cannot train under FSDP version 1, which flattens the adapter's matrices; use FSDP version 2 "
-            "(fsdp_version: 2) or DDP"
+            f"{method} cannot train under FSDP version 1, which flattens the adapter's matrices; use DDP "
+            "(accelerate launch)"
+        )
+    if "DTensor" in kinds:
+        raise InputError(
+            f"{method} cannot train under FSDP version 2 or tensor parallelism, where each process has a part of the "
+            "adapter's matrices (DTensor) and would draw other noise; use DDP (accelerate launch)"
         )
 
 

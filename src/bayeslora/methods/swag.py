@@ -7,11 +7,13 @@ learning rate is constant, and every ``interval`` steps the adapter θ is collec
     θ = θ̄ + √scale · ( √Σ_d ⊙ ε₁ + Dᵀε₂ / √(K−1) ),   D = snapshots − θ̄,  scale = ½
 
 What we do differently from the released code: the snapshots are centred on the final mean when drawn, K counts the
-snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored.
+snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored. The adapter trains in
+float32, also where the Trainer put it into half precision, in which steps at the small rate would be lost.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +30,15 @@ from bayeslora.errors import InputError
 from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.diagnostics import Figures, spread
-from bayeslora.params import Params, device_of, live, require_lora
+from bayeslora.methods.precision import HALF, widen
+from bayeslora.params import Params, live, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
+logger = logging.getLogger(__name__)
+
 _STATE_FILE = "bayeslora_swag.safetensors"
+_STILL = 0.5
+"""Share of numbers without any variance from which on it is worth a warning."""
 
 
 @final
@@ -104,19 +111,19 @@ class Swag(Method):
         """
         origin = origin_for(model, self)
         mean = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in live(model).items()}
-        mean |= {n: m.cpu().clone() for n, m in moments.mean.items()}
+        mean |= {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":
             return Point(mean, origin)
         scale = self.scale if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
-        variance = {n: (m / moments.count).clamp(min=1e-30).cpu() for n, m in moments.squares.items()}
+        variance = {n: (m / moments.count).clamp(min=1e-30) for n, m in moments.squares.items()}
         if self.kind == "diagonal":
             return DiagonalGaussian(mean, {n: v * scale for n, v in variance.items()}, origin)
-        snapshots = {n: torch.stack([s[n].cpu() for s in moments.snapshots]) for n in variance}
+        snapshots = {n: torch.stack([s[n] for s in moments.snapshots]) for n in variance}
         return LowRankGaussian(mean, variance, snapshots, scale, origin)
 
 
 class Moments:
-    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots.
+    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots, all on the CPU.
 
     Args:
         rank: How many snapshots to keep.
@@ -138,16 +145,22 @@ class Moments:
         """Collect one value of every parameter.
 
         Args:
-            params: Float32 copies that the moments may keep.
+            params: The values, of any type on any device; they are copied.
         """
         self.count += 1
-        for name, value in params.items():
+        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in params.items()}
+        for name, value in copies.items():
             mean = self.mean.setdefault(name, torch.zeros_like(value))
             squares = self.squares.setdefault(name, torch.zeros_like(value))
             delta = value - mean
             mean += delta / self.count
             squares += delta * (value - mean)
-        self.snapshots.append(params)
+        self.snapshots.append(copies)
+
+    def still(self) -> float:
+        """Return the share of numbers that were the same in every collection."""
+        total = sum(m.numel() for m in self.squares.values())
+        return sum(int((m == 0).sum()) for m in self.squares.values()) / total if self.count > 1 and total else 0.0
 
     def save(self, path: Path) -> None:
         """Write the moments to a safetensors file, at once or not at all."""
@@ -157,18 +170,17 @@ class Moments:
         with replacing(path) as partial:
             save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"count": str(self.count)})
 
-    def load(self, path: Path, device: torch.device) -> None:
+    def load(self, path: Path) -> None:
         """Read the moments back.
 
         Args:
             path: A file that `save` wrote.
-            device: Where to keep them.
 
         Raises:
             InputError: If the file is missing or damaged.
         """
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
+            with safe_open(path, "pt") as file:
                 self.count = int(file.metadata()["count"])
                 snapshots: dict[int, Params] = {}
                 for key in file.keys():  # noqa: SIM118
@@ -191,6 +203,10 @@ class _Collector(TrainerCallback):
         self.moments = Moments(method.rank)
         self.start = self.interval = 0
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the adapter into float32, before an optimiser knows it or a checkpoint is read into it."""
+        widen(kwargs.get("model"), kwargs.get("optimizer"))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -200,6 +216,8 @@ class _Collector(TrainerCallback):
             InputError: If too few snapshots would be collected.
         """
         model, method = require_lora(kwargs["model"]), self.method
+        if args.world_size == 1 and not args.deepspeed:  # what wraps the model for several processes has noted the type
+            widen(model, kwargs["optimizer"])
         start = method.start
         self.start = round(start * state.max_steps) if isinstance(start, float) else start
         left = state.max_steps - self.start
@@ -211,7 +229,7 @@ class _Collector(TrainerCallback):
             )
         self.moments = Moments(method.rank)
         if state.global_step > self.start:
-            self.moments.load(checkpoint_file(args, state, _STATE_FILE), device_of(model))
+            self.moments.load(checkpoint_file(args, state, _STATE_FILE))
         remember(model, Record(method.name, self.num_data, {"moments": self.moments}))
         hold(kwargs["lr_scheduler"], self.start, method.learning_rate or args.learning_rate / 10)
 
@@ -219,13 +237,7 @@ class _Collector(TrainerCallback):
         """Collect if it is time."""
         since = state.global_step - self.start
         if since > 0 and since % self.interval == 0:
-            self.moments.add(
-                {
-                    name: p.detach().to(torch.float32, copy=True)
-                    for name, p in live(kwargs["model"]).items()
-                    if p.requires_grad
-                }
-            )
+            self.moments.add({name: p for name, p in live(kwargs["model"]).items() if p.requires_grad})
 
     def figures(self, state: TrainerState) -> dict[str, float]:
         """Return how many snapshots were collected and are kept, and the path's deviations √Σ_d, for the log."""
@@ -237,6 +249,22 @@ class _Collector(TrainerCallback):
         """Write the moments into the checkpoint."""
         if state.is_world_process_zero and state.global_step > self.start:
             self.moments.save(checkpoint_file(args, state, _STATE_FILE))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so if most of the adapter did not move, for then it has no variance."""
+        share = self.moments.still()
+        if self.method.kind == "swa" or share < _STILL:
+            return
+        half = next((p.dtype for p in live(kwargs["model"]).values() if p.requires_grad and p.dtype in HALF), None)
+        advice = "raise SWAG's learning_rate, or take snapshots further apart (interval)"
+        if half is not None:
+            advice = f"the adapter is in {half}, in which small steps are lost: train it in float32"
+        logger.warning(
+            "SWAG: %.0f %% of the adapter's numbers were the same in all %d snapshots, so they have no variance; %s",
+            100 * share, self.moments.count, advice,
+        )  # fmt: skip
 
 
 def hold(scheduler: Any, start: int, rate: float) -> None:

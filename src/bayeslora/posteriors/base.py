@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -32,6 +32,9 @@ parameter fills its distribution evenly. Each draw by itself has the posterior's
 
 _GROUP = 5
 """Draws of ``simplex`` whose noise sums to zero."""
+
+GROUPS: Mapping[Sampling, int] = {"independent": 1, "antithetic": 2, "simplex": _GROUP, "sobol": 1}
+"""How many draws of a posterior belong together so that a part of them loses what they are for."""
 
 
 class Posterior(ABC):
