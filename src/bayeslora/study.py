@@ -24,6 +24,7 @@ from bayeslora.engine import predict
 from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.base import settings
+from bayeslora.methods.ensemble import member_seed
 from bayeslora.params import device_of, initialise
 from bayeslora.posteriors import Posterior
 from bayeslora.prediction import Prediction
@@ -32,7 +33,7 @@ from bayeslora.tasks.types import Split, Task
 from bayeslora.training import fit
 
 SEED_STRIDE = 1000
-"""Member k of seed s is trained with seed ``s · SEED_STRIDE + k``."""
+"""Older versions trained member k of seed s with seed ``s · SEED_STRIDE + k``; see `run_seed`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def posterior_of(study: Study, method: Method, seed: int) -> tuple[Posterior, Co
 
 def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Posterior, Cost]:
     """Return the posterior of one run and what it cost, from the folder if it is there already."""
-    number = seed * SEED_STRIDE + member
+    number = run_seed(study, seed, member)
     variant = json.dumps(settings(method), sort_keys=True)
     plain = json.dumps(settings(type(method)()), sort_keys=True)
     tag = "" if variant == plain else f"-{hashlib.sha256(variant.encode()).hexdigest()[:6]}"
@@ -138,9 +139,25 @@ def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Poste
     memory = most(before.memory, peak.bytes)
     posterior.save_pretrained(folder / "posterior", overwrite=True)
     with replacing(log) as partial:
-        noted = {"settings": settings(method), "seconds": seconds, "memory": memory}
+        noted = {"settings": settings(method), "seed": number, "seconds": seconds, "memory": memory}
         partial.write_text(json.dumps(noted), encoding="utf-8")
     return posterior, Cost(seconds, None, memory, folder_bytes(folder / "posterior"))
+
+
+def run_seed(study: Study, seed: int, member: int) -> int:
+    """Return the seed that a run is trained with.
+
+    Args:
+        study: The study; one that an older version began goes on with the seeds of that version, so that no two runs
+            of it have the same.
+        seed: The seed of the comparison.
+        member: Number of the member; 0 for a run that is no ensemble's.
+
+    Returns:
+        The seed for the Trainer.
+    """
+    logs = (json.loads(log.read_text(encoding="utf-8")) for log in study.out.glob("seed-*/*/run.json"))
+    return seed * SEED_STRIDE + member if any("seed" not in log for log in logs) else member_seed(seed, member)
 
 
 def planned_steps(study: Study) -> int:

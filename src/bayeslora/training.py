@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import Readout, readout_for
 from bayeslora.errors import InputError
+from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
@@ -89,7 +91,10 @@ def _members(
     """Train an ensemble's members, those that are not there already, and put them together."""
     own_args = [method.member_arguments(args, k) for k in range(method.members)]
     folders = [Path(own.output_dir) / "posterior" for own in own_args]
-    if method.together and not (resume and all(folder.exists() for folder in folders)):
+    whole = resume and all(folder.exists() for folder in folders)
+    if not whole:
+        _note_seeds(args, own_args, resume)
+    if method.together and not whole:
         members = _side_by_side(model, task, method, own_args, tokenizer, starts, resume, callbacks)
         for member, folder in zip(members, folders, strict=True):
             member.save_pretrained(folder, overwrite=True)
@@ -105,6 +110,23 @@ def _members(
         member.save_pretrained(done, overwrite=True)
         members.append(member)
     return method.mixture(members, model)
+
+
+def _note_seeds(args: TrainingArguments, own_args: Sequence[TrainingArguments], resume: bool) -> None:
+    """Keep the members' seeds beside their folders, and refuse to go on with an ensemble that has others."""
+    folder = Path(args.output_dir)
+    file, seeds = folder / "members.json", [[own.seed, own.data_seed] for own in own_args]
+    if resume and any(path.exists() for path in (folder / "together", *(Path(own.output_dir) for own in own_args))):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [None]
+        if any(one != other for one, other in zip(before, seeds, strict=False)):
+            raise InputError(
+                f"the ensemble in {folder} was begun with other seeds of its members, as an older version gave them; "
+                "finish it as it was begun, or choose another output folder"
+            )
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(seeds), encoding="utf-8")
 
 
 def _check_labels(split: Split, purpose: str) -> None:

@@ -263,3 +263,31 @@ def test_resume_of_a_finished_run_trains_nothing_and_keeps_its_options(bay, refu
     assert "--resume" in refused(*words)
     assert "is trained already" in bay(*words, "--resume").out
     assert "begun with rank=8, and now it is 4" in refused(*words, "--rank", "4", "--resume")
+
+
+def test_a_member_that_is_trained_alone_is_that_of_the_ensemble(bay, home, tmp_path):
+    words = [*home.bags(), *QUICK, *POINTS, "--seed", "4", "--resamples", "0"]
+    said = bay("train", *words, "--method", "ensemble:2", "--out", tmp_path / "all")
+    assert said.status == 0, said.err
+    whole = load_posterior(tmp_path / "all" / "posterior")
+    for k in range(2):
+        said = bay("train", *words, "--method", "map", "--member", k, "--out", tmp_path / f"{k}")
+        assert said.status == 0, said.err
+        alone = load_posterior(tmp_path / f"{k}" / "posterior")
+        assert all(torch.equal(alone.mean[name], value) for name, value in whole.members[k].mean.items())
+
+
+def test_a_member_of_all_members_is_refused(refused, home, tmp_path):
+    words = [*home.bags(), *QUICK, "--method", "ensemble:2", "--member", "1", "--out", tmp_path / "run"]
+    assert "--method map" in refused("train", *words)
+
+
+def test_a_run_of_a_version_without_an_option_is_gone_on_with(bay, bert_run, home, tmp_path):
+    old = shutil.copytree(bert_run, tmp_path / "old")
+    options = json.loads((old / "options.json").read_text())
+    del options["member"]
+    (old / "options.json").write_text(json.dumps(options))
+    words = [*home.bags(), *QUICK, *POINTS, "--method", "ensemble:2", "--out", old, "--resume"]
+    said = bay("train", *words)
+    assert said.status == 0, said.err
+    assert "is trained already" in said.out

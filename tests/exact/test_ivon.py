@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import arguments, make_model, make_task, make_tokenizer, same_params
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from bayeslora import fit
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.methods import Ivon, Map
+from bayeslora.methods import Blob, Ivon, Map
 from bayeslora.methods.ivon import PRESETS
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.optim import IvonOptimizer

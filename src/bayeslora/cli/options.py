@@ -13,7 +13,7 @@ LEAST: dict[str, float] = {
     "accumulation": 1, "learning_rate": 0, "swag_learning_rate": 0, "weight_decay": 0, "warmup": 0, "save_steps": 0,
     "temperature": 0, "prune": 0, "last_layers": 0, "few_shot": 0, "max_length": 0, "train_rows": 0, "test_rows": 0,
     "validation": 0, "bins": 1, "resamples": 0, "swag_share": 0, "seed": 0, "task_seed": 0, "draw_seed": 0, "seeds": 0,
-    "tolerance": 0, "fewest_draws": 2, "held_out": 0,
+    "tolerance": 0, "fewest_draws": 2, "held_out": 0, "member": 0,
 }  # fmt: skip
 """The least value of each number; those that are shares also have 1 as their greatest."""
 SHARES = ("prune", "dropout", "held_out")

@@ -17,6 +17,7 @@ from bayeslora.cli.options import (
     part,
 )
 from bayeslora.cli.runs import check_folder, opened, write_json
+from bayeslora.errors import InputError
 
 EXAMPLES = """examples:
   bayeslora train --model HuggingFaceTB/SmolLM2-135M --task openbookqa --method swag --out run
@@ -40,6 +41,9 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     )
     set: list[str] = option([], "Settings of the method, key=value.")
     seed: int = option(0, "Seed of the run; it decides the adapter's start and the order of the data.")
+    member: int = option(
+        0, "Train this member of the ensemble with --seed alone, by the method of its members; 0 has the seed itself."
+    )
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-run", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
@@ -61,6 +65,7 @@ def run(options: Options) -> None:
     with own_progress():
         method = build_method(options.method, options.set)
         args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
+        args = _of_member(args, method, options)
         task = build_task(part(TaskOptions, options), "train")
         classes = task.train.classes if task.train is not None else None
         model, tokenizer = build_model(
@@ -81,13 +86,25 @@ def run(options: Options) -> None:
     print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --out FOLDER")
 
 
+def _of_member(args: Any, method: Any, options: Options) -> Any:
+    """Return the Trainer's arguments with the seeds of the member that is trained alone."""
+    from bayeslora.methods.ensemble import Ensemble, seeded
+
+    if options.member and isinstance(method, Ensemble):
+        raise InputError(
+            f"--member {options.member} trains one member alone, and {options.method} is all of them; name the method "
+            f"of its members, --method {method.member.name}"
+        )
+    return seeded(args, options.member)
+
+
 def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
     """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
     from bayeslora.cli.terminal import say
     from bayeslora.params import device_of, initialise, live
     from bayeslora.training import fit
 
-    initialise(model, options.seed)
+    initialise(model, args.seed)
     rows = len(task.train) if task.train is not None else 0
     adapted = sum(p.numel() for p in live(model).values())
     place = device_of(model)

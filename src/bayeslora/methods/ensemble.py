@@ -12,6 +12,8 @@ than logits are averaged, and the mutual information is taken over members befor
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -20,12 +22,57 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, PostHoc, Record, check_num_data, origin_for, recall, remember, require_record
+from bayeslora.files import replacing
+from bayeslora.methods.base import (
+    Method,
+    PostHoc,
+    Record,
+    check_num_data,
+    checkpoint_file,
+    origin_for,
+    recall,
+    remember,
+    require_record,
+)
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
 from bayeslora.methods.swag import Swag
-from bayeslora.params import initialise, require_lora
+from bayeslora.params import initialise, require_lora, seed_of
 from bayeslora.posteriors import Mixture, Posterior
+
+_STATE_FILE = "bayeslora_member.json"
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of an ensemble's member: its start and its order of the data.
+
+    Ensembles of different seeds share no member, so that they can be compared as independent repetitions.
+
+    Args:
+        seed: The ensemble's seed.
+        member: Number of the member, from 0.
+
+    Returns:
+        The ensemble's own for member 0, which is then the single run with that seed; else a hash of both from 2³⁰ to
+        2³¹ − 1, where no one numbers seeds by hand.
+    """
+    return seed if member == 0 else 2**30 + seed_of("member", seed, member) % 2**30
+
+
+def seeded(args: TrainingArguments, member: int) -> TrainingArguments:
+    """Return the Trainer's arguments with a member's seeds.
+
+    Args:
+        args: Arguments with the ensemble's seeds.
+        member: Number of the member, from 0.
+
+    Returns:
+        A changed copy.
+    """
+    own = copy.copy(args)
+    own.seed = member_seed(args.seed, member)
+    own.data_seed = None if args.data_seed is None else member_seed(args.data_seed, member)
+    return own
 
 
 @final
@@ -77,14 +124,12 @@ class Ensemble(Method):
 
         Args:
             args: Arguments for the whole.
-            member: Number of the member, from 0; member 0 has the seed of ``args``.
+            member: Number of the member, from 0; member 0 has the seed of ``args``, the others see `member_seed`.
 
         Returns:
             A changed copy.
         """
-        own = copy.copy(args)
-        own.seed = args.seed + member
-        own.data_seed = None if args.data_seed is None else args.data_seed + member
+        own = seeded(args, member)
         own.output_dir = str(Path(args.output_dir) / f"member-{member}")
         return own
 
@@ -103,7 +148,7 @@ class Ensemble(Method):
                 "trained member and put them together with method.mixture(members, model)"
             )
         kwargs = self.member.trainer_kwargs(model, num_data)
-        return {**kwargs, "callbacks": [_Member(self, num_data), *kwargs["callbacks"]]}
+        return {**kwargs, "callbacks": [_Start(self, num_data), *kwargs["callbacks"], _Keep(self)]}
 
     def posterior(self, model: nn.Module) -> Mixture:
         """Return the mixture of the members that were trained.
@@ -117,7 +162,7 @@ class Ensemble(Method):
                 f"{len(kept)} of the ensemble's {self.members} members are trained; call trainer.train() for each, "
                 "with method.member_arguments(args, member)"
             )
-        return self.mixture([kept[seed] for seed in sorted(kept)][: self.members], model)
+        return self.mixture(_in_order(kept)[: self.members], model)
 
     def mixture(self, members: list[Posterior], model: nn.Module) -> Mixture:
         """Return the ensemble of members that were trained one by one.
@@ -147,9 +192,18 @@ def multi_swag(members: int = 3, **settings: Any) -> Ensemble:
     return Ensemble(members, Swag(**settings))
 
 
+def _in_order(kept: Mapping[int, Posterior]) -> list[Posterior]:
+    """Return posteriors by the numbers that their seeds stand for; with other seeds, as they were trained."""
+    for seed in kept:  # one of them is the ensemble's own, member 0's
+        numbers = [member_seed(seed, k) for k in range(len(kept))]
+        if kept.keys() == set(numbers):
+            return [kept[number] for number in numbers]
+    return list(kept.values())
+
+
 @final
-class _Member(TrainerCallback):
-    """Gives a run its own start, and keeps its posterior when it ends."""
+class _Start(TrainerCallback):
+    """Gives a run its own start."""
 
     def __init__(self, ensemble: Ensemble, num_data: int) -> None:
         self.ensemble, self.num_data = ensemble, num_data
@@ -160,7 +214,7 @@ class _Member(TrainerCallback):
         """Draw the start, unless the run is resumed.
 
         Raises:
-            InputError: If an earlier member had the same seed.
+            InputError: If an earlier member had the same seed, or the run that is resumed another one.
         """
         model, name = require_lora(kwargs["model"]), self.ensemble.name
         record = recall(model, name)
@@ -168,13 +222,40 @@ class _Member(TrainerCallback):
         if record is None or (begins and len(record.kept) >= self.ensemble.members):
             record = Record(name, self.num_data)
             remember(model, record)
-        if begins and args.seed in record.kept:
+        if not begins:
+            _check_seed(checkpoint_file(args, state, _STATE_FILE), args.seed)
+            return
+        if args.seed in record.kept:
             raise InputError(
                 f"an earlier member was trained with seed {args.seed} already; give each member its own arguments, "
                 "method.member_arguments(args, member)"
             )
-        if begins:
-            initialise(model, args.seed)
+        initialise(model, args.seed)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the member's seed into the checkpoint."""
+        if state.is_world_process_zero:
+            with replacing(checkpoint_file(args, state, _STATE_FILE)) as partial:
+                partial.write_text(json.dumps({"seed": args.seed}), encoding="utf-8")
+
+
+def _check_seed(path: Path, seed: int) -> None:
+    """Refuse to resume a run that was begun with another seed."""
+    before = json.loads(path.read_text(encoding="utf-8"))["seed"] if path.exists() else None
+    if before != seed:
+        known = "an older version, which numbered members otherwise" if before is None else f"seed {before}"
+        raise InputError(
+            f"{path.parent} was begun with {known}, and this member has seed {seed}: it would be two members in one; "
+            "finish it as it was begun, or train it anew"
+        )
+
+
+@final
+class _Keep(TrainerCallback):
+    """Keeps a run's posterior when it ends, after the member's own callbacks have done what they do then."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self.ensemble = ensemble
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
