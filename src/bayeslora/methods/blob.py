@@ -27,14 +27,14 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
+from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
 from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach
 from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.methods.guards import check_training
@@ -251,23 +251,29 @@ class _Trainer(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write G into the checkpoint."""
         if state.is_world_process_zero:
-            with replacing(checkpoint_file(args, state, _STATE_FILE)) as partial:
-                save_file({n: layer.spread.detach().contiguous() for n, layer in self.layers.items()}, partial)
+            spread: Params = {name: layer.spread for name, layer in self.layers.items()}
+            write_tensors(checkpoint_file(args, state, _STATE_FILE), spread)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put plain layers back."""
+        """Put plain layers back, and take G from where the adapter comes from: the best checkpoint, if it is used."""
         require_record(require_lora(kwargs["model"]), self.method.name).clear()
+        best = best_checkpoint(args, state)
+        if best is not None:
+            self._take(read_best(best / _STATE_FILE, "BLoB"))
 
-    @torch.no_grad()
     def _load(self, path: Path) -> None:
         """Read G from a checkpoint."""
         try:
-            kept = load_file(path)
-            for name, layer in self.layers.items():
-                layer.spread.copy_(kept[name])
+            self._take(load_file(path))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoint has no readable {path}, which BLoB needs to go on; resume from an earlier checkpoint"
             ) from error
+
+    @torch.no_grad()
+    def _take(self, kept: Params) -> None:
+        """Write G into the layers."""
+        for name, layer in self.layers.items():
+            layer.spread.copy_(kept[name])

@@ -25,12 +25,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora.errors import InputError
 from bayeslora.ivon_settings import check_ivon
-from bayeslora.methods.base import Method, Record, check_num_data, origin_for, remember, require_record
+from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
+from bayeslora.methods.best import best_checkpoint, learned, moments, read_best, write_tensors
 from bayeslora.methods.diagnostics import Figures, diagnostics, report
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
 from bayeslora.optim import IvonOptimizer
-from bayeslora.params import live, read, require_lora
+from bayeslora.params import read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
+
+_STATE_FILE = "bayeslora_ivon.safetensors"
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"ess": ess, "hess_init": hess, "learning_rate": 0.03, "clip_radius": 1e-3, "betas": (0.9, 0.99999)}
@@ -187,14 +190,8 @@ class Ivon(Method):
         Raises:
             InputError: If the model was not trained with IVON.
         """
-        optimizer: IvonOptimizer = require_record(model, self.name).kept["optimizer"]
-        mean, variance = read(model), {}
-        for name, p in live(model).items():
-            if p in optimizer.state:
-                variance[name] = optimizer.variance(p).cpu()
-                exact = optimizer.mean(p)
-                if torch.equal(exact.to(p.dtype), p):
-                    mean[name] = exact.float().cpu().clone()
+        kept = require_record(model, self.name).kept
+        mean, variance = moments(read(model), kept.get("best") or learned(kept["optimizer"], model))
         return DiagonalGaussian(mean, variance, origin_for(model, self))
 
 
@@ -281,6 +278,15 @@ class _Sampler(TrainerCallback):
     ) -> None:
         """Take the noise out, and say whether the variance was learned."""
         model = require_lora(kwargs["model"])
-        require_record(model, self.method.name).clear()
+        record = require_record(model, self.method.name)
+        record.clear()
         assert self.optimizer is not None
         report(self.optimizer, model)
+        best = best_checkpoint(args, state)
+        if best is not None:
+            record.kept["best"] = read_best(best / _STATE_FILE, "IVON")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what belongs to the adapter of the checkpoint, if the best one is to be the result."""
+        if args.load_best_model_at_end and state.is_world_process_zero and self.optimizer is not None:
+            write_tensors(checkpoint_file(args, state, _STATE_FILE), learned(self.optimizer, kwargs["model"]))

@@ -7,8 +7,8 @@ learning rate is constant, and every ``interval`` steps the adapter θ is collec
     θ = θ̄ + √scale · ( √Σ_d ⊙ ε₁ + Dᵀε₂ / √(K−1) ),   D = snapshots − θ̄,  scale = ½
 
 What we do differently from the released code: the snapshots are centred on the final mean when drawn, K counts the
-snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored. The adapter trains in
-float32, also where the Trainer put it into half precision, in which steps at the small rate would be lost.
+snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored. The adapter trains
+in float32, also where the Trainer put it into half precision, in which steps at the small rate would be lost.
 """
 
 from __future__ import annotations
@@ -227,6 +227,8 @@ class _Collector(TrainerCallback):
                 f"SWAG from step {self.start} every {self.interval} steps collects {max(0, left // self.interval)} "
                 f"snapshots in {state.max_steps} steps; train longer, start earlier or collect more often"
             )
+        if args.load_best_model_at_end:
+            logger.warning("SWAG sums up the whole path: load_best_model_at_end changes the model, not its posterior")
         self.moments = Moments(method.rank)
         if state.global_step > self.start:
             self.moments.load(checkpoint_file(args, state, _STATE_FILE))
