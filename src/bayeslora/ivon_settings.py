@@ -1,4 +1,16 @@
-"""IVON's settings: which have a meaning, and the prior that is estimated in training."""
+"""IVON's settings: what is published, what the defaults are and why, which have a meaning, and the estimated prior.
+
+The defaults are for one adapter of any size and for 100 to 10,000 steps (docs/methods/ivon.md has the figures):
+
+- λ = P·√N/50 for P adapter parameters and N examples, and N at least. In a quadratic model the noise costs P/(2λ) nats
+  an example, so λ must grow with P; √N is that of arXiv 2506.14280. For Llama-2-7B with rank 8 on queries and values
+  and the papers' N it gives 2·10⁶ to 8·10⁶, in the middle of the published 10⁶ to 10⁸.
+- δ = 1/(λσ₀²), h₀ = 0: the prior's deviation is σ₀, and where the loss is flat σ stays at it instead of growing.
+- σ₀ by the noise that it makes in the layer's output, relative to W₀x. For A it is a share of PEFT's start, and so
+  falls with 1/√in. For B the noise of M adapted modules adds up to that of a fraction `NOISE_B` of one output.
+- The largest step is half the Trainer's learning rate: almost every coordinate takes it, up or down, where AdamW's
+  steps are smaller than its rate.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +22,57 @@ from torch import Tensor
 
 from bayeslora.errors import InputError
 
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {"ess": ess, "hess_init": hess, "learning_rate": 0.03, "clip_radius": 1e-3, "betas": (0.9, 0.99999)}
+    for ess, hess, names in (
+        (1e7, 3e-4, ("winogrande_s", "boolq")),
+        (1e8, 3e-4, ("winogrande_m",)),
+        (1e6, 1e-3, ("arc_easy", "arc_challenge", "openbookqa")),
+    )
+    for name in names
+}
+"""The published settings for Llama-2-7B and 10,000 steps of batch 4 with linear decay, δ = 0, by task."""
+
+BETAS = (0.9, 0.999)
+"""(β₁, β₂) if not given."""
+
+STEP = 0.5
+"""The largest step if not given, as a share of the Trainer's learning rate."""
+
+NOISE_A, NOISE_B = 0.8, 0.45
+"""σ₀ of A and of other matrices is NOISE_A/√in; σ₀ of B is NOISE_B·√3/(s·√(rM))."""
+
 _PRIOR_MEMORY = 0.99
 """Exponential smoothing of the empirical prior's variance, per step."""
+
+
+def default_ess(num_data: int, num_parameters: int) -> float:
+    """Return λ if neither it nor the temperature is given.
+
+    Args:
+        num_data: Number of training examples N.
+        num_parameters: Number of trained parameters P.
+
+    Returns:
+        P·√N/50, and N at least.
+    """
+    return max(float(num_data), num_parameters * math.sqrt(num_data) / 50)
+
+
+def default_sigma(shape: torch.Size, of_b: tuple[float, int, int] | None = None) -> float:
+    """Return σ₀ of a parameter if it is not given.
+
+    Args:
+        shape: The parameter's shape, outputs first.
+        of_b: For a matrix B, LoRA's scaling s, the rank r and the number M of adapted modules.
+
+    Returns:
+        The first standard deviation, which is the prior's too.
+    """
+    if of_b is not None:
+        scaling, rank, modules = of_b
+        return NOISE_B * math.sqrt(3 / (rank * modules)) / abs(scaling)
+    return NOISE_A / math.sqrt(shape[1:].numel()) if len(shape) > 1 else NOISE_A / 20
 
 
 def check_ivon(group: dict[str, Any]) -> None:
@@ -38,8 +99,9 @@ def check_ivon(group: dict[str, Any]) -> None:
     for key in ("clip_radius", "price_clip"):
         if not group[key] > 0:
             raise InputError(f"IVON's {key} must be positive, and it is {group[key]}")
-    if group["prior"] not in ("fixed", "empirical"):
-        raise InputError(f"IVON's prior must be fixed or empirical, and it is {group['prior']!r}")
+    for key, words in (("prior", ("fixed", "empirical")), ("prior_mean", ("zero", "start"))):
+        if group[key] not in words:
+            raise InputError(f"IVON's {key} must be {words[0]} or {words[1]}, and it is {group[key]!r}")
 
 
 def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: list[Tensor]) -> list[float]:
@@ -61,3 +123,16 @@ def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: l
         now = 1 / (ess * state["delta"]) if state["delta"] > 0 else wanted
         state["delta"] = 1 / (ess * (_PRIOR_MEMORY * now + (1 - _PRIOR_MEMORY) * wanted))
     return [s["delta"] for s in states]
+
+
+def from_prior(means: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """Return how far each m is from the mean of its prior.
+
+    Args:
+        means: The mean m of each parameter.
+        states: The optimiser's state of each; ``start`` is the prior's mean, or it is zero.
+
+    Returns:
+        The differences.
+    """
+    return [m - s["start"] if "start" in s else m for m, s in zip(means, states, strict=True)]

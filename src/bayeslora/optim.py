@@ -8,9 +8,11 @@ draws θ = m + σ⊙ε instead of at m. With ĝ = ∇ℓ(θ), ℓ the mean loss 
     h ← β₂h + (1−β₂)f + ½(1−β₂)²(h−f)²/(h+δ)        so that h+δ at least halves, and never becomes negative
     m ← m − η·clip( (g/(1−β₁ᵗ) + δm)/(h+δ), ±ξ )
 
-What is ours: noise is a function of (seed, step, number of the draw), so nothing random needs to be kept in a
-checkpoint and every process draws the same; several draws per step, each with its own share of the gradient; Price
-clipping |λ(θ−m)⊙ĝ| ≤ κ; and an empirical-Bayes prior, 1/(λδ) = mean of m² + σ² over each matrix.
+What is ours: noise is a function of (seed, step, number of the draw, number of the parameter), so nothing random needs
+to be kept in a checkpoint and every process draws the same; several draws per step, each with its own share of the
+gradient; Price clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, which pulls m as far as h
+knows the data, δ(1−β₂ᵗ)(m−m₀); h ≥ 0, so that σ is at most the prior's deviation 1/√(λδ); and an empirical-Bayes prior,
+1/(λδ) = mean of m² + σ² over each matrix, which as in the papers is in σ and in the divisor and does not pull m.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import check_ivon, estimate_prior
+from bayeslora.ivon_settings import check_ivon, estimate_prior, from_prior
 from bayeslora.params import seed_of
 
 
@@ -43,7 +45,7 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     For several draws per step, enter ``sampled`` several times and scale each loss by its share, as for micro-batches.
     Everything kept per parameter is float32 and in the normal optimiser state: ``avg_grad`` (g), ``hess`` (h),
-    ``delta`` (δ) and, for parameters in half precision, ``mean`` (m).
+    ``delta`` (δ), ``mean`` (m) of one in half precision, ``start`` (m₀) with ``prior_mean="start"`` unless it is zero.
 
     Args:
         params: Parameters or parameter groups; every setting below can be a group's own.
@@ -52,6 +54,8 @@ class IvonOptimizer(torch.optim.Optimizer):
         hess_init: h₀, the first value of h.
         betas: (β₁, β₂), the memories of g and of h.
         weight_decay: δ; the prior is N(0, 1/(λδ)).
+        prior_mean: ``zero``, or ``start`` for a prior around m's first value, whose pull is multiplied by 1 − β₂ᵗ.
+        bounded: Whether h is kept from falling below zero, so that σ ≤ 1/√(λδ).
         clip_radius: ξ, bound on each coordinate of the update before η.
         rescale_lr: Whether η is multiplied by h₀ + δ.
         price_clip: κ, bound on |λ(θ−m)⊙ĝ|, which is |f|/(h+δ).
@@ -71,6 +75,8 @@ class IvonOptimizer(torch.optim.Optimizer):
         hess_init: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.99999),
         weight_decay: float = 0.0,
+        prior_mean: Literal["zero", "start"] = "zero",
+        bounded: bool = False,
         clip_radius: float = math.inf,
         rescale_lr: bool = False,
         price_clip: float = math.inf,
@@ -80,6 +86,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "ess": ess, "hess_init": hess_init, "betas": betas, "weight_decay": weight_decay,
             "clip_radius": clip_radius, "rescale_lr": rescale_lr, "price_clip": price_clip, "prior": prior,
+            "prior_mean": prior_mean, "bounded": bounded,
         }  # fmt: skip
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -101,7 +108,7 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     def variance(self, parameter: Tensor) -> Tensor:
         """Return σ² of a parameter, float32."""
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        group = self._group(parameter)
         state = self._state(parameter, group)
         return 1 / (group["ess"] * (state["hess"] + state["delta"]))
 
@@ -118,25 +125,13 @@ class IvonOptimizer(torch.optim.Optimizer):
             self._forget()
         self._draws += 1
         head = self.param_groups[0]
-        for number, group in enumerate(self.param_groups):
-            for device in dict.fromkeys(p.device for p in group["params"]):
-                params = [p for p in group["params"] if p.requires_grad and p.device == device]
+        trained = [(p, group) for group in self.param_groups for p in group["params"]]
+        for number, (p, group) in enumerate(trained):
+            if p.requires_grad:
                 key = seed_of("ivon", head["seed"], head["steps"], self._draws, number)
-                self._noise |= self._drawn(params, group, torch.Generator(device).manual_seed(key))
-
-    def _drawn(self, params: list[Tensor], group: dict[str, Any], rng: torch.Generator) -> dict[Tensor, Tensor]:
-        """Return the noise of parameters on one device, from one stream."""
-        if not params:
-            return {}
-        sizes = [p.numel() for p in params]
-        flat = torch.randn(sum(sizes), generator=rng, device=rng.device)
-        noise = [e.view_as(p) for e, p in zip(torch.split(flat, sizes), params, strict=True)]
-        states = [self._state(p, group) for p in params]
-        scale = torch._foreach_add([s["hess"] for s in states], [s["delta"] for s in states])
-        torch._foreach_mul_(scale, group["ess"])
-        torch._foreach_sqrt_(scale)
-        torch._foreach_div_(noise, scale)
-        return dict(zip(params, noise, strict=True))
+                noise = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(key), device=p.device)
+                state = self._state(p, group)
+                self._noise[p] = noise.div_(torch.add(state["hess"], state["delta"]).mul_(group["ess"]).sqrt_())
 
     @contextmanager
     def sampled(self) -> Iterator[None]:
@@ -205,6 +200,23 @@ class IvonOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
+    def begin(self, parameter: Tensor, *, hess_init: float, weight_decay: float) -> None:
+        """Give a parameter its own h₀ and δ in the place of its group's; nothing happens once it has taken a step.
+
+        Args:
+            parameter: One of the parameters.
+            hess_init: h₀.
+            weight_decay: δ.
+        """
+        state = self._state(parameter, self._group(parameter))
+        if not state["step"]:
+            state["hess"].fill_(hess_init)
+            state["hess_init"], state["delta"] = hess_init, weight_decay
+
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        """Return the group that a parameter is in."""
+        return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
     def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return a parameter's state, begun if need be."""
         state: dict[str, Any] = self.state[p]
@@ -212,7 +224,9 @@ class IvonOptimizer(torch.optim.Optimizer):
             state["step"] = 0
             state["avg_grad"] = torch.zeros_like(p, dtype=torch.float32)
             state["hess"] = torch.full_like(p, group["hess_init"], dtype=torch.float32)
-            state["delta"] = float(group["weight_decay"])
+            state["delta"], state["hess_init"] = float(group["weight_decay"]), float(group["hess_init"])
+            if group["prior_mean"] == "start" and bool(p.detach().any()):
+                state["start"] = p.detach().to(torch.float32, copy=True)
             if p.dtype != torch.float32:
                 state["mean"] = p.detach().float()
         return state
@@ -239,11 +253,16 @@ class IvonOptimizer(torch.optim.Optimizer):
         torch._foreach_add_(half, 1)
         torch._foreach_mul_(gap, half)
         torch._foreach_add_(hess, gap)
+        if group["bounded"]:
+            torch._foreach_clamp_min_(hess, 0.0)
         means = [self.mean(p) for p in params]
         if group["prior"] == "empirical":
             deltas = estimate_prior(group, states, means)
         update = torch._foreach_div(average, [1 - beta1 ** s["step"] for s in states])
-        torch._foreach_add_(update, torch._foreach_mul(means, deltas))
+        if group["prior"] == "fixed" and any(deltas):
+            grown = [1 - beta2 ** s["step"] if group["prior_mean"] == "start" else 1.0 for s in states]
+            weights = [d * share for d, share in zip(deltas, grown, strict=True)]
+            torch._foreach_add_(update, torch._foreach_mul(from_prior(means, states), weights))
         torch._foreach_div_(update, torch._foreach_add(hess, deltas))
         if math.isfinite(group["clip_radius"]):
             torch._foreach_clamp_max_(update, group["clip_radius"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -20,8 +21,8 @@ from transformers import Trainer, TrainerCallback
 from bayeslora import fit
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
+from bayeslora.ivon_settings import PRESETS, default_ess, default_sigma
 from bayeslora.methods import Blob, Ivon, Map
-from bayeslora.methods.ivon import PRESETS
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.optim import IvonOptimizer
 from bayeslora.params import initialise, live, read
@@ -98,24 +99,25 @@ def test_the_mean_is_there_after_an_exception_in_the_middle_of_a_batch(tmp_path)
     assert same_params(after.mean, fit(fresh, task, Map(), arguments(tmp_path / "c"), tokenizer=make_tokenizer()).mean)
 
 
-def test_the_trainers_learning_rate_is_the_largest_step(tmp_path):
+def test_half_the_trainers_learning_rate_is_the_largest_step(tmp_path):
     model = make_model()
     before = read(model)
-    method = Ivon(sigma0=0.05, temperature=1e-6)  # a cold posterior: every coordinate's step is at the clip
+    method = Ivon(temperature=1e-6)  # a cold posterior: every coordinate's step is at the clip
     args = arguments(tmp_path, max_steps=1, learning_rate=3e-3, lr_scheduler_type="constant")
     own = run(model, args, method.trainer_kwargs(model, ROWS))
     assert isinstance(own.optimizer.optimizer, IvonOptimizer)
     steps = torch.cat([(read(model)[n] - before[n]).abs().flatten() for n in before])
-    assert float(steps.max()) == pytest.approx(3e-3, rel=1e-4)
-    assert float((steps > 2.9e-3).float().mean()) > 0.5
+    assert float(steps.max()) == pytest.approx(1.5e-3, rel=1e-4)
+    assert float((steps > 1.45e-3).float().mean()) > 0.5
 
 
 def test_both_ways_to_set_it_are_the_same_optimiser():
-    units = Ivon(sigma0=0.01, max_step=3e-5, temperature=200 / 1e6).optimizer_settings(200)
+    seen = Ivon(sigma0=0.01, prior_sigma=math.inf, max_step=3e-5, temperature=200 / 1e6)
+    units, own = seen.optimizer_settings(200), seen.own_settings(1e6, 0.5)
     paper = Ivon(ess=1e6, hess_init=0.01, learning_rate=1.0, clip_radius=3e-5).optimizer_settings(200)
-    assert units.pop("betas") == paper.pop("betas")
-    assert units.pop("prior") == paper.pop("prior")
-    assert units == pytest.approx(paper)
+    assert own == pytest.approx({"hess_init": paper["hess_init"], "weight_decay": paper["weight_decay"]})
+    for key in ("ess", "lr", "clip_radius", "betas", "prior", "price_clip", "rescale_lr"):
+        assert units[key] == pytest.approx(paper[key]) if isinstance(units[key], float) else units[key] == paper[key]
     assert Ivon(ess="sqrt", hess_init=1e-3, learning_rate=0.03).optimizer_settings(400)["ess"] == 100_000
 
 
@@ -135,8 +137,8 @@ def test_the_posterior_has_the_optimisers_variance(tmp_path):
     own = run(model, arguments(tmp_path), method.trainer_kwargs(model, ROWS))
     posterior, optimizer = method.posterior(model), own.optimizer.optimizer
     for name, p in live(model).items():
-        hess = optimizer.state[p]["hess"]
-        torch.testing.assert_close(posterior.variance[name], 1 / (ROWS / 0.5 * hess))
+        hess, delta = optimizer.state[p]["hess"], 1 / (ROWS / 0.5 * 0.05**2)
+        torch.testing.assert_close(posterior.variance[name], 1 / (ROWS / 0.5 * (hess + delta)))
         assert torch.equal(posterior.mean[name], p.detach())
 
 
@@ -152,7 +154,7 @@ def test_the_log_tells_how_the_variance_does_and_warns_where_it_was_not_learned(
     assert "hardly learned" in caplog.text
     assert "median sigma" in caplog.text
     caplog.clear()
-    fast = Ivon(sigma0=0.05, betas=(0.9, 0.5))
+    fast = Ivon(sigma0=0.05, temperature=0.1, betas=(0.9, 0.5))
     with caplog.at_level(logging.INFO, "bayeslora"):
         run(make_model(), arguments(tmp_path), fast.trainer_kwargs(model, ROWS))
     assert "hardly learned" not in caplog.text
@@ -237,7 +239,10 @@ def test_two_processes_are_one_process_on_the_joint_batch(tmp_path):
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"ess": -1.0, "hess_init": 1.0, "learning_rate": 0.1}, "ess"),
         ({"ess": 10.0, "hess_init": 0.0, "learning_rate": 0.1}, "infinite"),
-        ({"sigma0": 1.0, "weight_decay": 1.0}, "prior alone"),
+        ({"prior_sigma": 0.0}, "prior_sigma"),
+        ({"prior_sigma": 0.1, "weight_decay": 1.0}, "give one of them"),
+        ({"sigma0": 0.2, "prior_sigma": 0.1}, "wider than its prior"),
+        ({"prior_mean": "mode"}, "prior_mean"),
         ({"draws_per_step": 0}, "draws_per_step"),
     ],
 )
@@ -289,3 +294,73 @@ def test_parameters_that_are_spread_over_processes_are_refused(tmp_path):
                 kwargs["callbacks"][0].on_train_begin(args, None, None, model=trained, optimizer=optimizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_priors_width_is_checked_for_the_rows_that_there_are(tmp_path):
+    # δ = .78 at λ = N/T = 400 is a prior of deviation .057, wider than σ₀ = .04; at λ = 4,000 it is .018
+    method = Ivon(sigma0=0.04, temperature=0.5, weight_decay=0.78)
+    assert method.own_settings(400, 0.0) == pytest.approx({"hess_init": 1 / 0.64 - 0.78, "weight_decay": 0.78})
+    method.trainer_kwargs(make_model(), 200)
+    with pytest.raises(InputError, match=r"deviation 0\.018, and sigma0 is 0\.04"):
+        method.trainer_kwargs(make_model(), 2000)
+    colder = Ivon(weight_decay=1e6)
+    kwargs = colder.trainer_kwargs(make_model(), ROWS)
+    with pytest.raises(InputError, match="wider than its prior"):
+        run(make_model(), arguments(tmp_path), kwargs)
+
+
+def test_the_defaults_follow_rows_parameters_and_widths():
+    assert default_ess(200, 73_728) == pytest.approx(73_728 * math.sqrt(200) / 50)
+    assert default_ess(10_000, 1_000) == 10_000
+    published = [default_ess(n, 4_194_304) for n in (640, 1119, 2251, 2558, 4957, 9427)]  # Llama-2-7B, the papers' N
+    assert all(1e6 < ess < 1e8 for ess in published)
+    for width in (384, 4096):  # deviation of the noise in A, relative to A's start, which is uniform on ±1/√in
+        assert default_sigma(torch.Size((8, width))) * math.sqrt(3 * width) == pytest.approx(0.8 * math.sqrt(3))
+    for modules in (12, 64):  # variance of B's noise in the output, s²·r·σ²/3 a module, summed over the modules
+        sigma = default_sigma(torch.Size((384, 8)), (2.0, 8, modules))
+        assert modules * 4 * 8 * sigma**2 / 3 == pytest.approx(0.45**2)
+
+
+def test_an_adapter_begins_at_its_own_deviations_and_never_exceeds_them(tmp_path):
+    model, method = make_model(), Ivon()
+    before = read(model)
+    own = run(model, arguments(tmp_path, max_steps=6), method.trainer_kwargs(model, ROWS))
+    optimizer = own.optimizer.optimizer
+    total = sum(p.numel() for p in live(model).values())
+    assert optimizer.param_groups[0]["ess"] == pytest.approx(default_ess(ROWS, total))
+    modules = sum("lora_A" in name for name in before)
+    for name, variance in method.posterior(model).variance.items():
+        config = model.peft_config["default"]
+        of_b = (config.lora_alpha / config.r, config.r, modules) if "lora_B" in name else None
+        assert float(variance.max()) <= default_sigma(variance.shape, of_b) ** 2 * (1 + 1e-5)
+        assert float(variance.median()) >= 0.5 * default_sigma(variance.shape, of_b) ** 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"prior": "empirical", "temperature": 1e-3}])
+def test_the_prior_does_not_pull_the_adapter_back_to_the_base_model(tmp_path, settings, caplog):
+    model = make_model()
+    start = read(model)
+    args = arguments(tmp_path, max_steps=60, learning_rate=1e-2)
+    run(model, args, Ivon(**settings).trainer_kwargs(model, ROWS))
+    for name, value in read(model).items():
+        if "lora_A" in name:
+            assert float(value.abs().mean()) > 0.5 * float(start[name].abs().mean())
+        elif "lora_B" in name:
+            assert float(value.abs().mean()) > 1e-3
+    assert "empirical prior" not in caplog.text
+
+
+def test_an_empirical_prior_at_bayes_rule_warns(tmp_path, caplog):
+    model = make_model()
+    run(model, arguments(tmp_path, max_steps=1), Ivon(prior="empirical", temperature=1.0).trainer_kwargs(model, ROWS))
+    assert "may stay the base model" in caplog.text
+
+
+def test_several_draws_of_a_step_are_refused_under_fp16(tmp_path):
+    model = make_model()
+    args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    args.fp16 = True
+    optimizer = IvonOptimizer(list(live(model).values()), lr=1.0, ess=10.0)
+    callback = Ivon(draws_per_step=2).trainer_kwargs(model, ROWS)["callbacks"][0]
+    with pytest.raises(InputError, match="bf16=True"):
+        callback.on_train_begin(args, None, None, model=model, optimizer=optimizer)

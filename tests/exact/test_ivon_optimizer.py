@@ -274,6 +274,7 @@ def test_one_seed_is_one_stream_of_noise():
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"clip_radius": 0.0}, "clip_radius"),
         ({"prior": "flat"}, "prior"),
+        ({"prior_mean": "mode"}, "prior_mean"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(change, word):
@@ -303,3 +304,84 @@ def test_a_closure_is_called_at_a_draw():
     assert optimizer.step(closure) == pytest.approx(seen[0] ** 2)
     assert seen[0] != 0.5
     assert p.item() != 0.5
+
+
+def flat(steps, **settings):
+    """The median σ by σ₀ after so many steps in which the loss does not depend on the parameters."""
+    p = nn.Parameter(torch.zeros(500))
+    optimizer = IvonOptimizer([p], lr=0.0, ess=21_000.0, betas=(0.9, 0.999), **settings)
+    first = optimizer.variance(p).sqrt()
+    rng = torch.Generator().manual_seed(0)
+    found = {}
+    for step in range(1, max(steps) + 1):
+        optimizer.draw()
+        p.grad = 1e-3 * torch.randn(500, generator=rng)
+        optimizer.step()
+        if step in steps:
+            found[step] = float((optimizer.variance(p).sqrt() / first).median())
+    return found
+
+
+def test_where_the_loss_is_flat_the_deviation_stays_with_a_bounded_prior_and_grows_without_one():
+    steps = (150, 1500, 6000)
+    delta = 1 / (21_000 * 0.04**2)
+    bounded = flat(steps, hess_init=0.0, weight_decay=delta, bounded=True)
+    assert all(0.95 < ratio <= 1 + 1e-5 for ratio in bounded.values()), bounded
+    free = flat(steps, hess_init=delta)  # δ = 0: h ≈ h₀β₂ᵗ
+    assert free[6000] > 10 * free[150]
+
+
+def test_a_prior_around_the_start_pulls_to_the_start():
+    for where, end in (("start", 2.0), ("zero", 0.0)):
+        p = parameter(2.0)
+        optimizer = IvonOptimizer(
+            [p], lr=0.1, ess=100.0, hess_init=0.0, weight_decay=1.0, prior_mean=where, betas=(0.9, 0.999)
+        )
+        optimizer.draw()
+        with torch.no_grad():
+            p.add_(0.5)
+        optimizer.draw()
+        p.grad = torch.zeros(1)
+        optimizer.step()  # η·δ(m − m₀)/(h+δ) with h = 0, around the start as far as h knows the data: 1 − β₂
+        assert p.item() == pytest.approx(2.5 - 0.1 * (2.5 - end) * (1e-3 if where == "start" else 1.0), abs=1e-5)
+        for _ in range(2000):
+            optimizer.draw()
+            p.grad = torch.zeros(1)
+            optimizer.step()
+        assert p.item() == pytest.approx(end, abs=1e-4)
+
+
+def test_a_parameters_noise_depends_on_its_number_alone():
+    def second(size):
+        tensors = [nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(4))]
+        optimizer = IvonOptimizer(tensors, **SETTINGS, seed=3)
+        optimizer.draw()
+        return [optimizer.noise(p) for p in tensors]
+
+    # what stands before it, on the same device or on another, does not matter; and two alike differ
+    assert torch.equal(second(3)[1], second(7)[1])
+    assert not torch.equal(*second(4))
+
+
+def test_a_parameter_may_have_its_own_start_of_h_and_its_own_prior():
+    p, other = parameter(1.0), parameter(1.0)
+    optimizer = IvonOptimizer([p, other], **SETTINGS)
+    optimizer.begin(p, hess_init=0.0, weight_decay=2.0)
+    assert optimizer.variance(p).item() == pytest.approx(1 / (50 * 2.0))
+    assert optimizer.variance(other).item() == pytest.approx(1 / (50 * 0.9))
+    with optimizer.sampled():
+        (p + other).sum().backward()
+    optimizer.step()
+    kept = optimizer.state[p]["delta"]
+    optimizer.begin(p, hess_init=5.0, weight_decay=5.0)  # too late
+    assert optimizer.state[p]["delta"] == kept == 2.0
+
+
+def test_an_empirical_prior_does_not_pull_the_mean():
+    p = parameter(0.5, -1.0)
+    optimizer = IvonOptimizer([p], lr=1.0, ess=100.0, hess_init=0.7, weight_decay=1.0, prior="empirical")
+    for _ in range(50):
+        optimizer.draw()
+        p.grad = torch.zeros(2)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.5, -1.0]))

@@ -6,8 +6,10 @@ prediction λ can be multiplied by τ (``tempered(posterior, 1/τ)``) and parame
 (``pruned``), as in Cong et al. 2025 (arXiv 2506.14280).
 
 What we do differently: beside (λ, h₀, η, ξ) there are settings in units that one can see, the first standard
-deviation ``sigma0``, the largest step ``max_step`` of a coordinate (η = 1 and ξ = max_step; by default the Trainer's
-learning rate) and the ``temperature`` T = N/λ; h₀ follows as 1/(λσ₀²) − δ. The parameters hold the mean all the time:
+deviation ``sigma0``, the prior's deviation ``prior_sigma``, the largest step ``max_step`` of a coordinate (η = 1 and
+ξ = max_step) and the ``temperature`` T = N/λ; δ follows as 1/(λ·prior_sigma²) and h₀ as 1/(λσ₀²) − δ. In these units
+the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `bayeslora.ivon_settings` and
+docs/methods/ivon.md say what the defaults are and why. The parameters hold the mean all the time:
 noise is added where a module reads its parameter, in training steps only, so evaluation, checkpoints and exceptions
 never see a draw.
 """
@@ -18,36 +20,19 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import check_ivon
-from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
-from bayeslora.methods.best import best_checkpoint, learned, moments, read_best, write_tensors
-from bayeslora.methods.diagnostics import Figures, diagnostics, report
-from bayeslora.methods.guards import check_training, plain_layers, shadowed
+from bayeslora.ivon_settings import BETAS, PRESETS, check_ivon, default_ess
+from bayeslora.methods.base import Method, check_num_data, origin_for, require_record
+from bayeslora.methods.best import learned, moments
+from bayeslora.methods.diagnostics import Figures
+from bayeslora.methods.guards import plain_layers
+from bayeslora.methods.ivon_sampler import Sampler
 from bayeslora.optim import IvonOptimizer
-from bayeslora.params import read, require_lora
+from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
-
-_STATE_FILE = "bayeslora_ivon.safetensors"
-
-PRESETS: dict[str, dict[str, Any]] = {
-    name: {"ess": ess, "hess_init": hess, "learning_rate": 0.03, "clip_radius": 1e-3, "betas": (0.9, 0.99999)}
-    for ess, hess, names in (
-        (1e7, 3e-4, ("winogrande_s", "boolq")),
-        (1e8, 3e-4, ("winogrande_m",)),
-        (1e6, 1e-3, ("arc_easy", "arc_challenge", "openbookqa")),
-    )
-    for name in names
-}
-"""The published settings for Llama-2-7B and 10,000 steps of batch 4 with linear decay, δ = 0, by task."""
-
-SIGMA0, TEMPERATURE, BETAS = 0.04, 0.5, (0.9, 0.999)
-"""What ``sigma0``, ``temperature`` and ``betas`` are if not given; docs/results.md says how they were found."""
 
 
 @final
@@ -55,13 +40,15 @@ SIGMA0, TEMPERATURE, BETAS = 0.04, 0.5, (0.9, 0.999)
 class Ivon(Method):
     """Variational online Newton.
 
-    Either in units that one can see (``sigma0``, ``max_step``, ``temperature``), or as in the paper (``ess``,
-    ``hess_init``, ``learning_rate``, ``clip_radius``), or a ``preset`` of it.
+    Either in units that one can see (``sigma0``, ``prior_sigma``, ``max_step``, ``temperature``), or as in the paper
+    (``ess``, ``hess_init``, ``learning_rate``, ``clip_radius``), or a ``preset`` of it.
 
     Attributes:
-        sigma0: First standard deviation σ₀ of every parameter.
-        max_step: Largest change of a coordinate in a step, times the schedule; None for the Trainer's learning rate.
-        temperature: T = N/λ; 1 is Bayes' rule, less is a cold posterior.
+        sigma0: First standard deviation σ₀ of every parameter; None for one by its matrix, see `default_sigma`.
+        prior_sigma: Standard deviation σ_p of the prior, which σ never exceeds; None for σ₀, ``inf`` for a flat prior.
+        max_step: Largest change of a coordinate in a step, times the schedule; None for half the Trainer's learning
+            rate.
+        temperature: T = N/λ; 1 is Bayes' rule, less is a cold posterior; None for λ by `default_ess`.
         preset: Published settings, one of `PRESETS`.
         ess: λ, or ``sqrt`` for 5000·√N (arXiv 2506.14280).
         hess_init: h₀.
@@ -69,7 +56,9 @@ class Ivon(Method):
         clip_radius: ξ, bound on each coordinate of the update before η.
         rescale_lr: Whether η is multiplied by h₀ + δ.
         betas: (β₁, β₂), the memories of gradient and Hessian.
-        weight_decay: δ; the prior is N(0, 1/(λδ)). The Trainer's own is not looked at.
+        weight_decay: δ, where σ_p is not given. The Trainer's own is not looked at.
+        prior_mean: ``start`` for a prior around the adapter's start, ``zero`` as in algorithm 1; None for ``start`` in
+            the units that one can see, and ``zero`` in the paper's.
         price_clip: Bound on |λ(θ−m)⊙ĝ|, the Hessian's estimate relative to h+δ.
         prior: ``fixed``, or ``empirical``: δ is estimated for each matrix.
         draws_per_step: Draws in an optimiser step, spread over its accumulated batches.
@@ -77,6 +66,7 @@ class Ivon(Method):
 
     name: ClassVar[str] = "ivon"
     sigma0: float | None = None
+    prior_sigma: float | None = None
     max_step: float | None = None
     temperature: float | None = None
     preset: str | None = None
@@ -87,6 +77,7 @@ class Ivon(Method):
     rescale_lr: bool = False
     betas: tuple[float, float] | None = None
     weight_decay: float = 0.0
+    prior_mean: Literal["start", "zero"] | None = None
     price_clip: float | None = None
     prior: Literal["fixed", "empirical"] = "fixed"
     draws_per_step: int = 1
@@ -97,12 +88,12 @@ class Ivon(Method):
         Raises:
             InputError: If a setting is out of range, or settings of both kinds are given.
         """
-        seen = [key for key in ("sigma0", "max_step", "temperature") if getattr(self, key) is not None]
+        seen = [k for k in ("sigma0", "prior_sigma", "max_step", "temperature") if getattr(self, k) is not None]
         paper = [key for key in ("preset", "ess", "hess_init", "learning_rate") if getattr(self, key) is not None]
         if seen and paper:
             raise InputError(
-                f"IVON takes either sigma0, max_step and temperature, or ess, hess_init and learning_rate; {seen[0]} "
-                f"and {paper[0]} are given"
+                f"IVON takes either sigma0, prior_sigma, max_step and temperature, or ess, hess_init and "
+                f"learning_rate; {seen[0]} and {paper[0]} are given"
             )
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"IVON has no preset {self.preset!r}; there are {', '.join(PRESETS)}")
@@ -110,27 +101,37 @@ class Ivon(Method):
             raise InputError("ess, hess_init and learning_rate belong together: give all three, or a preset")
         if isinstance(self.ess, str) and self.ess != "sqrt":
             raise InputError(f"ess must be a number or 'sqrt', and it is {self.ess!r}")
-        for key in ("sigma0", "max_step", "temperature"):
+        for key in ("sigma0", "prior_sigma", "max_step", "temperature"):
             value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (0 < value < math.inf or (key == "prior_sigma" and value == math.inf)):
                 raise InputError(f"IVON's {key} must be finite and positive, and it is {value}")
+        if self.prior_sigma is not None and self.weight_decay:
+            raise InputError("prior_sigma and weight_decay both say how wide IVON's prior is; give one of them")
+        if self.sigma0 is not None and self.prior_sigma is not None and self.sigma0 > self.prior_sigma:
+            raise InputError(
+                f"IVON's noise cannot begin wider than its prior: sigma0 is {self.sigma0} and prior_sigma "
+                f"{self.prior_sigma}"
+            )
         if self.draws_per_step < 1:
             raise InputError(f"draws_per_step must be at least 1, and it is {self.draws_per_step}")
-        self.optimizer_settings(1000)
+        self.optimizer_settings(1000, 100_000)  # what does not depend on N and P
 
     @property
     def in_units(self) -> bool:
-        """Whether the settings are ``sigma0``, ``max_step`` and ``temperature``, given or not."""
+        """Whether the settings are ``sigma0``, ``prior_sigma``, ``max_step`` and ``temperature``, given or not."""
         return self.preset is None and self.ess is None
 
-    def optimizer_settings(self, num_data: int) -> dict[str, Any]:
+    def optimizer_settings(self, num_data: int, num_parameters: int | None = None) -> dict[str, Any]:
         """Return the settings of `IvonOptimizer` for a number of training examples.
 
         Args:
             num_data: Number of training examples N.
+            num_parameters: Number of trained parameters P; None if λ does not depend on it, or is set later.
 
         Returns:
-            Its keyword arguments; ``clip_radius`` is infinite where it is to be the Trainer's learning rate.
+            Its keyword arguments; ``clip_radius`` is infinite where it follows the Trainer's learning rate. In the
+            units that one can see h₀ and δ are each parameter's own, see `own_settings`, and those here stand for
+            σ₀ = .04.
 
         Raises:
             InputError: If they have no meaning.
@@ -141,6 +142,8 @@ class Ivon(Method):
             "price_clip": math.inf if self.price_clip is None else self.price_clip,
             "prior": self.prior,
             "rescale_lr": self.rescale_lr,
+            "prior_mean": self.prior_mean or ("start" if self.in_units else "zero"),
+            "bounded": self.in_units,
         }
         published = PRESETS.get(self.preset or "", {})
         if not self.in_units:
@@ -153,21 +156,34 @@ class Ivon(Method):
                 "betas": self.betas or published.get("betas", BETAS),
             }
         else:
-            ess = num_data / (self.temperature or TEMPERATURE)
-            wanted = 1 / (ess * (self.sigma0 or SIGMA0) ** 2)
-            if wanted <= self.weight_decay:
-                raise InputError(
-                    f"the prior alone (weight_decay={self.weight_decay}) makes IVON's noise smaller than sigma0; use a "
-                    "smaller weight_decay or sigma0"
-                )
-            found |= {
-                "ess": ess,
-                "hess_init": wanted - self.weight_decay,
-                "lr": 1.0,
-                "clip_radius": self.max_step or self.clip_radius or math.inf,
-            }
+            ess = num_data / self.temperature if self.temperature else default_ess(num_data, num_parameters or 0)
+            found |= {"ess": ess, "lr": 1.0, "clip_radius": self.max_step or self.clip_radius or math.inf}
+            found["hess_init"] = 1 / (ess * (self.sigma0 or 0.04) ** 2)
         check_ivon(found)
         return found
+
+    def own_settings(self, ess: float, sigma: float) -> dict[str, float]:
+        """Return h₀ and δ of a parameter, in the units that one can see.
+
+        Args:
+            ess: λ.
+            sigma: Its first standard deviation, if ``sigma0`` does not say it.
+
+        Returns:
+            ``hess_init`` and ``weight_decay``.
+
+        Raises:
+            InputError: If the noise would begin wider than the prior.
+        """
+        sigma = self.sigma0 or (min(sigma, self.prior_sigma) if self.prior_sigma else sigma)
+        total = 1 / (ess * sigma**2)
+        delta = self.weight_decay or 1 / (ess * (self.prior_sigma or sigma) ** 2)
+        if delta > total * (1 + 1e-6):
+            raise InputError(
+                f"IVON's noise cannot begin wider than its prior: weight_decay={self.weight_decay:g} at λ = {ess:g} is "
+                f"a prior of deviation {1 / math.sqrt(ess * delta):.2g}, and sigma0 is {sigma:.2g}; lower one of them"
+            )
+        return {"hess_init": max(0.0, total - delta), "weight_decay": delta}
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
         """Return the optimiser, and the callback that draws and adds the noise.
@@ -177,8 +193,10 @@ class Ivon(Method):
         """
         if isinstance(model, PeftModel):  # else TRL makes the adapter, and it is looked at when training begins
             plain_layers(model, "IVON")
+        if self.in_units and self.sigma0 and self.weight_decay and self.temperature:
+            self.own_settings(num_data / self.temperature, self.sigma0)  # else refused when P is known
         settings = self.optimizer_settings(check_num_data(num_data))
-        sampler = _Sampler(self, num_data)
+        sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
             "callbacks": [sampler, Figures(self.name, sampler.figures)],
@@ -193,100 +211,3 @@ class Ivon(Method):
         kept = require_record(model, self.name).kept
         mean, variance = moments(read(model), kept.get("best") or learned(kept["optimizer"], model))
         return DiagonalGaussian(mean, variance, origin_for(model, self))
-
-
-@final
-class _Sampler(TrainerCallback):
-    """Draws at the beginning of each step, lets the modules read the draw, and tells how the variance did."""
-
-    def __init__(self, method: Ivon, num_data: int) -> None:
-        self.method, self.num_data = method, num_data
-        self.optimizer: IvonOptimizer | None = None
-        self.batches = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the optimiser what only the Trainer's arguments say, and let the modules read its draws.
-
-        Raises:
-            InputError: If the Trainer, its arguments or its optimiser do not serve.
-        """
-        model, method = require_lora(kwargs["model"]), self.method
-        plain_layers(model, "IVON")
-        check_training(args, kwargs["optimizer"], "IVON")
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        if not isinstance(optimizer, IvonOptimizer):
-            raise InputError("IVON is its own optimiser, and the Trainer was given another; leave `optimizers` out")
-        if method.draws_per_step > 1 and (args.max_grad_norm or args.world_size > 1):
-            raise InputError(
-                "several draws per step need TrainingArguments(max_grad_norm=0), since clipping comes after the draws "
-                "are added up, and one process"
-            )
-        if method.draws_per_step > args.gradient_accumulation_steps:
-            raise InputError(
-                f"draws_per_step={method.draws_per_step} needs as many accumulated batches; set "
-                f"gradient_accumulation_steps={method.draws_per_step}"
-            )
-        for group in optimizer.param_groups:
-            group["weight_decay"] = method.weight_decay
-            if self.follows:
-                group["clip_radius"] = args.learning_rate
-        optimizer.param_groups[0]["seed"] = args.seed
-        self.optimizer = optimizer
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        undo = shadowed(model, trained, self._value)
-        remember(model, Record(method.name, self.num_data, {"optimizer": optimizer}, undo))
-
-    @property
-    def follows(self) -> bool:
-        """Whether the largest step is the Trainer's learning rate."""
-        return math.isinf(self.method.optimizer_settings(self.num_data)["clip_radius"]) and self.method.in_units
-
-    def _value(self, p: Tensor) -> Tensor | None:
-        """Return the draw of a parameter, as a function of the parameter."""
-        assert self.optimizer is not None
-        noise = self.optimizer.noise(p)
-        if noise is None:
-            return None
-        return p + (noise if p.dtype == torch.float32 else (self.optimizer.mean(p) + noise).to(p.dtype) - p.detach())
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw."""
-        assert self.optimizer is not None
-        self.optimizer.draw()
-        self.batches = 0
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw again where the next share of the step's batches begins."""
-        assert self.optimizer is not None
-        draws, batches = self.method.draws_per_step, args.gradient_accumulation_steps
-        before, self.batches = self.batches, self.batches + 1
-        if self.batches * draws // batches > before * draws // batches:
-            self.optimizer.draw()
-
-    def figures(self, state: TrainerState) -> dict[str, float]:
-        """Return how the variance does, for the log."""
-        return {} if self.optimizer is None else diagnostics(self.optimizer)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the noise out, and say whether the variance was learned."""
-        model = require_lora(kwargs["model"])
-        record = require_record(model, self.method.name)
-        record.clear()
-        assert self.optimizer is not None
-        report(self.optimizer, model)
-        best = best_checkpoint(args, state)
-        if best is not None:
-            record.kept["best"] = read_best(best / _STATE_FILE, "IVON")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write what belongs to the adapter of the checkpoint, if the best one is to be the result."""
-        if args.load_best_model_at_end and state.is_world_process_zero and self.optimizer is not None:
-            write_tensors(checkpoint_file(args, state, _STATE_FILE), learned(self.optimizer, kwargs["model"]))
