@@ -29,6 +29,7 @@ from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_fi
 from bayeslora.methods.best import best_checkpoint, learned, moments, read_best, write_tensors
 from bayeslora.methods.diagnostics import Figures, diagnostics, report
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
+from bayeslora.methods.precision import widen
 from bayeslora.optim import IvonOptimizer
 from bayeslora.params import read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
@@ -203,6 +204,10 @@ class _Sampler(TrainerCallback):
         self.method, self.num_data = method, num_data
         self.optimizer: IvonOptimizer | None = None
         self.batches = 0
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the adapter into float32; else PEFT does when a checkpoint is read, with parameters that are new."""
+        widen(kwargs.get("model"), kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
