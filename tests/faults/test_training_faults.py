@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import arguments, make_model, make_task, same_params
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
-from bayeslora.params import read
+from bayeslora.params import live, read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.tasks.types import Split
 from bayeslora.training import fit
@@ -115,3 +116,32 @@ def test_a_run_that_breaks_off_does_not_keep_its_model_alive(method: Any, tokeni
     del model
     gc.collect()
     assert there() is None
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("method", [Ivon(), Blob(), Swag(start=2, interval=1)], ids=lambda m: m.name)
+def test_a_run_with_an_adapter_in_bf16_is_resumed_to_the_uninterrupted_result(
+    method: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    def train(folder: str, *callbacks: Any, resume: bool = False) -> Posterior:
+        model = make_model(dtype=torch.bfloat16)
+        for p in live(model).values():
+            p.data = p.data.bfloat16()
+        args = arguments(tmp_path / folder, save_strategy="steps", save_steps=2)
+        return fit(model, LM_TASK, method, args, tokenizer=tokenizer, resume=resume, callbacks=callbacks)
+
+    whole = train("whole")
+    stopped = train("parts", StopAfter(4))
+    resumed = train("parts", resume=True)
+    assert same_params(resumed.mean, whole.mean)
+    assert same_params(resumed.draw(0), whole.draw(0))
+    assert not any(torch.equal(value, stopped.mean[name]) for name, value in resumed.mean.items())

@@ -18,6 +18,7 @@ from bayeslora.methods.base import Record, checkpoint_file, remember, require_re
 from bayeslora.methods.best import best_checkpoint, learned, read_best, write_tensors
 from bayeslora.methods.diagnostics import diagnostics, report
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
+from bayeslora.methods.precision import widen
 from bayeslora.optim import IvonOptimizer
 from bayeslora.params import require_lora
 
@@ -41,6 +42,10 @@ class Sampler(TrainerCallback):
         self.method, self.num_data = method, num_data
         self.optimizer: IvonOptimizer | None = None
         self.batches = 0
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the adapter into float32; else PEFT does when a checkpoint is read, with parameters that are new."""
+        widen(kwargs.get("model"), kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,6 +3,8 @@
 A step of AdamW is about as large as the learning rate. A number in bfloat16 with eight binary digits swallows what is
 below a five-hundredth of it, so that at the small rates at which a spread is learned most of A never moves. PEFT keeps
 adapters in float32 for that reason, beside a base in any precision; TRL casts those of 8- and 4-bit bases to bfloat16.
+When PEFT reads a checkpoint into such an adapter it puts new parameters in float32 in its place, which an optimiser
+that is there does not know.
 """
 
 from __future__ import annotations
