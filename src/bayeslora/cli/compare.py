@@ -53,7 +53,9 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
         ["map", "ensemble:5", "swag", "multiswag:3"],
         "Methods to compare, or all; label=method names one for --set and the table, so that it can be there twice.",
     )
-    set: list[str] = option([], "Settings of a method, method.key=value, such as swag.rank=10.")
+    set: list[str] = option(
+        [], "Settings of a method, method.key=value, such as swag.rank=10 or ivon.betas=[0.9,0.999]; null is nothing."
+    )
     temperatures: list[float] = option(
         [], "Temperatures of the posterior to choose from on the validation rows, for each method with noise."
     )
