@@ -42,14 +42,15 @@ def parse(kind: type[Options], argv: Sequence[str], *, verb: str, examples: str)
     first = _read(parser, argv, flags)
     if "run" in hints and first.run:
         before = read_options(run_folder(Path(first.run)))
-        taken = {f.name for group in INHERITED for f in fields(group)} & hints.keys() & before.keys()
+        own = {f.name for f in fields(cast(Any, kind)) if f.metadata["own"]}
+        taken = ({f.name for group in INHERITED for f in fields(group)} & hints.keys() & before.keys()) - own
         parser.set_defaults(**{k: _checked(k, before[k], hints[k], first.run) for k in taken})
     if first.config:
         parser.set_defaults(**_yaml(Path(first.config), hints))
     found = vars(_read(parser, argv, flags))
-    options = kind(**{name: found[name] for name in hints})
+    options, plain = kind(**{name: found[name] for name in hints}), kind()
     for name, least in LEAST.items():
-        if name in hints:
+        if name in hints and found[name] != getattr(plain, name):
             _in_range(name, found[name], least)
     return options
 
