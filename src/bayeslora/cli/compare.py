@@ -41,8 +41,9 @@ EVERY = (
 """What ``--methods all`` stands for."""
 FREE = (
     *("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image"),
-    *("device", "token_budget"),
+    *("device", "token_budget", "set", "draws"),
 )
+"""Options that may change when a comparison goes on: what depends on them is made anew, and the rest is taken over."""
 
 
 @dataclass(kw_only=True)
