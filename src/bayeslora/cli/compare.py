@@ -71,7 +71,10 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     resamples: int = option(200, "Bootstrap resamples for the intervals in results.json; 0: none.")
     image: Literal["png", "svg"] = option("png", "Format of the figures.")
     out: str = option("bayeslora-comparison", "Folder for the results.")
-    resume: bool = option(False, "Go on with a folder that is there.")
+    resume: bool = option(
+        False,
+        "Go on with a folder that is there: methods, settings, seeds and draws may change, and what is there serves.",
+    )
 
 
 def run(options: Options) -> None:
