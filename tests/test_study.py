@@ -74,8 +74,8 @@ def other_rows(own: Study, split: str) -> Study:
 def other_text(own: Study) -> Study:
     rows = own.task.train
     assert rows is not None
-    first = replace(rows.examples[0], text=rows.examples[0].text.replace("bag", "dark bag"))
-    return replace(own, task=replace(own.task, train=replace(rows, examples=(first, *rows.examples[1:]))))
+    changed = tuple(replace(e, text=e.text.replace("bag", "dark bag")) for e in rows)
+    return replace(own, task=replace(own.task, train=replace(rows, examples=changed)))
 
 
 def other_template(own: Study) -> Study:
@@ -97,7 +97,7 @@ CHANGES: dict[str, tuple[Callable[[Study], Study], tuple[int, int]]] = {
     "nothing": (lambda own: own, (0, 0)),
     "learning rate": (rated, (2, 3)),
     "train rows": (lambda own: other_rows(own, "train"), (2, 3)),
-    "a train row": (other_text, (2, 3)),
+    "train texts": (other_text, (2, 3)),
     "template": (other_template, (2, 3)),
     "base": (other_base, (2, 3)),
     "rank": (lambda own: replace(own, model=make_model(r=4, lora_dropout=0.1)), (2, 3)),

@@ -206,7 +206,10 @@ def _differing(run: _Run) -> str:
     for log in sorted(run.folder.parent.glob(f"{run.method.name}-{run.member}-*/run.json")):
         noted = json.loads(log.read_text(encoding="utf-8"))
         found.append(difference(run.depends, noted.get("depends", {})))
-    return f" (one that is there has other {', '.join(min(found, key=len))})" if found else ""
+    if not found:
+        return ""
+    nearest = min(found, key=len)
+    return f" (one that is there has other {', '.join(nearest)})"
 
 
 def planned_steps(study: Study) -> int:
