@@ -31,9 +31,7 @@ def test_map_is_the_ensembles_first_member_and_swag_begins_at_it(tokenizer, tmp_
     assert torch.equal(both.log_probs[0], point.log_probs[0])
     assert not torch.equal(both.log_probs[1], point.log_probs[0])
     assert sorted(p.name for p in (tmp_path / "seed-0").iterdir() if p.is_dir()) == [
-        "map-0",
-        "map-1",
-        f"{next((tmp_path / 'seed-0').glob('swag*-0')).name}",
+        next((tmp_path / "seed-0").glob(f"{name}-*")).name for name in ("map-0", "map-1", "swag-0")
     ]
     costs = {name: by_seed[0] for name, by_seed in found.costs.items()}
     assert costs["ensemble"].train_seconds > costs["map"].train_seconds

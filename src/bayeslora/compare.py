@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from bayeslora.costs import Cost, most
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Evaluation, evaluate
+from bayeslora.keys import key_of
 from bayeslora.methods import Ensemble, Method, PostHoc, Temperature
 from bayeslora.metrics import nll
 from bayeslora.operations import tempered
-from bayeslora.posteriors import Posterior, Scaled
+from bayeslora.posteriors import Scaled
 from bayeslora.prediction import Prediction
-from bayeslora.study import Study, posterior_of, predicted
+from bayeslora.study import Learned, Study, posterior_of, predicted
 from bayeslora.tasks.types import labelled
 
 
@@ -75,19 +76,19 @@ def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -
             if name in found.failures:
                 continue
             try:
-                posterior, run = posterior_of(study, method, seed)
+                learned = posterior_of(study, method, seed)
             except InputError as error:
                 study.report(f"seed {seed}: {name} failed: {error}")
                 found.failures[name] = {seed: str(error)}
                 continue
-            _measured(study, found, posterior, name, seed, run)
-            if study.scaling and not isinstance(posterior, Scaled):
-                _scaled(study, found, posterior, name, seed)
-            if study.temperatures and posterior.distinct is None:
-                best = _best_temperature(study, posterior, name, seed)
+            _measured(study, found, learned, name, seed)
+            if study.scaling and not isinstance(learned.posterior, Scaled):
+                _scaled(study, found, learned, name, seed)
+            if study.temperatures and learned.posterior.distinct is None:
+                best = _best_temperature(study, learned, name, seed)
                 tuned = f"{name} tuned"
                 found.temperatures.setdefault(tuned, {})[seed] = best
-                _measured(study, found, tempered(posterior, best), tuned, seed, run)
+                _measured(study, found, _tempered(learned, best), tuned, seed)
     _without_failures(found)
     return found
 
@@ -104,28 +105,38 @@ def _without_failures(found: Comparison) -> None:
         raise InputError(f"no method could be fitted; {name} under seed {seed}: {reason}")
 
 
-def _measured(study: Study, found: Comparison, posterior: Posterior, name: str, seed: int, run: Cost) -> None:
+def _tempered(learned: Learned, temperature: float) -> Learned:
+    """Return what was learned with another covariance."""
+    return replace(learned, posterior=tempered(learned.posterior, temperature), key=_tempered_key(learned, temperature))
+
+
+def _tempered_key(learned: Learned, temperature: float) -> str:
+    """Return the key of what was learned with another covariance."""
+    return key_of({"posterior": learned.key, "temperature": float(temperature)})
+
+
+def _measured(study: Study, found: Comparison, learned: Learned, name: str, seed: int) -> None:
     """Predict by a posterior, evaluate, and put the results where they belong."""
     assert study.task.test is not None
     stem = study.out / f"seed-{seed}" / name.replace(":", "-").replace(" ", "-")
-    prediction, memory = predicted(
-        study, posterior, study.task.test, stem.with_name(f"{stem.name}.safetensors"), name, seed
-    )
+    prediction, memory = predicted(study, learned.posterior, learned.key, study.task.test, stem, name, seed)
     others = {
-        other: predicted(study, posterior, split, stem.with_name(f"{stem.name}@{other}.safetensors"), name, seed)[0]
+        other: predicted(
+            study, learned.posterior, learned.key, split, stem.with_name(f"{stem.name}@{other}"), name, seed
+        )[0]
         for other, split in study.ood.items()
     }
-    cost = replace(run, predict_seconds=prediction.seconds, memory=most(run.memory, memory))
+    cost = replace(learned.cost, predict_seconds=prediction.seconds, memory=most(learned.cost.memory, memory))
     _noted(study, found, name, seed, prediction, others, cost)
 
 
-def _scaled(study: Study, found: Comparison, posterior: Posterior, name: str, seed: int) -> None:
+def _scaled(study: Study, found: Comparison, learned: Learned, name: str, seed: int) -> None:
     """Scale a method's predictions by temperatures that are fitted on the validation split; its passes serve again."""
     method = Temperature()
     rows = method.rows(study.task)
-    path = study.out / f"seed-{seed}" / f"{name.replace(':', '-')}-validation-1.safetensors"
-    validation, _ = predicted(study, posterior, rows, path, name, seed)
-    scaled = Scaled(posterior, method.scaling(validation, rows))
+    stem = study.out / f"seed-{seed}" / f"{name.replace(':', '-')}-validation-1"
+    validation, _ = predicted(study, learned.posterior, _tempered_key(learned, 1), rows, stem, name, seed)
+    scaled = Scaled(learned.posterior, method.scaling(validation, rows))
     others = {other: _after(scaled, p) for other, p in found.ood[name][seed].items()}
     prediction = _after(scaled, found.predictions[name][seed])
     _noted(study, found, f"{name} + T", seed, prediction, others, found.costs[name][seed])
@@ -161,16 +172,14 @@ def _noted(
     found.evaluations.setdefault(name, {})[seed] = evaluation
 
 
-def _best_temperature(study: Study, posterior: Posterior, name: str, seed: int) -> float:
+def _best_temperature(study: Study, learned: Learned, name: str, seed: int) -> float:
     """Return the temperature with which the draws have the lowest NLL on the validation split."""
     validation = study.task.validation
     assert validation is not None
     stem = f"{name.replace(':', '-')}-validation"
     scores = {}
     for temperature in study.temperatures:
-        path = study.out / f"seed-{seed}" / f"{stem}-{temperature:g}.safetensors"
-        prediction, _ = predicted(
-            study, tempered(posterior, temperature), validation, path, f"{name}, T={temperature:g},", seed
-        )
+        own, path = _tempered(learned, temperature), study.out / f"seed-{seed}" / f"{stem}-{temperature:g}"
+        prediction, _ = predicted(study, own.posterior, own.key, validation, path, f"{name}, T={temperature:g},", seed)
         scores[temperature] = nll(prediction.log_p, validation.labels)
     return min(scores, key=lambda t: (scores[t], t))

@@ -2,12 +2,14 @@
 
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
 as in its paper; SWAG is MultiSWAG's first run, and what is fitted to a trained adapter is fitted to MAP.
+
+A run's folder and a prediction's file are named by a key of all that they depend on (`bayeslora.keys`). A change makes
+a new one beside the old; what is the same is taken from there.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import sys
 import time
@@ -22,6 +24,7 @@ from transformers import TrainingArguments
 from bayeslora.costs import Cost, folder_bytes, most, peak_memory
 from bayeslora.engine import predict
 from bayeslora.files import replacing
+from bayeslora.keys import difference, key_of, of_arguments, of_model, of_rows
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
@@ -31,9 +34,6 @@ from bayeslora.prediction import Prediction
 from bayeslora.storage import load_posterior
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import fit
-
-SEED_STRIDE = 1000
-"""Older versions trained member k of seed s with seed ``s · SEED_STRIDE + k``; see `run_seed`."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,23 @@ class Study:
     report: Callable[[str], None] = print
 
 
-def posterior_of(study: Study, method: Method, seed: int) -> tuple[Posterior, Cost]:
-    """Return a method's posterior under one seed, made of runs that other methods may share, and what they cost.
+@dataclass(frozen=True)
+class Learned:
+    """What came of a method under one seed.
+
+    Attributes:
+        posterior: The posterior.
+        cost: Its cost as if it shared nothing; its prediction is not in it.
+        key: What it depends on, as a key; see `bayeslora.keys`.
+    """
+
+    posterior: Posterior
+    cost: Cost
+    key: str
+
+
+def posterior_of(study: Study, method: Method, seed: int) -> Learned:
+    """Return a method's posterior under one seed, made of runs that other methods may share.
 
     Args:
         study: The study.
@@ -84,80 +99,115 @@ def posterior_of(study: Study, method: Method, seed: int) -> tuple[Posterior, Co
         seed: The seed.
 
     Returns:
-        The posterior, and its cost as if it shared nothing; its prediction is not in it.
+        The posterior, what it cost, and its key.
     """
     if isinstance(method, Ensemble):
-        runs = [_single(study, method.member, seed, k) for k in range(method.members)]
+        runs = [_single(study, _planned(study, method.member, seed, k)) for k in range(method.members)]
         total = Cost(
-            sum(c.train_seconds for _, c in runs),
+            sum(run.cost.train_seconds for run in runs),
             None,
-            most(*(c.memory for _, c in runs)),
-            sum(c.disk for _, c in runs),
+            most(*(run.cost.memory for run in runs)),
+            sum(run.cost.disk for run in runs),
         )
-        return method.mixture([p for p, _ in runs], study.model), total
-    return _single(study, method, seed, 0)
+        key = key_of({"members": [run.key for run in runs], "dropout_draws": method.dropout_draws})
+        return Learned(method.mixture([run.posterior for run in runs], study.model), total, key)
+    return _single(study, _planned(study, method, seed, 0))
 
 
-def _single(study: Study, method: Method, seed: int, member: int) -> tuple[Posterior, Cost]:
-    """Return the posterior of one run and what it cost, from the folder if it is there already."""
-    number = run_seed(study, seed, member)
-    variant = json.dumps(settings(method), sort_keys=True)
-    plain = json.dumps(settings(type(method)()), sort_keys=True)
-    tag = "" if variant == plain else f"-{hashlib.sha256(variant.encode()).hexdigest()[:6]}"
-    folder = study.out / f"seed-{seed}" / f"{method.name}{tag}-{member}"
-    log = folder / "run.json"
-    if log.exists():
-        noted = json.loads(log.read_text(encoding="utf-8"))
-        cost = Cost(noted["seconds"], None, noted.get("memory"), folder_bytes(folder / "posterior"))
-        return load_posterior(folder / "posterior"), cost
-    args = copy.copy(study.args)
-    args.seed, args.data_seed, args.output_dir = number, None, str(folder)
-    start, before, own = None, Cost(0.0, None, None, 0), method
+@dataclass(frozen=True)
+class _Run:
+    """One run before it is made: method, arguments and start, and all that it depends on."""
+
+    method: Method
+    args: TrainingArguments
+    start: _Run | None
+    seed: int
+    member: int
+    depends: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The run's key."""
+        return key_of(self.depends)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, named by its key."""
+        return Path(self.args.output_dir)
+
+
+def _planned(study: Study, method: Method, seed: int, member: int) -> _Run:
+    """Return the run of a method that is the member of a seed."""
+    number = member_seed(seed, member)
+    start, own, args = None, method, copy.copy(study.args)
+    args.seed, args.data_seed = number, None
     if isinstance(method, Swag):
-        start, before = _single(study, Map(), seed, member)
+        start = _planned(study, Map(), seed, member)
         args.max_steps = max(2, round(study.swag_share * planned_steps(study)))
         own = replace(method, start=0, learning_rate=method.learning_rate or study.args.learning_rate / 10)
     elif isinstance(method, PostHoc):
-        start, before = _single(study, Map(), seed, member)
+        start = _planned(study, Map(), seed, member)
+    depends = {
+        "method": {"name": own.name, **json.loads(json.dumps(settings(own)))},
+        "training": None if isinstance(own, PostHoc) else of_arguments(args),
+        "train": of_rows(study.task.train, study.tokenizer),
+        "validation": of_rows(study.task.validation),
+        "model": of_model(study.model),
+        "seed": number,
+        "start": None if start is None else start.key,
+    }
+    args.output_dir = str(study.out / f"seed-{seed}" / f"{method.name}-{member}-{key_of(depends)}")
+    return _Run(own, args, start, seed, member, depends)
+
+
+def _single(study: Study, run: _Run) -> Learned:
+    """Return what came of one run, from its folder if it is there already."""
+    folder, log = run.folder, run.folder / "run.json"
+    if log.exists():
+        noted = json.loads(log.read_text(encoding="utf-8"))
+        cost = Cost(noted["seconds"], None, noted.get("memory"), folder_bytes(folder / "posterior"))
+        return Learned(load_posterior(folder / "posterior"), cost, run.key)
+    start, before = None, Cost(0.0, None, None, 0)
+    if run.start is None:
+        initialise(study.model, run.args.seed)
     else:
-        initialise(study.model, number)
-    study.report(f"seed {seed}: training {method.name}, run {member + 1}")
+        first = _single(study, run.start)
+        start, before = first.posterior, first.cost
+    study.report(f"seed {run.seed}: training {run.method.name}, run {run.member + 1}{_differing(run)}")
     began = time.perf_counter()
     with peak_memory(device_of(study.model)) as peak:
-        if isinstance(own, PostHoc):
-            posterior = own.fit(
+        if isinstance(run.method, PostHoc):
+            posterior = run.method.fit(
                 study.model,
                 study.task,
                 start=start,
                 tokenizer=study.tokenizer,
-                seed=number,
+                seed=run.args.seed,
                 token_budget=study.token_budget,
             )
         else:
-            posterior = fit(study.model, study.task, own, args, tokenizer=study.tokenizer, start=start, resume=True)
+            posterior = fit(
+                study.model, study.task, run.method, run.args, tokenizer=study.tokenizer, start=start, resume=True
+            )
     seconds = before.train_seconds + time.perf_counter() - began
     memory = most(before.memory, peak.bytes)
     posterior.save_pretrained(folder / "posterior", overwrite=True)
     with replacing(log) as partial:
-        noted = {"settings": settings(method), "seed": number, "seconds": seconds, "memory": memory}
-        partial.write_text(json.dumps(noted), encoding="utf-8")
-    return posterior, Cost(seconds, None, memory, folder_bytes(folder / "posterior"))
+        noted = {"seconds": seconds, "memory": memory, "depends": run.depends}
+        partial.write_text(json.dumps(noted, indent=2), encoding="utf-8")
+    return Learned(posterior, Cost(seconds, None, memory, folder_bytes(folder / "posterior")), run.key)
 
 
-def run_seed(study: Study, seed: int, member: int) -> int:
-    """Return the seed that a run is trained with.
-
-    Args:
-        study: The study; one that an older version began goes on with the seeds of that version, so that no two runs
-            of it have the same.
-        seed: The seed of the comparison.
-        member: Number of the member; 0 for a run that is no ensemble's.
-
-    Returns:
-        The seed for the Trainer.
-    """
-    logs = (json.loads(log.read_text(encoding="utf-8")) for log in study.out.glob("seed-*/*/run.json"))
-    return seed * SEED_STRIDE + member if any("seed" not in log for log in logs) else member_seed(seed, member)
+def _differing(run: _Run) -> str:
+    """Return what an earlier run in the same place was made with otherwise, as the end of a sentence."""
+    found: list[list[str]] = []
+    for log in sorted(run.folder.parent.glob(f"{run.method.name}-{run.member}-*/run.json")):
+        noted = json.loads(log.read_text(encoding="utf-8"))
+        found.append(difference(run.depends, noted.get("depends", {})))
+    if not found:
+        return ""
+    nearest = min(found, key=len)
+    return f" (one that is there has other {', '.join(nearest)})"
 
 
 def planned_steps(study: Study) -> int:
@@ -177,21 +227,30 @@ def planned_steps(study: Study) -> int:
 
 
 def predicted(
-    study: Study, posterior: Posterior, split: Split, path: Path, name: str, seed: int
+    study: Study, posterior: Posterior, key: str, split: Split, stem: Path, name: str, seed: int
 ) -> tuple[Prediction, int | None]:
     """Return a prediction and the memory that it took, from their files if they are there already.
 
     Args:
         study: The study.
         posterior: What predicts.
+        key: The posterior's key.
         split: What is predicted.
-        path: File of the prediction.
+        stem: File of the prediction without its suffix; its own key is added.
         name: The method's name in the tables.
         seed: The seed.
 
     Returns:
         The prediction, and bytes or None.
     """
+    depends = {
+        "posterior": key,
+        "draws": study.draws,
+        "sampling": "independent",
+        "seed": seed,
+        "rows": of_rows(split, study.tokenizer),
+    }
+    path = stem.with_name(f"{stem.name}-{key_of(depends)}.safetensors")
     log = path.with_suffix(".json")
     if path.exists():
         noted = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
@@ -210,6 +269,6 @@ def predicted(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(log) as partial:
-        partial.write_text(json.dumps({"memory": peak.bytes}), encoding="utf-8")
+        partial.write_text(json.dumps({"memory": peak.bytes, "depends": depends}, indent=2), encoding="utf-8")
     prediction.save(path)
     return prediction, peak.bytes

@@ -89,7 +89,7 @@ def _check(model: nn.Module, readout: Readout, rows: Sequence[Encoded], args: Tr
     names, classes = frozenset(live(model)), max((len(row.answers) for row in rows), default=0)
     passes = Passes(model, readout, rows, classes, found_budget(model), lambda _: None)
     with torch.inference_mode(), evaluating(model), readout.attached(model):
-        apart = passes.stacks(names, share=False)
+        apart = passes.stacks(names, share=False, needed=True)
     if not apart:
         raise InputError(
             "a trial showed that this model does not keep the rows of a batch apart, or has adapters outside of linear "

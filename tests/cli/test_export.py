@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import gaussian, make_model
 
 from bayeslora.cli.export import serving
 from bayeslora.origin import Origin
-from bayeslora.storage import export_draws
+from bayeslora.storage import export_draws, load_posterior
 
 FOLDERS = {"draw-000": Path("/x/draw-000"), "draw-001": Path("/x y/draw-001")}
 
@@ -48,6 +51,38 @@ def test_the_mean_is_served_under_a_name_too(bay, swag_run, tmp_path, words, nam
     assert said.status == 0, said.err
     assert said.out.split() == [str(tmp_path / "mean")]
     assert shlex.split(said.err)[-1] == f"{name}={tmp_path}/mean"
+
+
+@pytest.mark.parametrize(("words", "names"), [([], ["mean", "draw"]), (["--name", "birds"], ["birds-mean", "birds"])])
+def test_draws_and_the_mean_are_both_written_if_both_are_asked_for(bay, swag_run, tmp_path, words, names):
+    out = tmp_path / "both"
+    said = bay("export", swag_run, "--draws", "3", "--mean", "--out", out, *words)
+    assert said.status == 0, said.err
+    wanted = [names[0], *(f"{names[1]}-00{k}" for k in range(3))]
+    assert said.out.split() == [str(out / name) for name in wanted]
+    assert sorted(path.name for path in out.iterdir()) == sorted(wanted)
+    served = shlex.split(said.err)
+    assert served[served.index("--max-loras") + 1] == "4"
+    assert served[-4:] == [f"{name}={out / name}" for name in wanted]
+    own = load_posterior(swag_run / "posterior")
+    for name, params in zip(wanted, [own.mean, *(own.draw(k, 0) for k in range(3))], strict=True):
+        written = load_file(out / name / "adapter_model.safetensors")
+        assert written.keys() == params.keys()
+        assert all(torch.equal(written[key], params[key]) for key in params)
+
+
+def test_of_a_failed_export_of_draws_and_mean_nothing_is_left(refused, swag_run, tmp_path):
+    words = ["--mean", "--draws", "2", "--name", "a/b", "--out", tmp_path / "out"]
+    assert "must be of letters, digits" in refused("export", swag_run, *words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_as_many_draws_as_the_run_predicts_with_are_written_if_nothing_is_said(bay, swag_run, tmp_path):
+    said = bay("export", swag_run, "--out", tmp_path / "run")  # which was trained with --draws 3
+    assert [Path(path).name for path in said.out.split()] == [f"draw-00{k}" for k in range(3)]
+    shutil.copytree(swag_run / "posterior", tmp_path / "alone")
+    said = bay("export", tmp_path / "alone", "--out", tmp_path / "ten")
+    assert [Path(path).name for path in said.out.split()] == [f"draw-00{k}" for k in range(10)]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a=b", "a b", "..", "-x"])

@@ -14,10 +14,11 @@ from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map
 from bayeslora.methods.base import Record, remember
+from bayeslora.methods.ensemble import member_seed
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point
-from bayeslora.study import SEED_STRIDE, Study, posterior_of, run_seed
+from bayeslora.study import Study, posterior_of
 from bayeslora.training import fit
 
 TASK = make_task(readout="likelihood")
@@ -146,19 +147,9 @@ def study(tokenizer: Any, out: Path) -> Study:
 
 
 def test_comparisons_of_different_seeds_share_no_run(tokenizer: Any, tmp_path: Path) -> None:
+    assert len({member_seed(seed, k) for seed in range(50) for k in range(10)}) == 500
     own = study(tokenizer, tmp_path)
-    assert len({run_seed(own, seed, k) for seed in range(50) for k in range(10)}) == 500
-    assert [run_seed(own, seed, 0) for seed in range(3)] == [0, 1, 2]
-    posterior_of(own, Map(), 0)
-    noted = json.loads((tmp_path / "seed-0" / "map-0" / "run.json").read_text())
-    assert noted["seed"] == 0
-
-
-def test_a_comparison_that_an_older_version_began_goes_on_with_its_seeds(tokenizer: Any, tmp_path: Path) -> None:
-    own = study(tokenizer, tmp_path)
-    point, _ = posterior_of(own, Map(), 0)
-    log = tmp_path / "seed-0" / "map-0" / "run.json"
-    old = {key: value for key, value in json.loads(log.read_text()).items() if key != "seed"}
-    log.write_text(json.dumps(old))
-    assert [run_seed(own, 2, k) for k in range(2)] == [2 * SEED_STRIDE, 2 * SEED_STRIDE + 1]
-    assert same_params(posterior_of(own, Map(), 0)[0].mean, point.mean)  # and what is there is read
+    for seed in (0, 1):
+        posterior_of(own, Ensemble(2), seed)
+    noted = [json.loads(log.read_text())["depends"]["seed"] for log in tmp_path.glob("seed-*/*/run.json")]
+    assert sorted(noted) == sorted([0, 1, member_seed(0, 1), member_seed(1, 1)])

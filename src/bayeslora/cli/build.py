@@ -6,20 +6,22 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any
 
 import torch
 
 from bayeslora.cli.options import AdapterOptions, ModelOptions, ShapeOptions, TrainingOptions
-from bayeslora.cli.parse import fits, in_words, meant
+from bayeslora.cli.parse import meant
+from bayeslora.cli.settings import build_method
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
-from bayeslora.methods import METHODS, Ensemble, Method
 from bayeslora.models import adapter_of, load_model
 from bayeslora.operations import pruned, restricted, tempered
 from bayeslora.posteriors import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
+
+__all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "shaped"]
 
 
 def build_model(
@@ -83,58 +85,6 @@ def _where(options: ModelOptions) -> dict[str, Any]:
         "attention": options.attention or None,
         "device": None if options.device == "auto" else options.device,
     }
-
-
-def build_method(name: str, settings: Sequence[str] = ()) -> Method:
-    """Return a method by its name on the command line.
-
-    Args:
-        name: Such as ``map``, ``swag``, or ``ensemble:5`` with the number of members; ``ivon:3`` is an ensemble of
-            three runs of IVON.
-        settings: ``key=value`` for the method's settings, values as in JSON; what an ensemble does not know is a
-            setting of its members.
-
-    Returns:
-        The method.
-
-    Raises:
-        InputError: If the method or a setting is unknown, or a value has the wrong form.
-    """
-    base, colon, members = name.partition(":")
-    if base not in METHODS:
-        raise InputError(f"unknown method {base!r}, {meant(base, list(METHODS))}")
-    values: dict[str, Any] = {}
-    for item in settings:
-        key, sign, value = item.partition("=")
-        if not sign:
-            raise InputError(f"the setting {item!r} has no value; write key=value")
-        try:
-            values[key] = json.loads(value)
-        except ValueError:
-            values[key] = value
-    plain = METHODS[base]()
-    if colon:
-        if not isinstance(plain, Ensemble):
-            plain = Ensemble(member=plain)
-        if not members.isdecimal():
-            raise InputError(f"{name!r}: after the colon comes the number of members, such as {base}:5")
-        values["members"] = int(members)
-    if not isinstance(plain, Ensemble):
-        return _with(plain, values, base)
-    own: dict[str, Any] = {key: values.pop(key) for key in ("members", "dropout_draws") if key in values}
-    return _with(dataclasses.replace(plain, member=_with(plain.member, values, base)), own, base)
-
-
-def _with(method: Method, values: dict[str, Any], name: str) -> Method:
-    """Return a method with other settings, each checked."""
-    hints = get_type_hints(type(method))
-    known = [f.name for f in dataclasses.fields(cast(Any, method)) if f.name != "member"]
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(f"{name} has no setting {key!r}, {meant(key, known)}")
-        if not fits(value, hints[key]):
-            raise InputError(f"{name}'s setting {key} must be {in_words(hints[key])}, and it is {value!r}")
-    return dataclasses.replace(cast(Any, method), **values)
 
 
 def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device: str = "auto") -> Any:

@@ -41,8 +41,9 @@ EVERY = (
 """What ``--methods all`` stands for."""
 FREE = (
     *("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image"),
-    *("device", "token_budget"),
+    *("device", "token_budget", "set", "draws"),
 )
+"""Options that may change when a comparison goes on: what depends on them is made anew, and the rest is taken over."""
 
 
 @dataclass(kw_only=True)
@@ -53,7 +54,9 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
         ["map", "ensemble:5", "swag", "multiswag:3"],
         "Methods to compare, or all; label=method names one for --set and the table, so that it can be there twice.",
     )
-    set: list[str] = option([], "Settings of a method, method.key=value, such as swag.rank=10.")
+    set: list[str] = option(
+        [], "Settings of a method, method.key=value, such as swag.rank=10 or ivon.betas=[0.9,0.999]; null is nothing."
+    )
     temperatures: list[float] = option(
         [], "Temperatures of the posterior to choose from on the validation rows, for each method with noise."
     )
@@ -68,7 +71,10 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     resamples: int = option(200, "Bootstrap resamples for the intervals in results.json; 0: none.")
     image: Literal["png", "svg"] = option("png", "Format of the figures.")
     out: str = option("bayeslora-comparison", "Folder for the results.")
-    resume: bool = option(False, "Go on with a folder that is there.")
+    resume: bool = option(
+        False,
+        "Go on with a folder that is there: methods, settings, seeds and draws may change, and what is there serves.",
+    )
 
 
 def run(options: Options) -> None:

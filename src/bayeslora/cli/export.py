@@ -9,32 +9,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.options import ShapeOptions, option, part
-from bayeslora.cli.runs import posterior_name
+from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
     from bayeslora.origin import Origin
+    from bayeslora.posteriors import Posterior
 
 EXAMPLES = """examples:
   bayeslora export run --out adapters --draws 10     ten plain PEFT adapters, adapters/draw-000 …
   bayeslora export run --out adapters --name birds   the same, named birds-000 …, for a server that has others too
   bayeslora export run --out mean --mean             one, of the posterior's mean
+  bayeslora export run --out adapters --mean --draws 10   both: adapters/mean, adapters/draw-000 …
 
 Every tool that loads PEFT adapters loads them; average the probabilities of their answers, not the logits. After the
 folders comes the line that starts vLLM with them, on standard error."""
+DRAWS = 10
+"""How many draws are written of what is no run and if no number is given."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as --max-lora-rank."""
 
 
 @dataclass(kw_only=True)
 class Options(ShapeOptions):
-    """Write draws of a posterior, or its mean, as plain PEFT adapters."""
+    """Write draws of a posterior, its mean, or both as plain PEFT adapters."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
     out: str = option("", "Folder to make.")
-    draws: int = option(10, "How many draws; of an ensemble no more than it has members.")
+    draws: int = option(
+        0,
+        "How many draws; of an ensemble no more than it has members. 0: as many as the run predicts with, and none "
+        "beside --mean.",
+        own=True,
+    )
     name: str = option("draw", "What the adapters are called, with a number each; a server needs different names.")
-    mean: bool = option(False, "Write the mean instead of draws.")
+    mean: bool = option(
+        False, "Write the mean: alone into --out, or with --draws too, into a folder `mean` beside theirs."
+    )
 
 
 def run(options: Options) -> None:
@@ -54,27 +65,36 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import shaped
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.posteriors import Point
-    from bayeslora.storage import export_draws, load_posterior
+    from bayeslora.storage import load_posterior
 
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
-        if options.mean:
-            Point(posterior.mean, posterior.origin).save_pretrained(out)
-            folders = {"mean" if options.name == "draw" else options.name: out}
-        else:
-            paths = export_draws(
-                posterior,
-                out,
-                options.draws,
-                seed=options.draw_seed,
-                sampling=options.sampling,
-                name=options.name,
-            )
-            folders = {path.name: path for path in paths}
+        folders = _written(posterior, options, out)
     print("\n".join(map(str, folders.values())), flush=True)
     if posterior.origin is not None:
         say(serving(posterior.origin, folders))
+
+
+def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Path]:
+    """Write what is asked for, all of it or nothing, and return the folders by the names to serve them under."""
+    from bayeslora.files import appearing
+    from bayeslora.posteriors import Point
+    from bayeslora.storage import export_draws
+
+    plain = options.name == "draw"
+    mean = Point(posterior.mean, posterior.origin)
+    if options.mean and not options.draws:
+        mean.save_pretrained(out)
+        return {"mean" if plain else options.name: out}
+    count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
+    how: dict[str, Any] = {"seed": options.draw_seed, "sampling": options.sampling, "name": options.name}
+    with appearing(out) as work:
+        paths = export_draws(posterior, work, count, **how)
+        names = [path.name for path in paths]
+        if options.mean:
+            names.insert(0, "mean" if plain else f"{options.name}-mean")
+            mean.save_pretrained(work / names[0])
+    return {name: out / name for name in names}
 
 
 def serving(origin: Origin, folders: Mapping[str, Path]) -> str:

@@ -26,7 +26,9 @@ class Options(ModelOptions, TaskOptions, DrawOptions):
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.")
     method: str = option("laplace", "laplace, mc-dropout, tfb, temperature or isotropic.")
-    set: list[str] = option([], "Settings of the method, key=value.")
+    set: list[str] = option(
+        [], "Settings of the method, key=value; values are numbers, words, true, null, or lists: betas=[0.9,0.999]."
+    )
     seed: int = option(0, "Which stream of random numbers the method uses.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-fit", "Folder for the results.")

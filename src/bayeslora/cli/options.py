@@ -20,17 +20,18 @@ SHARES = ("prune", "dropout", "held_out")
 """Options between 0 and 1."""
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: Any, text: str, *, own: bool = False) -> Any:
     """Return a dataclass field with its help.
 
     Args:
         default: Default value; a list stands for a fresh copy of itself.
         text: Help.
+        own: Whether the verb's default counts, whatever the run that it is given was made with.
 
     Returns:
         The field.
     """
-    metadata = {"help": text.replace("%", "%%")}
+    metadata = {"help": text.replace("%", "%%"), "own": own}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

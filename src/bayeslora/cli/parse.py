@@ -42,47 +42,69 @@ def parse(kind: type[Options], argv: Sequence[str], *, verb: str, examples: str)
     first = _read(parser, argv, flags)
     if "run" in hints and first.run:
         before = read_options(run_folder(Path(first.run)))
-        taken = {f.name for group in INHERITED for f in fields(group)} & hints.keys() & before.keys()
+        own = {f.name for f in fields(cast(Any, kind)) if f.metadata["own"]}
+        taken = ({f.name for group in INHERITED for f in fields(group)} & hints.keys() & before.keys()) - own
         parser.set_defaults(**{k: _checked(k, before[k], hints[k], first.run) for k in taken})
     if first.config:
         parser.set_defaults(**_yaml(Path(first.config), hints))
     found = vars(_read(parser, argv, flags))
-    options = kind(**{name: found[name] for name in hints})
+    options, plain = kind(**{name: found[name] for name in hints}), kind()
     for name, least in LEAST.items():
-        if name in hints:
+        if name in hints and found[name] != getattr(plain, name):
             _in_range(name, found[name], least)
     return options
 
 
-def fits(value: object, hint: Any) -> bool:
-    """Say whether a value from JSON or YAML has the type of an annotation.
+def fitted(value: object, hint: Any) -> Any:
+    """Return a value from JSON or YAML as an annotation has it: a whole number as a float, a list as a tuple.
 
     Args:
         value: The value.
-        hint: ``int``, ``float``, ``str``, ``bool``, ``None``, a ``Literal``, a list or a union of these.
+        hint: ``int``, ``float``, ``str``, ``bool``, ``None``, a ``Literal``, a list or tuple, or a union of these.
 
     Returns:
-        True if so; a whole number is a number, and true, false, NaN and infinity are none.
+        The value; a whole number is a number, and true, false, NaN and infinity are none.
+
+    Raises:
+        ValueError: If it has another type.
     """
     origin, inside = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inside
     if origin in (Union, UnionType):
-        return any(fits(value, each) for each in inside)
-    if origin is list:
-        return isinstance(value, list) and all(fits(each, inside[0]) for each in value)
-    if isinstance(value, bool) or hint not in (int, float):
-        return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    return isinstance(value, int) or (hint is float and isinstance(value, float) and math.isfinite(value))
+        for each in sorted(inside, key=lambda one: one is float):  # 3 stays whole where that is allowed
+            with contextlib.suppress(ValueError):
+                return fitted(value, each)
+    elif origin is Literal:
+        if any(value == each and type(value) is type(each) for each in inside):
+            return value
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        each = inside[:1] * len(value) if origin is list or inside[-1] is Ellipsis else inside
+        if len(each) == len(value):
+            return origin(fitted(one, own) for one, own in zip(value, each, strict=True))
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    elif origin is None and hint is not float and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise ValueError(f"{value!r} is not {in_words(hint)}")
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Say whether a value from JSON or YAML has the type of an annotation; see `fitted`."""
+    try:
+        fitted(value, hint)
+    except ValueError:
+        return False
+    return True
 
 
 def in_words(hint: Any) -> str:
-    """Return what `fits` asks for, in words."""
+    """Return what `fitted` asks for, in words."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(inside)}"
+        return f"one of {', '.join(map(str, inside))}" if len(inside) > 1 else str(inside[0])
     if origin in (Union, UnionType):
         return " or ".join(in_words(each) for each in inside)
+    if origin is tuple:
+        return f"[{', '.join('…' if each is Ellipsis else in_words(each) for each in inside)}]"
     return f"a list, each {in_words(inside[0])}" if origin is list else _WORDS.get(hint, hint.__name__)
 
 

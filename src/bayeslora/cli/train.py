@@ -39,7 +39,11 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
         "map, ensemble:M, swag, multiswag:M, ivon, blob, laplace, mc-dropout, tfb, temperature or isotropic; ivon:M is "
         "an ensemble of M.",
     )
-    set: list[str] = option([], "Settings of the method, key=value.")
+    set: list[str] = option(
+        [],
+        "Settings of the method, key=value; values are numbers, words, true, null, or lists: betas=[0.9,0.999]. An "
+        "ensemble hands on what it does not know to its members.",
+    )
     seed: int = option(0, "Seed of the run; it decides the adapter's start and the order of the data.")
     member: int = option(
         0, "Train this member of the ensemble with --seed alone, by the method of its members; 0 has the seed itself."

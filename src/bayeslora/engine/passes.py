@@ -103,7 +103,7 @@ class Passes:
             for k, row in enumerate(self.rows[:3])
         ]
 
-    def stacks(self, names: frozenset[str], *, share: bool) -> bool:
+    def stacks(self, names: frozenset[str], *, share: bool, needed: bool = False) -> bool:
         """Say whether draws that differ in some parameters can be stacked; see `bayeslora.engine.stacked.stacks`."""
         few = self._few()
 
@@ -111,7 +111,8 @@ class Passes:
             """Return the model's answers as it is."""
             return self._log_probs(few, count, shared)
 
-        return stacks(self.model, names, answers, (self.readout.name, self.readout.shared), share=share)
+        key = (self.readout.name, self.readout.shared)
+        return stacks(self.model, names, answers, key, share=share, needed=needed)
 
     def _beginning(self, rows: Sequence[Encoded]) -> tuple[int, ...]:
         """Return what all prompts begin with, if it is long and the model can go on from it."""

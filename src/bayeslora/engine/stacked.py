@@ -174,7 +174,15 @@ Answers = Callable[[int, bool], Tensor]
 """Answers to a few examples: the number of stacked draws and whether they share layers go in, [S B C] comes out."""
 
 
-def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hashable, *, share: bool = False) -> bool:
+def stacks(
+    model: nn.Module,
+    names: frozenset[str],
+    answers: Answers,
+    key: Hashable,
+    *,
+    share: bool = False,
+    needed: bool = False,
+) -> bool:
     """Say whether draws that differ in some parameters can be stacked, by trying it on a few examples.
 
     Args:
@@ -183,6 +191,7 @@ def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hasha
         answers: Gives the examples' answers by the model as it is.
         key: What the answers depend on besides the model.
         share: Whether the layers before them are to see the batch once.
+        needed: Whether there is no other way to go on: a lack of memory is then raised; see `bayeslora.engine.trial`.
 
     Returns:
         Whether two random draws, stacked, answer as in two plain passes.
@@ -194,7 +203,7 @@ def stacks(model: nn.Module, names: frozenset[str], answers: Answers, key: Hasha
             return False
         return _same(model, names, answers, share)
 
-    return tried(model, ("stacked", names, key, share), trial)
+    return tried(model, ("stacked", names, key, share), trial, needed=needed)
 
 
 def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:

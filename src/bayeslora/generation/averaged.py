@@ -88,7 +88,7 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
     base = require_lora(model).get_base_model()
     with evaluating(model):
         names = differing(draws)
-        if names and not stacks(model, names, _few_answers(base), "generation"):
+        if names and not stacks(model, names, _few_answers(base), "generation", needed=True):
             raise InputError(
                 "the draws of this adapter cannot share a pass (it has parameters outside of linear layers), so the "
                 "model cannot generate from several at once; use draws=1"

@@ -22,6 +22,10 @@ LEARNED = 0.5
 """The variance counts as learned if at least this share of h has moved by more than 10 % from h₀."""
 
 
+SAMPLE = 2**17
+"""Most coordinates of which a median is taken."""
+
+
 @final
 class Figures(TrainerCallback):
     """Adds a method's figures to the losses that the Trainer logs, before its trackers see them.
@@ -67,31 +71,33 @@ def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
     """Return how far parameters may be from their mean.
 
     Args:
-        deviations: Standard deviations σ.
+        deviations: Standard deviations σ; they are looked at one at a time, on their own devices.
 
     Returns:
-        ``sigma``: median σ; ``sigma_mean``: mean σ. Empty if there is none.
+        ``sigma``: median σ, where there are more than `SAMPLE` coordinates of every 3rd, 9th, 27th … of each tensor, so
+        that at most that many are sorted; ``sigma_mean``: mean σ of all. Empty if there is none.
     """
-    parts = [one.detach().flatten().float() for one in deviations]
-    if not parts:
-        return {}
-    sigma = torch.cat(parts)
-    return {"sigma": float(sigma.median()), "sigma_mean": float(sigma.mean())}
+    summary = _Summary()
+    for one in deviations:
+        summary.add(one)
+    return summary.averages("sigma_mean")
 
 
 @torch.no_grad()
 def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
     """Return what tells whether the variance was learned.
 
+    Tensors are looked at one at a time, and the device is waited for once.
+
     Args:
         optimizer: The optimiser.
 
     Returns:
         ``hess_moved``: share of coordinates whose h is more than 10 % off h₀; ``clipped``: share whose update is at the
-        clip radius; ``ess``: λ, how many examples the data count for; ``sigma`` and ``sigma_mean``: median and mean σ.
-        Empty before the first step.
+        clip radius; ``ess``: λ, how many examples the data count for; ``sigma`` and ``sigma_mean``: median and mean σ,
+        the median as in `spread`. Empty before the first step.
     """
-    moved, clipped, sigma = [], [], []
+    summary = _Summary()
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)
@@ -99,17 +105,49 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
                 continue
             precision = state["hess"] + state["delta"]
             update = state["avg_grad"] / (1 - group["betas"][0] ** state["step"]) + state["delta"] * optimizer.mean(p)
-            moved.append((state["hess"] / group["hess_init"] - 1).abs().flatten() > 0.1)
-            clipped.append((update / precision).abs().flatten() >= group["clip_radius"])
-            sigma.append((group["ess"] * precision).rsqrt().flatten())
-    if not moved:
-        return {}
-    return {
-        "hess_moved": float(torch.cat(moved).float().mean()),
-        "clipped": float(torch.cat(clipped).float().mean()),
-        "ess": float(optimizer.param_groups[0]["ess"]),
-        **spread(sigma),
-    }
+            moved = (state["hess"] / group["hess_init"] - 1).abs() > 0.1
+            clipped = (update / precision).abs() >= group["clip_radius"]
+            summary.add((group["ess"] * precision).rsqrt(), moved, clipped)
+    found = summary.averages("sigma_mean", "hess_moved", "clipped")
+    return found and {**found, "ess": float(optimizer.param_groups[0]["ess"])}
+
+
+@final
+class _Summary:
+    """Averages over tensors that are looked at one at a time, and a bounded sample of the first of each for a median.
+
+    The sample is every k-th coordinate of each tensor. k is tripled when there are too many: an odd k meets all rows
+    and columns of matrices whose sides are powers of two.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.means: list[Tensor] = []
+        self.sample: list[Tensor] = []
+        self.every = 1
+
+    def add(self, *values: Tensor) -> None:
+        """Take tensors of one parameter: deviations, and what is true of its coordinates."""
+        flat = values[0].detach().flatten()
+        self.sizes.append(flat.numel())
+        self.means.append(torch.stack([one.detach().float().mean() for one in values]))
+        while sum(map(len, self.sample)) + -(-len(flat) // self.every) > max(SAMPLE, len(self.sizes)):
+            self.every *= 3
+            self.sample = [one[::3].clone() for one in self.sample]
+        self.sample.append(flat[:: self.every].to(torch.float32, copy=True))
+
+    def averages(self, *names: str) -> dict[str, float]:
+        """Return the averages over all coordinates by their names, and the first's median as ``sigma``; or nothing."""
+        if not self.sizes:
+            return {}
+        place, weights = self.means[0].device, [size / sum(self.sizes) for size in self.sizes]
+        median = torch.cat([one.to(place) for one in self.sample]).median()
+        numbers = torch.cat([median[None], *(one.to(place) for one in self.means)]).tolist()
+        rows = [numbers[at : at + len(names)] for at in range(1, len(numbers), len(names))]
+        found = {
+            name: math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) for k, name in enumerate(names)
+        }
+        return {"sigma": numbers[0], **found}
 
 
 def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
