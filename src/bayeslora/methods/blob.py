@@ -29,17 +29,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
-from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach
+from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach, sizes
+from bayeslora.methods.blob_terms import (
+    Scale,
+    kl_divergence,
+    kl_weight,
+    paper_cycle,
+    paper_step,
+    scales,
+    spread_gradient,
+)
 from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.methods.guards import check_training
+from bayeslora.methods.token_loss import TokenCount
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 
+__all__ = ["PRESETS", "Blob", "kl_divergence", "kl_weight", "paper_cycle"]
+
 _STATE_FILE = "bayeslora_blob.safetensors"
+_SIZE, _TOKENS = ".size", "tokens"
+
+_LLAMA2: dict[str, float] = {"init_spread": 0.05, "prior_sigma": 0.2, "kl_rate": 0.01, "temperature": 1.0}
+PRESETS: dict[str, dict[str, float]] = {
+    "paper": _LLAMA2,
+    "llama2": _LLAMA2,
+    "llama3.1": _LLAMA2 | {"prior_sigma": 0.15, "kl_rate": 0.0075},
+}
+"""The published settings, by base model (Llama-2-7B, Llama-3.1-8B): 5,000 steps of batch 4, AdamW 1e-4."""
+
+KL_RATE, TEMPERATURE = 0.01, 1.0
+"""What ``kl_rate`` and ``temperature`` are if neither they nor a preset are given."""
 
 
 @final
@@ -49,18 +72,30 @@ class Blob(Method):
 
     Attributes:
         update: ``paper`` (the released algorithm) or ``elbo`` (one loss, one optimiser).
-        init_spread: ε; G starts uniform on [ε/√2, ε]. The paper's is 0.05, for 7B models and thousands of steps.
-        prior_sigma: σ_p.
-        kl_rate: κ of ``update="paper"``.
+        init_spread: ε; G starts uniform on [ε/√2, ε]. None: as ``relative_spread`` says.
+        prior_sigma: σ_p. None: as ``relative_prior`` says.
+        kl_rate: κ of ``update="paper"``, in the prior's units where it is relative; None for the preset's, or 0.01.
         kl_cycle: L; None for the paper's, but at most the steps of the run.
+        temperature: T, by which π·KL is multiplied; 1 is the paper's, less is a cold posterior. None for the preset's,
+            or `TEMPERATURE`.
+        relative_spread: Ω where training begins, in units of each A's root mean square.
+        relative_prior: σ_p in the same units.
+        preset: Published settings, one of `PRESETS`; what is given beside it has precedence.
+        tokens_per_row: By how many tokens of an example the Trainer divides its loss, and so KL. None: counted where
+            the model computes the loss of labels of tokens, which is their mean; 1 elsewhere.
     """
 
     name: ClassVar[str] = "blob"
     update: Literal["paper", "elbo"] = "paper"
-    init_spread: float = 0.3
-    prior_sigma: float = 0.2
-    kl_rate: float = 0.01
+    init_spread: float | None = None
+    prior_sigma: float | None = None
+    kl_rate: float | None = None
     kl_cycle: int | None = None
+    temperature: float | None = None
+    relative_spread: float = 2.0
+    relative_prior: float = 2.0
+    preset: str | None = None
+    tokens_per_row: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
@@ -70,11 +105,30 @@ class Blob(Method):
         """
         if self.update not in ("paper", "elbo"):
             raise InputError(f"update must be paper or elbo, and it is {self.update!r}")
-        for key in ("init_spread", "prior_sigma", "kl_rate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise InputError(f"BLoB's {key} must be finite and positive, and it is {getattr(self, key)}")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise InputError(f"BLoB has no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        positive = ("init_spread", "prior_sigma", "kl_rate", "relative_spread", "relative_prior", "tokens_per_row")
+        for key in positive:
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"BLoB's {key} must be finite and positive, and it is {value}")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise InputError(f"BLoB's temperature must be finite and not negative, and it is {self.temperature}")
         if self.kl_cycle is not None and self.kl_cycle < 1:
             raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
+
+    def setting(self, key: Literal["init_spread", "prior_sigma", "kl_rate", "temperature"]) -> float | None:
+        """Return a setting that a preset may have.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            What is given, or the preset's, or the default; None where the matrix says it.
+        """
+        plain = {"kl_rate": KL_RATE, "temperature": TEMPERATURE} | PRESETS.get(self.preset or "", {})
+        given: float | None = getattr(self, key)
+        return plain.get(key) if given is None else given
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
         """Put the Gaussian layers into the model, so that its optimiser will know them.
@@ -85,7 +139,8 @@ class Blob(Method):
         Raises:
             InputError: If the adapter is not plain LoRA on linear layers.
         """
-        trainer = _Trainer(self, check_num_data(num_data), attach(model, self.init_spread))
+        layers = attach(model, self.setting("init_spread"), relative=self.relative_spread)
+        trainer = _Trainer(self, check_num_data(num_data), layers)
         return {"callbacks": [trainer, Figures(self.name, trainer.figures)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -99,61 +154,17 @@ class Blob(Method):
         return DiagonalGaussian(read(model), variance, origin_for(model, self))
 
 
-def kl_weight(step: int, cycle: int) -> float:
-    """Return π_i = 2^i/(2^{L+1}−1) of an optimiser step.
-
-    Args:
-        step: Number of the step, from 0; i = step mod L + 1.
-        cycle: L.
-
-    Returns:
-        The weight; over a cycle the weights add up to 1 − 1/(2^{L+1}−1).
-    """
-    i = step % cycle + 1
-    return math.ldexp(1.0, i - cycle - 1) / (1 - math.ldexp(1.0, -cycle - 1))
-
-
-def paper_cycle(num_data: int, batch: int) -> int:
-    """Return L = ⌊100·N^{π/8} / batch⌋.
-
-    Args:
-        num_data: Number of training examples N.
-        batch: Examples of an optimiser step, over all processes.
-
-    Returns:
-        L, at least 1.
-    """
-    return max(1, int(100 * num_data ** (math.pi / 8) / batch))
-
-
-def kl_divergence(mean: Float[Tensor, "R I"], spread: Float[Tensor, "R I"], prior_sigma: float) -> Float[Tensor, ""]:
-    """Return KL[N(M, G⁴) ‖ N(0, σ_p²)], summed over the elements.
-
-    Args:
-        mean: M.
-        spread: G; the deviation is its square.
-        prior_sigma: σ_p.
-
-    Returns:
-        The divergence in nats.
-    """
-    variance = spread.pow(4)
-    log_ratio = math.log(prior_sigma) - spread.square().log()
-    return (log_ratio + (variance + mean.square()) / (2 * prior_sigma**2) - 0.5).sum()
-
-
-def _spread_gradient(spread: Tensor, prior_sigma: float) -> Tensor:
-    """Return dKL/dG = −2/G + 2G³/σ_p²."""
-    return spread.pow(3).mul_(2 / prior_sigma**2).sub_(2 / spread)
-
-
 @final
 class _Trainer(TrainerCallback):
     """Adds ∇KL to the Trainer's gradients, or takes the released algorithm's second step."""
 
     def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
         self.method, self.num_data, self.layers = method, num_data, layers
+        self.temperature, self.rate = method.setting("temperature") or 0.0, method.setting("kl_rate") or 0.0
+        self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
+        self.sizes: dict[str, float] = {}
+        self.scales: dict[str, Scale] = {}
         self.cycle = 1
 
     def on_train_begin(
@@ -164,7 +175,7 @@ class _Trainer(TrainerCallback):
         Raises:
             InputError: If the Trainer or its arguments do not serve, or the checkpoint lacks G.
         """
-        model = require_lora(kwargs["model"])
+        model, method = require_lora(kwargs["model"]), self.method
         check_training(args, kwargs["optimizer"], "BLoB")
         there = {id(m) for m in model.modules()}
         if not all(id(layer) in there for layer in self.layers.values()):
@@ -173,41 +184,57 @@ class _Trainer(TrainerCallback):
                 "anew for each Trainer, on the very model that it trains"
             )
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.cycle = self.method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
+        self.cycle = method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
         for layer in self.layers.values():
             layer.spread.data = layer.spread.data.float()  # some trainers cast everything that is trained
             layer.noisy = True
         if state.global_step == 0:
-            begin(self.layers, self.method.init_spread, args.seed)
+            self.sizes = sizes(self.layers)
+            begin(self.layers, method.setting("init_spread"), args.seed, relative=method.relative_spread)
         else:
             self._load(checkpoint_file(args, state, _STATE_FILE))
+        self.scales = scales(self.sizes, method.setting("prior_sigma"), method.relative_prior)
+        self.tokens.begin(model, kwargs.get("train_dataloader"), args.world_size)
         own = list(self.layers.values())
+
+        def undo() -> None:
+            """Put plain layers back."""
+            self.tokens.end()
+            detach(model, own)
+
         spread: Params = {name: layer.spread for name, layer in self.layers.items()}
-        remember(model, Record(self.method.name, self.num_data, dict(spread), undo=lambda: detach(model, own)))
+        remember(model, Record(method.name, self.num_data, dict(spread), undo))
+
+    def weight(self, step: int) -> float:
+        """Return the weight of the divergence beside the Trainer's loss in a step."""
+        return self.temperature * kl_weight(step, self.cycle) / self.tokens.per_row
 
     @torch.no_grad()
     def figures(self, state: TrainerState) -> dict[str, float]:
         """Return the divergence from the prior, its weight in the last step, and the deviations, for the log."""
-        sigma = self.method.prior_sigma
-        kl = sum(float(kl_divergence(layer.weight.float(), layer.spread, sigma)) for layer in self.layers.values())
-        weight = kl_weight(max(0, state.global_step - 1), self.cycle)
+        kl = sum(
+            float(kl_divergence(layer.weight.float(), layer.spread, self.scales[name].sigma))
+            for name, layer in self.layers.items()
+        )
+        weight = self.weight(max(0, state.global_step - 1))
         return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
 
     @torch.no_grad()
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add π∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
-        weight, sigma = kl_weight(state.global_step, self.cycle), self.method.prior_sigma
+        """Add Tπ∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
+        self.tokens.note()
+        weight = self.weight(state.global_step)
         for name, layer in self.layers.items():
-            mean, spread = layer.weight, layer.spread
+            mean, spread, sigma = layer.weight, layer.spread, self.scales[name].sigma
             if spread.grad is None or mean.grad is None:
                 continue
             if self.method.update == "paper":
                 self.gradients[name], spread.grad = spread.grad, None
             else:
                 mean.grad.add_(mean, alpha=weight / sigma**2)
-                spread.grad.add_(_spread_gradient(spread, sigma), alpha=weight)
+                spread.grad.add_(spread_gradient(spread, sigma), alpha=weight)
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -220,19 +247,18 @@ class _Trainer(TrainerCallback):
             return
         group = optimizer.param_groups[0]
         first = group.get("initial_lr", group["lr"])
-        rate = self.method.kl_rate * (float(group["lr"]) / float(first) if first else 1.0)
-        weight, sigma = kl_weight(state.global_step, self.cycle), self.method.prior_sigma
+        rate = self.rate * (float(group["lr"]) / float(first) if first else 1.0)
+        weight = self.weight(state.global_step)
         for name, gradient in gradients.items():
-            layer = self.layers[name]
-            gradient.add_(_spread_gradient(layer.spread, sigma), alpha=weight)
-            layer.spread.sub_(gradient, alpha=rate)
-            layer.weight.mul_(1 - rate * weight / sigma**2)
+            paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write G into the checkpoint."""
+        """Write G, and what the weight of the divergence depends on, into the checkpoint."""
         if state.is_world_process_zero:
+            kept = {n: layer.spread.detach().contiguous() for n, layer in self.layers.items()}
+            kept |= {n + _SIZE: torch.tensor(size, dtype=torch.float64) for n, size in self.sizes.items()}
             with replacing(checkpoint_file(args, state, _STATE_FILE)) as partial:
-                save_file({n: layer.spread.detach().contiguous() for n, layer in self.layers.items()}, partial)
+                save_file({**kept, _TOKENS: self.tokens.state()}, partial)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -242,11 +268,17 @@ class _Trainer(TrainerCallback):
 
     @torch.no_grad()
     def _load(self, path: Path) -> None:
-        """Read G from a checkpoint."""
+        """Read from a checkpoint what `on_save` wrote; one of an earlier version has G alone, for an absolute prior."""
         try:
             kept = load_file(path)
             for name, layer in self.layers.items():
                 layer.spread.copy_(kept[name])
+            if self.method.setting("prior_sigma") is None:
+                self.sizes = {name: float(kept[name + _SIZE]) for name in self.layers}
+            else:
+                self.sizes = sizes(self.layers)
+            if _TOKENS in kept:
+                self.tokens.restore(kept[_TOKENS])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoint has no readable {path}, which BLoB needs to go on; resume from an earlier checkpoint"
