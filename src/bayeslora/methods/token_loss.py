@@ -1,8 +1,8 @@
 """How many tokens stand for an example in the Trainer's loss, where that is a mean over tokens.
 
 A language model that is given labels computes the mean loss over the tokens that have one, all rows of an optimiser
-step taken together; TRL's SFT loss is that. With K trained tokens in N examples it is N/K times the mean over examples of
-their whole loss. What is weighed against the loss of examples, as KL is, is then too heavy by K/N, tokens an example.
+step taken together; TRL's SFT loss is that. With K trained tokens in N examples it is N/K times the mean over examples
+of their whole loss. What is weighed against the loss of examples, as KL is, is then K/N times too heavy.
 """
 
 from __future__ import annotations
