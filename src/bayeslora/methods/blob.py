@@ -34,7 +34,10 @@ from bayeslora.files import replacing
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach, sizes
 from bayeslora.methods.blob_terms import (
+    DEFAULTS,
+    PRESETS,
     Scale,
+    Setting,
     kl_divergence,
     kl_weight,
     paper_cycle,
@@ -48,21 +51,10 @@ from bayeslora.methods.token_loss import TokenCount
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 
-__all__ = ["PRESETS", "Blob", "kl_divergence", "kl_weight", "paper_cycle"]
+__all__ = ["DEFAULTS", "PRESETS", "Blob", "kl_divergence", "kl_weight", "paper_cycle"]
 
 _STATE_FILE = "bayeslora_blob.safetensors"
 _SIZE, _TOKENS = ".size", "tokens"
-
-_LLAMA2: dict[str, float] = {"init_spread": 0.05, "prior_sigma": 0.2, "kl_rate": 0.01, "temperature": 1.0}
-PRESETS: dict[str, dict[str, float]] = {
-    "paper": _LLAMA2,
-    "llama2": _LLAMA2,
-    "llama3.1": _LLAMA2 | {"prior_sigma": 0.15, "kl_rate": 0.0075},
-}
-"""The published settings, by base model (Llama-2-7B, Llama-3.1-8B): 5,000 steps of batch 4, AdamW 1e-4."""
-
-KL_RATE, TEMPERATURE = 0.01, 1.0
-"""What ``kl_rate`` and ``temperature`` are if neither they nor a preset are given."""
 
 
 @final
@@ -70,16 +62,17 @@ KL_RATE, TEMPERATURE = 0.01, 1.0
 class Blob(Method):
     """Bayesian low-rank adaptation by backpropagation.
 
+    What is None is the preset's, or as `DEFAULTS` says.
+
     Attributes:
         update: ``paper`` (the released algorithm) or ``elbo`` (one loss, one optimiser).
         init_spread: ε; G starts uniform on [ε/√2, ε]. None: as ``relative_spread`` says.
         prior_sigma: σ_p. None: as ``relative_prior`` says.
-        kl_rate: κ of ``update="paper"``, in the prior's units where it is relative; None for the preset's, or 0.01.
+        kl_rate: κ of ``update="paper"``, in the prior's units where it is relative.
         kl_cycle: L; None for the paper's, but at most the steps of the run.
-        temperature: T, by which π·KL is multiplied; 1 is the paper's, less is a cold posterior. None for the preset's,
-            or `TEMPERATURE`.
+        temperature: T, by which π·KL is multiplied; 1 is the paper's, less is a cold posterior.
         relative_spread: Ω where training begins, in units of each A's root mean square.
-        relative_prior: σ_p in the same units.
+        relative_prior: σ_p in the same units; None: as ``relative_spread``, so that flat directions stay as they are.
         preset: Published settings, one of `PRESETS`; what is given beside it has precedence.
         tokens_per_row: By how many tokens of an example the Trainer divides its loss, and so KL. None: counted where
             the model computes the loss of labels of tokens, which is their mean; 1 elsewhere.
@@ -92,8 +85,8 @@ class Blob(Method):
     kl_rate: float | None = None
     kl_cycle: int | None = None
     temperature: float | None = None
-    relative_spread: float = 2.0
-    relative_prior: float = 2.0
+    relative_spread: float | None = None
+    relative_prior: float | None = None
     preset: str | None = None
     tokens_per_row: float | None = None
 
@@ -117,8 +110,8 @@ class Blob(Method):
         if self.kl_cycle is not None and self.kl_cycle < 1:
             raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
 
-    def setting(self, key: Literal["init_spread", "prior_sigma", "kl_rate", "temperature"]) -> float | None:
-        """Return a setting that a preset may have.
+    def setting(self, key: Setting) -> float | None:
+        """Return a setting as it is used.
 
         Args:
             key: Its name.
@@ -126,9 +119,23 @@ class Blob(Method):
         Returns:
             What is given, or the preset's, or the default; None where the matrix says it.
         """
-        plain = {"kl_rate": KL_RATE, "temperature": TEMPERATURE} | PRESETS.get(self.preset or "", {})
         given: float | None = getattr(self, key)
-        return plain.get(key) if given is None else given
+        if given is None and key == "relative_prior":
+            return self.setting("relative_spread")
+        return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if given is None else given
+
+    def number(self, key: Setting) -> float:
+        """Return a setting that always has a value.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            The value.
+        """
+        value = self.setting(key)
+        assert value is not None
+        return value
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
         """Put the Gaussian layers into the model, so that its optimiser will know them.
@@ -139,7 +146,7 @@ class Blob(Method):
         Raises:
             InputError: If the adapter is not plain LoRA on linear layers.
         """
-        layers = attach(model, self.setting("init_spread"), relative=self.relative_spread)
+        layers = attach(model, self.setting("init_spread"), relative=self.number("relative_spread"))
         trainer = _Trainer(self, check_num_data(num_data), layers)
         return {"callbacks": [trainer, Figures(self.name, trainer.figures)]}
 
@@ -160,7 +167,7 @@ class _Trainer(TrainerCallback):
 
     def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
         self.method, self.num_data, self.layers = method, num_data, layers
-        self.temperature, self.rate = method.setting("temperature") or 0.0, method.setting("kl_rate") or 0.0
+        self.temperature, self.rate = method.number("temperature"), method.number("kl_rate")
         self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
         self.sizes: dict[str, float] = {}
@@ -190,10 +197,10 @@ class _Trainer(TrainerCallback):
             layer.noisy = True
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
-            begin(self.layers, method.setting("init_spread"), args.seed, relative=method.relative_spread)
+            begin(self.layers, method.setting("init_spread"), args.seed, relative=method.number("relative_spread"))
         else:
             self._load(checkpoint_file(args, state, _STATE_FILE))
-        self.scales = scales(self.sizes, method.setting("prior_sigma"), method.relative_prior)
+        self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
         self.tokens.begin(model, kwargs.get("train_dataloader"), args.world_size)
         own = list(self.layers.values())
 

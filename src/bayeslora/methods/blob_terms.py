@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,6 +14,23 @@ from bayeslora.methods.blob_layer import BlobLinear
 
 PAPER_PRIOR = 0.2
 """The paper's σ_p, in whose units ``kl_rate`` is read where the prior follows the matrix."""
+
+
+_LLAMA2: dict[str, float] = {"init_spread": 0.05, "prior_sigma": 0.2, "kl_rate": 0.01, "temperature": 1.0}
+PRESETS: dict[str, dict[str, float]] = {
+    "paper": _LLAMA2,
+    "llama2": _LLAMA2,
+    "llama3.1": _LLAMA2 | {"prior_sigma": 0.15, "kl_rate": 0.0075},
+}
+"""The published settings, by base model (Llama-2-7B, Llama-3.1-8B): 5,000 steps of batch 4, AdamW 1e-4."""
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "paper": {"relative_spread": 4.0, "kl_rate": 0.01, "temperature": 1.0},
+    "elbo": {"relative_spread": 2.0, "kl_rate": 0.01, "temperature": 0.1},
+}
+"""What settings are, by update, if neither they nor a preset are given; docs/methods/blob.md says why."""
+
+Setting = Literal["init_spread", "prior_sigma", "kl_rate", "temperature", "relative_spread", "relative_prior"]
 
 
 def kl_weight(step: int, cycle: int) -> float:

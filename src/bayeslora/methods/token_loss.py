@@ -7,11 +7,11 @@ of their whole loss. What is weighed against the loss of examples, as KL is, is 
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @final
@@ -32,8 +32,9 @@ class TokenCount:
         self.num_data, self.given = num_data, given
         self.batches: int | None = None
         self.noted = torch.zeros(3, dtype=torch.float64)  # batches, rows, tokens
-        self.fresh = torch.zeros(3, dtype=torch.float64)
-        self._world, self._handle = 1, None
+        self.fresh: list[tuple[int, Tensor]] = []  # rows and tokens of the batches since the last step
+        self._world = 1
+        self._handle: RemovableHandle | None = None
 
     def begin(self, model: nn.Module, loader: Any, world: int) -> None:
         """Look at what the model is given.
@@ -44,7 +45,10 @@ class TokenCount:
             world: Number of processes.
         """
         self._world = world
-        self.batches = len(loader) * world if isinstance(loader, Sized) else None
+        try:
+            self.batches = len(loader) * world
+        except TypeError:  # a stream of rows
+            self.batches = None
         if self.given is None:
             self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
@@ -59,12 +63,13 @@ class TokenCount:
         labels = kwargs.get("labels")
         if not (model.training and isinstance(labels, Tensor)) or labels.ndim != 2 or labels.is_floating_point():
             return
-        found = torch.tensor([1.0, len(labels), int((labels[:, 1:] != -100).sum())], dtype=torch.float64)
-        self.fresh += found
+        self.fresh.append((len(labels), (labels[:, 1:] != -100).sum()))
 
     def note(self) -> None:
         """Take in what was counted since the last step, over all processes."""
-        fresh, self.fresh = self.fresh, torch.zeros_like(self.fresh)
+        seen, self.fresh = self.fresh, []
+        counts = [len(seen), sum(rows for rows, _ in seen), sum(int(tokens) for _, tokens in seen)]
+        fresh = torch.tensor(counts, dtype=torch.float64)
         if self._world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
             place = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
             shared = fresh.to(place)
