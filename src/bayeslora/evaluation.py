@@ -1,7 +1,8 @@
 """Scores of a prediction, each with its bootstrap interval.
 
 Two predictors are always scored: ``draws``, the average of the draws' probabilities, and ``mean``, one pass at the
-posterior mean's weights, where the prediction has it. What the draws add is the difference between the two.
+posterior mean's weights, where the prediction has it. What the draws add is the difference between the two; where that
+is accuracy lost, a warning says so.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bayeslora import detection, metrics, scoring, uncertainty
 from bayeslora.bootstrap import bootstrap, bootstrap_two
 from bayeslora.errors import InputError
 from bayeslora.metrics import Binning, check_labels
+from bayeslora.paired import lost_by_draws
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 
@@ -63,6 +65,7 @@ class Evaluation:
         binning: Bins of ``ece`` and ``sce``; ``ece_mass`` always has bins of equal mass.
         resamples: Number of bootstrap resamples behind each interval.
         ood: Number of examples of each out-of-distribution set.
+        warning: A sentence, if the draws are right less often than the mean by more than chance allows.
     """
 
     rows: dict[str, dict[str, Estimate]]
@@ -72,6 +75,7 @@ class Evaluation:
     binning: str
     resamples: int
     ood: dict[str, int]
+    warning: str | None = None
 
     def value(self, predictor: str, metric: str) -> float:
         """Look up one score.
@@ -111,7 +115,7 @@ class Evaluation:
 
         Returns:
             One line per score and one column per predictor, as ``value [low, high]``, under a line that says what
-            was scored.
+            was scored; and the warning, if there is one.
         """
         names = list(dict.fromkeys(name for scores in self.rows.values() for name in scores))
         cells = [["", *self.rows]]
@@ -123,7 +127,7 @@ class Evaluation:
         sets = "".join(f", {name}: {count} examples" for name, count in self.ood.items())
         intervals = f"95 % intervals from {self.resamples} resamples" if self.resamples else "no intervals"
         head = f"{self.n} examples, {self.draws} draws, {self.bins} bins of equal {self.binning}, {intervals}{sets}"
-        return "\n".join([head, "", *lines])
+        return "\n".join([head, "", *lines, *(["", f"Warning: {self.warning}."] if self.warning else [])])
 
 
 def evaluate(
@@ -160,7 +164,8 @@ def evaluate(
     sets = {"ood": ood} if isinstance(ood, Prediction) else dict(ood or {})
     table = _scores(bins, binning)
     rows: dict[str, dict[str, Estimate]] = {}
-    for predictor, log_p in _predictors(prediction).items():
+    predictors = _predictors(prediction)
+    for predictor, log_p in predictors.items():
         row = {name: _estimate(score, log_p, labels, resamples, seed) for name, score in table.items()}
         if truth is not None:
             row["kl_to_truth"] = _estimate((metrics.kl_to_truth, scoring.kl_to_truth), log_p, truth, resamples, seed)
@@ -179,6 +184,7 @@ def evaluate(
         binning=binning,
         resamples=resamples,
         ood={name: other.log_probs.shape[1] for name, other in sets.items()},
+        warning=lost_by_draws(**predictors, labels=labels) if "mean" in predictors else None,
     )
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
+from bayeslora.methods import Blob, Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import LowRankGaussian, Posterior
@@ -152,6 +152,40 @@ def test_packed_rows_have_the_loss_of_rows_apart(tokenizer: Any, tmp_path: Path)
             for a, b in pairwise(starts)
         )
     torch.testing.assert_close(together, apart)
+
+
+def counted(trainer: Any, blob: Any) -> float:
+    """The tokens by which BLoB divides its divergence at the end of a run."""
+    trainer.train()
+    return float(blob["callbacks"][0].tokens.per_row)
+
+
+def labels_of(trainer: Any) -> int:
+    """The tokens that are trained in an epoch: a causal model does not predict the first."""
+    return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in trainer.get_train_dataloader())
+
+
+@pytest.mark.parametrize("shape", ["transformers", "trl", "chats", "packed"])
+def test_the_divergence_is_divided_by_the_tokens_of_a_row_where_the_loss_is_their_mean(
+    shape: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    make_arguments, make = (TRAINERS | SHAPES)[shape]
+    for rows in (ROWS, 10 * ROWS):  # N is the user's: the number of rows, or of tokens, where a row is then a token
+        model, args = make_model("llama"), make_arguments(tmp_path / f"run-{rows}", max_steps=-1, num_train_epochs=2)
+        kwargs = Blob().trainer_kwargs(model, rows)
+        trainer = make(model, args, tokenizer, kwargs)
+        expected = labels_of(trainer) / rows
+        assert expected > 0
+        assert counted(trainer, kwargs) == pytest.approx(expected, rel=1e-6)
+        assert not model._forward_pre_hooks
+
+
+def test_a_loss_of_whole_rows_leaves_the_divergence_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model("llama")
+    kwargs = Blob().trainer_kwargs(model, ROWS) | {"compute_loss_func": answer_loss}
+    assert counted(stock(model, arguments(tmp_path / "own"), tokenizer, kwargs), kwargs) == 1.0
+    kwargs = Blob(tokens_per_row=3.0).trainer_kwargs(model, ROWS)
+    assert counted(stock(model, arguments(tmp_path / "given"), tokenizer, kwargs), kwargs) == 3.0
 
 
 class OwnLoss(SFTTrainer):

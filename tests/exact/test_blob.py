@@ -236,7 +236,10 @@ def one_step(tmp_path, method, **changes):
 def test_one_step_of_the_released_algorithm(tmp_path):
     rate, kl_rate, weight = 1e-3, 0.02, kl_weight(0, 2)
     seen, after = one_step(
-        tmp_path, Blob("paper", prior_sigma=SIGMA, kl_rate=kl_rate, kl_cycle=2), optim="sgd", learning_rate=rate
+        tmp_path,
+        Blob("paper", prior_sigma=SIGMA, kl_rate=kl_rate, kl_cycle=2, temperature=1.0),
+        optim="sgd",
+        learning_rate=rate,
     )
     assert seen
     for name, (mean, spread, mean_grad, spread_grad) in seen.items():
@@ -249,7 +252,8 @@ def test_one_step_of_the_released_algorithm(tmp_path):
 
 def test_one_step_on_the_evidence_bound(tmp_path):
     rate, weight = 1e-3, kl_weight(0, 2)
-    seen, after = one_step(tmp_path, Blob("elbo", prior_sigma=SIGMA, kl_cycle=2), optim="sgd", learning_rate=rate)
+    method = Blob("elbo", prior_sigma=SIGMA, kl_cycle=2, temperature=1.0)
+    seen, after = one_step(tmp_path, method, optim="sgd", learning_rate=rate)
     for name, (mean, spread, mean_grad, spread_grad) in seen.items():
         mean.requires_grad_()
         spread.requires_grad_()

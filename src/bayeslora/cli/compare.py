@@ -140,7 +140,7 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
         The comparison.
     """
     from bayeslora.report.contrasts import marked
-    from bayeslora.report.tables import comparison_rows, text_table
+    from bayeslora.report.tables import comparison_rows, text_table, warnings
 
     found: Comparison = compare(study, methods, seeds)
     out, task = study.out, study.task
@@ -152,8 +152,9 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
         for name, by_seed in found.failures.items()
         for seed, reason in by_seed.items()
     ]
-    print("\n".join([text_table(rows), *failed]))
-    write_text(out / "results.md", "\n\n".join([text_table(rows, markdown=True), *failed]) + "\n")
+    notes = [*failed, *warnings(found)]
+    print("\n".join([text_table(rows), *notes]))
+    write_text(out / "results.md", "\n\n".join([text_table(rows, markdown=True), *notes]) + "\n")
     numbers: dict[str, Any] = {
         "rows": rows,
         "temperatures": found.temperatures,

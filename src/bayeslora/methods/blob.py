@@ -31,18 +31,33 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
-from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach
+from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach, sizes
+from bayeslora.methods.blob_terms import (
+    DEFAULTS,
+    PRESETS,
+    Scale,
+    Setting,
+    kl_divergence,
+    kl_weight,
+    paper_cycle,
+    paper_step,
+    scales,
+    spread_gradient,
+)
 from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.methods.guards import check_training
 from bayeslora.methods.precision import widen
+from bayeslora.methods.token_loss import TokenCount
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 
+__all__ = ["DEFAULTS", "PRESETS", "Blob", "kl_divergence", "kl_weight", "paper_cycle"]
+
 _STATE_FILE = "bayeslora_blob.safetensors"
+_SIZE, _TOKENS = ".size", "tokens"
 
 
 @final
@@ -50,20 +65,33 @@ _STATE_FILE = "bayeslora_blob.safetensors"
 class Blob(Method):
     """Bayesian low-rank adaptation by backpropagation.
 
+    What is None is the preset's, or as `DEFAULTS` says.
+
     Attributes:
         update: ``paper`` (the released algorithm) or ``elbo`` (one loss, one optimiser).
-        init_spread: ε; G starts uniform on [ε/√2, ε]. The paper's is 0.05, for 7B models and thousands of steps.
-        prior_sigma: σ_p.
-        kl_rate: κ of ``update="paper"``.
+        init_spread: ε; G starts uniform on [ε/√2, ε]. None: as ``relative_spread`` says.
+        prior_sigma: σ_p. None: as ``relative_prior`` says.
+        kl_rate: κ of ``update="paper"``, in the prior's units where it is relative.
         kl_cycle: L; None for the paper's, but at most the steps of the run.
+        temperature: T, by which π·KL is multiplied; 1 is the paper's, less is a cold posterior.
+        relative_spread: Ω where training begins, in units of each A's root mean square.
+        relative_prior: σ_p in the same units; None: as ``relative_spread``, so that flat directions stay as they are.
+        preset: Published settings, one of `PRESETS`; what is given beside it has precedence.
+        tokens_per_row: By how many tokens of an example the Trainer divides its loss, and so KL. None: counted where
+            the model computes the loss of labels of tokens, which is their mean; 1 elsewhere.
     """
 
     name: ClassVar[str] = "blob"
     update: Literal["paper", "elbo"] = "paper"
-    init_spread: float = 0.3
-    prior_sigma: float = 0.2
-    kl_rate: float = 0.01
+    init_spread: float | None = None
+    prior_sigma: float | None = None
+    kl_rate: float | None = None
     kl_cycle: int | None = None
+    temperature: float | None = None
+    relative_spread: float | None = None
+    relative_prior: float | None = None
+    preset: str | None = None
+    tokens_per_row: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
@@ -73,11 +101,44 @@ class Blob(Method):
         """
         if self.update not in ("paper", "elbo"):
             raise InputError(f"update must be paper or elbo, and it is {self.update!r}")
-        for key in ("init_spread", "prior_sigma", "kl_rate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise InputError(f"BLoB's {key} must be finite and positive, and it is {getattr(self, key)}")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise InputError(f"BLoB has no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        positive = ("init_spread", "prior_sigma", "kl_rate", "relative_spread", "relative_prior", "tokens_per_row")
+        for key in positive:
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"BLoB's {key} must be finite and positive, and it is {value}")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise InputError(f"BLoB's temperature must be finite and not negative, and it is {self.temperature}")
         if self.kl_cycle is not None and self.kl_cycle < 1:
             raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
+
+    def setting(self, key: Setting) -> float | None:
+        """Return a setting as it is used.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            What is given, or the preset's, or the default; None where the matrix says it.
+        """
+        given: float | None = getattr(self, key)
+        if given is None and key == "relative_prior":
+            return self.setting("relative_spread")
+        return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if given is None else given
+
+    def number(self, key: Setting) -> float:
+        """Return a setting that always has a value.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            The value.
+        """
+        value = self.setting(key)
+        assert value is not None
+        return value
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
         """Put the Gaussian layers into the model, so that its optimiser will know them.
@@ -88,7 +149,8 @@ class Blob(Method):
         Raises:
             InputError: If the adapter is not plain LoRA on linear layers.
         """
-        trainer = _Trainer(self, check_num_data(num_data), attach(model, self.init_spread))
+        layers = attach(model, self.setting("init_spread"), relative=self.number("relative_spread"))
+        trainer = _Trainer(self, check_num_data(num_data), layers)
         return {"callbacks": [trainer, Figures(self.name, trainer.figures)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -102,60 +164,13 @@ class Blob(Method):
         return DiagonalGaussian(read(model), variance, origin_for(model, self))
 
 
-def kl_weight(step: int, cycle: int) -> float:
-    """Return π_i = 2^i/(2^{L+1}−1) of an optimiser step.
-
-    Args:
-        step: Number of the step, from 0; i = step mod L + 1.
-        cycle: L.
-
-    Returns:
-        The weight; over a cycle the weights add up to 1 − 1/(2^{L+1}−1).
-    """
-    i = step % cycle + 1
-    return math.ldexp(1.0, i - cycle - 1) / (1 - math.ldexp(1.0, -cycle - 1))
-
-
-def paper_cycle(num_data: int, batch: int) -> int:
-    """Return L = ⌊100·N^{π/8} / batch⌋.
-
-    Args:
-        num_data: Number of training examples N.
-        batch: Examples of an optimiser step, over all processes.
-
-    Returns:
-        L, at least 1.
-    """
-    return max(1, int(100 * num_data ** (math.pi / 8) / batch))
-
-
-def kl_divergence(mean: Float[Tensor, "R I"], spread: Float[Tensor, "R I"], prior_sigma: float) -> Float[Tensor, ""]:
-    """Return KL[N(M, G⁴) ‖ N(0, σ_p²)], summed over the elements.
-
-    Args:
-        mean: M.
-        spread: G; the deviation is its square.
-        prior_sigma: σ_p.
-
-    Returns:
-        The divergence in nats.
-    """
-    variance = spread.pow(4)
-    log_ratio = math.log(prior_sigma) - spread.square().log()
-    return (log_ratio + (variance + mean.square()) / (2 * prior_sigma**2) - 0.5).sum()
-
-
-def _spread_gradient(spread: Tensor, prior_sigma: float) -> Tensor:
-    """Return dKL/dG = −2/G + 2G³/σ_p²."""
-    return spread.pow(3).mul_(2 / prior_sigma**2).sub_(2 / spread)
-
-
-def _taking_out(model: nn.Module, layers: list[BlobLinear]) -> Callable[[], None]:
+def _taking_out(model: nn.Module, layers: list[BlobLinear], tokens: TokenCount) -> Callable[[], None]:
     """Return what puts plain layers back; it does not keep the model alive, for a model's record is kept as long."""
     there = weakref.ref(model)
 
     def undo() -> None:
         """Put plain layers back."""
+        tokens.end()
         own = there()
         if own is not None:
             detach(own, layers)
@@ -169,7 +184,11 @@ class _Trainer(TrainerCallback):
 
     def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
         self.method, self.num_data, self.layers = method, num_data, layers
+        self.temperature, self.rate = method.number("temperature"), method.number("kl_rate")
+        self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
+        self.sizes: dict[str, float] = {}
+        self.scales: dict[str, Scale] = {}
         self.cycle = 1
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -184,7 +203,7 @@ class _Trainer(TrainerCallback):
         Raises:
             InputError: If the Trainer or its arguments do not serve, or the checkpoint lacks G.
         """
-        model = require_lora(kwargs["model"])
+        model, method = require_lora(kwargs["model"]), self.method
         check_training(args, kwargs["optimizer"], "BLoB")
         there = {id(m) for m in model.modules()}
         if not all(id(layer) in there for layer in self.layers.values()):
@@ -193,41 +212,51 @@ class _Trainer(TrainerCallback):
                 "anew for each Trainer, on the very model that it trains"
             )
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.cycle = self.method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
+        self.cycle = method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
         for layer in self.layers.values():
             layer.spread.data = layer.spread.data.float()  # some trainers cast everything that is trained
             layer.noisy = True
         if state.global_step == 0:
-            begin(self.layers, self.method.init_spread, args.seed)
+            self.sizes = sizes(self.layers)
+            begin(self.layers, method.setting("init_spread"), args.seed, relative=method.number("relative_spread"))
         else:
             self._load(checkpoint_file(args, state, _STATE_FILE))
+        self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
+        self.tokens.begin(model, kwargs.get("train_dataloader"), args.world_size)
         spread: Params = {name: layer.spread for name, layer in self.layers.items()}
-        undo = _taking_out(model, list(self.layers.values()))
-        remember(model, Record(self.method.name, self.num_data, dict(spread), undo))
+        undo = _taking_out(model, list(self.layers.values()), self.tokens)
+        remember(model, Record(method.name, self.num_data, dict(spread), undo))
+
+    def weight(self, step: int) -> float:
+        """Return the weight of the divergence beside the Trainer's loss in a step."""
+        return self.temperature * kl_weight(step, self.cycle) / self.tokens.per_row
 
     @torch.no_grad()
     def figures(self, state: TrainerState) -> dict[str, float]:
         """Return the divergence from the prior, its weight in the last step, and the deviations, for the log."""
-        sigma = self.method.prior_sigma
-        kl = sum(float(kl_divergence(layer.weight.float(), layer.spread, sigma)) for layer in self.layers.values())
-        weight = kl_weight(max(0, state.global_step - 1), self.cycle)
+        kl = sum(
+            float(kl_divergence(layer.weight.float(), layer.spread, self.scales[name].sigma))
+            for name, layer in self.layers.items()
+        )
+        weight = self.weight(max(0, state.global_step - 1))
         return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
 
     @torch.no_grad()
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add π∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
-        weight, sigma = kl_weight(state.global_step, self.cycle), self.method.prior_sigma
+        """Add Tπ∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
+        self.tokens.note()
+        weight = self.weight(state.global_step)
         for name, layer in self.layers.items():
-            mean, spread = layer.weight, layer.spread
+            mean, spread, sigma = layer.weight, layer.spread, self.scales[name].sigma
             if spread.grad is None or mean.grad is None:
                 continue
             if self.method.update == "paper":
                 self.gradients[name], spread.grad = spread.grad, None
             else:
                 mean.grad.add_(mean, alpha=weight / sigma**2)
-                spread.grad.add_(_spread_gradient(spread, sigma), alpha=weight)
+                spread.grad.add_(spread_gradient(spread, sigma), alpha=weight)
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -240,19 +269,17 @@ class _Trainer(TrainerCallback):
             return
         group = optimizer.param_groups[0]
         first = group.get("initial_lr", group["lr"])
-        rate = self.method.kl_rate * (float(group["lr"]) / float(first) if first else 1.0)
-        weight, sigma = kl_weight(state.global_step, self.cycle), self.method.prior_sigma
+        rate = self.rate * (float(group["lr"]) / float(first) if first else 1.0)
+        weight = self.weight(state.global_step)
         for name, gradient in gradients.items():
-            layer = self.layers[name]
-            gradient.add_(_spread_gradient(layer.spread, sigma), alpha=weight)
-            layer.spread.sub_(gradient, alpha=rate)
-            layer.weight.mul_(1 - rate * weight / sigma**2)
+            paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write G into the checkpoint."""
+        """Write G, and what the weight of the divergence depends on, into the checkpoint."""
         if state.is_world_process_zero:
-            spread: Params = {name: layer.spread for name, layer in self.layers.items()}
-            write_tensors(checkpoint_file(args, state, _STATE_FILE), spread)
+            kept: Params = {name: layer.spread for name, layer in self.layers.items()}
+            kept |= {n + _SIZE: torch.tensor(size, dtype=torch.float64) for n, size in self.sizes.items()}
+            write_tensors(checkpoint_file(args, state, _STATE_FILE), {**kept, _TOKENS: self.tokens.state()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,9 +291,16 @@ class _Trainer(TrainerCallback):
             self._take(read_best(best / _STATE_FILE, "BLoB"))
 
     def _load(self, path: Path) -> None:
-        """Read G from a checkpoint."""
+        """Read from a checkpoint what `on_save` wrote; one of an earlier version has G alone, for an absolute prior."""
         try:
-            self._take(load_file(path))
+            kept = load_file(path)
+            self._take(kept)
+            if self.method.setting("prior_sigma") is None:
+                self.sizes = {name: float(kept[name + _SIZE]) for name in self.layers}
+            else:
+                self.sizes = sizes(self.layers)
+            if _TOKENS in kept:
+                self.tokens.restore(kept[_TOKENS])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoint has no readable {path}, which BLoB needs to go on; resume from an earlier checkpoint"

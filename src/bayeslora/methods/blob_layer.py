@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, final
 
 import torch
@@ -18,6 +18,9 @@ from bayeslora.params import generator, live, require_lora
 
 _SPREAD = "blob_spread"
 """Where the PEFT model holds every G: outside the LoRA layers, so that PEFT does not save it with the adapter."""
+
+_HIGH = (5 * (1 - math.sqrt(0.5)) / (1 - 0.5**2.5)) ** 0.25
+"""ε for which G⁴ has the mean 1 if G is uniform on [ε/√2, ε]."""
 
 
 @final
@@ -117,13 +120,16 @@ def _flipped(rows: Float[Tensor, "T W"], words: Tensor) -> Float[Tensor, "T W"]:
     return bits.bitwise_xor_(rows.view(bits.dtype)).view(rows.dtype)
 
 
-def attach(model: nn.Module, init_spread: float, seed: int = 0) -> dict[str, BlobLinear]:
+def attach(
+    model: nn.Module, init_spread: float | None, seed: int = 0, *, relative: float = 1.0
+) -> dict[str, BlobLinear]:
     """Put a `BlobLinear` in the place of every A of the active adapter.
 
     Args:
         model: A PEFT model with a LoRA adapter; layers that were put in earlier are replaced.
-        init_spread: ε; G starts uniform on [ε/√2, ε].
+        init_spread: ε, as for `begin`.
         seed: Which start.
+        relative: As for `begin`.
 
     Returns:
         The layers, by the names that A has on disk.
@@ -146,23 +152,39 @@ def attach(model: nn.Module, init_spread: float, seed: int = 0) -> dict[str, Blo
         layer.lora_A[adapter] = found[name] = BlobLinear(plain, spread)
     model.add_module(_SPREAD, nn.ParameterList([layer.spread for layer in found.values()]))
     if not any(layer.spread.is_meta for layer in found.values()):
-        begin(found, init_spread, seed)
+        begin(found, init_spread, seed, relative=relative)
     return found
 
 
 @torch.no_grad()
-def begin(layers: dict[str, BlobLinear], init_spread: float, seed: int) -> None:
+def sizes(layers: Mapping[str, BlobLinear]) -> dict[str, float]:
+    """Return the root mean square of each M: 1/√(3·in) as PEFT starts A.
+
+    Args:
+        layers: The layers by name.
+
+    Returns:
+        The sizes; PEFT's start where a matrix is zero.
+    """
+    found = {name: float(layer.weight.float().square().mean().sqrt()) for name, layer in layers.items()}
+    return {name: size or 1 / math.sqrt(3 * layers[name].in_features) for name, size in found.items()}
+
+
+@torch.no_grad()
+def begin(layers: Mapping[str, BlobLinear], init_spread: float | None, seed: int, *, relative: float = 1.0) -> None:
     """Draw the start of G, uniform on [ε/√2, ε].
 
     Args:
         layers: The layers by name.
-        init_spread: ε.
+        init_spread: ε of all; None for one of each matrix, by which Ω has `relative` times its root mean square.
         seed: Which start.
+        relative: The noise in units of the matrix, where ε is None.
     """
-    low = init_spread / math.sqrt(2)
-    for name, layer in layers.items():
-        uniform = torch.rand(layer.spread.shape, generator=generator("blob", seed, name))
-        layer.spread.copy_(low + (init_spread - low) * uniform)
+    for name, size in sizes(layers).items():
+        high = _HIGH * math.sqrt(relative * size) if init_spread is None else init_spread
+        low, spread = high / math.sqrt(2), layers[name].spread
+        uniform = torch.rand(spread.shape, generator=generator("blob", seed, name))
+        spread.copy_(low + (high - low) * uniform)
 
 
 def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> None:

@@ -81,6 +81,24 @@ def text_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str
     return "\n".join([body[0], "|---" + "|---:" * (len(headings) - 1) + "|", *body[1:], *legend])
 
 
+def warnings(comparison: Comparison) -> list[str]:
+    """Return the warnings of a comparison's evaluations.
+
+    Args:
+        comparison: What was found.
+
+    Returns:
+        One line a method that has any, with its seeds and the sentence of the first.
+    """
+    lines = []
+    for method, by_seed in comparison.evaluations.items():
+        there = {seed: e.warning for seed, e in by_seed.items() if e.warning}
+        if there:
+            seeds = ", ".join(map(str, there))
+            lines.append(f"Warning: {method}, seed {seeds}: {next(iter(there.values()))}.")
+    return lines
+
+
 def _costs(comparison: Comparison, method: str) -> dict[str, list[float]]:
     """Return what a method cost, also relative to MAP where MAP is there."""
     own, base = comparison.costs[method], comparison.costs.get("map", {})

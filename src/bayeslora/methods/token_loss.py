@@ -1,0 +1,100 @@
+"""How many tokens stand for an example in the Trainer's loss, where that is a mean over tokens.
+
+A language model that is given labels computes the mean loss over the tokens that have one, all rows of an optimiser
+step taken together; TRL's SFT loss is that. With K trained tokens in N examples it is N/K times the mean over examples
+of their whole loss. What is weighed against the loss of examples, as KL is, is then K/N times too heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@final
+class TokenCount:
+    """Counts trained tokens in the labels that the model is given while it trains.
+
+    The data set's number of tokens is the mean over the batches so far, times the batches of an epoch; so packed rows,
+    each of several examples, are counted right, and N may be the number of tokens too. Without a known number of
+    batches the examples are the rows. A loss outside the model (``compute_loss_func``, preferences) gives it no labels,
+    and labels of one dimension are those of whole examples: then an example counts once.
+
+    Args:
+        num_data: Number of training examples N.
+        given: Tokens of an example, where they are known; nothing is counted then.
+    """
+
+    def __init__(self, num_data: int, given: float | None) -> None:
+        self.num_data, self.given = num_data, given
+        self.batches: int | None = None
+        self.noted = torch.zeros(3, dtype=torch.float64)  # batches, rows, tokens
+        self.fresh: list[tuple[int, Tensor]] = []  # rows and tokens of the batches since the last step
+        self._world = 1
+        self._handle: RemovableHandle | None = None
+
+    def begin(self, model: nn.Module, loader: Any, world: int) -> None:
+        """Look at what the model is given.
+
+        Args:
+            model: The model that is trained.
+            loader: The Trainer's training batches, of one process.
+            world: Number of processes.
+        """
+        self._world = world
+        try:
+            self.batches = len(loader) * world
+        except TypeError:  # a stream of rows
+            self.batches = None
+        if self.given is None:
+            self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def end(self) -> None:
+        """Look no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _look(self, model: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+        """Count a batch; a causal model predicts each token but the first."""
+        labels = kwargs.get("labels")
+        if not (model.training and isinstance(labels, Tensor)) or labels.ndim != 2 or labels.is_floating_point():
+            return
+        self.fresh.append((len(labels), (labels[:, 1:] != -100).sum()))
+
+    def note(self) -> None:
+        """Take in what was counted since the last step, over all processes."""
+        seen, self.fresh = self.fresh, []
+        counts = [len(seen), sum(rows for rows, _ in seen), sum(int(tokens) for _, tokens in seen)]
+        fresh = torch.tensor(counts, dtype=torch.float64)
+        if self._world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            place = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            shared = fresh.to(place)
+            torch.distributed.all_reduce(shared)
+            fresh = shared.cpu()
+        self.noted += fresh
+
+    @property
+    def per_row(self) -> float:
+        """Tokens that stand for an example; 1 where the loss is not a mean over tokens."""
+        if self.given is not None:
+            return self.given
+        batches, rows, tokens = self.noted.tolist()
+        if not batches or not tokens:
+            return 1.0
+        return float(tokens / rows if self.batches is None else tokens / batches * self.batches / self.num_data)
+
+    def state(self) -> Tensor:
+        """Return what was counted, for a checkpoint."""
+        return self.noted.clone()
+
+    def restore(self, state: Tensor) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: What `state` returned.
+        """
+        self.noted = state.clone()
