@@ -18,7 +18,7 @@ from bayeslora._typing import Bool, Float
 from bayeslora.engine.batches import READ, Batch, repeated
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.passes import on, schedule
-from bayeslora.engine.readouts import Readout
+from bayeslora.engine.readouts import Readout, kept_states
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, evaluating, generator, require_lora
@@ -133,7 +133,7 @@ class Likelihoods:
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """Give the head the positions that are asked for."""
-            return (args[0].flatten(0, -2)[places], *args[1:])
+            return (kept_states(args[0], places), *args[1:])
 
         hook = peft.get_base_model().get_output_embeddings().register_forward_pre_hook(narrow)
         try:

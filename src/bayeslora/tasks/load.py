@@ -12,10 +12,10 @@ from bayeslora.errors import InputError
 from bayeslora.tasks.columns import Columns, guess_columns, make_columns
 from bayeslora.tasks.files import Rows, find_file, read_rows
 from bayeslora.tasks.hub import hub_rows
-from bayeslora.tasks.render import check_template
+from bayeslora.tasks.render import check_normalisation, check_template
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.table import STEMS, KnownTask, SplitName, find_task, unknown_task
-from bayeslora.tasks.types import Example, Format, ReadoutName, Split, Task, TaskKind
+from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task, TaskKind
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def load_task(
     seed: int = 0,
     columns: Columns | Mapping[str, object] | None = None,
     file_as: Literal["test", "train"] = "test",
+    normalisation: Normalisation = "sum",
 ) -> Task:
     """Load a known task, or one's own data.
 
@@ -91,6 +92,9 @@ def load_task(
             ``{"text": "review", "label": "stars"}``. None: the task's own, or ``text``, ``choices`` and ``label``.
         file_as: What a single file is: the test split, whose labels may be missing, or training rows, of which
             ``validation`` are held out.
+        normalisation: What the likelihood of a choice is set in relation to: ``sum`` is its log-likelihood as it is,
+            ``characters`` and ``tokens`` take out its length, ``unconditional`` how likely it is without the question;
+            see ``Format``.
 
     Returns:
         The task; a split without a source is None.
@@ -99,7 +103,7 @@ def load_task(
         InputError: The task is unknown, its data cannot be found or read, or an argument does not fit them.
     """
     sizes = Sizes(few_shot, train_rows, test_rows, validation, seed)
-    fmt = _format(readout, template, max_length)
+    fmt = _format(readout, template, max_length, normalisation)
     known, name, sources = _sources(name, data, file_as, own=columns is not None)
     layouts = [] if known is None else [known.hub] if data is None else [known.local, known.hub]
     given = None if columns is None else make_columns(columns, layouts[0] if layouts else Columns())
@@ -112,7 +116,9 @@ def load_task(
     return _sampled(name, splits, sizes)
 
 
-def _format(readout: ReadoutName, template: str | None, max_length: int | None) -> Format:
+def _format(
+    readout: ReadoutName, template: str | None, max_length: int | None, normalisation: Normalisation
+) -> Format:
     """Return the format without its few-shot examples and kind."""
     if readout not in get_args(ReadoutName):
         raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}.")
@@ -121,7 +127,8 @@ def _format(readout: ReadoutName, template: str | None, max_length: int | None) 
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length is {max_length}: give a number of tokens, or None for the model's limit.")
     check_template(template or "", readout)
-    return Format(template or "", readout, (), max_length)
+    check_normalisation(normalisation, readout)
+    return Format(template or "", readout, (), max_length, normalisation=normalisation)
 
 
 def _sources(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.types import Example, Format, Split, TaskKind
+from bayeslora.tasks.types import Example, Format, Normalisation, Split, TaskKind
 
 ConcreteReadout = Literal["letters", "likelihood", "head"]
 
@@ -69,6 +69,26 @@ def check_template(template: str, readout: str) -> None:
         )
 
 
+def check_normalisation(normalisation: str, readout: str) -> None:
+    """Refuse a normalisation that does not exist, or that a readout does not have.
+
+    Args:
+        normalisation: The normalisation.
+        readout: The readout; ``auto`` is not known yet and is accepted.
+
+    Raises:
+        InputError: It is unknown, or not ``sum`` for a readout other than likelihood.
+    """
+    known = get_args(Normalisation)
+    if normalisation not in known:
+        raise InputError(f"The normalisation {normalisation!r} is unknown: give one of {', '.join(known)}.")
+    if normalisation != "sum" and readout not in ("auto", "likelihood"):
+        raise InputError(
+            f"The readout {readout!r} has no normalisation {normalisation!r}: use readout='likelihood', or "
+            "normalisation='sum'."
+        )
+
+
 def resolve_format(source: Split | Format, readout: str) -> Format:
     """Return the format with its readout settled and its template filled in.
 
@@ -88,7 +108,23 @@ def resolve_format(source: Split | Format, readout: str) -> Format:
         raise InputError(f"The readout {readout!r} cannot be used: give one of {', '.join(_CONCRETE)}.")
     template = fmt.template or DEFAULT_TEMPLATES[fmt.kind][concrete]
     check_template(template, concrete)
+    check_normalisation(fmt.normalisation, concrete)
     return replace(fmt, template=template, readout=concrete)
+
+
+def neutral_prompt(fmt: Format) -> str:
+    """Return the prompt without a question, against which the ``unconditional`` normalisation sets a choice.
+
+    Args:
+        fmt: A format from ``resolve_format``.
+
+    Returns:
+        What the template has after its last placeholder, such as ``Answer:``; that word where it has nothing there.
+    """
+    end = ""
+    for literal, name, _, _ in string.Formatter().parse(fmt.template):
+        end = end + literal if name is None else ""
+    return end.strip() or "Answer:"
 
 
 def answer_text(example: Example, index: int, readout: str) -> str:

@@ -14,6 +14,7 @@ from bayeslora.errors import InputError
 
 ReadoutName = Literal["auto", "letters", "likelihood", "head"]
 TaskKind = Literal["question", "blank", "class"]
+Normalisation = Literal["sum", "characters", "tokens", "unconditional"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Format:
             limit, beyond which a prompt is refused.
         kind: What the text is, which decides the default template: a ``question``, a sentence with a ``blank`` to
             fill, or a text whose ``class`` is asked for.
+        normalisation: The likelihood readout's score of a choice, in training as in prediction: ``sum`` of its tokens'
+            log-probabilities; that sum over the length of its text in ``characters``, or in ``tokens``, times the mean
+            length of the row's choices; or the sum less the one after a prompt without the question
+            (``unconditional``), see `bayeslora.tasks.render.neutral_prompt`.
     """
 
     template: str
@@ -56,6 +61,7 @@ class Format:
     few_shot: tuple[Example, ...] = ()
     max_length: int | None = None
     kind: TaskKind = "question"
+    normalisation: Normalisation = "sum"
 
 
 @dataclass(frozen=True)
