@@ -104,7 +104,8 @@ def distill(
     if closest is not None:
         write(model, closest.params)
         settings |= {"held_out": apart, **closest.told()}
-    return Point(read(model), origin_of(model, "distilled", settings, len(learned)))
+    origin = origin_of(model, "distilled", settings, len(learned))
+    return Point(read(model), replace(origin, normalisation=rows.normalisation))
 
 
 @final

@@ -23,7 +23,8 @@ class Encoded:
         answers: Token ids of each answer that may follow it; empty for a classification head.
         label: Index of the right answer; -1 where it is not known.
         scales: Factor on the log-likelihood of each answer; empty: none.
-        neutral: Token ids of a prompt without the question, whose log-likelihood of an answer is taken off; empty: none.
+        neutral: Token ids of a prompt without the question, whose log-likelihood of an answer is taken off; empty:
+            none.
         neutral_answers: Token ids of each answer after it.
     """
 

@@ -108,9 +108,9 @@ class Passes:
         bare = [replace(row, neutral=(), neutral_answers=()) for row in self.rows]
         found = replace(self, rows=bare).run(draw, count, numbers)
         rows, places = neutral_rows([self.rows[i] for i in numbers])
-        once = replace(
-            self, rows=rows, classes=AT_ONCE, done=lambda _: None, share_prefix=False, as_scores=True
-        ).run(draw, count)
+        once = replace(self, rows=rows, classes=AT_ONCE, done=lambda _: None, share_prefix=False, as_scores=True).run(
+            draw, count
+        )
         index = torch.tensor([own + [0] * (self.classes - len(own)) for own in places])
         return (found - once.flatten(1)[:, index]).log_softmax(-1)
 

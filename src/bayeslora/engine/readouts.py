@@ -59,7 +59,11 @@ class Readout:
 
     def length(self, row: Encoded) -> int:
         """Return how many tokens of the batch an example takes."""
-        parts = [(row.prompt, row.answers), (row.neutral, row.neutral_answers)] if row.neutral else [(row.prompt, row.answers)]
+        parts = (
+            [(row.prompt, row.answers), (row.neutral, row.neutral_answers)]
+            if row.neutral
+            else [(row.prompt, row.answers)]
+        )
         tails = [[len(a) - 1 for a in answers] for _, answers in parts]
         prompts = [len(prompt) for prompt, _ in parts]
         if self.shared or (len(parts) == 1 and not any(tails[0])):

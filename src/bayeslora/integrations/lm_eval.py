@@ -268,7 +268,8 @@ def evaluate_tasks(
     results = simple_evaluate(
         model=lm, tasks=names, limit=limit, num_fewshot=num_fewshot, task_manager=manager, **settings
     )
-    return add_calibration(results)
+    origin = lm.posterior.origin
+    return add_calibration(results, normalisation=(origin.normalisation if origin is not None else None) or "sum")
 
 
 def _log_mean(log_p: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:

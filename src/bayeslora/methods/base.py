@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin, origin_of
+from bayeslora.origin import Origin, check_scores, origin_of
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import Posterior
 from bayeslora.quantised import unpack_for_training
@@ -132,7 +132,18 @@ def beginning(model: nn.Module, method: PostHoc, task: Task, start: Posterior | 
         The adapter's parameters, and the origin with the number of the task's training examples.
     """
     rows = len(task.train) if task.train is not None else None
-    return read(model) if start is None else start.mean, origin_for(model, method, rows)
+    origin = scored_as(origin_for(model, method, rows), task)
+    if start is None:
+        return read(model), origin
+    if start.origin is not None:
+        check_scores(start.origin, origin.normalisation, f"the task {task.name}")
+    return start.mean, origin
+
+
+def scored_as(origin: Origin, task: Task) -> Origin:
+    """Return an origin that says how the task's answers are scored."""
+    rows = next((split for split in (task.train, task.validation, task.test) if split is not None), None)
+    return replace(origin, normalisation=None if rows is None else rows.normalisation)
 
 
 @dataclass

@@ -80,7 +80,8 @@ def load_task(
         data: Folder that holds the task's folder or files (``train``, ``validation`` or ``dev``, ``test``, ending in
             ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``), or a single file. None loads from the Hub.
         readout: How answers are read; see ``Format``.
-        template: Prompt with ``{text}`` and, for letters, ``{choices}``; None takes the default.
+        template: Prompt with ``{text}``, ``{choices}`` for letters, and any other column of the data by its name in
+            braces, such as ``{premise}``; None takes the default.
         few_shot: Solved examples in the prompt, taken out of the training rows.
         max_length: Longest prompt in tokens; see ``Format``.
         train_rows: Most rows to train on; None for all.
@@ -116,9 +117,7 @@ def load_task(
     return _sampled(name, splits, sizes)
 
 
-def _format(
-    readout: ReadoutName, template: str | None, max_length: int | None, normalisation: Normalisation
-) -> Format:
+def _format(readout: ReadoutName, template: str | None, max_length: int | None, normalisation: Normalisation) -> Format:
     """Return the format without its few-shot examples and kind."""
     if readout not in get_args(ReadoutName):
         raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}.")

@@ -26,12 +26,14 @@ class Example:
         choices: What can be answered; for a classification task the class names, the same for every example.
         label: Index of the right choice; None where it is not known.
         probs: The true probability of each choice, where the data were generated and it is known.
+        columns: Name and text of each column that the template names besides ``{text}`` and ``{choices}``.
     """
 
     text: str
     choices: tuple[str, ...]
     label: int | None = None
     probs: tuple[float, ...] | None = None
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Format:
     """How an example is put to a model and its answer read.
 
     Attributes:
-        template: Python format string with ``{text}`` and, for the letters readout, ``{choices}``. Empty: the default
-            for the kind and the readout, filled in by ``resolve_format`` once the readout is known.
+        template: Python format string with ``{text}`` or the names of other columns of the data in braces and, for the
+            letters readout, ``{choices}``. Empty: the default for the kind and the readout, filled in by
+            ``resolve_format`` once the readout is known.
         readout: ``letters`` (softmax over the choices' letter tokens at the last position), ``likelihood`` (softmax
             over the log-likelihood of each choice's text), ``head`` (a classification head) or ``auto`` (``head`` for a
             model that has one, else ``likelihood`` for a split with classes and ``letters`` where the choices change
@@ -101,6 +104,12 @@ class Split:
             return None
         widest = max(map(len, known))
         return torch.tensor([[*p, *[0.0] * (widest - len(p))] for p in known])
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """The normalisation of the choices' log-likelihoods; None if the format's readout surely has none."""
+        likely = self.format.readout == "likelihood" or (self.format.readout == "auto" and self.classes is not None)
+        return self.format.normalisation if likely else None
 
     def take(self, rows: Sequence[int]) -> Split:
         """Return the split with the given rows only, in the given order."""
