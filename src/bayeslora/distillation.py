@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from bayeslora._typing import Float
 from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
+from bayeslora.methods.regularisers import divided
 from bayeslora.origin import origin_of
 from bayeslora.params import Params, generator, read, write
 from bayeslora.posteriors import Point, Posterior, Sampling
@@ -145,8 +146,8 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
-        wanted = log_p.to(log_q.device)[labels][:, : log_q.shape[-1]]
-        return divergences(wanted, log_q).sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        wanted = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
+        return divided(divergences(wanted, log_q).sum(), num_items_in_batch, len(labels))
 
     return loss
 

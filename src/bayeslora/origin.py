@@ -119,18 +119,20 @@ def check_base(origin: Origin, model: nn.Module) -> None:
         raise InputError(f"{wanted}, and this model has the same layers with other weights; load that base model")
 
 
-def check_scores(origin: Origin, normalisation: str | None, name: str) -> None:
+def check_scores(origin: Origin | None, normalisation: str | None, name: str) -> None:
     """Refuse examples whose answers would be scored in another way than in training.
 
     Args:
-        origin: Origin of the posterior.
+        origin: Origin of the posterior; None if it has none.
         normalisation: That of the examples; None if their answers are not read by likelihood.
         name: Name of the examples.
 
     Raises:
         InputError: If both are known and differ.
     """
-    if None not in (origin.normalisation, normalisation) and origin.normalisation != normalisation:
+    if origin is None or origin.normalisation is None or normalisation is None:
+        return
+    if origin.normalisation != normalisation:
         raise InputError(
             f"the posterior was trained with normalisation={origin.normalisation!r}, and {name} has {normalisation!r}; "
             f"load the task with normalisation={origin.normalisation!r}"

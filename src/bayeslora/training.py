@@ -16,7 +16,7 @@ from bayeslora.engine.encode import Encoded
 from bayeslora.engine.readouts import Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
-from bayeslora.methods.base import origin_for, scored_as
+from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, read, write
 from bayeslora.posteriors import Point, Posterior
@@ -79,7 +79,7 @@ def fit(
 def _scored(posterior: Posterior, task: Task) -> Posterior:
     """Return the posterior with a note of how the task's answers are scored."""
     assert posterior.origin is not None
-    return replace(cast(Any, posterior), origin=scored_as(posterior.origin, task))
+    return replace(cast(Any, posterior), origin=replace(posterior.origin, normalisation=task.normalisation))
 
 
 def _members(

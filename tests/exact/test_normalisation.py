@@ -36,8 +36,7 @@ def split_of(kind: Normalisation, rows: int = 9) -> Split:
 
 def task_of(kind: Normalisation) -> Task:
     found = make_task(readout="likelihood")
-    assert found.train is not None and found.validation is not None and found.test is not None
-    return Task("bags", *(normalised(s, kind) for s in (found.train, found.validation, found.test)))
+    return Task("bags", *(normalised(s, kind) for s in (found.train, found.validation, found.test) if s is not None))
 
 
 def log_likelihood(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -> tuple[Tensor, int]:
@@ -57,9 +56,9 @@ def by_hand(model: nn.Module, split: Split, tokenizer: Any) -> list[Tensor]:
         characters = [len(choice) for choice in example.choices]
         match form.normalisation:
             case "characters":
-                scores = [s * (sum(characters) / len(texts)) / n for s, n in zip(sums, characters, strict=True)]
+                scores = [s * 4 / n for s, n in zip(sums, characters, strict=True)]
             case "tokens":
-                scores = [s * (sum(tokens) / len(texts)) / n for s, n in zip(sums, tokens, strict=True)]
+                scores = [s / n for s, n in zip(sums, tokens, strict=True)]
             case "unconditional":
                 pairs = zip(sums, texts, strict=True)
                 scores = [s - log_likelihood(model, tokenizer, "Answer:", t)[0] for s, t in pairs]

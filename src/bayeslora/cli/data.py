@@ -175,7 +175,7 @@ def kept_format(folder: Path, options: TaskOptions) -> Split | None:
         raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
     if options.normalisation != normalisation:
         raise InputError(
-            f"the run was trained with --normalisation {normalisation}, not {options.normalisation}; leave the option out"
+            f"the run was trained with --normalisation {normalisation}, not {options.normalisation}; leave it out"
         )
     if options.few_shot > len(shots):
         raise InputError(f"the run keeps {len(shots)} solved examples, and --few-shot asks for {options.few_shot}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
-from bayeslora.tasks.render import answer_text, neutral_prompt, render, resolve_format
+from bayeslora.tasks.render import CHARACTERS, answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Example, Format, Normalisation, Split
 
 
@@ -108,10 +108,10 @@ def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tup
 def length_scales(
     example: Example, answers: Sequence[Sequence[int]], normalisation: Normalisation
 ) -> tuple[float, ...]:
-    """Return the factor on each choice's log-likelihood: the mean length of the example's choices over its own.
+    """Return the factor on each choice's log-likelihood: one over its length in tokens, or in four characters.
 
-    The mean keeps the scores at the size of a whole answer's log-likelihood: divided by lengths alone, their softmax
-    would be nearly flat.
+    Both give nats a token, or about that. Divided by single characters their softmax would be nearly flat; times the
+    mean length of the choices, which would give them the size of whole answers, about as sure as that of sums.
 
     Args:
         example: The example.
@@ -121,11 +121,13 @@ def length_scales(
     Returns:
         The factors; none where all are 1.
     """
-    if normalisation not in ("characters", "tokens"):
+    if normalisation == "characters":
+        scales = tuple(CHARACTERS / max(1, len(choice)) for choice in example.choices)
+    elif normalisation == "tokens":
+        scales = tuple(1 / len(answer) for answer in answers)
+    else:
         return ()
-    lengths = [len(choice) for choice in (example.choices if normalisation == "characters" else answers)]
-    mean = sum(lengths) / len(lengths)
-    return () if len(set(lengths)) == 1 else tuple(mean / length for length in lengths)
+    return () if set(scales) == {1.0} else scales
 
 
 def _with_neutral(encoded: list[Encoded], split: Split, form: Format, tokenizer: Any) -> list[Encoded]:

@@ -9,9 +9,9 @@ normaliser over the vocabulary is the same for all of them and is left out. Wher
 pass over their prompt: all of them follow it in one sequence, at the positions they would have, and see the prompt and
 themselves only.
 
-The format's normalisation changes these scores before the softmax, by a factor on each token's log-probability: the
-mean length of the choices over the choice's own, or -1 for the choice after a neutral prompt, which is one more prompt
-in the same sequence that sees nothing of the first.
+The format's normalisation changes these scores before the softmax, by a factor on each token's log-probability: one
+over the choice's length, or -1 for the choice after a neutral prompt, which is one more prompt in the same sequence
+that sees nothing of the first.
 """
 
 from __future__ import annotations

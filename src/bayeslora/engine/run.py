@@ -94,7 +94,7 @@ def predict(
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
-    if posterior.origin is not None and readout.name == "likelihood":
+    if readout.name == "likelihood":
         check_scores(posterior.origin, split.normalisation, split.name)
     if _is_linearised(posterior):
         token_budget = gradient_budget(token_budget, split)

@@ -109,7 +109,8 @@ class Likelihoods:
                 of_tokens, total = _read(logits, batch, total)
                 values.append(_summed(of_tokens, batch))
             assert total is not None
-            hit = total.argmax(-1)[batch["readout_row"]] == batch["readout_token"]
+            row, token = (batch[f"readout_{key}"].to(total.device) for key in ("row", "token"))
+            hit = total.argmax(-1)[row] == token
             return torch.cat(values), _summed((~hit)[None], batch)[0] == 0
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -179,7 +180,7 @@ def _read(
     logits: Float[Tensor, "S P V"], batch: Batch, total: Float[Tensor, "P V"] | None
 ) -> tuple[Float[Tensor, "S Q"], Float[Tensor, "P V"]]:
     """Return the log-probability of each token under each draw, and log Σ_k p_k over the draws so far."""
-    row, token = batch["readout_row"], batch["readout_token"]
+    row, token = (batch[f"readout_{key}"].to(logits.device) for key in ("row", "token"))
     count, positions, vocabulary = logits.shape
     values = torch.empty(count, len(row), device=logits.device)
     if total is None:

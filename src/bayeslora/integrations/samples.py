@@ -16,6 +16,7 @@ from torch import Tensor
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics import brier, ece, nll
+from bayeslora.tasks.render import CHARACTERS
 
 BINS = 15
 """Bins of equal width of the ECE."""
@@ -107,8 +108,8 @@ def _scores(number: int, sample: Mapping[str, Any], normalisation: str) -> list[
     if normalisation == "unconditional" and alone:
         return [score - less for score, less in zip(found, alone, strict=True)]
     if normalisation == "characters":
-        lengths = [max(1, len(text)) for text in _texts(sample)[: len(found)]]
-        return [score * sum(lengths) / len(lengths) / n for score, n in zip(found, lengths, strict=True)]
+        texts = _texts(sample)[: len(found)]
+        return [score * CHARACTERS / max(1, len(text)) for score, text in zip(found, texts, strict=True)]
     if normalisation != "sum":
         raise InputError(f"sample {number} does not tell what normalisation={normalisation!r} needs; use 'characters'")
     return found

@@ -131,19 +131,9 @@ def beginning(model: nn.Module, method: PostHoc, task: Task, start: Posterior | 
     Returns:
         The adapter's parameters, and the origin with the number of the task's training examples.
     """
-    rows = len(task.train) if task.train is not None else None
-    origin = scored_as(origin_for(model, method, rows), task)
-    if start is None:
-        return read(model), origin
-    if start.origin is not None:
-        check_scores(start.origin, origin.normalisation, f"the task {task.name}")
-    return start.mean, origin
-
-
-def scored_as(origin: Origin, task: Task) -> Origin:
-    """Return an origin that says how the task's answers are scored."""
-    rows = next((split for split in (task.train, task.validation, task.test) if split is not None), None)
-    return replace(origin, normalisation=None if rows is None else rows.normalisation)
+    origin = origin_for(model, method, None if task.train is None else len(task.train))
+    check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
+    return read(model) if start is None else start.mean, replace(origin, normalisation=task.normalisation)
 
 
 @dataclass

@@ -38,8 +38,8 @@ def split_of(
         if isinstance(row, str):
             if named:
                 raise InputError(
-                    f"input {number} is a text, and this model's template names the columns {', '.join(named)}; give an "
-                    "object with them"
+                    f"input {number} is a text, and this model's template names the columns {', '.join(named)}; give "
+                    "an object with them"
                 )
             examples.append(Example(row, choices))
             continue

@@ -13,6 +13,8 @@ from bayeslora.tasks.types import Example, Format, Normalisation, Split, TaskKin
 ConcreteReadout = Literal["letters", "likelihood", "head"]
 
 LETTERS = string.ascii_uppercase
+CHARACTERS = 4
+"""Characters that count as one token where likelihoods are set in relation to characters: about right for English."""
 
 _BLANK = "Fill in the blank (_) in the sentence.\nSentence: {text}\n"
 
@@ -46,8 +48,8 @@ def check_template(template: str, readout: str) -> None:
         readout: The readout it is for; ``letters`` needs ``{choices}``.
 
     Raises:
-        InputError: It has neither ``{text}`` nor another column, ``{choices}`` is missing for letters, a placeholder has
-            no name or more than a name, or a brace is not closed.
+        InputError: It has neither ``{text}`` nor another column, ``{choices}`` is missing for letters, a placeholder
+            has no name or more than a name, or a brace is not closed.
     """
     if not template:
         return
@@ -206,8 +208,8 @@ def _fill(example: Example, fmt: Format) -> str:
     if lacking:
         has = ", ".join(name for name, _ in example.columns) or "none"
         raise InputError(
-            f"{example.text[:60]!r} has no column {lacking[0]!r}, which the template names (its columns are {has}): give "
-            "rows with that column, or another template."
+            f"{example.text[:60]!r} has no column {lacking[0]!r}, which the template names (its columns are {has}): "
+            "give rows with that column, or another template."
         )
     parts = string.Formatter().parse(fmt.template)  # not str.format, which would read attributes
     return "".join(literal + ("" if name is None else values[name]) for literal, name, _, _ in parts).rstrip(" \t")

@@ -53,10 +53,10 @@ class Format:
             limit, beyond which a prompt is refused.
         kind: What the text is, which decides the default template: a ``question``, a sentence with a ``blank`` to
             fill, or a text whose ``class`` is asked for.
-        normalisation: The likelihood readout's score of a choice, in training as in prediction: ``sum`` of its tokens'
-            log-probabilities; that sum over the length of its text in ``characters``, or in ``tokens``, times the mean
-            length of the row's choices; or the sum less the one after a prompt without the question
-            (``unconditional``), see `bayeslora.tasks.render.neutral_prompt`.
+        normalisation: The likelihood readout's score of a choice, in training as in prediction: the ``sum`` of its
+            tokens' log-probabilities; that sum for each four ``characters`` of its text, or for each of its ``tokens``;
+            or the sum less the one after a prompt without the question (``unconditional``), see
+            `bayeslora.tasks.render.neutral_prompt`.
     """
 
     template: str
@@ -131,6 +131,11 @@ class Task:
     train: Split | None
     validation: Split | None
     test: Split | None
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """That of its splits."""
+        return next((s.normalisation for s in (self.train, self.validation, self.test) if s is not None), None)
 
 
 def labelled(split: Split | None, purpose: str) -> Split:
