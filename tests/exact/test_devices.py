@@ -48,8 +48,11 @@ class Elsewhere(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is Tensor.device.__get__:
+        if getattr(func, "__self__", None) is Tensor.device:
             return torch.device(place(args[0]))
+        if func is torch.autograd.grad:
+            found = func(*args, **kwargs)
+            return tuple(put(value, place(asked)) for value, asked in zip(found, args[1], strict=True))
         if func in (Tensor.to, Tensor.cpu):
             return self.moved(func, args, kwargs)
         asked = str(kwargs.pop("device")) if kwargs.get("device") is not None else None
@@ -134,13 +137,13 @@ def test_labels_and_counts_meet_the_scores_where_these_are(tokenizer: Any) -> No
 
     def losses(model: Any) -> list[Tensor]:
         readout = readout_for(model, split, tokenizer)
-        batch = {key: value.to(SECOND) if place(next(model.parameters())) == FIRST else value
-                 for key, value in readout.collate(readout.encode(split)[0]).items()}  # fmt: skip
+        apart = place(next(model.parameters())) == FIRST
+        batch = {k: v.to(FIRST) if apart else v for k, v in readout.collate(readout.encode(split)[0]).items()}
         labels, count = batch.pop("labels"), torch.tensor(6.0)
+        count = put(count, FIRST) if apart else count
         with readout.attached(model):
             logits = model(**batch).logits
-        labels = put(labels, FIRST) if place(logits) != "cpu" else labels
-        count = put(count, FIRST) if place(logits) != "cpu" else count
+        assert place(logits) == (SECOND if apart else "cpu")
         soft = soft_loss(torch.full((6, 4), 0.25).log())
         values = [answer_loss({"logits": logits}, labels, count), soft({"logits": logits}, torch.arange(6), count)]
         sum(values).backward()
