@@ -22,7 +22,7 @@ from bayeslora._typing import Float
 from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods.regularisers import divided
-from bayeslora.origin import origin_of
+from bayeslora.origin import origin_of, scored
 from bayeslora.params import Params, generator, read, write
 from bayeslora.posteriors import Point, Posterior, Sampling
 from bayeslora.tasks.types import Split
@@ -106,7 +106,7 @@ def distill(
         write(model, closest.params)
         settings |= {"held_out": apart, **closest.told()}
     origin = origin_of(model, "distilled", settings, len(learned))
-    return Point(read(model), replace(origin, normalisation=rows.normalisation))
+    return Point(read(model), scored(origin, rows.normalisation))
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,20 @@ def check_base(origin: Origin, model: nn.Module) -> None:
     far = (a - b).abs() > 0.01 * torch.maximum(a.abs(), b.abs())
     if a.shape != b.shape or far.float().mean().item() > 0.1:
         raise InputError(f"{wanted}, and this model has the same layers with other weights; load that base model")
+
+
+def scored(origin: Origin, normalisation: str | None) -> Origin:
+    """Return an origin that says how the likelihood readout's scores were normalised in training.
+
+    Args:
+        origin: The origin.
+        normalisation: That of the task's format; None if its answers are not read by likelihood.
+
+    Returns:
+        The origin; a classification head's has no normalisation.
+    """
+    head = origin.adapter_config.get("task_type") == "SEQ_CLS"
+    return replace(origin, normalisation=None if head else normalisation)
 
 
 def check_scores(origin: Origin | None, normalisation: str | None, name: str) -> None:

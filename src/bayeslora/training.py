@@ -18,6 +18,7 @@ from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
+from bayeslora.origin import scored
 from bayeslora.params import initialise, read, write
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.storage import load_posterior
@@ -79,7 +80,7 @@ def fit(
 def _scored(posterior: Posterior, task: Task) -> Posterior:
     """Return the posterior with a note of how the task's answers are scored."""
     assert posterior.origin is not None
-    return replace(cast(Any, posterior), origin=replace(posterior.origin, normalisation=task.normalisation))
+    return replace(cast(Any, posterior), origin=scored(posterior.origin, task.normalisation))
 
 
 def _members(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from cli_data import POINTS, QUICK, write_rows
 
-from bayeslora.cli.data import kept_format, split_like, written
+from bayeslora.cli.data import given_format, kept_format, scored_as, split_like, written
 from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.parse import parse
 from bayeslora.cli.predict import EXAMPLES, Options
@@ -33,7 +33,7 @@ def nli_run(home, tmp_path_factory):
     for name, count in (("train", 14), ("test", 6)):
         write_rows(path / "nli" / f"{name}.jsonl", nli_rows(count))
     words = ["--data", str(path / "nli"), "--readout", "likelihood", "--template", TEMPLATE, "--few-shot", "1"]
-    words += ["--normalisation", "tokens", "--draws", "2", "--out", str(path / "run")]
+    words += ["--normalisation", "characters", "--draws", "2", "--out", str(path / "run")]
     assert main(["train", *home.model(), *words, *QUICK, *POINTS]) == 0
     return path / "run"
 
@@ -59,7 +59,7 @@ def test_a_run_keeps_columns_and_normalisation_and_predicts_from_rows_without_la
     split = split_like(read_rows(rows), like, options_of(nli_run))
     prompt = render(split.examples[1], resolve_format(split, "likelihood"))
     assert prompt.endswith("\n\nbag holds 1 red.\nQuestion: holds 1 blue.\nAnswer:")
-    assert split.format.normalisation == "tokens"
+    assert split.format.normalisation == "characters"
     assert split.format.few_shot[0].columns[0][1].startswith("bag holds")
     said = bay("evaluate", nli_run, *POINTS)
     assert said.status == 0, said.err
@@ -73,20 +73,19 @@ def test_rows_that_lack_a_column_of_the_template_are_refused_with_theirs(refused
 
 def test_the_posterior_says_its_normalisation_and_another_is_refused(refused, nli_run, tmp_path):
     origin = load_posterior(nli_run / "posterior").origin
-    assert origin.normalisation == "tokens"
+    assert origin.normalisation == "characters"
     rows = write_rows(tmp_path / "new.jsonl", nli_rows(2, labels=False))
-    said = refused("predict", nli_run, "--input", rows, "--normalisation", "characters")
-    assert "trained with --normalisation tokens, not characters" in said
-    with pytest.raises(InputError, match="load the task with normalisation='tokens'"):
+    said = refused("predict", nli_run, "--input", rows, "--normalisation", "tokens")
+    assert "trained with --normalisation characters, not tokens" in said
+    with pytest.raises(InputError, match="load the task with normalisation='characters'"):
         check_scores(origin, "sum", "rows")
     check_scores(origin, None, "letters")
     check_scores(replace(origin, normalisation=None), "sum", "rows")
     assert Origin({}, "", {}).normalisation is None
 
 
-def test_files_of_earlier_versions_mean_sums(nli_run, swag_run, tmp_path):
-    for run, wanted in ((swag_run, "sum"), (nli_run, "tokens")):
-        assert load_posterior(run / "posterior").origin.normalisation == wanted
+def test_files_of_earlier_versions_mean_sums(swag_run, tmp_path):
+    assert load_posterior(swag_run / "posterior").origin.normalisation == "tokens"
     task = json.loads((swag_run / "task.json").read_text())
     del task["format"]["normalisation"]
     write_rows(tmp_path / "task.json", [task])
@@ -97,6 +96,10 @@ def test_files_of_earlier_versions_mean_sums(nli_run, swag_run, tmp_path):
         if file.is_file():
             (copy / file.name).write_bytes(file.read_bytes())
     config = json.loads((copy / "posterior_config.json").read_text())
-    assert config.pop("normalisation") == "sum"
+    del config["normalisation"]
     (copy / "posterior_config.json").write_text(json.dumps(config))
-    assert load_posterior(copy).origin.normalisation == "sum"
+    origin = load_posterior(copy).origin
+    assert origin.normalisation == "sum"
+    assert scored_as(TaskOptions(), origin).normalisation == "sum"
+    assert given_format(TaskOptions(readout="likelihood"), "rows", origin).format.normalisation == "sum"
+    assert given_format(TaskOptions(readout="likelihood"), "rows", None).format.normalisation == "tokens"

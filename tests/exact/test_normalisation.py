@@ -239,4 +239,5 @@ def test_the_neutral_prompt_is_what_the_template_ends_with() -> None:
 @pytest.mark.parametrize("readout", ["letters", "head"])
 def test_other_readouts_have_no_normalisation(readout: Any) -> None:
     with pytest.raises(InputError, match="normalisation 'tokens': use readout='likelihood'"):
-        resolve_format(Format("", normalisation="tokens"), readout)
+        resolve_format(Format("", readout, normalisation="tokens"), readout)
+    assert resolve_format(Format("", normalisation="tokens"), readout).normalisation == "sum"

@@ -306,6 +306,8 @@ def test_calibration_follows_the_normalisation_by_hand_or_is_refused():
     pair = sample([-3.0, -6.0, -2.0, -7.0], 0, texts * 2, acc_mutual_info=1.0)
     against = choice_log_probs([pair], "unconditional")[0][0]
     assert against.tolist() == pytest.approx(torch.tensor([-1.0, 1.0]).log_softmax(0).tolist())
+    by_tokens = choice_log_probs([sample([-3.0, -6.0], 0, texts)], "tokens", lambda _, text: len(text.split()))[0][0]
+    assert by_tokens.tolist() == pytest.approx(torch.tensor([-3.0, -3.0]).log_softmax(0).tolist())
     for kind in ("tokens", "unconditional"):
         results = {
             "results": {"one": {}}, "configs": {"one": {"output_type": "multiple_choice"}},

@@ -338,7 +338,16 @@ def test_the_normalisation_is_part_of_the_format_and_an_unknown_one_is_refused(t
     usual = {"data": tmp_path, "template": "{premise}"}
     found = load_task(**usual, readout="likelihood", normalisation="tokens")
     assert {s.format.normalisation for s in (found.train, found.validation)} == {"tokens"}
+    assert load_task(**usual, readout="likelihood").train.format.normalisation == "tokens"
+    assert load_task(**usual, readout="head").train.format.normalisation == "sum"
     with pytest.raises(InputError, match="'bytes' is unknown: give one of sum, characters, tokens, unconditional"):
         load_task(**usual, normalisation="bytes")
     with pytest.raises(InputError, match="'letters' has no normalisation 'tokens'"):
         load_task(data=tmp_path, template="{premise} {choices}", readout="letters", normalisation="tokens")
+
+
+def test_a_normalisation_that_the_chosen_readout_would_not_have_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "quiz" / "test.jsonl", [{"question": "q", "choices": ["a", "b"], "label": 0}] * 2)
+    assert load_task(data=tmp_path / "quiz").normalisation is None
+    with pytest.raises(InputError, match="which 'auto' does not choose for quiz: add readout='likelihood'"):
+        load_task(data=tmp_path / "quiz", normalisation="characters")

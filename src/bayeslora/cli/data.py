@@ -16,7 +16,7 @@ from bayeslora.origin import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.render import own_columns
+from bayeslora.tasks.render import default_normalisation, own_columns
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"
@@ -50,8 +50,24 @@ def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test")
         seed=options.task_seed,
         columns=named_columns(options) or None,
         file_as=file_as,
-        normalisation=options.normalisation,
+        normalisation=None if options.normalisation == "auto" else options.normalisation,
     )
+
+
+def scored_as(options: TaskOptions, origin: Origin | None) -> TaskOptions:
+    """Return options with the normalisation of a posterior, where they name none.
+
+    Args:
+        options: The options.
+        origin: The posterior's.
+
+    Returns:
+        The options.
+    """
+    known = None if origin is None else origin.normalisation
+    if known is None or options.normalisation != "auto":
+        return options
+    return replace(options, normalisation=cast(Normalisation, known))
 
 
 def written(template: str) -> str:
@@ -137,15 +153,15 @@ def given_format(options: TaskOptions, name: str, origin: Origin | None) -> Spli
     Args:
         options: The options.
         name: Name of the split.
-        origin: That of the posterior, whose normalisation comes before the options'.
+        origin: That of the posterior, which says the normalisation if the options do not.
 
     Returns:
         The empty split.
     """
-    normalisation = (origin.normalisation if origin is not None else None) or options.normalisation
     kind: TaskKind = "class" if options.classes else "question"
-    template = written(options.template)
-    form = Format(template, options.readout, (), options.max_length or None, kind, cast(Normalisation, normalisation))
+    named = scored_as(options, origin).normalisation
+    normalisation = default_normalisation(options.readout) if named == "auto" else named
+    form = Format(written(options.template), options.readout, (), options.max_length or None, kind, normalisation)
     return Split(name, (), form, tuple(options.classes) or None)
 
 
@@ -173,7 +189,7 @@ def kept_format(folder: Path, options: TaskOptions) -> Split | None:
         name = str(kept["name"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
-    if options.normalisation != normalisation:
+    if options.normalisation not in ("auto", normalisation):
         raise InputError(
             f"the run was trained with --normalisation {normalisation}, not {options.normalisation}; leave it out"
         )

@@ -71,8 +71,10 @@ class TaskOptions:
     readout: Literal["auto", "letters", "likelihood", "head"] = option(
         "auto", "How answers are read: letters of the choices, likelihood of their texts, or a classification head."
     )
-    normalisation: Literal["sum", "characters", "tokens", "unconditional"] = option(
-        "sum", "Likelihood readout: what the log-likelihood of a choice is set in relation to, its length or its own."
+    normalisation: Literal["auto", "sum", "characters", "tokens", "unconditional"] = option(
+        "auto",
+        "Likelihood readout: the sum of a choice's log-likelihood, that for its characters or tokens, or less that "
+        "without the question; auto: as in training, tokens for a new run.",
     )
     template: str = option(
         "",

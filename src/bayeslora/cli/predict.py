@@ -132,10 +132,10 @@ def _target(path: Path, overwrite: bool) -> Path:
 
 def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     """Return the rows as examples of the task that was trained on."""
-    from bayeslora.cli.data import build_task, given_format, kept_format, split_like
+    from bayeslora.cli.data import build_task, given_format, kept_format, scored_as, split_like
 
-    tasks = part(TaskOptions, options)
-    like = kept_format(run_folder(Path(options.run)), tasks)
+    own = part(TaskOptions, options)
+    like, tasks = kept_format(run_folder(Path(options.run)), own), scored_as(own, origin)
     if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
         like = given_format(tasks, rows.name, origin)
     if like is None:

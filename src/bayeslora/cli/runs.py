@@ -37,7 +37,7 @@ def check_folder(folder: Path, options: Any, *, resume: bool, free: tuple[str, .
         raise InputError(f"{folder} holds other files; choose another --out")
     if not resume:
         raise InputError(f"{folder} is there already; add --resume to go on with it, or choose another --out")
-    before = read_options(folder)
+    before = {"normalisation": "sum", **read_options(folder)}  # earlier versions had no other
     for key, value in _recorded(options).items():
         if key not in ("out", "resume", *free) and before.get(key) != value:
             raise InputError(

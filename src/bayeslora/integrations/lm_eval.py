@@ -269,7 +269,8 @@ def evaluate_tasks(
         model=lm, tasks=names, limit=limit, num_fewshot=num_fewshot, task_manager=manager, **settings
     )
     origin = lm.posterior.origin
-    return add_calibration(results, normalisation=(origin.normalisation if origin is not None else None) or "sum")
+    trained = (None if origin is None else origin.normalisation) or "sum"
+    return add_calibration(results, normalisation=trained, tokens=lambda *pair: len(lm._encode_pair(*pair)[1]))
 
 
 def _log_mean(log_p: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:

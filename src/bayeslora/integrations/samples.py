@@ -7,7 +7,7 @@ choices' lengths in characters or to their likelihoods without the question; see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,19 @@ from bayeslora.tasks.render import CHARACTERS
 
 BINS = 15
 """Bins of equal width of the ECE."""
+Counts = Callable[[str, str], int]
+"""How many tokens a text has after a context: both go in."""
 
 
 def choice_log_probs(
-    samples: Sequence[Mapping[str, Any]], normalisation: str = "sum"
+    samples: Sequence[Mapping[str, Any]], normalisation: str = "sum", tokens: Counts | None = None
 ) -> tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]:
     """Return the predictions and the right answers of a multiple-choice task.
 
     Args:
         samples: The task's logged samples under one filter.
         normalisation: What the log-likelihoods are set in relation to.
+        tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
         Log-probabilities, -inf for choices that an example does not have, and the index of the right choice.
@@ -40,7 +43,7 @@ def choice_log_probs(
     """
     if not samples:
         raise InputError("there are no logged samples; evaluate with log_samples=True")
-    scores = [_scores(number, sample, normalisation) for number, sample in enumerate(samples)]
+    scores = [_scores(number, sample, normalisation, tokens) for number, sample in enumerate(samples)]
     labels = [_label(number, sample, own) for number, (sample, own) in enumerate(zip(samples, scores, strict=True))]
     widest = max(map(len, scores))
     log_p = torch.full((len(scores), widest), -torch.inf, dtype=torch.float64)
@@ -56,22 +59,26 @@ def calibration(samples: Sequence[Mapping[str, Any]], bins: int = BINS, normalis
         samples: The task's logged samples under one filter.
         bins: Bins of equal width of the ECE.
         normalisation: What the log-likelihoods are set in relation to.
+        tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
         ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics`.
     """
-    log_p, labels = choice_log_probs(samples, normalisation)
+    log_p, labels = choice_log_probs(samples, normalisation, tokens)
     return {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
 
 
-def add_calibration(results: Mapping[str, Any], bins: int = BINS, normalisation: str = "sum") -> dict[str, Any]:
+def add_calibration(
+    results: Mapping[str, Any], bins: int = BINS, normalisation: str = "sum", tokens: Counts | None = None
+) -> dict[str, Any]:
     """Return the harness's results with the calibration of each multiple-choice task, under the harness's kind of keys.
 
     Args:
         results: What `lm_eval.simple_evaluate` returns, with samples.
         bins: Bins of equal width of the ECE.
-        normalisation: What the log-likelihoods are set in relation to: ``sum`` (nothing), ``characters`` or, for tasks
-            with the harness's ``acc_mutual_info``, ``unconditional``.
+        normalisation: What the log-likelihoods are set in relation to: ``sum`` (nothing), ``characters``, ``tokens``,
+            or ``unconditional`` for tasks with the harness's ``acc_mutual_info``.
+        tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
         The results, where each such task also has ``ece,FILTER``, ``nll,FILTER`` and ``brier,FILTER``. Tasks for which
@@ -84,8 +91,9 @@ def add_calibration(results: Mapping[str, Any], bins: int = BINS, normalisation:
         if results["configs"][task].get("output_type") != "multiple_choice":
             continue
         for name in dict.fromkeys(sample["filter"] for sample in samples):
+            own = [sample for sample in samples if sample["filter"] == name]
             try:
-                found = calibration([sample for sample in samples if sample["filter"] == name], bins, normalisation)
+                found = calibration(own, bins, normalisation, tokens)
             except InputError as error:
                 refused[task] = str(error)
                 continue
@@ -94,7 +102,7 @@ def add_calibration(results: Mapping[str, Any], bins: int = BINS, normalisation:
     return {**results, "results": scores, "higher_is_better": better, "not_calibrated": refused}
 
 
-def _scores(number: int, sample: Mapping[str, Any], normalisation: str) -> list[float]:
+def _scores(number: int, sample: Mapping[str, Any], normalisation: str, tokens: Counts | None) -> list[float]:
     """Return the scores of a sample's choices: their log-likelihoods as the normalisation sets them in relation."""
     try:
         found = [float(response[0]) for response in sample["filtered_resps"]]
@@ -110,6 +118,9 @@ def _scores(number: int, sample: Mapping[str, Any], normalisation: str) -> list[
     if normalisation == "characters":
         texts = _texts(sample)[: len(found)]
         return [score * CHARACTERS / max(1, len(text)) for score, text in zip(found, texts, strict=True)]
+    if normalisation == "tokens" and tokens is not None:
+        pairs = _pairs(sample)[: len(found)]
+        return [score / max(1, tokens(*pair)) for score, pair in zip(found, pairs, strict=True)]
     if normalisation != "sum":
         raise InputError(f"sample {number} does not tell what normalisation={normalisation!r} needs; use 'characters'")
     return found
@@ -136,7 +147,12 @@ def _label(number: int, sample: Mapping[str, Any], scores: Sequence[float]) -> i
 
 
 def _texts(sample: Mapping[str, Any]) -> list[str]:
-    """Return the texts of a sample's choices, from the arguments as they are or as they are written to files."""
+    """Return the texts of a sample's choices."""
+    return [text.strip() for _, text in _pairs(sample)]
+
+
+def _pairs(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the contexts and texts of a sample, from the arguments as they are or as they are written to files."""
     asked = sample["arguments"]
     pairs = [tuple(pair.values()) for pair in asked.values()] if isinstance(asked, Mapping) else asked
-    return [str(pair[1]).strip() for pair in pairs]
+    return [(str(pair[0]), str(pair[1])) for pair in pairs]

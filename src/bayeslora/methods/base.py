@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin, check_scores, origin_of
+from bayeslora.origin import Origin, check_scores, origin_of, scored
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import Posterior
 from bayeslora.quantised import unpack_for_training
@@ -133,7 +133,7 @@ def beginning(model: nn.Module, method: PostHoc, task: Task, start: Posterior | 
     """
     origin = origin_for(model, method, None if task.train is None else len(task.train))
     check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
-    return read(model) if start is None else start.mean, replace(origin, normalisation=task.normalisation)
+    return read(model) if start is None else start.mean, scored(origin, task.normalisation)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from bayeslora.errors import InputError
 from bayeslora.tasks.columns import Columns, guess_columns, make_columns
 from bayeslora.tasks.files import Rows, find_file, read_rows
 from bayeslora.tasks.hub import hub_rows
-from bayeslora.tasks.render import check_normalisation, check_template
+from bayeslora.tasks.render import check_normalisation, check_template, default_normalisation
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.table import STEMS, KnownTask, SplitName, find_task, unknown_task
 from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task, TaskKind
@@ -67,7 +67,7 @@ def load_task(
     seed: int = 0,
     columns: Columns | Mapping[str, object] | None = None,
     file_as: Literal["test", "train"] = "test",
-    normalisation: Normalisation = "sum",
+    normalisation: Normalisation | None = None,
 ) -> Task:
     """Load a known task, or one's own data.
 
@@ -95,7 +95,7 @@ def load_task(
             ``validation`` are held out.
         normalisation: What the likelihood of a choice is set in relation to: ``sum`` is its log-likelihood as it is,
             ``characters`` and ``tokens`` take out its length, ``unconditional`` how likely it is without the question;
-            see ``Format``.
+            see ``Format``. None: ``tokens``, where answers are read by likelihood.
 
     Returns:
         The task; a split without a source is None.
@@ -114,10 +114,18 @@ def load_task(
     labelled = {split for split in sources if split != "test" or strict}
     published = known is not None and given is None
     splits = _splits(name, sources, chosen, fmt, need_labels=labelled, allow_duplicates=published)
-    return _sampled(name, splits, sizes)
+    task = _sampled(name, splits, sizes)
+    if normalisation not in (None, "sum") and task.normalisation is None:
+        raise InputError(
+            f"The normalisation {normalisation!r} is for the likelihood readout, which 'auto' does not choose for "
+            f"{name}: add readout='likelihood'."
+        )
+    return task
 
 
-def _format(readout: ReadoutName, template: str | None, max_length: int | None, normalisation: Normalisation) -> Format:
+def _format(
+    readout: ReadoutName, template: str | None, max_length: int | None, normalisation: Normalisation | None
+) -> Format:
     """Return the format without its few-shot examples and kind."""
     if readout not in get_args(ReadoutName):
         raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}.")
@@ -126,8 +134,9 @@ def _format(readout: ReadoutName, template: str | None, max_length: int | None, 
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length is {max_length}: give a number of tokens, or None for the model's limit.")
     check_template(template or "", readout)
-    check_normalisation(normalisation, readout)
-    return Format(template or "", readout, (), max_length, normalisation=normalisation)
+    chosen = default_normalisation(readout) if normalisation is None else normalisation
+    check_normalisation(chosen, readout)
+    return Format(template or "", readout, (), max_length, normalisation=chosen)
 
 
 def _sources(

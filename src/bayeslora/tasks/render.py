@@ -94,6 +94,11 @@ def own_columns(template: str) -> tuple[str, ...]:
     return tuple(name for name in placeholders(template) if name not in ("text", "choices"))
 
 
+def default_normalisation(readout: str) -> Normalisation:
+    """Return the normalisation of tasks whose user names none: ``tokens`` where answers may be read by likelihood."""
+    return "tokens" if readout in ("auto", "likelihood") else "sum"
+
+
 def check_normalisation(normalisation: str, readout: str) -> None:
     """Refuse a normalisation that does not exist, or that a readout does not have.
 
@@ -133,8 +138,10 @@ def resolve_format(source: Split | Format, readout: str) -> Format:
         raise InputError(f"The readout {readout!r} cannot be used: give one of {', '.join(_CONCRETE)}.")
     template = fmt.template or DEFAULT_TEMPLATES[fmt.kind][concrete]
     check_template(template, concrete)
-    check_normalisation(fmt.normalisation, concrete)
-    return replace(fmt, template=template, readout=concrete)
+    if fmt.readout != "auto":
+        check_normalisation(fmt.normalisation, fmt.readout)
+    normalisation = fmt.normalisation if concrete == "likelihood" else "sum"
+    return replace(fmt, template=template, readout=concrete, normalisation=normalisation)
 
 
 def neutral_prompt(fmt: Format) -> str:
