@@ -108,13 +108,15 @@ def make_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **lora: 
     return model
 
 
-def make_split(name: str, rows: int, seed: int, *, classes: bool, readout: str = "auto") -> Split:
+def make_split(
+    name: str, rows: int, seed: int, *, classes: bool, readout: str = "auto", before: str = "", **form: Any
+) -> Split:
     """Bags of marbles: questions whose number of choices changes from row to row, or texts with three classes."""
     rng = torch.Generator().manual_seed(seed)
     examples = []
     for _ in range(rows):
         a, b, c = torch.randint(0, 10, (3,), generator=rng).tolist()
-        text = f"bag holds {a} red, {b} blue" + (f", {c} green." if c % 2 else ".")
+        text = f"{before}bag holds {a} red, {b} blue" + (f", {c} green." if c % 2 else ".")
         if classes:
             examples.append(Example(text, ("red", "blue", "green"), max(range(3), key=(a, b, c).__getitem__)))
         else:
@@ -123,7 +125,7 @@ def make_split(name: str, rows: int, seed: int, *, classes: bool, readout: str =
     return Split(
         f"bags/{name}",
         tuple(examples),
-        Format(template="", readout=readout, **kinds),
+        Format(template="", readout=readout, **kinds, **form),
         ("red", "blue", "green") if classes else None,
     )
 

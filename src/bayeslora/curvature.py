@@ -97,7 +97,7 @@ class Gradients:
         x, g, owner = self.inputs[site.module], self.outputs[site.module], self.owners[site.module]
         own = g.sum(2)[..., None] if site.bias else torch.einsum("crto,rti->croi", g, x)
         total = own.new_zeros(own.shape[0], len(self.logits), *own.shape[2:])
-        return total.index_add_(1, owner, own)
+        return total.index_add_(1, owner.to(own.device), own)
 
 
 @contextmanager
@@ -200,8 +200,9 @@ def mixed(gradients: Gradients, module: nn.Module, root: Float[Tensor, "N C C"])
     Returns:
         One gradient for each column.
     """
-    own = root[gradients.owners[module]]
-    return torch.einsum("rdc,drto->crto", own, gradients.outputs[module])
+    outputs = gradients.outputs[module]
+    own = root[gradients.owners[module].to(root.device)].to(outputs.device)
+    return torch.einsum("rdc,drto->crto", own, outputs)
 
 
 @final

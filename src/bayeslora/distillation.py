@@ -21,7 +21,8 @@ from transformers.trainer_utils import IntervalStrategy
 from bayeslora._typing import Float
 from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
-from bayeslora.origin import origin_of
+from bayeslora.methods.regularisers import divided
+from bayeslora.origin import origin_of, scored
 from bayeslora.params import Params, generator, read, write
 from bayeslora.posteriors import Point, Posterior, Sampling
 from bayeslora.tasks.types import Split
@@ -104,7 +105,8 @@ def distill(
     if closest is not None:
         write(model, closest.params)
         settings |= {"held_out": apart, **closest.told()}
-    return Point(read(model), origin_of(model, "distilled", settings, len(learned)))
+    origin = origin_of(model, "distilled", settings, len(learned))
+    return Point(read(model), scored(origin, rows.normalisation))
 
 
 @final
@@ -144,8 +146,8 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
-        wanted = log_p.to(log_q.device)[labels][:, : log_q.shape[-1]]
-        return divergences(wanted, log_q).sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        wanted = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
+        return divided(divergences(wanted, log_q).sum(), num_items_in_batch, len(labels))
 
     return loss
 

@@ -108,7 +108,8 @@ class DiagonalCurvature(Curvature):
     def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
         """Add a batch."""
         for site in self.sites:
-            own = torch.einsum("ndc,dnoi->cnoi", root, gradients.jacobian(site)).square().sum((0, 1))
+            jacobian = gradients.jacobian(site)
+            own = torch.einsum("ndc,dnoi->cnoi", root.to(jacobian.device), jacobian).square().sum((0, 1))
             self.sums[site.name] = self.sums[site.name] + own if site.name in self.sums else own
 
     def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:

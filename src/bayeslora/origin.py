@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Origin:
         method: Name of the method that made the posterior.
         settings: The method's hyper-parameters, ready for JSON.
         num_data: Number of training examples N; None where it is not known.
+        normalisation: What the likelihood readout's scores were set in relation to in training, see `Format`; None
+            where it is not known, or answers were read in another way.
     """
 
     adapter_config: Mapping[str, Any]
@@ -36,6 +38,7 @@ class Origin:
     method: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_data: int | None = None
+    normalisation: str | None = None
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -114,6 +117,40 @@ def check_base(origin: Origin, model: nn.Module) -> None:
     far = (a - b).abs() > 0.01 * torch.maximum(a.abs(), b.abs())
     if a.shape != b.shape or far.float().mean().item() > 0.1:
         raise InputError(f"{wanted}, and this model has the same layers with other weights; load that base model")
+
+
+def scored(origin: Origin, normalisation: str | None) -> Origin:
+    """Return an origin that says how the likelihood readout's scores were normalised in training.
+
+    Args:
+        origin: The origin.
+        normalisation: That of the task's format; None if its answers are not read by likelihood.
+
+    Returns:
+        The origin; a classification head's has no normalisation.
+    """
+    head = origin.adapter_config.get("task_type") == "SEQ_CLS"
+    return replace(origin, normalisation=None if head else normalisation)
+
+
+def check_scores(origin: Origin | None, normalisation: str | None, name: str) -> None:
+    """Refuse examples whose answers would be scored in another way than in training.
+
+    Args:
+        origin: Origin of the posterior; None if it has none.
+        normalisation: That of the examples; None if their answers are not read by likelihood.
+        name: Name of the examples.
+
+    Raises:
+        InputError: If both are known and differ.
+    """
+    if origin is None or origin.normalisation is None or normalisation is None:
+        return
+    if origin.normalisation != normalisation:
+        raise InputError(
+            f"the posterior was trained with normalisation={origin.normalisation!r}, and {name} has {normalisation!r}; "
+            f"load the task with normalisation={origin.normalisation!r}"
+        )
 
 
 def _plain(value: Any) -> Any:

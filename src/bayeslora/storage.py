@@ -246,7 +246,8 @@ def _read_posterior(folder: Path) -> Posterior:
             )
     adapter = read_object(folder / "adapter_config.json", f"{folder} has no adapter_config.json; copy the folder again")
     keys = ("base_model", "fingerprint", "method", "settings", "num_data")
-    origin = Origin(adapter, **{k: cast(Any, config.get(k)) for k in keys})
+    normalisation = config.get("normalisation", "sum")  # earlier versions had no other
+    origin = Origin(adapter, **{k: cast(Any, config.get(k)) for k in keys}, normalisation=normalisation)
     try:
         members = tuple(_read_posterior(folder / f"member-{i}") for i in range(int(config["members"])))
         if family is Mixture:

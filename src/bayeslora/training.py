@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
@@ -20,6 +20,7 @@ from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
+from bayeslora.origin import scored
 from bayeslora.params import initialise, read, write
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.storage import load_posterior
@@ -74,8 +75,14 @@ def fit(
     if len(starts) != runs:
         raise InputError(f"{method.name} makes {runs} runs, and {len(starts)} starts were given; give one for each")
     if not isinstance(method, Ensemble):
-        return _run(model, task, method, args, tokenizer, starts[0], resume, callbacks)
-    return _members(model, task, method, args, tokenizer, starts, resume, callbacks)
+        return _scored(_run(model, task, method, args, tokenizer, starts[0], resume, callbacks), task)
+    return _scored(_members(model, task, method, args, tokenizer, starts, resume, callbacks), task)
+
+
+def _scored(posterior: Posterior, task: Task) -> Posterior:
+    """Return the posterior with a note of how the task's answers are scored."""
+    assert posterior.origin is not None
+    return replace(cast(Any, posterior), origin=scored(posterior.origin, task.normalisation))
 
 
 def _members(

@@ -299,6 +299,23 @@ def test_calibration_has_the_values_by_hand():
     assert found["ece"] == pytest.approx((0.25 + 0.6) / 2)
 
 
+def test_calibration_follows_the_normalisation_by_hand_or_is_refused():
+    texts = [" wet", " not wet"]  # 3 and 7 characters
+    by_length = choice_log_probs([sample([-3.0, -6.0], 0, texts)], "characters")[0][0]
+    assert by_length.tolist() == pytest.approx(torch.tensor([-3 * 4 / 3, -6 * 4 / 7]).log_softmax(0).tolist())
+    pair = sample([-3.0, -6.0, -2.0, -7.0], 0, texts * 2, acc_mutual_info=1.0)
+    against = choice_log_probs([pair], "unconditional")[0][0]
+    assert against.tolist() == pytest.approx(torch.tensor([-1.0, 1.0]).log_softmax(0).tolist())
+    by_tokens = choice_log_probs([sample([-3.0, -6.0], 0, texts)], "tokens", lambda _, text: len(text.split()))[0][0]
+    assert by_tokens.tolist() == pytest.approx(torch.tensor([-3.0, -3.0]).log_softmax(0).tolist())
+    for kind in ("tokens", "unconditional"):
+        results = {
+            "results": {"one": {}}, "configs": {"one": {"output_type": "multiple_choice"}},
+            "samples": {"one": [sample([-3.0, -6.0], 0, texts) | {"filter": "none"}]},
+        }  # fmt: skip
+        assert f"normalisation={kind!r}" in add_calibration(results, normalisation=kind)["not_calibrated"]["one"]
+
+
 @pytest.mark.parametrize(
     ("own", "label"),
     [

@@ -62,6 +62,21 @@ def test_the_prediction_is_that_of_the_same_draws_here(stand: Stand, sent: str, 
     assert table.count("accuracy") == bl.evaluate(wanted, split, resamples=0).table().count("accuracy")
 
 
+@pytest.mark.parametrize("sent", ["texts", "tokens"])
+@pytest.mark.parametrize("normalisation", ["characters", "tokens", "unconditional"])
+def test_normalised_scores_are_those_here(stand: Stand, sent: str, normalisation: Any) -> None:
+    split = replace(split_of(), format=Format("", "likelihood", normalisation=normalisation))
+    client = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None)
+    if (sent, normalisation) == ("texts", "tokens"):
+        with pytest.raises(InputError, match=r"counts tokens.*pass the base's tokenizer="):
+            client.predict(split)
+        return
+    torch.testing.assert_close(client.predict(split).log_probs, here(stand, split).log_probs, **CLOSE)
+    if normalisation == "unconditional":  # once for each different choice and draw, beside one request a row
+        choices = {choice for example in split for choice in example.choices}
+        assert len(stand.asked) == len(NAMES) * (len(split) + len(choices))
+
+
 @pytest.mark.parametrize("opening", ["<s>", "<|begin_of_text|>"])
 def test_a_token_that_opens_texts_does_not_move_the_choices(stand: Stand, opening: str) -> None:
     stand.opening = opening

@@ -258,3 +258,32 @@ def test_an_encoder_only_classifies(tokenizer: Any) -> None:
         assert sum(found["data"][0]["probs"].values()) == pytest.approx(1, abs=1e-4)
         wrong = httpx.post(f"{address}/v1/classify", json={"model": "bert", "input": "x", "choices": ["a", "b"]})
         assert wrong.status_code == 400
+
+
+def test_rows_of_columns_fill_the_template_and_lacking_ones_are_refused(tokenizer: Any) -> None:
+    choices = ["red", "blue"]
+    form = Format("bag holds {first} red, {second} blue. {text} Answer:", "likelihood", normalisation="tokens")
+    what = served(tokenizer, like=Split("input", (), form), text_column="asked")
+    rows = [{"first": 3, "second": "5", "asked": "Question"}, {"first": 1, "second": 2, "text": "Answer", "id": 4}]
+    with running(what) as (address, _):
+
+        def ask(given: Any) -> httpx.Response:
+            return httpx.post(
+                f"{address}/v1/classify", json={"model": "tiny", "input": given, "choices": choices}, timeout=60
+            )
+
+        found = ask(rows).json()["data"]
+        alone = ask(rows[0]).json()["data"]
+        lacking = ask([rows[0], {"first": 1, "text": "x"}])
+        plain = ask("bag")
+    model = make_model("llama")
+    examples = (
+        Example("Question", tuple(choices), columns=(("first", "3"), ("second", "5"))),
+        Example("Answer", tuple(choices), columns=(("first", "1"), ("second", "2"))),
+    )
+    wanted = bl.predict(model, gaussian(model), Split("x", examples, form), 3, tokenizer=tokenizer)
+    assert [list(d["probs"].values()) for d in found] == [pytest.approx(p, abs=1e-4) for p in wanted.probs.tolist()]
+    assert list(alone[0]["probs"].values()) == pytest.approx(wanted.probs[0].tolist(), abs=1e-4)
+    assert (lacking.status_code, plain.status_code) == (400, 400)
+    assert "has no column 'second', which the template names: its columns are first, text" in lacking.text
+    assert "input 0 is a text, and this model's template names the columns first, second" in plain.text

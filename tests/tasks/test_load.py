@@ -284,3 +284,70 @@ def test_the_published_data_load_without_losing_a_row(name: str) -> None:
         wanted = sum(len(path.read_text().strip().split("\n")) for path in files)
         assert len(loaded) == wanted + (len(task.validation) if own else 0)
     assert (task.test.labels >= 0).all()
+
+
+NLI = [
+    {"premise": f"It rains {i}.", "hypothesis": f"It is wet {i}.", "note": 3 + i, "label": ("yes", "no")[i % 2]}
+    for i in range(12)
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_template_takes_any_column_of_the_data_and_no_text_is_needed(tmp_path: Path, ending: str) -> None:
+    if ending == "csv":
+        cells = [",".join(str(v) for v in row.values()) for row in NLI]
+        (tmp_path / "train.csv").write_text("\n".join([",".join(NLI[0]), *cells]) + "\n")
+    else:
+        write(tmp_path / "train.jsonl", NLI)
+    template = "{premise}\nQuestion: {hypothesis} ({note})\nAnswer:"
+    task = load_task(data=tmp_path, template=template, readout="likelihood", few_shot=1, validation=2)
+    fmt = resolve_format(task.train, "likelihood")
+    shot, first = fmt.few_shot[0], task.train.examples[0]
+    number = int(first.columns[2][1]) - 3
+    assert task.train.classes == ("no", "yes")
+    assert render(first, fmt).endswith(f"\n\nIt rains {number}.\nQuestion: It is wet {number}. ({3 + number})\nAnswer:")
+    assert shot.columns[0][1].startswith("It rains")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{premise} {hypotesis}", "train.jsonl line 1 has no column 'hypotesis', which the template names: its columns "
+         "are premise, hypothesis, note, label."),
+        ("{premise} {label}", "{label}, which is the column of the label"),
+        ("{premise} {text}", "no column 'text'"),
+    ],
+)  # fmt: skip
+def test_a_template_that_the_data_cannot_fill_is_refused_with_their_columns(
+    tmp_path: Path, template: str, said: str
+) -> None:
+    write(tmp_path / "train.jsonl", NLI)
+    with pytest.raises(InputError) as caught:
+        load_task(data=tmp_path, template=template)
+    assert said in str(caught.value)
+
+
+def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [NLI[0], NLI[1] | {"note": ["x"]}])
+    with pytest.raises(InputError, match=r"line 2: the column 'note' is \['x'\]"):
+        load_task(data=tmp_path, template="{premise} {note}", validation=0)
+
+
+def test_the_normalisation_is_part_of_the_format_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", NLI)
+    usual = {"data": tmp_path, "template": "{premise}"}
+    found = load_task(**usual, readout="likelihood", normalisation="tokens")
+    assert {s.format.normalisation for s in (found.train, found.validation)} == {"tokens"}
+    assert load_task(**usual, readout="likelihood").train.format.normalisation == "tokens"
+    assert load_task(**usual, readout="head").train.format.normalisation == "sum"
+    with pytest.raises(InputError, match="'bytes' is unknown: give one of sum, characters, tokens, unconditional"):
+        load_task(**usual, normalisation="bytes")
+    with pytest.raises(InputError, match="'letters' has no normalisation 'tokens'"):
+        load_task(data=tmp_path, template="{premise} {choices}", readout="letters", normalisation="tokens")
+
+
+def test_a_normalisation_that_the_chosen_readout_would_not_have_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "quiz" / "test.jsonl", [{"question": "q", "choices": ["a", "b"], "label": 0}] * 2)
+    assert load_task(data=tmp_path / "quiz").normalisation is None
+    with pytest.raises(InputError, match="which 'auto' does not choose for quiz: add readout='likelihood'"):
+        load_task(data=tmp_path / "quiz", normalisation="characters")

@@ -67,8 +67,9 @@ def test_prompt_does_not_end_in_a_space() -> None:
     [
         ("Answer:", "likelihood", "no {text}"),
         ("{text}", "letters", "no {choices}"),
-        ("{text} {label}", "likelihood", "unknown placeholder {label}"),
-        ("{text} {}", "likelihood", "unknown placeholder {}"),
+        ("{choices}", "likelihood", "no {text} and no other column"),
+        ("{text} {}", "likelihood", "a placeholder {} without a name"),
+        ("{premise:3}", "likelihood", "format specification"),
         ("{text!r}", "likelihood", "conversion"),
         ("{text", "likelihood", "malformed"),
     ],
@@ -108,3 +109,17 @@ def test_an_answer_outside_the_choices_is_refused(index: int) -> None:
 def test_a_few_shot_example_without_a_label_is_refused() -> None:
     with pytest.raises(InputError, match="no label"):
         render(QUESTION, Format("{text}", "likelihood", few_shot=(Example("x", ("a", "b")),)))
+
+
+def test_a_template_takes_columns_by_their_names_and_reads_no_attributes() -> None:
+    example = Example("t", ("a", "b"), columns=(("premise", "Rain {x}."), ("a.b", "dot"), ("the day", "Monday")))
+    fmt = resolve_format(Format("{premise} {a.b} {the day}: {text}\n{choices}"), "letters")
+    assert render(example, fmt) == "Rain {x}. dot Monday: t\nA. a\nB. b"
+    with pytest.raises(InputError, match=r"no column 'text\.__class__', which the template names \(.* premise, a\.b"):
+        render(example, Format("{text.__class__}", "likelihood"))
+
+
+def test_solved_examples_fill_the_same_columns() -> None:
+    shot = Example("", ("yes", "no"), 0, columns=(("premise", "p1"),))
+    fmt = Format("{premise}?", "likelihood", few_shot=(shot,))
+    assert render(Example("", ("yes", "no"), columns=(("premise", "p2"),)), fmt) == "p1? yes\n\np2?"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.runs import read_json, write_json
 from bayeslora.errors import InputError
+from bayeslora.origin import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.types import Example, Format, Split, Task, TaskKind
+from bayeslora.tasks.render import default_normalisation, own_columns
+from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"
 
@@ -38,7 +41,7 @@ def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test")
         options.task or None,
         options.data or None,
         readout=options.readout,
-        template=options.template or None,
+        template=written(options.template) or None,
         few_shot=options.few_shot,
         max_length=options.max_length or None,
         train_rows=options.train_rows or None,
@@ -47,7 +50,29 @@ def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test")
         seed=options.task_seed,
         columns=named_columns(options) or None,
         file_as=file_as,
+        normalisation=None if options.normalisation == "auto" else options.normalisation,
     )
+
+
+def scored_as(options: TaskOptions, origin: Origin | None) -> TaskOptions:
+    """Return options with the normalisation of a posterior, where they name none.
+
+    Args:
+        options: The options.
+        origin: The posterior's.
+
+    Returns:
+        The options.
+    """
+    known = None if origin is None else origin.normalisation
+    if known is None or options.normalisation != "auto":
+        return options
+    return replace(options, normalisation=cast(Normalisation, known))
+
+
+def written(template: str) -> str:
+    r"""Return a template as it was meant where it was typed: ``\n`` is a new line, ``\\n`` these two signs."""
+    return re.sub(r"\\(\\n|n)", lambda found: "\n" if found[1] == "n" else "\\n", template)
 
 
 def named_columns(options: TaskOptions) -> dict[str, object]:
@@ -87,6 +112,7 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: 
 def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     """Return the test split of one other data set."""
     path, most = Path(name), rows or options.test_rows or None
+    template = like.format.template if own_columns(like.format.template) else None  # so that its columns are read
     own = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
     if own and like.classes is not None:
         file = path if path.is_file() else find_file(path, ("test",))
@@ -97,10 +123,11 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
         return split.take(range(min(len(split), most or len(split))))
     if own:
-        other = load_task(None, path, test_rows=most, seed=options.task_seed, columns=named_columns(options) or None)
+        own_names = named_columns(options) or None
+        other = load_task(None, path, template=template, test_rows=most, seed=options.task_seed, columns=own_names)
     else:
         folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
-        other = load_task(name, folder or None, test_rows=most, seed=options.task_seed)
+        other = load_task(name, folder or None, template=template, test_rows=most, seed=options.task_seed)
     if other.test is None:
         raise InputError(f"{name} has no test examples")
     if like.classes is None:
@@ -120,18 +147,21 @@ def keep_format(folder: Path, split: Split) -> None:
     write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
 
 
-def given_format(options: TaskOptions, name: str) -> Split:
+def given_format(options: TaskOptions, name: str, origin: Origin | None) -> Split:
     """Return how the options alone say that examples are put to the model, as a split without examples.
 
     Args:
         options: The options.
         name: Name of the split.
+        origin: That of the posterior, which says the normalisation if the options do not.
 
     Returns:
         The empty split.
     """
     kind: TaskKind = "class" if options.classes else "question"
-    form = Format(options.template, options.readout, (), options.max_length or None, kind)
+    named = scored_as(options, origin).normalisation
+    normalisation = default_normalisation(options.readout) if named == "auto" else named
+    form = Format(written(options.template), options.readout, (), options.max_length or None, kind, normalisation)
     return Split(name, (), form, tuple(options.classes) or None)
 
 
@@ -146,22 +176,34 @@ def kept_format(folder: Path, options: TaskOptions) -> Split | None:
         The empty split; None if the folder does not say.
 
     Raises:
-        InputError: If the folder's file is damaged, or the options ask for more few-shot examples than are kept.
+        InputError: If the folder's file is damaged, or the options ask for more few-shot examples than are kept or for
+            another normalisation.
     """
     kept = read_json(folder / _FILE)
     if not kept:
         return None
     try:
         form, classes = kept["format"], kept["classes"]
-        shots = tuple(Example(**(s | {"choices": tuple(s["choices"]), "probs": None})) for s in form["few_shot"])
-        kind = form["kind"]
+        shots = tuple(_example(shot) for shot in form["few_shot"])
+        kind, normalisation = form["kind"], form.get("normalisation", "sum")
         name = str(kept["name"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
+    if options.normalisation not in ("auto", normalisation):
+        raise InputError(
+            f"the run was trained with --normalisation {normalisation}, not {options.normalisation}; leave it out"
+        )
     if options.few_shot > len(shots):
         raise InputError(f"the run keeps {len(shots)} solved examples, and --few-shot asks for {options.few_shot}")
-    form = Format(options.template, options.readout, shots[: options.few_shot], options.max_length or None, kind)
+    template, longest = written(options.template), options.max_length or None
+    form = Format(template, options.readout, shots[: options.few_shot], longest, kind, normalisation)
     return Split(name, (), form, tuple(classes) if classes else None)
+
+
+def _example(kept: dict[str, Any]) -> Example:
+    """Return a solved example as it was before it was written down."""
+    columns = tuple((name, text) for name, text in kept.get("columns", ()))
+    return Example(**(kept | {"choices": tuple(kept["choices"]), "probs": None, "columns": columns}))
 
 
 def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
@@ -225,7 +267,7 @@ def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:
         raise InputError(f"the task {task.name} has no test examples; give some with --data FILE")
     if like is None:
         return task.test
-    shots = replace(task.test.format, few_shot=like.format.few_shot)
+    shots = replace(task.test.format, few_shot=like.format.few_shot, normalisation=like.format.normalisation)
     return _aligned(replace(task.test, format=shots), like.classes)
 
 

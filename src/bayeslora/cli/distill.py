@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
     from bayeslora.cli.build import build_arguments, model_for, shaped
-    from bayeslora.cli.data import build_task, keep_format
+    from bayeslora.cli.data import build_task, keep_format, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
     from bayeslora.cli.train import measure
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
         args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
-        task = build_task(part(TaskOptions, options), "train")
+        task = build_task(scored_as(part(TaskOptions, options), posterior.origin), "train")
         rows = _rows(task, options)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), rows.classes)
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")

@@ -48,7 +48,7 @@ def run(options: Options) -> None:
         raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
     folder, name = run_folder(Path(options.run)), posterior_name(options.run)
     from bayeslora.cli.build import model_for, predicted, shaped
-    from bayeslora.cli.data import other_splits, test_of
+    from bayeslora.cli.data import other_splits, scored_as, test_of
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.evaluation import evaluate
@@ -57,7 +57,7 @@ def run(options: Options) -> None:
     before = read_options(folder)
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
-        tasks = part(TaskOptions, options)
+        tasks = scored_as(part(TaskOptions, options), posterior.origin)
         test = test_of(tasks, folder, inherited=before.get("data") == options.data)
         others = other_splits(options.ood, tasks, test, options.ood_rows)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), test.classes)

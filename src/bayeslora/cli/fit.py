@@ -48,7 +48,7 @@ def run(options: Options) -> None:
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
     from bayeslora.cli.build import build_method, model_for
-    from bayeslora.cli.data import build_task, keep_format
+    from bayeslora.cli.data import build_task, keep_format, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.train import measure
     from bayeslora.methods import METHODS, PostHoc
@@ -60,8 +60,8 @@ def run(options: Options) -> None:
         if not isinstance(method, PostHoc):
             fitted = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), PostHoc))
             raise InputError(f"{options.method} is trained: use bayeslora train. These are fitted: {fitted}")
-        task = build_task(part(TaskOptions, options), "train")
         start = load_adapter(name)
+        task = build_task(scored_as(part(TaskOptions, options), start.origin), "train")
         classes = task.train.classes if task.train is not None else None
         model, tokenizer = model_for(start, part(ModelOptions, options), classes)
         write(model, start.mean)

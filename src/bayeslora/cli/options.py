@@ -72,7 +72,16 @@ class TaskOptions:
     readout: Literal["auto", "letters", "likelihood", "head"] = option(
         "auto", "How answers are read: letters of the choices, likelihood of their texts, or a classification head."
     )
-    template: str = option("", "Prompt, with {text} and, for letters, {choices}; empty: the task's own.")
+    normalisation: Literal["auto", "sum", "characters", "tokens", "unconditional"] = option(
+        "auto",
+        "Likelihood readout: the sum of a choice's log-likelihood, that for its characters or tokens, or less that "
+        "without the question; auto: as in training, tokens for a new run.",
+    )
+    template: str = option(
+        "",
+        "Prompt, with {text}, for letters {choices}, and any other column by its name, such as {premise}; \\n is a new "
+        "line. Empty: the task's own.",
+    )
     few_shot: int = option(0, "Solved examples in the prompt, taken out of the training rows.")
     max_length: int = option(0, "Longest prompt in tokens; longer ones lose their beginning. 0: refuse them.")
     train_rows: int = option(0, "Most training rows; 0: all.")

@@ -17,6 +17,7 @@ from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
+    from bayeslora.origin import Origin
     from bayeslora.prediction import Prediction
     from bayeslora.tasks import Rows
     from bayeslora.tasks.types import Split
@@ -64,7 +65,7 @@ def run(options: Options) -> None:
             say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
         rows = read_rows(sys.stdin if options.input == "-" else options.input)
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
-        split = _split(rows, options)
+        split = _split(rows, options, posterior.origin)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), split.classes)
         prediction = predicted(model, tokenizer, posterior, split, options, watched())
         if prediction.truncated:
@@ -129,14 +130,14 @@ def _target(path: Path, overwrite: bool) -> Path:
     return path
 
 
-def _split(rows: Rows, options: Options) -> Split:
+def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     """Return the rows as examples of the task that was trained on."""
-    from bayeslora.cli.data import build_task, given_format, kept_format, split_like
+    from bayeslora.cli.data import build_task, given_format, kept_format, scored_as, split_like
 
-    tasks = part(TaskOptions, options)
-    like = kept_format(run_folder(Path(options.run)), tasks)
+    own = part(TaskOptions, options)
+    like, tasks = kept_format(run_folder(Path(options.run)), own), scored_as(own, origin)
     if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
-        like = given_format(tasks, rows.name)
+        like = given_format(tasks, rows.name, origin)
     if like is None:
         task = build_task(tasks)
         like = next((s for s in (task.train, task.test) if s is not None), None)

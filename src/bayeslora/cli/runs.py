@@ -37,7 +37,8 @@ def check_folder(folder: Path, options: Any, *, resume: bool, free: tuple[str, .
         raise InputError(f"{folder} holds other files; choose another --out")
     if not resume:
         raise InputError(f"{folder} is there already; add --resume to go on with it, or choose another --out")
-    before = _recorded(type(options)()) | read_options(folder)  # options may have come since the folder was begun
+    # options may have come since the folder was begun; earlier versions had no normalisation but the sum
+    before = _recorded(type(options)()) | {"normalisation": "sum"} | read_options(folder)
     for key, value in _recorded(options).items():
         if key not in ("out", "resume", *free) and before.get(key) != value:
             raise InputError(

@@ -107,7 +107,10 @@ def _served(options: Options, name: str) -> Any:
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
         like = kept_format(run_folder(Path(options.run)), tasks)
         if like is None:
-            like = given_format(tasks, "input")
+            like = given_format(tasks, "input", posterior.origin)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), like.classes)
     own = options.name or run_folder(Path(options.run)).resolve().name
-    return Served(own, model, tokenizer, posterior, options.draws, options.most_draws, like, options.draw_seed)
+    return Served(
+        own, model, tokenizer, posterior, options.draws, options.most_draws, like, options.draw_seed,
+        options.text_column,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from bayeslora._typing import Bool, Float
 from bayeslora.engine.encode import Encoded
 
 Batch = dict[str, Tensor]
-READ = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout_shape")
+READ = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout_shape", "readout_weight")
 """The tensors of a batch that are not for the model; see `choice_batch`."""
 
 
@@ -20,7 +21,8 @@ def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: 
     """Return the model's inputs for prompts followed by choices, and where the choices' tokens are predicted.
 
     ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of
-    token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c.
+    token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c,
+    with the factor ``readout_weight[q]`` where examples have scales or a neutral prompt.
 
     Args:
         rows: Encoded examples with answers.
@@ -32,43 +34,99 @@ def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: 
         The batch.
     """
     choices = max(len(row.answers) for row in rows)
-    sequences: list[list[int]] = []
-    segments: list[list[int]] = []
-    positions: list[list[int]] = []
-    keep: list[tuple[int, int]] = []
-    predictions: list[tuple[int, int, int]] = []
+    found = _Layout(shared)
     for b, row in enumerate(rows):
-        own = not shared and any(len(a) > 1 for a in row.answers)
-        for c, answer in enumerate(row.answers):
-            if c == 0 or own:
-                sequences.append(list(row.prompt))
-                segments.append([0] * len(row.prompt))
-                positions.append(list(range(len(row.prompt))))
-                keep.append((len(sequences) - 1, len(row.prompt) - 1))
-                last = len(keep) - 1
-            predictions.append((last, answer[0], b * choices + c))
-            for k, (token, following) in enumerate(pairwise(answer)):
-                sequences[-1].append(token)
-                segments[-1].append(c + 1)
-                positions[-1].append(len(row.prompt) + k)
-                keep.append((len(sequences) - 1, len(sequences[-1]) - 1))
-                predictions.append((len(keep) - 1, following, b * choices + c))
-    longest = max(map(len, sequences))
-    ids = torch.tensor([s + [padding] * (longest - len(s)) for s in sequences])
-    segment = torch.tensor([s + [-1] * (longest - len(s)) for s in segments])
-    row_, token_, slot_ = torch.tensor(predictions).unbind(1)
-    return {
+        slots = range(b * choices, b * choices + len(row.answers))
+        found.add(row.prompt, row.answers, slots, row.scales or [1.0] * len(slots))
+        if row.neutral:
+            found.add(row.neutral, row.neutral_answers, slots, [-1.0] * len(slots), joined=shared)
+    longest = max(map(len, found.sequences))
+    ids = torch.tensor([s + [padding] * (longest - len(s)) for s in found.sequences])
+    segment = torch.tensor([s + [-1] * (longest - len(s)) for s in found.segments])
+    root = torch.tensor([s + [0] * (longest - len(s)) for s in found.roots])
+    row_, token_, slot_ = torch.tensor(found.predictions).unbind(1)
+    batch = {
         "input_ids": ids,
-        "attention_mask": branch_mask(segment, dtype)
-        if shared and bool((segment > 1).any())
+        "attention_mask": branch_mask(segment, dtype, root)
+        if shared and bool((segment > 1).any() or root.any())
         else (segment >= 0).long(),
-        "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in positions]),
-        "readout_keep": torch.tensor([b * longest + t for b, t in keep]),
+        "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in found.positions]),
+        "readout_keep": torch.tensor([b * longest + t for b, t in found.keep]),
         "readout_row": row_,
         "readout_token": token_,
         "readout_slot": slot_,
         "readout_shape": torch.tensor([len(rows), choices]),
     }
+    if any(row.scales or row.neutral for row in rows):
+        batch["readout_weight"] = torch.tensor(found.weights)
+    return batch
+
+
+@final
+class _Layout:
+    """Sequences of prompts with the answers that follow them.
+
+    Args:
+        shared: Whether answers are branches after one copy of their prompt.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
+        self.sequences: list[list[int]] = []
+        self.segments: list[list[int]] = []
+        self.roots: list[list[int]] = []
+        self.positions: list[list[int]] = []
+        self.keep: list[tuple[int, int]] = []
+        self.predictions: list[tuple[int, int, int]] = []
+        self.weights: list[float] = []
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        answers: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        weights: Sequence[float],
+        *,
+        joined: bool = False,
+    ) -> None:
+        """Add a prompt with its answers: a sequence, one for each answer, or joined to the last sequence unseen."""
+        apart = not self.shared and any(len(a) > 1 for a in answers)
+        root = last = 0
+        for answer, slot, weight in zip(answers, slots, weights, strict=True):
+            if slot == slots[0] or apart:
+                root = self._begin(prompt, joined)
+                last = len(self.keep) - 1
+            self._predict(last, answer[0], slot, weight)
+            own = max(self.segments[-1]) + 1
+            for k, (token, following) in enumerate(pairwise(answer)):
+                self._put(token, own, root, len(prompt) + k)
+                self._predict(len(self.keep) - 1, following, slot, weight)
+
+    def _begin(self, prompt: Sequence[int], joined: bool) -> int:
+        """Put a prompt, and return its segment."""
+        if not joined:
+            for columns in (self.sequences, self.segments, self.roots, self.positions):
+                columns.append([])
+        root, count = max(self.segments[-1], default=-1) + 1, len(prompt)
+        self.sequences[-1] += prompt
+        self.segments[-1] += [root] * count
+        self.roots[-1] += [root] * count
+        self.positions[-1] += range(count)
+        self.keep.append((len(self.sequences) - 1, len(self.sequences[-1]) - 1))
+        return root
+
+    def _put(self, token: int, segment: int, root: int, position: int) -> None:
+        """Put one token at the end of the last sequence, and keep its place."""
+        self.keep.append((len(self.sequences) - 1, len(self.sequences[-1])))
+        self.sequences[-1].append(token)
+        self.segments[-1].append(segment)
+        self.roots[-1].append(root)
+        self.positions[-1].append(position)
+
+    def _predict(self, place: int, token: int, slot: int, weight: float) -> None:
+        """Note that a token of an answer is predicted at a kept place."""
+        self.predictions.append((place, token, slot))
+        self.weights.append(weight)
 
 
 def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
@@ -96,21 +154,25 @@ def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
             "row": len(batch["readout_keep"]),
             "token": 0,
             "slot": rows * choices,
+            "weight": 0,
         }
         for key, step in steps.items():
-            value = batch[f"readout_{key}"]
+            value = batch.get(f"readout_{key}")
+            if value is None:
+                continue
             copies = step * torch.arange(count, device=value.device)
             found[f"readout_{key}"] = (value + copies[:, None]).flatten()
         found["readout_shape"] = torch.tensor([count * rows, choices])
     return found
 
 
-def branch_mask(segment: Tensor, dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
-    """Return the additive attention mask of prompts (segment 0) with branches (1, 2, …) and padding (-1).
+def branch_mask(segment: Tensor, dtype: torch.dtype, root: Tensor) -> Float[Tensor, "B 1 T T"]:
+    """Return the additive attention mask of prompts with branches and padding.
 
     Args:
-        segment: Segment of each position [B T].
+        segment: Segment of each position [B T]: a prompt, a branch, or -1 for padding.
         dtype: Dtype of the mask.
+        root: Segment of each position's prompt [B T].
 
     Returns:
         0 where a position may look: back, at its prompt and its own branch; the dtype's lowest number elsewhere.
@@ -118,6 +180,6 @@ def branch_mask(segment: Tensor, dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]
     length = segment.shape[1]
     asks, looked = segment[:, :, None], segment[:, None, :]
     back: Bool[Tensor, "T T"] = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = back & ((looked == 0) | (looked == asks))
+    allowed = back & ((looked == root[:, :, None]) | (looked == asks))
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
     return mask[:, None]

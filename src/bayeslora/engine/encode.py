@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
-from bayeslora.tasks.render import answer_text, render, resolve_format
-from bayeslora.tasks.types import Split
+from bayeslora.tasks.render import CHARACTERS, answer_text, neutral_prompt, render, resolve_format
+from bayeslora.tasks.types import Example, Format, Normalisation, Split
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,18 @@ class Encoded:
         prompt: Token ids of the prompt.
         answers: Token ids of each answer that may follow it; empty for a classification head.
         label: Index of the right answer; -1 where it is not known.
+        scales: Factor on the log-likelihood of each answer; empty: none.
+        neutral: Token ids of a prompt without the question, whose log-likelihood of an answer is taken off; empty:
+            none.
+        neutral_answers: Token ids of each answer after it.
     """
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     label: int
+    scales: tuple[float, ...] = ()
+    neutral: tuple[int, ...] = ()
+    neutral_answers: tuple[tuple[int, ...], ...] = ()
 
 
 def tokenizer_of(model: nn.Module) -> Any:
@@ -91,8 +98,46 @@ def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tup
             ids, cut = _shortened(ids, longest, tokenizer), cut + 1
         if not ids:
             raise InputError(f"row {row} of {split.name} has a prompt without a token; give it a text or a template")
-        encoded.append(Encoded(tuple(ids), answers, -1 if example.label is None else example.label))
+        scales = length_scales(example, answers, form.normalisation) if readout == "likelihood" else ()
+        encoded.append(Encoded(tuple(ids), answers, -1 if example.label is None else example.label, scales))
+    if form.normalisation == "unconditional" and readout == "likelihood":
+        encoded = _with_neutral(encoded, split, form, tokenizer)
     return encoded, cut
+
+
+def length_scales(
+    example: Example, answers: Sequence[Sequence[int]], normalisation: Normalisation
+) -> tuple[float, ...]:
+    """Return the factor on each choice's log-likelihood: one over its length in tokens, or in four characters.
+
+    Both give nats a token, or about that. Divided by single characters their softmax would be nearly flat; times the
+    mean length of the choices, which would give them the size of whole answers, about as sure as that of sums.
+
+    Args:
+        example: The example.
+        answers: Tokens of its choices, looked at for ``tokens`` only.
+        normalisation: See `Format`.
+
+    Returns:
+        The factors; none where all are 1.
+    """
+    if normalisation == "characters":
+        scales = tuple(CHARACTERS / max(1, len(choice)) for choice in example.choices)
+    elif normalisation == "tokens":
+        scales = tuple(1 / len(answer) for answer in answers)
+    else:
+        return ()
+    return () if set(scales) == {1.0} else scales
+
+
+def _with_neutral(encoded: list[Encoded], split: Split, form: Format, tokenizer: Any) -> list[Encoded]:
+    """Return examples with the neutral prompt, and their choices after it."""
+    prompt = neutral_prompt(form)
+    ids = _ids(tokenizer, [prompt])[0]
+    count = len(encoded)
+    answers = _answers(split, [prompt] * count, [ids] * count, tokenizer, "likelihood")
+    pairs = zip(encoded, answers, strict=True)
+    return [replace(row, neutral=tuple(ids), neutral_answers=own) for row, own in pairs]
 
 
 def _answers(

@@ -18,6 +18,7 @@ from bayeslora.engine.batches import Batch, repeated
 from bayeslora.engine.compiled import compiled
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.memory import most_stacked
+from bayeslora.engine.neutral import AT_ONCE, neutral_rows
 from bayeslora.engine.readouts import Readout
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.engine.trial import tried
@@ -46,6 +47,7 @@ class Passes:
         share_prefix: Whether a beginning that all prompts have in common may be run by itself, where the model allows
             it.
         compile: Whether the model's layers are compiled.
+        as_scores: Whether what is returned are the choices' scores as they are, not normalised over the choices.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Passes:
     stack: bool = True
     share_prefix: bool = True
     compile: bool = False
+    as_scores: bool = False
 
     @torch.inference_mode()
     def run(
@@ -76,6 +79,8 @@ class Passes:
             InputError: If a single example under a single draw does not fit into memory.
         """
         numbers = list(range(len(self.rows)) if examples is None else examples)
+        if any(self.rows[i].neutral for i in numbers):
+            return self._against_neutral(draw, count, numbers)
         found = torch.full((count, len(numbers), self.classes), -torch.inf)
         beginning = self._beginning([self.rows[i] for i in numbers])
         lengths = [self.readout.length(self.rows[i]) - len(beginning) + len(beginning) // 2 for i in numbers]
@@ -95,6 +100,19 @@ class Passes:
                     self._fill(job, found[start + at :][: len(part)], places)
             start += len(drawn)
         return found
+
+    def _against_neutral(
+        self, draw: Callable[[int], Params], count: int, numbers: Sequence[int]
+    ) -> Float[Tensor, "S n C"]:
+        """Return the log-probabilities where scores are set against a neutral prompt: one more pass of each choice."""
+        bare = [replace(row, neutral=(), neutral_answers=()) for row in self.rows]
+        found = replace(self, rows=bare).run(draw, count, numbers)
+        rows, places = neutral_rows([self.rows[i] for i in numbers])
+        once = replace(self, rows=rows, classes=AT_ONCE, done=lambda _: None, share_prefix=False, as_scores=True).run(
+            draw, count
+        )
+        index = torch.tensor([own + [0] * (self.classes - len(own)) for own in places])
+        return (found - once.flatten(1)[:, index]).log_softmax(-1)
 
     def _few(self) -> list[Encoded]:
         """Return beginnings of a few examples, to try things on."""
@@ -167,8 +185,8 @@ class Passes:
         inputs: dict[str, Any] = repeated(on(batch, device_of(self.model)), count, inputs=not share)
         if kept is not None:
             inputs = prefix.go_on(inputs, kept, len(inputs["input_ids"]) // (1 if share else count))
-        log_p: Tensor = require_lora(self.model)(**inputs).logits.float().log_softmax(-1)
-        return log_p.view(count, len(rows), -1).cpu()
+        scores: Tensor = require_lora(self.model)(**inputs).logits.float()
+        return (scores if self.as_scores else scores.log_softmax(-1)).view(count, len(rows), -1).cpu()
 
 
 @final

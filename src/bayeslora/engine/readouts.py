@@ -8,13 +8,17 @@ A choice's logit is the log-likelihood of its tokens after the prompt. Where eve
 normaliser over the vocabulary is the same for all of them and is left out. Where choices are longer, they share the
 pass over their prompt: all of them follow it in one sequence, at the positions they would have, and see the prompt and
 themselves only.
+
+The format's normalisation changes these scores before the softmax, by a factor on each token's log-probability: one
+over the choice's length, or -1 for the choice after a neutral prompt, which is one more prompt in the same sequence
+that sees nothing of the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -55,10 +59,17 @@ class Readout:
 
     def length(self, row: Encoded) -> int:
         """Return how many tokens of the batch an example takes."""
-        tails = [len(a) - 1 for a in row.answers]
-        if self.shared or not any(tails):
-            return len(row.prompt) + sum(tails)
-        return (len(row.prompt) + max(tails)) * len(tails)
+        parts = (
+            [(row.prompt, row.answers), (row.neutral, row.neutral_answers)]
+            if row.neutral
+            else [(row.prompt, row.answers)]
+        )
+        tails = [[len(a) - 1 for a in answers] for _, answers in parts]
+        prompts = [len(prompt) for prompt, _ in parts]
+        if self.shared or (len(parts) == 1 and not any(tails[0])):
+            return sum(prompts) + sum(map(sum, tails))
+        sequences = sum(len(own) if any(own) else 1 for own in tails)
+        return sequences * max(n + max(own) for n, own in zip(prompts, tails, strict=True))
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         """Return a batch for the model, padded on the right to its longest row."""
@@ -106,7 +117,7 @@ class Readout:
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """Give the head the positions that are asked for."""
-            return (args[0].flatten(0, -2)[asked["readout_keep"]], *args[1:]) if asked else args
+            return (kept_states(args[0], asked["readout_keep"]), *args[1:]) if asked else args
 
         def after(_: nn.Module, args: Any, outputs: Any) -> Any:
             """Return the choices' logits in the place of the model's."""
@@ -173,7 +184,8 @@ def readout_for(model: nn.Module, split: Split, tokenizer: Any = None) -> Readou
             )
     bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
     limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
-    shared = name == "likelihood" and tried(peft, "branches", lambda: _shares_prompts(peft, base))
+    neutral = split.format.normalisation == "unconditional"
+    shared = name == "likelihood" and tried(peft, ("branches", neutral), lambda: _shares_prompts(peft, base, neutral))
     return Readout(name, tokenizer, limit, shared, base.dtype)
 
 
@@ -187,14 +199,30 @@ def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "
     Returns:
         Float32; minus infinity for choices that an example does not have.
     """
-    row, token, slot = (asked[f"readout_{key}"] for key in ("row", "token", "slot"))
+    row, token, slot = (asked[f"readout_{key}"].to(logits.device) for key in ("row", "token", "slot"))
+    weight = asked.get("readout_weight")
     size = torch.Size(asked["readout_shape"].tolist())
     values = logits[row, token].float()
-    if len(row) > len(torch.unique(slot)):  # some choice has several tokens: normalise each prediction
+    if weight is not None or len(row) > len(torch.unique(slot)):  # the normaliser is not the same for all choices
         values = values - _log_normaliser(logits)[row]
+    if weight is not None:
+        values = values * weight.to(logits.device)
     filled = torch.zeros(size.numel(), device=values.device).index_add(0, slot, values)
     there = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
     return filled.masked_fill(~there, -torch.inf).view(size)
+
+
+def kept_states(states: Float[Tensor, "*positions H"], keep: Tensor) -> Float[Tensor, "P H"]:
+    """Return the hidden states at some flat positions, on the device where the states are.
+
+    Args:
+        states: Hidden states of a batch.
+        keep: The positions, on any device.
+
+    Returns:
+        What the head is to see.
+    """
+    return states.flatten(0, -2)[keep.to(states.device)]
 
 
 def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:
@@ -204,7 +232,7 @@ def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:
 
 
 @torch.no_grad()
-def _shares_prompts(peft: nn.Module, base: Any) -> bool:
+def _shares_prompts(peft: nn.Module, base: Any, neutral: bool) -> bool:
     """Try on the model itself whether branches after one prompt give what separate sequences give."""
     config = base.config
     if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
@@ -212,12 +240,14 @@ def _shares_prompts(peft: nn.Module, base: Any) -> bool:
     vocabulary = len(base.get_input_embeddings().weight)
     ids = torch.randint(0, min(vocabulary, 1000), (9,), generator=generator("branches")).tolist()
     rows = [Encoded(tuple(ids[:4]), ((ids[4], ids[5], ids[6]), (ids[7], ids[8], ids[4])), 0)]
+    if neutral:
+        rows = [replace(rows[0], neutral=tuple(ids[5:7]), neutral_answers=rows[0].answers)]
     device = base.get_input_embeddings().weight.device
     found = []
     with evaluating(peft):
         for shared in (True, False):
             batch = {k: v.to(device) for k, v in choice_batch(rows, 0, shared=shared, dtype=base.dtype).items()}
-            asked = {key: batch.pop(key) for key in READ}
-            logits = peft(**batch, use_cache=False).logits.flatten(0, -2)[asked["readout_keep"]]
-            found.append(logits[asked["readout_row"]].float())
+            asked = {key: batch.pop(key) for key in READ if key in batch}
+            logits = kept_states(peft(**batch, use_cache=False).logits, asked["readout_keep"])
+            found.append(logits[asked["readout_row"].to(logits.device)].float())
     return bool((found[0] - found[1]).abs().max() <= 0.05 * found[1].std())

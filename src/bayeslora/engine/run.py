@@ -18,7 +18,7 @@ from bayeslora.engine.memory import found_budget
 from bayeslora.engine.passes import Passes, batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.origin import check_base
+from bayeslora.origin import check_base, check_scores
 from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import (
     Linearised,
@@ -94,6 +94,8 @@ def predict(
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
+    if readout.name == "likelihood":
+        check_scores(posterior.origin, split.normalisation, split.name)
     if _is_linearised(posterior):
         token_budget = gradient_budget(token_budget, split)
         draws = max(draws, LOGIT_DRAWS) if draws > 0 else draws

@@ -18,7 +18,7 @@ from bayeslora._typing import Bool, Float
 from bayeslora.engine.batches import READ, Batch, repeated
 from bayeslora.engine.encode import Encoded
 from bayeslora.engine.passes import on, schedule
-from bayeslora.engine.readouts import Readout
+from bayeslora.engine.readouts import Readout, kept_states
 from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, evaluating, generator, require_lora
@@ -109,7 +109,8 @@ class Likelihoods:
                 of_tokens, total = _read(logits, batch, total)
                 values.append(_summed(of_tokens, batch))
             assert total is not None
-            hit = total.argmax(-1)[batch["readout_row"]] == batch["readout_token"]
+            row, token = (batch[f"readout_{key}"].to(total.device) for key in ("row", "token"))
+            hit = total.argmax(-1)[row] == token
             return torch.cat(values), _summed((~hit)[None], batch)[0] == 0
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -133,7 +134,7 @@ class Likelihoods:
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """Give the head the positions that are asked for."""
-            return (args[0].flatten(0, -2)[places], *args[1:])
+            return (kept_states(args[0], places), *args[1:])
 
         hook = peft.get_base_model().get_output_embeddings().register_forward_pre_hook(narrow)
         try:
@@ -179,7 +180,7 @@ def _read(
     logits: Float[Tensor, "S P V"], batch: Batch, total: Float[Tensor, "P V"] | None
 ) -> tuple[Float[Tensor, "S Q"], Float[Tensor, "P V"]]:
     """Return the log-probability of each token under each draw, and log Σ_k p_k over the draws so far."""
-    row, token = batch["readout_row"], batch["readout_token"]
+    row, token = (batch[f"readout_{key}"].to(logits.device) for key in ("row", "token"))
     count, positions, vocabulary = logits.shape
     values = torch.empty(count, len(row), device=logits.device)
     if total is None:

@@ -268,7 +268,9 @@ def evaluate_tasks(
     results = simple_evaluate(
         model=lm, tasks=names, limit=limit, num_fewshot=num_fewshot, task_manager=manager, **settings
     )
-    return add_calibration(results)
+    origin = lm.posterior.origin
+    trained = (None if origin is None else origin.normalisation) or "sum"
+    return add_calibration(results, normalisation=trained, tokens=lambda *pair: len(lm._encode_pair(*pair)[1]))
 
 
 def _log_mean(log_p: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:

@@ -14,10 +14,10 @@ from typing import Any, final
 
 import torch
 
-from bayeslora.engine.encode import encode
+from bayeslora.engine.encode import encode, length_scales
 from bayeslora.errors import InputError
 from bayeslora.generation.answers import Answer
-from bayeslora.tasks.render import answer_text, render, resolve_format
+from bayeslora.tasks.render import answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Split
 
 Text = str | tuple[int, ...]
@@ -33,11 +33,13 @@ class Asked:
         place: What it is called in messages.
         prompt: The prompt.
         answers: What may follow, in the prompt's form.
+        scales: Factor on the log-likelihood of each answer; empty: none.
     """
 
     place: str
     prompt: Text
     answers: tuple[Text, ...]
+    scales: tuple[float, ...] = ()
 
     @property
     def wholes(self) -> list[Any]:
@@ -47,7 +49,7 @@ class Asked:
         return [[*self.prompt, *answer] for answer in self.answers]
 
 
-def asked_of_split(split: Split, tokenizer: Any) -> tuple[list[Asked], str, int]:
+def asked_of_split(split: Split, tokenizer: Any) -> tuple[list[Asked], list[Asked], str, int]:
     """Return a split's prompts with their choices.
 
     Args:
@@ -55,7 +57,8 @@ def asked_of_split(split: Split, tokenizer: Any) -> tuple[list[Asked], str, int]
         tokenizer: The base model's tokenizer; None for texts.
 
     Returns:
-        The prompts, the readout's name, and how many prompts lost their beginning.
+        The prompts; those whose likelihoods are taken off, one for each or none; the readout's name; and how many
+        prompts lost their beginning.
 
     Raises:
         InputError: If the split is empty, or its format is for a classification head or needs a tokenizer.
@@ -70,17 +73,35 @@ def asked_of_split(split: Split, tokenizer: Any) -> tuple[list[Asked], str, int]
     places = [f"row {number} of {split.name}" for number in range(len(split))]
     if tokenizer is not None:
         encoded, cut = encode(split, tokenizer, readout, None)
-        return [Asked(p, row.prompt, row.answers) for p, row in zip(places, encoded, strict=True)], readout, cut
+        pairs = list(zip(places, encoded, strict=True))
+        neutral = [Asked("the neutral prompt", row.neutral, row.neutral_answers) for row in encoded if row.neutral]
+        return [Asked(p, row.prompt, row.answers, row.scales) for p, row in pairs], neutral, readout, cut
     if split.format.max_length is not None:
         raise InputError(f"the format of {split.name} cuts prompts by tokens (max_length); pass the base's tokenizer=")
     form = resolve_format(split.format, readout)
-    rows = [
-        Asked(
-            place, render(example, form), tuple(answer_text(example, i, readout) for i in range(len(example.choices)))
-        )
-        for place, example in zip(places, split, strict=True)
-    ]
-    return rows, readout, 0
+    if form.normalisation == "tokens":
+        raise InputError(f"the format of {split.name} counts tokens (normalisation); pass the base's tokenizer=")
+    rows, neutral = [], []
+    for place, example in zip(places, split, strict=True):
+        texts = tuple(answer_text(example, i, readout) for i in range(len(example.choices)))
+        rows.append(Asked(place, render(example, form), texts, length_scales(example, (), form.normalisation)))
+        if form.normalisation == "unconditional":
+            neutral.append(Asked("the neutral prompt", neutral_prompt(form), texts))
+    return rows, neutral, readout, 0
+
+
+def distinct(rows: Sequence[Asked]) -> tuple[list[Asked], list[list[int]]]:
+    """Return each different pair of prompt and answer once, as a row of its own.
+
+    Args:
+        rows: Prompts and answers.
+
+    Returns:
+        The rows, and the number of the row of each answer.
+    """
+    known: dict[tuple[Text, Text], int] = {}
+    numbers = [[known.setdefault((row.prompt, a), len(known)) for a in row.answers] for row in rows]
+    return [Asked("the neutral prompt", prompt, (answer,)) for prompt, answer in known], numbers
 
 
 def asked_of(prompt: str, texts: Sequence[str], tokenizer: Any) -> Asked:

@@ -1,12 +1,13 @@
 """Calibration of multiple-choice answers, from the samples that the LM evaluation harness logs.
 
-The predicted distribution of an example is the softmax over the log-likelihoods of its choices, not divided by their
-lengths: the one whose most probable choice the harness's ``acc`` counts.
+The predicted distribution of an example is the softmax over the scores of its choices as the posterior was trained on
+them: over their log-likelihoods, whose most probable choice the harness's ``acc`` counts, or these in relation to the
+choices' lengths in characters or to their likelihoods without the question; see `bayeslora.tasks.types.Format`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +16,34 @@ from torch import Tensor
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics import brier, ece, nll
+from bayeslora.tasks.render import CHARACTERS
 
 BINS = 15
 """Bins of equal width of the ECE."""
+Counts = Callable[[str, str], int]
+"""How many tokens a text has after a context: both go in."""
 
 
-def choice_log_probs(samples: Sequence[Mapping[str, Any]]) -> tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]:
+def choice_log_probs(
+    samples: Sequence[Mapping[str, Any]], normalisation: str = "sum", tokens: Counts | None = None
+) -> tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]:
     """Return the predictions and the right answers of a multiple-choice task.
 
     Args:
         samples: The task's logged samples under one filter.
+        normalisation: What the log-likelihoods are set in relation to.
+        tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
         Log-probabilities, -inf for choices that an example does not have, and the index of the right choice.
 
     Raises:
-        InputError: If there are no samples, or one has no choices or no single known answer.
+        InputError: If there are no samples, one has no choices or no single known answer, or they do not tell what the
+            normalisation needs.
     """
     if not samples:
         raise InputError("there are no logged samples; evaluate with log_samples=True")
-    scores = [_scores(number, sample) for number, sample in enumerate(samples)]
+    scores = [_scores(number, sample, normalisation, tokens) for number, sample in enumerate(samples)]
     labels = [_label(number, sample, own) for number, (sample, own) in enumerate(zip(samples, scores, strict=True))]
     widest = max(map(len, scores))
     log_p = torch.full((len(scores), widest), -torch.inf, dtype=torch.float64)
@@ -43,26 +52,33 @@ def choice_log_probs(samples: Sequence[Mapping[str, Any]]) -> tuple[Float[Tensor
     return log_p, torch.tensor(labels)
 
 
-def calibration(samples: Sequence[Mapping[str, Any]], bins: int = BINS) -> dict[str, float]:
+def calibration(samples: Sequence[Mapping[str, Any]], bins: int = BINS, normalisation: str = "sum") -> dict[str, float]:
     """Return the ECE, NLL and Brier score of a multiple-choice task.
 
     Args:
         samples: The task's logged samples under one filter.
         bins: Bins of equal width of the ECE.
+        normalisation: What the log-likelihoods are set in relation to.
+        tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
         ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics`.
     """
-    log_p, labels = choice_log_probs(samples)
+    log_p, labels = choice_log_probs(samples, normalisation, tokens)
     return {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
 
 
-def add_calibration(results: Mapping[str, Any], bins: int = BINS) -> dict[str, Any]:
+def add_calibration(
+    results: Mapping[str, Any], bins: int = BINS, normalisation: str = "sum", tokens: Counts | None = None
+) -> dict[str, Any]:
     """Return the harness's results with the calibration of each multiple-choice task, under the harness's kind of keys.
 
     Args:
         results: What `lm_eval.simple_evaluate` returns, with samples.
         bins: Bins of equal width of the ECE.
+        normalisation: What the log-likelihoods are set in relation to: ``sum`` (nothing), ``characters``, ``tokens``,
+            or ``unconditional`` for tasks with the harness's ``acc_mutual_info``.
+        tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
         The results, where each such task also has ``ece,FILTER``, ``nll,FILTER`` and ``brier,FILTER``. Tasks for which
@@ -75,8 +91,9 @@ def add_calibration(results: Mapping[str, Any], bins: int = BINS) -> dict[str, A
         if results["configs"][task].get("output_type") != "multiple_choice":
             continue
         for name in dict.fromkeys(sample["filter"] for sample in samples):
+            own = [sample for sample in samples if sample["filter"] == name]
             try:
-                found = calibration([sample for sample in samples if sample["filter"] == name], bins)
+                found = calibration(own, bins, normalisation, tokens)
             except InputError as error:
                 refused[task] = str(error)
                 continue
@@ -85,16 +102,27 @@ def add_calibration(results: Mapping[str, Any], bins: int = BINS) -> dict[str, A
     return {**results, "results": scores, "higher_is_better": better, "not_calibrated": refused}
 
 
-def _scores(number: int, sample: Mapping[str, Any]) -> list[float]:
-    """Return the log-likelihoods of a sample's choices."""
+def _scores(number: int, sample: Mapping[str, Any], normalisation: str, tokens: Counts | None) -> list[float]:
+    """Return the scores of a sample's choices: their log-likelihoods as the normalisation sets them in relation."""
     try:
         found = [float(response[0]) for response in sample["filtered_resps"]]
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise InputError(f"sample {number} has no log-likelihoods of choices; give a multiple-choice task's") from error
+    alone: list[float] = []
     if "acc_mutual_info" in sample:  # the second half are the choices without the question
-        found = found[: len(found) // 2]
+        found, alone = found[: len(found) // 2], found[len(found) // 2 :]
     if not found:
         raise InputError(f"sample {number} has no choices")
+    if normalisation == "unconditional" and alone:
+        return [score - less for score, less in zip(found, alone, strict=True)]
+    if normalisation == "characters":
+        texts = _texts(sample)[: len(found)]
+        return [score * CHARACTERS / max(1, len(text)) for score, text in zip(found, texts, strict=True)]
+    if normalisation == "tokens" and tokens is not None:
+        pairs = _pairs(sample)[: len(found)]
+        return [score / max(1, tokens(*pair)) for score, pair in zip(found, pairs, strict=True)]
+    if normalisation != "sum":
+        raise InputError(f"sample {number} does not tell what normalisation={normalisation!r} needs; use 'characters'")
     return found
 
 
@@ -119,7 +147,12 @@ def _label(number: int, sample: Mapping[str, Any], scores: Sequence[float]) -> i
 
 
 def _texts(sample: Mapping[str, Any]) -> list[str]:
-    """Return the texts of a sample's choices, from the arguments as they are or as they are written to files."""
+    """Return the texts of a sample's choices."""
+    return [text.strip() for _, text in _pairs(sample)]
+
+
+def _pairs(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the contexts and texts of a sample, from the arguments as they are or as they are written to files."""
     asked = sample["arguments"]
     pairs = [tuple(pair.values()) for pair in asked.values()] if isinstance(asked, Mapping) else asked
-    return [str(pair[1]).strip() for pair in pairs]
+    return [(str(pair[0]), str(pair[1])) for pair in pairs]

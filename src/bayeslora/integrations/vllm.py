@@ -22,7 +22,7 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.generation.answers import Answers
 from bayeslora.generation.groups import Same
-from bayeslora.integrations.openai_echo import asked_of, asked_of_split
+from bayeslora.integrations.openai_echo import Asked, asked_of, asked_of_split, distinct
 from bayeslora.integrations.openai_session import Session, opened
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
@@ -92,9 +92,11 @@ class Adapters:
             The prediction, a draw for each adapter; without a pass at the mean, and without a Monte Carlo error, for a
             server does not say how its adapters were drawn.
         """
-        rows, readout, cut = asked_of_split(split, self.tokenizer)
+        rows, against, readout, cut = asked_of_split(split, self.tokenizer)
+        neutral, numbers = distinct(against)
         began = time.perf_counter()
-        sums = self._run(lambda session: session.likelihoods(rows))
+        found = self._run(lambda session: session.likelihoods([*rows, *neutral]))
+        sums = [_scores(draw, rows, numbers) for draw in found]
         widest = max(len(row.answers) for row in rows)
         padded = [[[*row, *[-math.inf] * (widest - len(row))] for row in draw] for draw in sums]
         log_probs = torch.tensor(padded, dtype=torch.float64).log_softmax(-1).float()
@@ -181,3 +183,16 @@ class Adapters:
             return asyncio.run(whole())
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(lambda: asyncio.run(whole())).result()
+
+
+def _scores(
+    found: Sequence[Sequence[float]], rows: Sequence[Asked], numbers: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Return the scores of the choices: log-likelihoods as the format sets them in relation."""
+    scores = []
+    for number, (row, own) in enumerate(zip(rows, found, strict=False)):
+        off = [found[len(rows) + k][0] for k in numbers[number]] if numbers else [0.0] * len(own)
+        scores.append(
+            [value * scale - less for value, scale, less in zip(own, row.scales or [1.0] * len(own), off, strict=True)]
+        )
+    return scores

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin, origin_of
+from bayeslora.origin import Origin, check_scores, origin_of, scored
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import Posterior
 from bayeslora.quantised import unpack_for_training
@@ -131,8 +131,9 @@ def beginning(model: nn.Module, method: PostHoc, task: Task, start: Posterior | 
     Returns:
         The adapter's parameters, and the origin with the number of the task's training examples.
     """
-    rows = len(task.train) if task.train is not None else None
-    return read(model) if start is None else start.mean, origin_for(model, method, rows)
+    origin = origin_for(model, method, None if task.train is None else len(task.train))
+    check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
+    return read(model) if start is None else start.mean, scored(origin, task.normalisation)
 
 
 @dataclass

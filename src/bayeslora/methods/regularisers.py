@@ -30,8 +30,22 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
         The loss.
     """
     logits, targets = _flat(outputs["logits"], labels)
-    total = functional.cross_entropy(logits, targets, reduction="sum")
-    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+    return divided(functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch, len(targets))
+
+
+def divided(total: Tensor, num_items_in_batch: Tensor | int | None, count: int) -> Float[Tensor, ""]:
+    """Return a sum over items divided by their number, wherever that number is.
+
+    Args:
+        total: The sum.
+        num_items_in_batch: What to divide by; None for the items of the sum itself.
+        count: How many these are.
+
+    Returns:
+        The quotient, on the sum's device.
+    """
+    number = count if num_items_in_batch is None else num_items_in_batch
+    return total / (number.to(total.device) if isinstance(number, Tensor) else number)
 
 
 def _flat(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "P C"], Int[Tensor, " P"]]:
@@ -131,7 +145,7 @@ class KlToBase(TrainerCallback):
         kept = torch.isfinite(log_p) & torch.isfinite(log_q)
         gap = log_p.masked_fill(~kept, 0) - log_q.masked_fill(~kept, 0)
         divergence = (log_p.exp().masked_fill(~kept, 0) * gap).sum()
-        return loss + self.weight * divergence / (len(ours) if num_items_in_batch is None else num_items_in_batch)
+        return loss + self.weight * divided(divergence, num_items_in_batch, len(ours)).to(loss.device)
 
 
 @final

@@ -9,7 +9,6 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any, final
 
 from fastapi import Request
@@ -19,11 +18,11 @@ from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.generation.run import prompt_ids
 from bayeslora.params import Params
+from bayeslora.serve.asked import answers, split_of
 from bayeslora.serve.rows import Row, TokenNote
 from bayeslora.serve.schema import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Sampled
 from bayeslora.serve.shapes import Chat, Shape, Text, echoed, placed
 from bayeslora.serve.worker import Call, Generation, Served, Worker, prompt_log_probs
-from bayeslora.tasks.types import Example
 
 LOOK = 0.5
 """Seconds between two looks whether the client is still there."""
@@ -113,9 +112,12 @@ class Answering:
         choices = classes or tuple(body.choices or ())
         if len(set(choices)) < 2 or len(set(choices)) != len(choices):
             raise ApiError(400, "choices must be at least two different texts", param="choices")
-        if not body.texts:
+        if not body.rows:
             raise ApiError(400, "input is empty; give at least one text", param="input")
-        split = replace(served.like, name="input", examples=tuple(Example(text, choices) for text in body.texts))
+        try:
+            split = split_of(served.like, body.rows, choices, served.text_column)
+        except InputError as error:
+            raise ApiError(400, str(error), param="input") from error
 
         def work() -> Any:
             """Predict."""
@@ -125,19 +127,9 @@ class Answering:
             )
 
         found = await self._call(work)
-        data = [
-            {
-                "index": i,
-                "answer": choices[int(found.answer[i])],
-                "probs": dict(zip(choices, found.probs[i, : len(choices)].tolist(), strict=True)),
-                "confidence": float(found.confidence[i]),
-                "entropy": float(found.entropy[i]),
-                "mutual_information": float(found.mutual_information[i]),
-                "disagreement": float(found.disagreement[i]),
-            }
-            for i in range(len(split))
-        ]
-        return JSONResponse({"object": "list", "model": body.model, "draws": found.draws, "data": data})
+        return JSONResponse(
+            {"object": "list", "model": body.model, "draws": found.draws, "data": answers(found, choices)}
+        )
 
     def _prompt(self, prompt: str | list[int] | list[dict[str, str]], longest: int) -> list[int]:
         """Return a prompt's tokens, or refuse it."""

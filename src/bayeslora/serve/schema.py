@@ -133,11 +133,11 @@ class ClassifyRequest(BaseModel):
     """``/v1/classify``: which of some choices answers a text."""
 
     model: str
-    input: str | list[str]
+    input: str | dict[str, Any] | list[str | dict[str, Any]]
     choices: list[str] | None = None
     draws: int | None = Field(None, ge=1)
 
     @property
-    def texts(self) -> list[str]:
-        """The texts."""
-        return [self.input] if isinstance(self.input, str) else self.input
+    def rows(self) -> list[str | dict[str, Any]]:
+        """The texts, or rows of columns."""
+        return self.input if isinstance(self.input, list) else [self.input]

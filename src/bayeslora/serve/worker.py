@@ -41,6 +41,7 @@ class Served:
         most_draws: Most draws of a request.
         like: An empty split with the task's format and classes, for `/v1/classify`.
         seed: Which stream of draws.
+        text_column: Column of the text in rows that `/v1/classify` is given; empty: the usual names.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Served:
     most_draws: int
     like: Split
     seed: int = 0
+    text_column: str = ""
 
     @property
     def names(self) -> list[str]:

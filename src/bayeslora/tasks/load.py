@@ -12,10 +12,10 @@ from bayeslora.errors import InputError
 from bayeslora.tasks.columns import Columns, guess_columns, make_columns
 from bayeslora.tasks.files import Rows, find_file, read_rows
 from bayeslora.tasks.hub import hub_rows
-from bayeslora.tasks.render import check_template
+from bayeslora.tasks.render import check_normalisation, check_template, default_normalisation
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.table import STEMS, KnownTask, SplitName, find_task, unknown_task
-from bayeslora.tasks.types import Example, Format, ReadoutName, Split, Task, TaskKind
+from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task, TaskKind
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def load_task(
     seed: int = 0,
     columns: Columns | Mapping[str, object] | None = None,
     file_as: Literal["test", "train"] = "test",
+    normalisation: Normalisation | None = None,
 ) -> Task:
     """Load a known task, or one's own data.
 
@@ -79,7 +80,8 @@ def load_task(
         data: Folder that holds the task's folder or files (``train``, ``validation`` or ``dev``, ``test``, ending in
             ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``), or a single file. None loads from the Hub.
         readout: How answers are read; see ``Format``.
-        template: Prompt with ``{text}`` and, for letters, ``{choices}``; None takes the default.
+        template: Prompt with ``{text}``, ``{choices}`` for letters, and any other column of the data by its name in
+            braces, such as ``{premise}``; None takes the default.
         few_shot: Solved examples in the prompt, taken out of the training rows.
         max_length: Longest prompt in tokens; see ``Format``.
         train_rows: Most rows to train on; None for all.
@@ -91,6 +93,9 @@ def load_task(
             ``{"text": "review", "label": "stars"}``. None: the task's own, or ``text``, ``choices`` and ``label``.
         file_as: What a single file is: the test split, whose labels may be missing, or training rows, of which
             ``validation`` are held out.
+        normalisation: What the likelihood of a choice is set in relation to: ``sum`` is its log-likelihood as it is,
+            ``characters`` and ``tokens`` take out its length, ``unconditional`` how likely it is without the question;
+            see ``Format``. None: ``tokens``, where answers are read by likelihood.
 
     Returns:
         The task; a split without a source is None.
@@ -99,7 +104,7 @@ def load_task(
         InputError: The task is unknown, its data cannot be found or read, or an argument does not fit them.
     """
     sizes = Sizes(few_shot, train_rows, test_rows, validation, seed)
-    fmt = _format(readout, template, max_length)
+    fmt = _format(readout, template, max_length, normalisation)
     known, name, sources = _sources(name, data, file_as, own=columns is not None)
     layouts = [] if known is None else [known.hub] if data is None else [known.local, known.hub]
     given = None if columns is None else make_columns(columns, layouts[0] if layouts else Columns())
@@ -109,10 +114,18 @@ def load_task(
     labelled = {split for split in sources if split != "test" or strict}
     published = known is not None and given is None
     splits = _splits(name, sources, chosen, fmt, need_labels=labelled, allow_duplicates=published)
-    return _sampled(name, splits, sizes)
+    task = _sampled(name, splits, sizes)
+    if normalisation not in (None, "sum") and task.normalisation is None:
+        raise InputError(
+            f"The normalisation {normalisation!r} is for the likelihood readout, which 'auto' does not choose for "
+            f"{name}: add readout='likelihood'."
+        )
+    return task
 
 
-def _format(readout: ReadoutName, template: str | None, max_length: int | None) -> Format:
+def _format(
+    readout: ReadoutName, template: str | None, max_length: int | None, normalisation: Normalisation | None
+) -> Format:
     """Return the format without its few-shot examples and kind."""
     if readout not in get_args(ReadoutName):
         raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}.")
@@ -121,7 +134,9 @@ def _format(readout: ReadoutName, template: str | None, max_length: int | None) 
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length is {max_length}: give a number of tokens, or None for the model's limit.")
     check_template(template or "", readout)
-    return Format(template or "", readout, (), max_length)
+    chosen = default_normalisation(readout) if normalisation is None else normalisation
+    check_normalisation(chosen, readout)
+    return Format(template or "", readout, (), max_length, normalisation=chosen)
 
 
 def _sources(

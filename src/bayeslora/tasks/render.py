@@ -5,14 +5,16 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.types import Example, Format, Split, TaskKind
+from bayeslora.tasks.types import Example, Format, Normalisation, Split, TaskKind
 
 ConcreteReadout = Literal["letters", "likelihood", "head"]
 
 LETTERS = string.ascii_uppercase
+CHARACTERS = 4
+"""Characters that count as one token where likelihoods are set in relation to characters: about right for English."""
 
 _BLANK = "Fill in the blank (_) in the sentence.\nSentence: {text}\n"
 
@@ -41,12 +43,13 @@ def check_template(template: str, readout: str) -> None:
     """Refuse a template that cannot be filled.
 
     Args:
-        template: Python format string; empty means the default and is accepted.
+        template: Python format string; empty means the default and is accepted. Whether the data have the columns that
+            it names is seen where rows are read.
         readout: The readout it is for; ``letters`` needs ``{choices}``.
 
     Raises:
-        InputError: ``{text}`` is missing, ``{choices}`` is missing for letters, another placeholder is used, or a brace
-            is not closed.
+        InputError: It has neither ``{text}`` nor another column, ``{choices}`` is missing for letters, a placeholder
+            has no name or more than a name, or a brace is not closed.
     """
     if not template:
         return
@@ -56,16 +59,63 @@ def check_template(template: str, readout: str) -> None:
         raise InputError(f"The template {template!r} is malformed ({error}): write {{{{ for a brace.") from None
     fields = {name for _, name, _, _ in parts if name is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
-    unknown = sorted(fields - {"text", "choices"})
-    if unknown or not plain:
-        named = f"the unknown placeholder {{{unknown[0]}}}" if unknown else "a conversion or a format specification"
-        raise InputError(f"The template {template!r} has {named}: use only {{text}} and {{choices}}.")
-    if "text" not in fields:
-        raise InputError(f"The template {template!r} has no {{text}}: say where the question or text goes.")
+    if "" in fields or not plain:
+        named = "a placeholder {} without a name" if "" in fields else "a conversion or a format specification"
+        raise InputError(
+            f"The template {template!r} has {named}: use only {{text}}, {{choices}} and names of columns in braces."
+        )
+    if not fields - {"choices"}:
+        raise InputError(
+            f"The template {template!r} has no {{text}} and no other column: say where the question or text goes."
+        )
     if readout == "letters" and "choices" not in fields:
         raise InputError(
             f"The template {template!r} has no {{choices}}, which the letters readout needs: add it, or choose "
             "readout='likelihood'."
+        )
+
+
+def placeholders(template: str) -> tuple[str, ...]:
+    """Return the names that a template has in braces, each once.
+
+    Args:
+        template: A template that `check_template` accepts; empty means the default, which has ``{text}``.
+
+    Returns:
+        The names in their order.
+    """
+    if not template:
+        return ("text",)
+    return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+
+
+def own_columns(template: str) -> tuple[str, ...]:
+    """Return the columns that a template names besides ``{text}`` and ``{choices}``."""
+    return tuple(name for name in placeholders(template) if name not in ("text", "choices"))
+
+
+def default_normalisation(readout: str) -> Normalisation:
+    """Return the normalisation of tasks whose user names none: ``tokens`` where answers may be read by likelihood."""
+    return "tokens" if readout in ("auto", "likelihood") else "sum"
+
+
+def check_normalisation(normalisation: str, readout: str) -> None:
+    """Refuse a normalisation that does not exist, or that a readout does not have.
+
+    Args:
+        normalisation: The normalisation.
+        readout: The readout; ``auto`` is not known yet and is accepted.
+
+    Raises:
+        InputError: It is unknown, or not ``sum`` for a readout other than likelihood.
+    """
+    known = get_args(Normalisation)
+    if normalisation not in known:
+        raise InputError(f"The normalisation {normalisation!r} is unknown: give one of {', '.join(known)}.")
+    if normalisation != "sum" and readout not in ("auto", "likelihood"):
+        raise InputError(
+            f"The readout {readout!r} has no normalisation {normalisation!r}: use readout='likelihood', or "
+            "normalisation='sum'."
         )
 
 
@@ -88,7 +138,25 @@ def resolve_format(source: Split | Format, readout: str) -> Format:
         raise InputError(f"The readout {readout!r} cannot be used: give one of {', '.join(_CONCRETE)}.")
     template = fmt.template or DEFAULT_TEMPLATES[fmt.kind][concrete]
     check_template(template, concrete)
-    return replace(fmt, template=template, readout=concrete)
+    if fmt.readout != "auto":
+        check_normalisation(fmt.normalisation, fmt.readout)
+    normalisation = fmt.normalisation if concrete == "likelihood" else "sum"
+    return replace(fmt, template=template, readout=concrete, normalisation=normalisation)
+
+
+def neutral_prompt(fmt: Format) -> str:
+    """Return the prompt without a question, against which the ``unconditional`` normalisation sets a choice.
+
+    Args:
+        fmt: A format from ``resolve_format``.
+
+    Returns:
+        What the template has after its last placeholder, such as ``Answer:``; that word where it has nothing there.
+    """
+    end = ""
+    for literal, name, _, _ in string.Formatter().parse(fmt.template):
+        end = end + literal if name is None else ""
+    return end.strip() or "Answer:"
 
 
 def answer_text(example: Example, index: int, readout: str) -> str:
@@ -139,11 +207,19 @@ def render(example: Example, fmt: Format) -> str:
 
 def _fill(example: Example, fmt: Format) -> str:
     """Return the template filled with one example, without trailing spaces."""
-    listed = ""
-    if "{choices}" in fmt.template:
+    values = {**dict(example.columns), "text": example.text, "choices": ""}
+    if "choices" in placeholders(fmt.template):
         _check_letters(example)
-        listed = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(example.choices))
-    return fmt.template.format(text=example.text, choices=listed).rstrip(" \t")
+        values["choices"] = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(example.choices))
+    lacking = [name for name in own_columns(fmt.template) if name not in values]
+    if lacking:
+        has = ", ".join(name for name, _ in example.columns) or "none"
+        raise InputError(
+            f"{example.text[:60]!r} has no column {lacking[0]!r}, which the template names (its columns are {has}): "
+            "give rows with that column, or another template."
+        )
+    parts = string.Formatter().parse(fmt.template)  # not str.format, which would read attributes
+    return "".join(literal + ("" if name is None else values[name]) for literal, name, _, _ in parts).rstrip(" \t")
 
 
 def _check_letters(example: Example) -> None:

@@ -9,6 +9,7 @@ from bayeslora.errors import InputError
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.labels import label_index, sorted_classes
+from bayeslora.tasks.render import own_columns, placeholders
 from bayeslora.tasks.types import Example, Format, Split
 
 
@@ -56,9 +57,12 @@ def split_from_rows(
     fixed = None if columns.choices is not None else tuple(classes or columns.classes or ())
     if fixed is not None and not fixed:
         fixed = find_classes(table, columns.label)
+    template = "" if fmt is None else fmt.template
+    named, needed = own_columns(template), "text" in placeholders(template)
     examples: list[Example] = []
     for index in range(len(table)):
-        text, (choices, codes) = _text(table, index, columns), _choices(table, index, columns, fixed)
+        own = tuple((name, _named(table, index, name, columns.label)) for name in named)
+        text, (choices, codes) = _text(table, index, columns, own, needed), _choices(table, index, columns, fixed)
         _check_choices(choices, table.where(index), allow_duplicates)
         value = None if label is None else _cell(table, index, label)
         found = label_index(value, choices, codes, classes=fixed is not None, where=table.where(index))
@@ -66,7 +70,7 @@ def split_from_rows(
             raise InputError(f"{table.where(index)}: the label in column {label!r} is blank: fill it in.")
         if found is not None and examples and examples[0].label is None:
             raise InputError(f"{table.where(0)}: the label in column {label!r} is blank: fill it in.")
-        examples.append(Example(text, choices, found))
+        examples.append(Example(text, choices, found, columns=own))
     if fmt is None:
         fmt = Format("", kind="question" if fixed is None else "class")
     return Split(name, tuple(examples), fmt, fixed)
@@ -111,8 +115,28 @@ def _cell(rows: Rows, index: int, column: str) -> object:
     return rows.values[index][column]
 
 
-def _text(rows: Rows, index: int, columns: Columns) -> str:
-    """Return the text of a row, after its passage if it has one."""
+def _named(rows: Rows, index: int, column: str, label: str | None) -> str:
+    """Return the text of a column that the template names."""
+    if column == label:
+        raise InputError(
+            f"The template names {{{column}}}, which is the column of the label: the prompt would tell the answer, so "
+            "take it out."
+        )
+    if column not in rows.values[index]:
+        raise InputError(
+            f"{rows.where(index)} has no column {column!r}, which the template names: its columns are "
+            f"{', '.join(rows.values[index])}."
+        )
+    value = rows.values[index][column]
+    if not isinstance(value, (str, int, float)):
+        raise InputError(f"{rows.where(index)}: the column {column!r} is {value!r}: it should hold text.")
+    return str(value).strip()
+
+
+def _text(rows: Rows, index: int, columns: Columns, own: Sequence[tuple[str, str]], needed: bool) -> str:
+    """Return the text of a row, after its passage if it has one; without a column of text, what the template names."""
+    if not needed and columns.text not in rows.values[index]:
+        return "\n".join(value for _, value in own)
     parts = []
     for column in (columns.context, columns.text):
         if column is None:

@@ -14,6 +14,7 @@ from bayeslora.errors import InputError
 
 ReadoutName = Literal["auto", "letters", "likelihood", "head"]
 TaskKind = Literal["question", "blank", "class"]
+Normalisation = Literal["sum", "characters", "tokens", "unconditional"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Example:
         choices: What can be answered; for a classification task the class names, the same for every example.
         label: Index of the right choice; None where it is not known.
         probs: The true probability of each choice, where the data were generated and it is known.
+        columns: Name and text of each column that the template names besides ``{text}`` and ``{choices}``.
     """
 
     text: str
     choices: tuple[str, ...]
     label: int | None = None
     probs: tuple[float, ...] | None = None
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Format:
     """How an example is put to a model and its answer read.
 
     Attributes:
-        template: Python format string with ``{text}`` and, for the letters readout, ``{choices}``. Empty: the default
-            for the kind and the readout, filled in by ``resolve_format`` once the readout is known.
+        template: Python format string with ``{text}`` or the names of other columns of the data in braces and, for the
+            letters readout, ``{choices}``. Empty: the default for the kind and the readout, filled in by
+            ``resolve_format`` once the readout is known.
         readout: ``letters`` (softmax over the choices' letter tokens at the last position), ``likelihood`` (softmax
             over the log-likelihood of each choice's text), ``head`` (a classification head) or ``auto`` (``head`` for a
             model that has one, else ``likelihood`` for a split with classes and ``letters`` where the choices change
@@ -49,6 +53,10 @@ class Format:
             limit, beyond which a prompt is refused.
         kind: What the text is, which decides the default template: a ``question``, a sentence with a ``blank`` to
             fill, or a text whose ``class`` is asked for.
+        normalisation: The likelihood readout's score of a choice, in training as in prediction: the ``sum`` of its
+            tokens' log-probabilities; that sum for each four ``characters`` of its text, or for each of its ``tokens``;
+            or the sum less the one after a prompt without the question (``unconditional``), see
+            `bayeslora.tasks.render.neutral_prompt`.
     """
 
     template: str
@@ -56,6 +64,7 @@ class Format:
     few_shot: tuple[Example, ...] = ()
     max_length: int | None = None
     kind: TaskKind = "question"
+    normalisation: Normalisation = "sum"
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,12 @@ class Split:
         widest = max(map(len, known))
         return torch.tensor([[*p, *[0.0] * (widest - len(p))] for p in known])
 
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """The normalisation of the choices' log-likelihoods; None if the format's readout surely has none."""
+        likely = self.format.readout == "likelihood" or (self.format.readout == "auto" and self.classes is not None)
+        return self.format.normalisation if likely else None
+
     def take(self, rows: Sequence[int]) -> Split:
         """Return the split with the given rows only, in the given order."""
         return replace(self, examples=tuple(self.examples[i] for i in rows))
@@ -116,6 +131,11 @@ class Task:
     train: Split | None
     validation: Split | None
     test: Split | None
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """That of its splits."""
+        return next((s.normalisation for s in (self.train, self.validation, self.test) if s is not None), None)
 
 
 def labelled(split: Split | None, purpose: str) -> Split:
