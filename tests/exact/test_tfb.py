@@ -14,7 +14,7 @@ from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods import Tfb
 from bayeslora.methods.search import draws_nll
-from bayeslora.methods.tfb import largest, reparametrised
+from bayeslora.methods.tfb import anchored, answered, largest, reparametrised
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
 
@@ -71,18 +71,68 @@ def test_a_search_without_an_end_is_refused() -> None:
         largest(lambda sigma: False, 5)
 
 
-def test_the_loss_stays_within_the_tolerance_and_more_noise_leaves_it(tokenizer: Any) -> None:
-    model, task = make_model(), make_task(readout="likelihood")
+def unlabelled(task: Any) -> Any:
+    """The task with no label in its training and validation rows."""
+    bare = {
+        part: replace(split, examples=tuple(replace(e, label=None) for e in split))
+        for part, split in (("train", task.train), ("validation", task.validation))
+    }
+    return replace(task, **bare)
+
+
+def sharper(model: Any, factor: float) -> Any:
+    """A model whose logits are larger, so that its adapter's answers are surer than they are right."""
+    model.get_base_model().lm_head.weight.data.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("anchors", ["train", "validation"])
+@pytest.mark.parametrize("factor", [1.0, 40.0])  # an unsure adapter, and one with a loss of next to nothing
+def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_is_borne(
+    anchors: Any, factor: float, tokenizer: Any
+) -> None:
+    model, task = sharper(make_model(), factor), unlabelled(make_task(readout="likelihood"))
     start, options = Point(read(model)), {"tokenizer": tokenizer, "seed": 4, "budget": 2048}
-    answers = predict(model, start, task.train, draws=1, tokenizer=tokenizer).answer.tolist()  # what it is sure of
-    rows = [replace(e, label=k) for e, k in zip(task.train, answers, strict=True)]
-    task = replace(task, train=replace(task.train, examples=tuple(rows)))
-    method = Tfb(tolerance=0.05)
+    method = Tfb(tolerance=0.01, anchors=anchors, floor=0.3)
     found = method.fit(model, task, start=start, tokenizer=tokenizer, seed=4)
-    own = draws_nll(model, start, task.train, 1, **options)
-    assert draws_nll(model, found, task.train, method.draws, **options) <= 1.05 * own
+    rows = answered(model, start, getattr(task, anchors), tokenizer=tokenizer, budget=2048)
+    assert rows.labels.tolist() == predict(model, start, rows, draws=1, tokenizer=tokenizer).answer.tolist()
+    own = draws_nll(model, start, rows, 1, **options)
+    assert (own < 0.3) == (factor > 1)
+    borne = 0.01 * max(own, 0.3)
+    assert abs(draws_nll(model, found, rows, method.draws, **options) - own) <= borne
     wider = DiagonalGaussian(found.mean, {n: v * 2 ** (2 / 2**method.steps) * 1.001 for n, v in found.variance.items()})
-    assert draws_nll(model, wider, task.train, method.draws, **options) > 1.05 * own
+    assert abs(draws_nll(model, wider, rows, method.draws, **options) - own) > borne
+
+
+def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true_labels(tokenizer: Any) -> None:
+    model, task = sharper(make_model(), 400.0), make_task(readout="likelihood")
+    start, options = Point(read(model)), {"tokenizer": tokenizer, "seed": 4, "budget": 2048}
+    own = draws_nll(model, start, task.train, 1, **options)
+    assert own > 3.0  # it is wrong, and sure of it
+    found = Tfb(tolerance=0.1, labels="true", floor=0.0).fit(model, task, tokenizer=tokenizer, seed=4)
+    assert 0 <= own - draws_nll(model, found, task.train, 10, **options) <= 0.1 * own  # the near side of the minimum
+    wider = DiagonalGaussian(found.mean, {n: 1.1 * v for n, v in found.variance.items()})
+    assert own - draws_nll(model, wider, task.train, 10, **options) > 0.1 * own
+    with pytest.raises(InputError, match="has no label"):
+        Tfb(labels="true").check(model, unlabelled(task))
+
+
+def test_the_anchors_of_rows_sorted_by_class_have_every_class() -> None:
+    rows = make_task(classes=True, rows=600).train
+    rows = rows.take(sorted(range(len(rows)), key=lambda i: rows.examples[i].label))
+    found = anchored(rows, 60, 3)
+    assert len(found) == 60
+    assert set(found.labels.tolist()) == {0, 1, 2}
+    assert found.examples == anchored(rows, 60, 3).examples
+    assert found.examples != anchored(rows, 60, 4).examples
+    assert anchored(rows, 600, 3) is rows
+
+
+def test_a_task_without_anchors_is_refused() -> None:
+    model, task = make_model(), make_task(readout="likelihood")
+    with pytest.raises(InputError, match="the task has none"):
+        Tfb(anchors="validation").check(model, replace(task, validation=None))
 
 
 def test_the_mean_answers_as_the_adapter_did_and_a_given_sigma_is_taken(tokenizer: Any) -> None:
@@ -96,6 +146,6 @@ def test_the_mean_answers_as_the_adapter_did_and_a_given_sigma_is_taken(tokenize
     torch.testing.assert_close(mean.log_probs, plain.log_probs, rtol=1e-4, atol=1e-5)
     unit = reparametrised(before)[1]
     assert all(torch.allclose(v.sqrt(), 0.01 * unit[n]) for n, v in found.variance.items())
-    for settings in ({"tolerance": 0.0}, {"anchors": "test"}, {"draws": 0}, {"sigma": math.nan}):
+    for settings in ({"tolerance": 0.0}, {"anchors": "test"}, {"draws": 0}, {"sigma": math.nan}, {"labels": "own"}, {"floor": -1.0}):
         with pytest.raises(InputError):
             Tfb(**settings)

@@ -1,35 +1,46 @@
 """TFB, training-free Bayesianisation: the largest noise that an adapter bears (Shi et al. 2024, arXiv 2412.05723).
 
 B = U diag(d) Vᵀ, B' = U diag(d), A' = VᵀA, so that B'A' = BA; A' ~ N(VᵀA, Ω²) with Ω_ij = σ/d_i. The update BA then has
-the covariance σ² I ⊗ UUᵀ: isotropic noise in the column space of B. σ is the largest for which the loss on anchor rows
-stays within a relative tolerance of the adapter's own.
+the covariance σ² I ⊗ UUᵀ: isotropic noise in the column space of B. σ is the largest with
 
-What the paper leaves open: the loss is the negative log-likelihood of the draws' average probabilities, all σ are
-judged by the same draws, and "within ε" means at most (1 + ε) times the loss without noise. Where d_i is zero to
-rounding, no noise on A can reach BA, and that row has none.
+    |ℓ(σ) − ℓ(0)| ≤ tolerance · max( ℓ(0), floor ),  floor = log 2
+
+and ℓ(σ) the negative log-likelihood of the draws' average probabilities on anchor rows, per row. As in the released code
+the labels are the adapter's own answers without noise: no row needs a label, and noise can only cost. Against the true
+labels it helps an over-confident adapter, and the loss does not say how much of it the adapter bears.
+
+What differs: the paper has no floor. The loss of a saturated adapter is next to nothing, and .3 % of it is less than what
+bfloat16 rounds (of .026 nats .00008, and rounding alone moved .0015). So the tolerance is of the loss of a guess between
+two answers at least: .002 nats a row, over the paper's 500 anchors one nat, a likelihood ratio of e. The released code
+divides the change by the number of anchors once more, so that its tolerance is as many times wider, and what holds its σ
+is the upper end of its search; we have no such end. All σ are judged by the same draws. Where d_i is zero to rounding, no
+noise on A can reach BA, and that row has none.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import nn
 
+from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.search import draws_nll
-from bayeslora.params import Params
+from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
 _LARGEST = 1e6
 """Noise at which the search gives up: the adapter does not matter to the loss."""
+_FIRST = {"pseudo": 1e-2, "true": 1e-4}
+"""Noise at which the search begins; against true labels the loss may fall before it rises, so it comes from below."""
 
 
 @final
@@ -38,12 +49,16 @@ class Tfb(PostHoc):
     """The largest isotropic noise on BA that the loss bears.
 
     Attributes:
-        tolerance: Relative rise of the anchors' loss that is borne; .003 in the paper.
-        anchors: Which rows the loss is taken on: ``train`` or ``validation``.
-        most_anchors: Most rows of them.
+        tolerance: Relative change of the anchors' loss that is borne; .003 in the paper.
+        anchors: Which rows the loss is taken on: ``train`` or ``validation``. They need no labels.
+        most_anchors: Most rows of them; if there are more, the seed decides which.
         draws: Draws by which a σ is judged.
         steps: Halvings of the bracket around σ, on a logarithmic scale from a factor of 2.
         sigma: σ itself, without a search.
+        labels: What the loss is taken against: ``pseudo``, the adapter's own answers without noise, or ``true``, the
+            rows' labels.
+        floor: Least loss that the tolerance is relative to, in nats a row; 0 for the adapter's own whatever it is, as
+            in the paper.
     """
 
     name: ClassVar[str] = "tfb"
@@ -53,6 +68,8 @@ class Tfb(PostHoc):
     draws: int = 10
     steps: int = 5
     sigma: float | None = None
+    labels: Literal["pseudo", "true"] = "pseudo"
+    floor: float = math.log(2)
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
@@ -62,6 +79,8 @@ class Tfb(PostHoc):
         """
         if self.anchors not in ("train", "validation"):
             raise InputError(f"TFB's anchors are 'train' or 'validation' rows, and not {self.anchors!r}")
+        if self.labels not in _FIRST:
+            raise InputError(f"TFB's labels are 'pseudo' or 'true', and not {self.labels!r}")
         for key, least in (("most_anchors", 1), ("draws", 1), ("steps", 0)):
             if getattr(self, key) < least:
                 raise InputError(f"{key} must be at least {least}, and it is {getattr(self, key)}")
@@ -69,19 +88,24 @@ class Tfb(PostHoc):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"TFB's {key} must be finite and positive, and it is {value}")
+        if not 0 <= self.floor < math.inf:
+            raise InputError(f"TFB's floor must be finite and not negative, and it is {self.floor}")
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse other adapters than plain LoRA, and a task without anchors; see `PostHoc.check`."""
         plain_layers(model, "TFB")
         if self.sigma is None:
-            self._anchors(task)
+            self._rows(task)
 
-    def _anchors(self, task: Task) -> Split:
-        """Return the rows that the loss is taken on, at most ``most_anchors``."""
+    def _rows(self, task: Task) -> Split:
+        """Return the rows that anchors are taken from."""
         split = task.train if self.anchors == "train" else task.validation
-        rows = labelled(split, f"TFB searches its noise on {self.anchors} rows")
-        kept = rows.examples[: self.most_anchors]
-        return Split(f"{rows.name}[:{len(kept)}]", kept, rows.format, rows.classes)
+        purpose = f"TFB searches its noise on {self.anchors} rows"
+        if self.labels == "true":
+            return labelled(split, purpose)
+        if split is None or not len(split):
+            raise InputError(f"{purpose}, and the task has none; give data with that split, labelled or not")
+        return split
 
     def fit(
         self,
@@ -96,24 +120,64 @@ class Tfb(PostHoc):
         """Return the noisy adapter; see `PostHoc.fit`.
 
         Raises:
-            InputError: If an adapted layer is not plain LoRA, B is zero, or the loss does not depend on the noise.
+            InputError: If an adapted layer is not plain LoRA, B is zero, or no σ is at the edge of what the loss
+                bears.
         """
         self.check(model, task)
         adapter, origin = beginning(model, self, task, start)
         mean, unit = reparametrised(adapter)
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)
-        rows = self._anchors(task)
         options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
-        bound = (1 + self.tolerance) * draws_nll(model, Point(mean, origin), rows, 1, **options)
+        point = Point(mean, origin)
+        rows = anchored(self._rows(task), self.most_anchors, seed)
+        if self.labels == "pseudo":
+            rows = answered(model, point, rows, tokenizer=tokenizer, budget=token_budget)
+        own = draws_nll(model, point, rows, 1, **options)
+        change = self.tolerance * max(own, self.floor)
 
         def within(sigma: float) -> bool:
-            """Return whether the loss stays within the tolerance."""
-            return draws_nll(model, _noisy(mean, unit, sigma, origin), rows, self.draws, **options) <= bound
+            """Return whether the loss stays within what is borne."""
+            found = draws_nll(model, _noisy(mean, unit, sigma, origin), rows, self.draws, **options)
+            return abs(found - own) <= change
 
-        sigma = largest(within, self.steps)
-        logger.info("TFB: sigma %.4g with %d anchors, loss at most %.4g.", sigma, len(rows), bound)
+        sigma = largest(within, self.steps, _FIRST[self.labels])
+        logger.info("TFB: sigma %.4g with %d anchors, loss %.4g, change at most %.4g.", sigma, len(rows), own, change)
         return _noisy(mean, unit, sigma, origin)
+
+
+def anchored(rows: Split, most: int, seed: int) -> Split:
+    """Return rows sampled without replacement, in their order.
+
+    Args:
+        rows: The rows.
+        most: Most rows to take.
+        seed: Decides which.
+
+    Returns:
+        All rows if there are no more than that.
+    """
+    if len(rows) <= most:
+        return rows
+    picked = torch.randperm(len(rows), generator=generator("anchors", seed))[:most]
+    return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {most} anchors")
+
+
+def answered(model: nn.Module, posterior: Posterior, rows: Split, *, tokenizer: Any, budget: int | None) -> Split:
+    """Return rows with a posterior's answers as their labels.
+
+    Args:
+        model: PEFT model of the posterior.
+        posterior: The posterior, asked for one draw.
+        rows: The rows; their own labels do not matter.
+        tokenizer: The model's tokenizer, or None.
+        budget: Most tokens of a batch; None for what fits.
+
+    Returns:
+        The rows, each with its most probable choice.
+    """
+    said = predict(model, posterior, rows, 1, tokenizer=tokenizer, token_budget=budget).answer.tolist()
+    return replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows, said, strict=True)))
 
 
 def largest(within: Any, steps: int, first: float = 0.01) -> float:
@@ -140,7 +204,7 @@ def largest(within: Any, steps: int, first: float = 0.01) -> float:
         while not within(low := high / 2):
             high = low
             if high < 1 / _LARGEST:
-                raise InputError("TFB found no noise that the anchors' loss bears; raise the tolerance or the anchors")
+                raise InputError("TFB found no noise that the anchors' loss bears; raise the tolerance or the floor")
     for _ in range(steps):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if within(middle) else (low, middle)
