@@ -125,6 +125,22 @@ def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: l
     return [s["delta"] for s in states]
 
 
+def pull_weight(group: dict[str, Any], state: dict[str, Any]) -> float:
+    """Return what m's distance from the mean of its prior is multiplied by in the update.
+
+    Args:
+        group: Settings of the parameter.
+        state: The optimiser's state of it.
+
+    Returns:
+        δ; around m's start δ(1−β₂ᵗ); 0 where δ is estimated.
+    """
+    if group["prior"] == "empirical":
+        return 0.0
+    grown = 1 - group["betas"][1] ** state["step"] if group["prior_mean"] == "start" else 1.0
+    return float(state["delta"] * grown)
+
+
 def from_prior(means: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
     """Return how far each m is from the mean of its prior.
 

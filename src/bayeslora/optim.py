@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import check_ivon, estimate_prior, from_prior
+from bayeslora.ivon_settings import check_ivon, estimate_prior, from_prior, pull_weight
 from bayeslora.params import seed_of
 
 
@@ -259,9 +259,8 @@ class IvonOptimizer(torch.optim.Optimizer):
         if group["prior"] == "empirical":
             deltas = estimate_prior(group, states, means)
         update = torch._foreach_div(average, [1 - beta1 ** s["step"] for s in states])
-        if group["prior"] == "fixed" and any(deltas):
-            grown = [1 - beta2 ** s["step"] if group["prior_mean"] == "start" else 1.0 for s in states]
-            weights = [d * share for d, share in zip(deltas, grown, strict=True)]
+        weights = [pull_weight(group, s) for s in states]
+        if any(weights):
             torch._foreach_add_(update, torch._foreach_mul(from_prior(means, states), weights))
         torch._foreach_div_(update, torch._foreach_add(hess, deltas))
         if math.isfinite(group["clip_radius"]):

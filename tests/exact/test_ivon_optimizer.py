@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
+from bayeslora.methods.diagnostics import diagnostics
 from bayeslora.optim import IvonOptimizer
 
 SETTINGS = {"lr": 0.1, "ess": 50.0, "hess_init": 0.7, "betas": (0.9, 0.95), "weight_decay": 0.2}
@@ -385,3 +386,18 @@ def test_an_empirical_prior_does_not_pull_the_mean():
         p.grad = torch.zeros(2)
         optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor([0.5, -1.0]))
+
+
+def test_the_decay_of_h_is_not_taken_for_learning():
+    p = nn.Parameter(torch.zeros(100))
+    optimizer = IvonOptimizer([p], lr=0.0, ess=100.0, hess_init=1.0, betas=(0.9, 0.99))
+    for _ in range(100):  # no gradient: h = .99¹⁰⁰ = .37
+        optimizer.draw()
+        p.grad = torch.zeros(100)
+        optimizer.step()
+    assert diagnostics(optimizer)["hess_moved"] == 0
+    for _ in range(100):  # and a loss of curvature 1: h goes back to it
+        optimizer.draw()
+        p.grad = optimizer.noise(p).clone()
+        optimizer.step()
+    assert diagnostics(optimizer)["hess_moved"] > 0.9

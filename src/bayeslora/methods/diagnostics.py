@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from bayeslora.ivon_settings import from_prior, pull_weight
 from bayeslora.optim import IvonOptimizer
 from bayeslora.params import live
 
 logger = logging.getLogger(__name__)
 
 LEARNED = 0.5
-"""The variance counts as learned if at least this share of h has moved by more than 10 % from h₀."""
+"""The variance counts as learned if at least this share of h+δ is more than 10 % off what it would be without data."""
 
 
 SAMPLE = 2**17
@@ -93,7 +94,8 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
         optimizer: The optimiser.
 
     Returns:
-        ``hess_moved``: share of coordinates whose h is more than 10 % off h₀; ``clipped``: share whose update is at the
+        ``hess_moved``: share of coordinates whose h+δ is more than 10 % off what it would be without data, h₀β₂ᵗ + δ;
+        ``clipped``: share whose update is at the
         clip radius; ``ess``: λ, how many examples the data count for; ``sigma`` and ``sigma_mean``: median and mean σ,
         the median as in `spread`. Empty before the first step.
     """
@@ -104,8 +106,10 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
             if not state or not state["step"]:
                 continue
             precision = state["hess"] + state["delta"]
-            update = state["avg_grad"] / (1 - group["betas"][0] ** state["step"]) + state["delta"] * optimizer.mean(p)
-            moved = (state["hess"] / group["hess_init"] - 1).abs() > 0.1
+            update = state["avg_grad"] / (1 - group["betas"][0] ** state["step"])
+            update = update + pull_weight(group, state) * from_prior([optimizer.mean(p)], [state])[0]
+            untaught = state.get("hess_init", group["hess_init"]) * group["betas"][1] ** state["step"] + state["delta"]
+            moved = (precision / untaught - 1).abs() > 0.1
             clipped = (update / precision).abs() >= group["clip_radius"]
             summary.add((group["ess"] * precision).rsqrt(), moved, clipped)
     found = summary.averages("sigma_mean", "hess_moved", "clipped")
@@ -165,8 +169,8 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
         values = [p.detach().abs().median() for name, p in live(model).items() if part in name]
         sizes[part] = float(torch.stack(values).median()) if values else math.nan
     logger.info(
-        "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off its start; %.0f %% "
-        "of the last update was at the clip radius.",
+        "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "
+        "would be without data; %.0f %% of the last update was at the clip radius.",
         found["sigma"],
         sizes["lora_A"],
         sizes["lora_B"],
@@ -175,7 +179,7 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
     )
     if found["hess_moved"] < LEARNED:
         logger.warning(
-            "IVON's variance was hardly learned (%.0f %% of h has moved), so sigma is about what it was set to: "
-            "compare with isotropic noise, train longer, lower the second of betas, or raise the temperature.",
+            "IVON's variance was hardly learned (%.0f %% of h is other than without data), so sigma is about what it "
+            "was set to: compare with isotropic noise of that size. More draws a step or a longer run teach it more.",
             100 * found["hess_moved"],
         )
