@@ -10,8 +10,8 @@ draws θ = m + σ⊙ε instead of at m. With ĝ = ∇ℓ(θ), ℓ the mean loss 
 
 What is ours: noise is a function of (seed, step, number of the draw, number of the parameter), so nothing random needs
 to be kept in a checkpoint and every process draws the same; several draws per step, each with its own share of the
-gradient; Price clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, which pulls m as far as h
-knows the data, δ(1−β₂ᵗ)(m−m₀); h ≥ 0, so that σ is at most the prior's deviation 1/√(λδ); and an empirical-Bayes prior,
+gradient; Price clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, and a pull to the prior's
+mean that grows in over the first steps; h ≥ 0, so that σ is at most the prior's deviation 1/√(λδ); and an empirical-Bayes prior,
 1/(λδ) = mean of m² + σ² over each matrix, which as in the papers is in σ and in the divisor and does not pull m.
 """
 
@@ -54,7 +54,8 @@ class IvonOptimizer(torch.optim.Optimizer):
         hess_init: h₀, the first value of h.
         betas: (β₁, β₂), the memories of g and of h.
         weight_decay: δ; the prior is N(0, 1/(λδ)).
-        prior_mean: ``zero``, or ``start`` for a prior around m's first value, whose pull is multiplied by 1 − β₂ᵗ.
+        prior_mean: ``zero``, or ``start`` for a prior around m's first value.
+        prior_warmup: w, if not 0: the pull to the prior's mean is multiplied by 1 − e^{−t/w}.
         bounded: Whether h is kept from falling below zero, so that σ ≤ 1/√(λδ).
         clip_radius: ξ, bound on each coordinate of the update before η.
         rescale_lr: Whether η is multiplied by h₀ + δ.
@@ -76,6 +77,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99999),
         weight_decay: float = 0.0,
         prior_mean: Literal["zero", "start"] = "zero",
+        prior_warmup: float = 0.0,
         bounded: bool = False,
         clip_radius: float = math.inf,
         rescale_lr: bool = False,
@@ -86,7 +88,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "ess": ess, "hess_init": hess_init, "betas": betas, "weight_decay": weight_decay,
             "clip_radius": clip_radius, "rescale_lr": rescale_lr, "price_clip": price_clip, "prior": prior,
-            "prior_mean": prior_mean, "bounded": bounded,
+            "prior_mean": prior_mean, "prior_warmup": prior_warmup, "bounded": bounded,
         }  # fmt: skip
         super().__init__(params, defaults)
         for group in self.param_groups:

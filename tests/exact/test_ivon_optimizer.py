@@ -332,24 +332,28 @@ def test_where_the_loss_is_flat_the_deviation_stays_with_a_bounded_prior_and_gro
     assert free[6000] > 10 * free[150]
 
 
-def test_a_prior_around_the_start_pulls_to_the_start():
-    for where, end in (("start", 2.0), ("zero", 0.0)):
-        p = parameter(2.0)
-        optimizer = IvonOptimizer(
-            [p], lr=0.1, ess=100.0, hess_init=0.0, weight_decay=1.0, prior_mean=where, betas=(0.9, 0.999)
-        )
-        optimizer.draw()
-        with torch.no_grad():
-            p.add_(0.5)
+@pytest.mark.parametrize("warmup", [0.0, 50.0])
+@pytest.mark.parametrize(("where", "end"), [("start", 2.0), ("zero", 0.0)])
+def test_the_prior_pulls_to_its_mean_more_and_more(where, end, warmup):
+    p = parameter(2.0)
+    optimizer = IvonOptimizer(
+        [p], lr=0.1, ess=100.0, hess_init=0.0, weight_decay=1.0, prior_mean=where, prior_warmup=warmup
+    )
+
+    def step():
         optimizer.draw()
         p.grad = torch.zeros(1)
-        optimizer.step()  # η·δ(m − m₀)/(h+δ) with h = 0, around the start as far as h knows the data: 1 − β₂
-        assert p.item() == pytest.approx(2.5 - 0.1 * (2.5 - end) * (1e-3 if where == "start" else 1.0), abs=1e-5)
-        for _ in range(2000):
-            optimizer.draw()
-            p.grad = torch.zeros(1)
-            optimizer.step()
-        assert p.item() == pytest.approx(end, abs=1e-4)
+        optimizer.step()
+
+    optimizer.draw()
+    with torch.no_grad():
+        p.add_(0.5)
+    step()  # η·δ(m − m₀)/(h+δ) with h = 0
+    grown = 1 - math.exp(-1 / warmup) if warmup else 1.0
+    assert p.item() == pytest.approx(2.5 - 0.1 * (2.5 - end) * grown, abs=1e-4)
+    for _ in range(400):
+        step()
+    assert p.item() == pytest.approx(end, abs=1e-4)
 
 
 def test_a_parameters_noise_depends_on_its_number_alone():

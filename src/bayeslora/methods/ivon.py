@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import BETAS, PRESETS, check_ivon, default_ess
+from bayeslora.ivon_settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
 from bayeslora.methods.base import Method, check_num_data, origin_for, require_record
 from bayeslora.methods.best import learned, moments
 from bayeslora.methods.diagnostics import Figures
@@ -59,6 +59,8 @@ class Ivon(Method):
         weight_decay: δ, where σ_p is not given. The Trainer's own is not looked at.
         prior_mean: ``start`` for a prior around the adapter's start, ``zero`` as in algorithm 1; None for ``start`` in
             the units that one can see, and ``zero`` in the paper's.
+        prior_warmup: Steps over which the pull to the prior's mean grows in; None for 300 in the units that one can see,
+            and 0 in the paper's.
         price_clip: Bound on |λ(θ−m)⊙ĝ|, the Hessian's estimate relative to h+δ.
         prior: ``fixed``, or ``empirical``: δ is estimated for each matrix.
         draws_per_step: Draws in an optimiser step, spread over its accumulated batches.
@@ -78,6 +80,7 @@ class Ivon(Method):
     betas: tuple[float, float] | None = None
     weight_decay: float = 0.0
     prior_mean: Literal["start", "zero"] | None = None
+    prior_warmup: float | None = None
     price_clip: float | None = None
     prior: Literal["fixed", "empirical"] = "fixed"
     draws_per_step: int = 1
@@ -143,6 +146,7 @@ class Ivon(Method):
             "prior": self.prior,
             "rescale_lr": self.rescale_lr,
             "prior_mean": self.prior_mean or ("start" if self.in_units else "zero"),
+            "prior_warmup": (WARMUP if self.in_units else 0.0) if self.prior_warmup is None else self.prior_warmup,
             "bounded": self.in_units,
         }
         published = PRESETS.get(self.preset or "", {})
