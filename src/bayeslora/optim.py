@@ -10,9 +10,9 @@ draws θ = m + σ⊙ε instead of at m. With ĝ = ∇ℓ(θ), ℓ the mean loss 
 
 What is ours: noise is a function of (seed, step, number of the draw, number of the parameter), so nothing random needs
 to be kept in a checkpoint and every process draws the same; several draws per step, each with its own share of the
-gradient; Price clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, and a pull to the prior's
-mean that grows in over the first steps; h ≥ 0, so that σ is at most the prior's deviation 1/√(λδ); and an empirical-Bayes prior,
-1/(λδ) = mean of m² + σ² over each matrix, which as in the papers is in σ and in the divisor and does not pull m.
+gradient; Price clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, and a pull that grows in
+over the first steps; h ≥ 0, so that σ ≤ 1/√(λδ), the prior's deviation; and an empirical-Bayes prior, 1/(λδ) = mean of
+m² + σ² over each matrix, which as in the papers is in σ and in the divisor and does not pull m.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_the_log_tells_how_the_variance_does_and_warns_where_it_was_not_learned(
     assert "hardly learned" in caplog.text
     assert "median sigma" in caplog.text
     caplog.clear()
-    fast = Ivon(sigma0=0.05, temperature=0.1, betas=(0.9, 0.5))
+    fast = Ivon(sigma0=0.05, prior_sigma=math.inf, temperature=0.5, betas=(0.9, 0.5))
     with caplog.at_level(logging.INFO, "bayeslora"):
         run(make_model(), arguments(tmp_path), fast.trainer_kwargs(model, ROWS))
     assert "hardly learned" not in caplog.text

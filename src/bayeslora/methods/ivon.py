@@ -59,8 +59,8 @@ class Ivon(Method):
         weight_decay: δ, where σ_p is not given. The Trainer's own is not looked at.
         prior_mean: ``start`` for a prior around the adapter's start, ``zero`` as in algorithm 1; None for ``start`` in
             the units that one can see, and ``zero`` in the paper's.
-        prior_warmup: Steps over which the pull to the prior's mean grows in; None for 300 in the units that one can see,
-            and 0 in the paper's.
+        prior_warmup: Steps over which the pull to the prior's mean grows in; None for 300 in the units that one can
+            see, and 0 in the paper's.
         price_clip: Bound on |λ(θ−m)⊙ĝ|, the Hessian's estimate relative to h+δ.
         prior: ``fixed``, or ``empirical``: δ is estimated for each matrix.
         draws_per_step: Draws in an optimiser step, spread over its accumulated batches.
