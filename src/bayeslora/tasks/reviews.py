@@ -1,0 +1,104 @@
+"""A generated data set whose true probabilities are known: short reviews, and whether their writer recommends the film.
+
+Every review says three things about a film, each good or bad. k of them are good; the probability that the writer
+recommends the film is (k + ⅓)/(3 + ⅔): 9, 36, 64 or 91 %. The label is one sample from it. So a model that knows what
+the words mean can learn the odds, and one that learns the labels by heart is over-confident by an amount that can be
+measured. A model that always says one half is at a divergence of .21 nats from the truth. The sentences of
+:func:`review_ood` are about the weather, trains and people's wishes, and no review.
+"""
+
+from __future__ import annotations
+
+import random
+
+from bayeslora.errors import InputError
+from bayeslora.tasks.chance import chance_ood
+from bayeslora.tasks.types import Example, Format, Split, Task
+
+__all__ = ["review_ood", "review_task"]
+
+FORMAT = Format(template="{text}", readout="head", kind="class")
+CLASSES = ("no", "yes")
+MOST_ROWS = 100_000
+
+ASPECTS = (
+    "plot", "acting", "music", "ending", "dialogue", "cast", "script", "pacing", "opening", "humour", "scenery",
+    "direction",
+)  # fmt: skip
+GOOD = (
+    "gripping", "clever", "moving", "brilliant", "charming", "superb", "delightful", "fresh", "witty", "elegant",
+    "powerful", "wonderful", "touching", "excellent", "lively", "beautiful", "original", "splendid", "warm",
+    "thrilling",
+)  # fmt: skip
+BAD = (
+    "dull", "clumsy", "tedious", "awful", "lifeless", "poor", "annoying", "stale", "boring", "ugly", "weak",
+    "terrible", "silly", "dreadful", "slow", "bland", "predictable", "messy", "cold", "pointless",
+)  # fmt: skip
+TEMPLATES = (
+    "The {0} was {1}, the {2} {3} and the {4} {5}.",
+    "I found the {0} {1}, the {2} {3} and the {4} {5}.",
+    "A film whose {0} is {1}, whose {2} is {3} and whose {4} is {5}.",
+    "About the {0}: {1}. The {2}: {3}. The {4}: {5}.",
+)
+SAID = 3
+
+
+def review_task(train_rows: int = 200, validation_rows: int = 100, test_rows: int = 400, seed: int = 0) -> Task:
+    """Generate the task: reviews, and sampled answers to whether the writer recommends the film.
+
+    No review occurs twice, neither within a split nor in two splits.
+
+    Args:
+        train_rows: Rows to fit on.
+        validation_rows: Held-out rows of the same kind.
+        test_rows: Rows to evaluate on.
+        seed: Seed of everything random; the same seed and sizes give the same rows on every machine.
+
+    Returns:
+        The task ``reviews``, two classes; every example has its true ``probs`` and a ``label`` sampled from them.
+
+    Raises:
+        InputError: If a number of rows is not between 1 and 100,000.
+    """
+    seen: set[str] = set()
+    sizes = {"train": train_rows, "validation": validation_rows, "test": test_rows}
+    return Task("reviews", **{name: _split(f"reviews/{name}", rows, seed, seen) for name, rows in sizes.items()})
+
+
+def review_ood(rows: int = 200, seed: int = 0) -> Split:
+    """Generate sentences that are no reviews, without labels: weather, late trains, people's wishes, races.
+
+    Args:
+        rows: Number of rows.
+        seed: Seed of everything random.
+
+    Returns:
+        The split ``reviews/ood``, with the classes of :func:`review_task`.
+    """
+    texts = (example.text for example in chance_ood(rows, seed))
+    return Split("reviews/ood", tuple(Example(text, CLASSES) for text in texts), FORMAT, CLASSES)
+
+
+def _split(name: str, rows: int, seed: int, seen: set[str]) -> Split:
+    """Generate one split from its own random stream, leaving out the reviews in ``seen`` and adding its own to it."""
+    if not 1 <= rows <= MOST_ROWS:
+        raise InputError(f"{name} cannot have {rows} rows: ask for 1 to {MOST_ROWS:,}")
+    rng = random.Random(f"{name} {seed}")
+    examples: list[Example] = []
+    while len(examples) < rows:
+        example = _review(rng)
+        if example.text not in seen:
+            seen.add(example.text)
+            examples.append(example)
+    return Split(name, tuple(examples), FORMAT, CLASSES)
+
+
+def _review(rng: random.Random) -> Example:
+    """Draw how many things are good, what is said, and the writer's answer."""
+    good = rng.randrange(SAID + 1)
+    words = [*rng.sample(GOOD, good), *rng.sample(BAD, SAID - good)]
+    rng.shuffle(words)
+    pairs = zip(rng.sample(ASPECTS, SAID), words, strict=True)
+    text = rng.choice(TEMPLATES).format(*(word for pair in pairs for word in pair))
+    yes = (good + 1 / 3) / (SAID + 2 / 3)
+    return Example(text, CLASSES, int(rng.random() < yes), (1 - yes, yes))
