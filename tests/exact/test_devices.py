@@ -119,7 +119,7 @@ def both(work: Callable[[Any], Any]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("normalisation", ["sum", "tokens", "unconditional"])
-@pytest.mark.parametrize("how", [{}, {"stack": False}, {"token_budget": 60}])
+@pytest.mark.parametrize("how", [{"token_budget": 300}, {"token_budget": 300, "stack": False}, {"token_budget": 60}])
 def test_prediction_by_draws_is_that_of_one_device(normalisation: Any, how: Any, tokenizer: Any) -> None:
     split = make_split("test", 6, 5, classes=False, readout="likelihood", normalisation=normalisation)
     wanted, found = both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, **how).log_probs)
@@ -128,7 +128,9 @@ def test_prediction_by_draws_is_that_of_one_device(normalisation: Any, how: Any,
 
 def test_a_common_beginning_is_kept_where_its_layers_are(tokenizer: Any) -> None:
     split = make_split("test", 6, 5, classes=False, readout="letters", before="Question: red holds 1 blue. " * 4)
-    wanted, found = both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer).log_probs)
+    wanted, found = both(
+        lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, token_budget=300).log_probs
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 

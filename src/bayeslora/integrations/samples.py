@@ -52,7 +52,9 @@ def choice_log_probs(
     return log_p, torch.tensor(labels)
 
 
-def calibration(samples: Sequence[Mapping[str, Any]], bins: int = BINS, normalisation: str = "sum") -> dict[str, float]:
+def calibration(
+    samples: Sequence[Mapping[str, Any]], bins: int = BINS, normalisation: str = "sum", tokens: Counts | None = None
+) -> dict[str, float]:
     """Return the ECE, NLL and Brier score of a multiple-choice task.
 
     Args:
