@@ -97,6 +97,18 @@ def test_other_options_and_other_folders_are_refused(refused, words, finished, t
     assert not (tmp_path / "new").exists()
 
 
+def test_draws_and_methods_may_change_when_a_comparison_goes_on_and_no_run_is_made_twice(
+    bay, words, trainings, finished, tmp_path
+):
+    out = shutil.copytree(finished, tmp_path / "out")
+    more = ["--methods", *METHODS, "loud=isotropic", "--set", "loud.sigma=0.5", "--draws", "6", "--resume"]
+    said = bay(*words, *more, "--out", out)
+    assert said.status == 0, said.err
+    assert trainings["count"] == 0
+    rows = {row["name"] for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert {"swag, 6 draws", "loud, 6 draws"} <= rows
+
+
 def test_without_matplotlib_the_figures_are_left_out_with_a_notice(bay, words, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished, tmp_path / "out")
     for figure in out.glob("*.png"):
