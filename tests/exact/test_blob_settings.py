@@ -77,7 +77,7 @@ def test_the_noise_in_a_x_is_to_a_x_the_same_at_every_width(width):
     # Ω has 2 times the root mean square of A by its law; that of 8·64 numbers is within 7 % of it (5 deviations)
     run = Run(Blob(relative_spread=2.0), adapted(width), steps=100, rows=100)
     noise, plain = run.layer.spread.pow(4).mean().sqrt(), run.layer.weight.square().mean().sqrt()
-    assert float(noise / plain) == pytest.approx(2.0, rel=0.07 * math.sqrt(64 / width))
+    assert (noise / plain).item() == pytest.approx(2.0, rel=0.07 * math.sqrt(64 / width))
     x = torch.randn(2000, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         noisy = run.layer(x) - x @ run.layer.weight.T
@@ -117,7 +117,12 @@ def test_the_second_step_in_the_matrixs_units_is_the_papers_in_other_lengths():
 def test_the_temperature_multiplies_the_gradient_of_the_divergence(update):
     moved = {}
     for temperature in (1.0, 0.25, 0.0):
-        run = Run(Blob(update, prior_sigma=0.1, kl_cycle=2, temperature=temperature), adapted(16), steps=100, rows=100)
+        run = Run(
+            Blob(update, prior_sigma=0.1, kl_rate=0.01, kl_cycle=2, temperature=temperature),
+            adapted(16),
+            steps=100,
+            rows=100,
+        )
         run.optimizer = torch.optim.SGD(run.model.parameters(), 0.01)
         mean, spread = run.layer.weight.detach().clone(), run.layer.spread.detach().clone()
         run.step(0 * run.model(torch.ones(1, 16)).sum())  # no gradient but that of the divergence
@@ -167,7 +172,7 @@ def test_a_resumed_run_has_the_prior_of_the_start(tmp_path, update):
     assert same_params(again.variance, whole.variance)
 
 
-def simulated(method: Blob | None, steps: int) -> tuple[Tensor, Tensor, Tensor, float]:
+def simulated(method: Blob, steps: int) -> tuple[Tensor, Tensor, Tensor, float]:
     """Train by a method on 200 rows of a logistic model in 384 directions, of which the data say little but of a few.
 
     Returns:
@@ -200,11 +205,11 @@ def simulated(method: Blob | None, steps: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("update", ["paper", "elbo"])
-def test_a_run_of_six_thousand_steps_is_as_good_as_one_of_six_hundred(update):
-    # over ten times the steps Ω used to go to 0.2, and the draws lost two points of accuracy to the mean
-    found = {steps: simulated(Blob(update), steps) for steps in (600, 6000)}
-    for mean, draws, labels, growth in found.values():
-        assert 0.9 < growth < 1.1
-        assert accuracy(draws, labels) > accuracy(mean, labels) - 0.0125
-    (_, short, labels, _), (_, long, *_) = found.values()
-    assert nll(long, labels) < nll(short, labels) + 0.02
+def test_a_run_of_six_thousand_steps_stands_where_one_of_six_hundred_did(update):
+    # Ω used to grow to 0.2, three times its start; a MAP run goes from NLL .52 to 1.31 and from accuracy .768 to .749
+    method = Blob(update)
+    (_, short, labels, _), (mean, long, _, growth) = (simulated(method, steps) for steps in (600, 6000))
+    assert 0.9 < growth < 1.1
+    assert nll(long, labels) < nll(short, labels) + 0.05
+    assert accuracy(long, labels) > 0.749
+    assert accuracy(long, labels) > accuracy(mean, labels) - 0.02

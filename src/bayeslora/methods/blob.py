@@ -12,8 +12,10 @@ layer draws E ~ N(0, 1) once per forward pass, and signs u ∈ {±1}^in, t ∈ {
 and M ← M − κ·π_i·∇KL, with a rate κ = ``kl_rate`` that follows the Trainer's schedule. ``update="elbo"``: one loss
 NLL + π_i·KL, and the Trainer's optimiser moves everything. Draws at prediction are coherent: one A for all the data.
 
-What we do differently: ∇KL is added in closed form after the Trainer's gradient clipping, which therefore sees ∇NLL
-alone; and L is never longer than the run, since otherwise the prior would hardly be felt.
+What we do differently: Ω's start and σ_p are multiples of each A's size unless they are given, and κ is read in units
+of σ_p; KL has a temperature, below 1 on the evidence bound (a cold posterior); KL is divided by an example's tokens
+where the loss is a mean over tokens; ∇KL is added in closed form after the Trainer's gradient clipping, which therefore
+sees ∇NLL alone; and L is never longer than the run, since otherwise the prior would hardly be felt.
 """
 
 from __future__ import annotations
