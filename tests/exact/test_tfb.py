@@ -146,6 +146,13 @@ def test_the_mean_answers_as_the_adapter_did_and_a_given_sigma_is_taken(tokenize
     torch.testing.assert_close(mean.log_probs, plain.log_probs, rtol=1e-4, atol=1e-5)
     unit = reparametrised(before)[1]
     assert all(torch.allclose(v.sqrt(), 0.01 * unit[n]) for n, v in found.variance.items())
-    for settings in ({"tolerance": 0.0}, {"anchors": "test"}, {"draws": 0}, {"sigma": math.nan}, {"labels": "own"}, {"floor": -1.0}):
+    for settings in (
+        {"tolerance": 0.0},
+        {"anchors": "test"},
+        {"draws": 0},
+        {"sigma": math.nan},
+        {"labels": "own"},
+        {"floor": -1.0},
+    ):
         with pytest.raises(InputError):
             Tfb(**settings)
