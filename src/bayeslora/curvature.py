@@ -47,12 +47,16 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
         A site for each wanted parameter, in the adapter's order.
 
     Raises:
-        InputError: If a wanted parameter is not one of a linear layer (DoRA's magnitudes, adapted embeddings).
+        InputError: If a wanted parameter is not one of a linear layer that is called (DoRA's magnitudes, adapted
+            embeddings and bare parameters).
     """
+    peft = require_lora(model)
+    wrappers: list[Any] = [m for m in peft.modules() if type(m).__name__ == "ParamWrapper"]
+    uncalled = {m for wrapper in wrappers for side in (wrapper.lora_A, wrapper.lora_B) for m in side.values()}
     owners = {
         p: (module, leaf == "bias")
-        for module in require_lora(model).modules()
-        if isinstance(module, nn.Linear)
+        for module in peft.modules()
+        if isinstance(module, nn.Linear) and module not in uncalled
         for leaf, p in module.named_parameters(recurse=False)
     }
     found = []
@@ -61,8 +65,8 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
             continue
         if p not in owners:
             raise InputError(
-                f"{name} is not a weight of a linear layer, and only those can be linearised; use plain LoRA on linear "
-                "layers"
+                f"{name} is not a weight of a linear layer that is called, and only those can be linearised; use plain "
+                "LoRA on linear layers, or swag or an ensemble, which serve every kind"
             )
         found.append(Site(name, *owners[p]))
     return found
@@ -124,6 +128,8 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
         with torch.inference_mode(False), torch.enable_grad():
             own = {key: value.clone() for key, value in batch.items()}  # tensors of inference mode cannot be saved
             logits = require_lora(model)(**own).logits.float()
+            if idle := [site.name for site in sites if site.module not in seen]:
+                raise InputError(f"{idle[0]} took no part in a pass, and cannot be linearised; adapt other layers")
             ends = [seen[m][1] for m in modules]
             rows: list[tuple[Tensor, ...]] = []
             for c in range(logits.shape[1]):
@@ -132,9 +138,10 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
                     torch.autograd.grad(logits[:, c].sum(), ends, retain_graph=not last, materialize_grads=True)
                 )
         inputs, outputs, owners = {}, {}, {}
+        belongs = _owners(batch, *logits.shape)
         for k, module in enumerate(modules):
             x, g = seen[module][0].float(), torch.stack([row[k] for row in rows]).float()
-            inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, len(logits))
+            inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, belongs)
         seen.clear()
         return Gradients(logits.detach(), inputs, outputs, owners)
 
@@ -152,19 +159,24 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
             p.requires_grad_(before)
 
 
+def _owners(
+    batch: dict[str, Tensor], examples: int, classes: int
+) -> tuple[Int[Tensor, " sequences"], Int[Tensor, " kept"] | None]:
+    """Return the example of each sequence of a batch, and of each position that the head sees, if it sees a few."""
+    kept, sequences = batch.get("readout_keep"), batch["input_ids"]
+    if kept is None:
+        return torch.arange(examples, device=sequences.device), None
+    row, example = batch["readout_row"], batch["readout_slot"] // classes
+    of_sequence = kept.new_zeros(len(sequences)).index_put_((kept[row] // sequences.shape[1],), example)
+    return of_sequence, torch.zeros_like(kept).index_put_((row,), example)
+
+
 def _by_example(
-    x: Tensor, g: Tensor, batch: dict[str, Tensor], examples: int
+    x: Tensor, g: Tensor, batch: dict[str, Tensor], owners: tuple[Tensor, Tensor | None]
 ) -> tuple[Float[Tensor, "R T I"], Float[Tensor, "C R T O"], Int[Tensor, " R"]]:
-    """Return a layer's inputs and gradients with a token axis, and the example of each row."""
+    """Return a layer's inputs and gradients with a token axis, and the example of each row; see `_owners`."""
     sequences, length = batch["input_ids"].shape
-    each = torch.arange(examples, device=x.device)
-    kept = batch.get("readout_keep")
-    of_sequence, of_kept = each, None
-    if kept is not None:
-        row, slot = batch["readout_row"], batch["readout_slot"]
-        example = slot // int(batch["readout_shape"][1])
-        of_kept = torch.zeros_like(kept).index_put_((row,), example)
-        of_sequence = kept.new_zeros(sequences).index_put_((kept[row] // length,), example)
+    of_sequence, of_kept = owners
     if x.ndim == 3 and len(x) == sequences:
         return x, g, of_sequence
     if x.ndim == 2 and of_kept is not None and len(x) == len(of_kept):
@@ -221,7 +233,8 @@ class Factor:
     """
 
     def __init__(self, size: int, width: int, key: str, device: torch.device) -> None:
-        self.size, self.trace = size, 0.0
+        self.size = size
+        self.trace = torch.zeros((), dtype=torch.float64, device=device)
         if size <= width:
             omega = torch.eye(size)
         else:
@@ -236,7 +249,7 @@ class Factor:
             vectors: One a row, on the factor's device.
         """
         self.sketch += vectors.T @ (vectors @ self.omega)
-        self.trace += float(vectors.double().square().sum())
+        self.trace += vectors.double().square().sum()  # a tensor: nothing waits for the device
 
     def eigen(self, rank: int, factor: float = 1.0) -> tuple[Float[Tensor, " values"], Float[Tensor, "size K"]]:
         """Return the largest eigenvalues and their vectors, and what is left of the trace spread over the others.
@@ -261,6 +274,6 @@ class Factor:
             vectors, roots, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, shifted.T, upper=False).T, False)
             values = (roots.square() - shift).clamp_min(0)[:rank]
             vectors = vectors[:, :rank]
-            rest = max(0.0, self.trace - float(values.sum())) / (self.size - len(values))
+            rest = max(0.0, float(self.trace) - float(values.sum())) / (self.size - len(values))
         found = torch.cat([values, values.new_tensor([rest])]) * factor
         return found.float(), vectors.float().contiguous()

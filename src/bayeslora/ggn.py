@@ -19,6 +19,8 @@ from bayeslora.origin import Origin
 from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 
+_ONE = torch.ones(())
+"""The strength of every curvature's noise; one tensor, so that `engine.linearised` sees what posteriors share."""
 _OVERSAMPLING = 4
 """Columns of a sketch for each eigenvalue that is kept of it."""
 
@@ -78,19 +80,20 @@ def accumulated(
     Raises:
         InputError: If the logits or a gradient is not finite.
     """
-    total = 0.0
+    total: Tensor | float = 0.0
     with differentiated(model, curvature.sites) as gradients_of:
         for order, batch in batches:
             gradients = gradients_of(batch)
-            if gradients.logits.isnan().any() or not all(g.isfinite().all() for g in gradients.outputs.values()):
+            finite = [g.isfinite().all() for g in gradients.outputs.values()]
+            if not bool(torch.stack([~gradients.logits.isnan().any(), *finite]).all()):  # one wait a batch
                 raise InputError(
                     "the curvature is not finite: the model overflows on the training rows; load it in float32 or "
                     "bfloat16"
                 )
             curvature.add(gradients, root(gradients.logits))
             right = labels[order].to(gradients.logits.device)
-            total += float(gradients.logits.log_softmax(-1).gather(1, right[:, None]).sum())
-    return total
+            total = total + gradients.logits.log_softmax(-1).gather(1, right[:, None]).double().sum()
+    return float(total)
 
 
 @final
@@ -136,7 +139,7 @@ class KroneckerCurvature(Curvature):
         self.sites, self.rank, self.tokens = sites, rank, tokens
         self.left: dict[nn.Module, Factor] = {}
         self.right: dict[nn.Module, Factor] = {}
-        self.count: dict[nn.Module, int] = {}
+        self.count: dict[nn.Module, Tensor] = {}
 
     def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
         """Add a batch."""
@@ -147,14 +150,15 @@ class KroneckerCurvature(Curvature):
                 weight = reaching.float() / reaching.sum(1, keepdim=True).clamp_min(1)
                 x, g = (weight[..., None] * x).sum(1, keepdim=True), g.sum(2, keepdim=True)
                 reaching = reaching.any(1, keepdim=True)
-            inputs, outputs = x[reaching], g[:, reaching].flatten(0, 1)
+            inputs = torch.where(reaching[..., None], x, 0.0).flatten(0, 1)  # to pick them would wait for the device
+            outputs = g.flatten(0, 2)  # those of other tokens are zero
             if module not in self.left:
                 width = _OVERSAMPLING * self.rank
                 self.left[module] = Factor(outputs.shape[1], width, f"{name}/left", x.device)
                 self.right[module] = Factor(inputs.shape[1], width, f"{name}/right", x.device)
             self.left[module].add(outputs)
             self.right[module].add(inputs)
-            self.count[module] = self.count.get(module, 0) + len(inputs)
+            self.count[module] = self.count.get(module, 0) + reaching.sum()
             self._found = None
 
     def spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -178,7 +182,7 @@ class KroneckerCurvature(Curvature):
             left_vectors={name: sides[0][1] for name, sides in eigen.items()},
             right_values={name: sides[1][0] for name, sides in eigen.items()},
             right_vectors={name: sides[1][1] for name, sides in eigen.items()},
-            strength={name: torch.ones(()) for name in eigen},
+            strength=dict.fromkeys(eigen, _ONE),
             precision=precision,
             origin=origin,
         )
@@ -192,7 +196,7 @@ class KroneckerCurvature(Curvature):
             for site in self.sites:
                 right = (torch.tensor([1.0, 0.0]), torch.ones(1, 1))  # a bias is a column with the input 1
                 if not site.bias:
-                    right = self.right[site.module].eigen(self.rank, 1 / max(1, self.count[site.module]))
+                    right = self.right[site.module].eigen(self.rank, 1 / max(1, int(self.count[site.module])))
                 found[site.name] = (self.left[site.module].eigen(self.rank), right)
             self._found = found
         return self._found

@@ -60,6 +60,18 @@ def test_the_rate_is_the_adapters_or_the_one_given() -> None:
     assert McDropout("tokens", rate=0.2).fit(make_model(), task).rate == 0.2
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [({"target_modules": ["q_proj", "embed_tokens"]}, "an adapted embedding"),
+     ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "an adapted bare parameter"),
+     ({"use_dora": True}, "DoRA")],
+)  # fmt: skip
+def test_token_masks_are_refused_where_no_layer_has_an_input_for_them(targets: Any, said: str) -> None:
+    model, task = make_model(**targets), make_task(readout="likelihood")
+    with pytest.raises(InputError, match=f"MC dropout by tokens serves plain LoRA on modules, and .* is {said}"):
+        McDropout("tokens", rate=RATE).check(model, task)
+
+
 def test_no_dropout_and_no_weights_are_refused_in_words(tmp_path: Any) -> None:
     task = make_task(readout="likelihood")
     for kind in ("tokens", "columns"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.curvature import differentiated, linear_sites
 from bayeslora.engine.batches import Batch
-from bayeslora.engine.memory import CPU_BUDGET
+from bayeslora.engine.memory import found_budget
 from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.tasks.types import Split
@@ -24,17 +24,20 @@ LOGIT_DRAWS = 256
 Gaussian = DiagonalGaussian | KroneckerGaussian
 
 
-def gradient_budget(token_budget: int | None, split: Split) -> int:
+def gradient_budget(model: nn.Module, token_budget: int | None, split: Split) -> int:
     """Return the most tokens of a batch that is differentiated: the gradients of all choices are held at once.
 
     Args:
-        token_budget: Most tokens of a batch that is only predicted; None for 2048.
+        model: PEFT model.
+        token_budget: Most tokens of a batch that is only predicted; None for what the model's device has memory for,
+            2048 on a CPU.
         split: The examples.
 
     Returns:
         The budget divided by the number of choices, at least 1.
     """
-    return max(1, (token_budget or CPU_BUDGET) // max(len(example.choices) for example in split))
+    most = token_budget or found_budget(model, gradients=True)
+    return max(1, most // max(len(example.choices) for example in split))
 
 
 def logit_moments(
@@ -68,25 +71,31 @@ def logit_moments(
             if (more := classes - logits.shape[1]) > 0:
                 logits = nn.functional.pad(logits, (0, more), value=-torch.inf)
                 covariances = nn.functional.pad(covariances, (0, more, 0, more))
-            found = torch.zeros(len(posteriors), len(order), classes, classes)
+            found = gradients.logits.new_zeros(len(posteriors), len(order), classes, classes)
             for site in sites:
-                jacobian = gradients.jacobian(site)
-                for total, posterior in zip(found, posteriors, strict=True):
-                    total += _quadratic(jacobian, posterior, site.name).cpu()
+                found += _quadratics(gradients.jacobian(site), posteriors, site.name)
             logits[order, :classes] = gradients.logits.cpu()
-            covariances[:, order, :classes, :classes] = found
+            covariances[:, order, :classes, :classes] = found.cpu()
             done(len(order))
     return logits, covariances
 
 
-def _quadratic(jacobian: Float[Tensor, "C N O I"], posterior: Gaussian, name: str) -> Float[Tensor, "N C C"]:
-    """Return J Σ Jᵀ of one parameter."""
-    if isinstance(posterior, DiagonalGaussian):
-        own = posterior.variance[name].to(jacobian).view(jacobian.shape[2:])
-        return torch.einsum("cnoi,dnoi->ncd", jacobian * own, jacobian)
-    strength = posterior.strength[name].to(jacobian)
-    scaled = jacobian * (strength.view(jacobian.shape[2:]) if strength.ndim else strength)
-    return torch.einsum("cnoi,dnoi->ncd", posterior.multiply(name, scaled), scaled)
+def _quadratics(
+    jacobian: Float[Tensor, "C N O I"], posteriors: Sequence[Gaussian], name: str
+) -> Float[Tensor, "K N C C"]:
+    """Return J Σ Jᵀ of one parameter under each posterior; those that differ in λ alone share the projection of J."""
+    found, shared = [], dict[tuple[object, ...], Tensor]()
+    for posterior in posteriors:
+        if isinstance(posterior, DiagonalGaussian):
+            own = posterior.variance[name].to(jacobian).view(jacobian.shape[2:])
+            found.append(torch.einsum("cnoi,dnoi->ncd", jacobian * own, jacobian))
+            continue
+        sides = (posterior.left_vectors[name], posterior.right_vectors[name], posterior.strength[name])
+        key = tuple(map(id, sides))
+        if key not in shared:
+            shared[key] = posterior.projected(name, jacobian)
+        found.append(posterior.covariance(name, shared[key]))
+    return torch.stack(found)
 
 
 def logit_draws(

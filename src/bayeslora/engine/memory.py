@@ -8,7 +8,7 @@ from torch import nn
 from bayeslora.params import Params, device_of, require_lora
 
 CPU_BUDGET = 2048
-"""On a CPU larger batches leave its caches and gain nothing; gradients are computed with as many everywhere."""
+"""On a CPU larger batches leave its caches and gain nothing."""
 GPU_BUDGET = 32768
 """On a GPU more tokens at once gain nothing."""
 _SHARE = 0.5
@@ -31,14 +31,16 @@ def most_stacked(model: nn.Module, one: Params) -> int:
     return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
 
 
-def found_budget(model: nn.Module) -> int:
-    """Return how many tokens a prediction batch may have on the model's device.
+def found_budget(model: nn.Module, *, gradients: bool = False) -> int:
+    """Return how many tokens a batch may have on the model's device.
 
     A token needs, by estimate, ten times the hidden size and three times the inner size of the layers in the model's
-    dtype, its keys and values in every layer, and the logits with their float32 copies.
+    dtype, its keys and values in every layer, and the logits with their float32 copies. Where it is differentiated
+    backwards, every layer keeps what a prediction needs for one, and the gradients take as much again in float32.
 
     Args:
         model: A PEFT model.
+        gradients: Whether the batch is differentiated.
 
     Returns:
         Tokens, padding included.
@@ -51,7 +53,10 @@ def found_budget(model: nn.Module) -> int:
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     size = base.dtype.itemsize
-    inside = size * (10 * hidden + 3 * inner + 2 * hidden * config.num_hidden_layers)
+    layers = config.num_hidden_layers
+    inside = size * (10 * hidden + 3 * inner + 2 * hidden * layers)
+    if gradients:
+        inside = (size + 4) * layers * (10 * hidden + 3 * inner)
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(GPU_BUDGET, int(_SHARE * (free + held)) // (inside + (size + 8) * config.vocab_size)))

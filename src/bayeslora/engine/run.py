@@ -97,7 +97,7 @@ def predict(
     if readout.name == "likelihood":
         check_scores(posterior.origin, split.normalisation, split.name)
     if _is_linearised(posterior):
-        token_budget = gradient_budget(token_budget, split)
+        token_budget = gradient_budget(model, token_budget, split)
         draws = max(draws, LOGIT_DRAWS) if draws > 0 else draws
     rows, cut = readout.encode(split)
     classes = max(len(example.choices) for example in split)

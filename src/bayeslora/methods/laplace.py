@@ -135,7 +135,7 @@ class Laplace(PostHoc):
         train, sites = task.train, self._sites(model)
         mean, origin = beginning(model, self, task, start)
         readout = readout_for(model, train, tokenizer)
-        batches = batched(model, readout, readout.encode(train)[0], gradient_budget(token_budget, train))
+        batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, token_budget, train))
         curvature: Curvature
         if self.structure == "diag":
             curvature = DiagonalCurvature(sites)
@@ -173,7 +173,7 @@ class Laplace(PostHoc):
             scores = [draws_nll(model, p, rows, self.draws, **options) for p in posteriors]
         else:
             readout = readout_for(model, rows, options["tokenizer"])
-            batches = batched(model, readout, readout.encode(rows)[0], gradient_budget(options["budget"], rows))
+            batches = batched(model, readout, readout.encode(rows)[0], gradient_budget(model, options["budget"], rows))
             with swapped(model, posteriors[0].mean), readout.attached(model):
                 logits, covariances = logit_moments(model, posteriors, batches, len(rows))
             scores = [

@@ -14,6 +14,7 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.guards import plain_layers
 from bayeslora.origin import Origin
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import ColumnDropout, Posterior, TokenDropout
@@ -46,10 +47,12 @@ class McDropout(PostHoc):
             raise InputError(f"MC dropout needs a rate in (0, 1), and it is {self.rate}")
 
     def check(self, model: nn.Module, task: Task) -> None:
-        """Refuse an adapter without dropout, and DoRA for column masks; see `PostHoc.check`."""
+        """Refuse an adapter without dropout, and layers to which the masks do not belong; see `PostHoc.check`."""
         _rate(model, self.rate)
         if self.kind == "columns":
             _check_columns(model)
+        else:
+            plain_layers(model, "MC dropout by tokens")
 
     def fit(
         self,

@@ -97,6 +97,44 @@ class KroneckerGaussian(Posterior):
         found = rest * matrix + u @ ((rows - rest) * left) + ((columns - rest) * right) @ v.T
         return found + u @ ((both - rows - columns + rest) * core) @ v.T
 
+    def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Float[Tensor, "L+1 R+1 N C C"]:
+        """Return what is left of J Σ Jᵀ to weight by the eigenvalues: `covariance` does it, for any prior precision.
+
+        Args:
+            name: The parameter.
+            jacobian: J, the derivatives of each example's C logits.
+
+        Returns:
+            For each pair of eigenspaces, the products of the parts of J in it; last row and column belong to all
+            directions that the factors do not keep.
+        """
+        u, v = (side[name].to(jacobian) for side in (self.left_vectors, self.right_vectors))
+        strength = self.strength[name].to(jacobian)
+        matrix = jacobian * (strength.view(jacobian.shape[2:]) if strength.ndim else strength)
+        left, right = u.T @ matrix, matrix @ v
+        core = u.T @ right
+        beyond = left - core @ v.T  # along an eigenvector of G, across those of X
+        aside = right - u @ core
+        rest = matrix - u @ left - aside @ v.T
+        both = torch.einsum("cnlr,dnlr->lrncd", core, core)
+        rows = torch.einsum("cnli,dnli->lncd", beyond, beyond)[:, None]
+        columns = torch.einsum("cnor,dnor->rncd", aside, aside)
+        last = torch.einsum("cnoi,dnoi->ncd", rest, rest)
+        return torch.cat([torch.cat([both, rows], 1), torch.cat([columns, last[None]])[None]])
+
+    def covariance(self, name: str, projected: Float[Tensor, "L+1 R+1 N C C"]) -> Float[Tensor, "N C C"]:
+        """Return J Σ Jᵀ of one parameter.
+
+        Args:
+            name: The parameter.
+            projected: What `projected` returns, of this posterior or one with the same eigenvectors and strength.
+
+        Returns:
+            The covariance that the parameter gives to each example's logits.
+        """
+        weights = (self.eigenvalues(name).to(projected) + self.precision).reciprocal()
+        return torch.tensordot(weights, projected, 2)
+
     def eigenvalues(self, name: str) -> Float[Tensor, "L+1 R+1"]:
         """Return the products of the factors' eigenvalues, without λ.
 
