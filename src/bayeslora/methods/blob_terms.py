@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, float]] = {
 """The published settings, by base model (Llama-2-7B, Llama-3.1-8B): 5,000 steps of batch 4, AdamW 1e-4."""
 
 DEFAULTS: dict[str, dict[str, float]] = {
-    "paper": {"relative_spread": 4.0, "kl_rate": 0.02, "temperature": 1.0},
-    "elbo": {"relative_spread": 1.0, "kl_rate": 0.02, "temperature": 0.03},
+    "paper": {"relative_spread": 4.0, "kl_rate": 0.01, "temperature": 1.0},
+    "elbo": {"relative_spread": 1.0, "kl_rate": 0.01, "temperature": 0.03},
 }
 """What settings are, by update, if neither they nor a preset are given; docs/methods/blob.md says why."""
 
