@@ -1,10 +1,11 @@
 """A generated data set whose true probabilities are known: short reviews, and whether their writer recommends the film.
 
 Every review says three things about a film, each good or bad. k of them are good; the probability that the writer
-recommends the film is (k + ⅓)/(3 + ⅔): 9, 36, 64 or 91 %. The label is one sample from it. So a model that knows what
-the words mean can learn the odds, and one that learns the labels by heart is over-confident by an amount that can be
-measured. A model that always says one half is at a divergence of .21 nats from the truth. The sentences of
-:func:`review_ood` are about the weather, trains and people's wishes, and no review.
+recommends the film is (k + ⅓)/(3 + ⅔): 9, 36, 64 or 91 %. Labels are sampled so that among a split's reviews with the
+same k that share says yes, up to rounding: a small test split then measures as a large one would. So a model that
+knows what the words mean can learn the odds, and one that learns the labels by heart is over-confident by an amount
+that can be measured. A model that always says one half is at a divergence of .21 nats from the truth. The sentences
+of :func:`review_ood` are about the weather, trains and people's wishes, and no review.
 """
 
 from __future__ import annotations
@@ -84,21 +85,28 @@ def _split(name: str, rows: int, seed: int, seen: set[str]) -> Split:
     if not 1 <= rows <= MOST_ROWS:
         raise InputError(f"{name} cannot have {rows} rows: ask for 1 to {MOST_ROWS:,}")
     rng = random.Random(f"{name} {seed}")
-    examples: list[Example] = []
-    while len(examples) < rows:
-        example = _review(rng)
-        if example.text not in seen:
-            seen.add(example.text)
-            examples.append(example)
+    numbers = [row % (SAID + 1) for row in range(rows)]
+    examples = [example for good in range(SAID + 1) for example in _alike(rng, good, numbers.count(good), seen)]
+    rng.shuffle(examples)
     return Split(name, tuple(examples), FORMAT, CLASSES)
 
 
-def _review(rng: random.Random) -> Example:
-    """Draw how many things are good, what is said, and the writer's answer."""
-    good = rng.randrange(SAID + 1)
-    words = [*rng.sample(GOOD, good), *rng.sample(BAD, SAID - good)]
-    rng.shuffle(words)
-    pairs = zip(rng.sample(ASPECTS, SAID), words, strict=True)
-    text = rng.choice(TEMPLATES).format(*(word for pair in pairs for word in pair))
+def _alike(rng: random.Random, good: int, rows: int, seen: set[str]) -> list[Example]:
+    """Draw reviews that say as many good things, and their writers' answers in the share that is true."""
     yes = (good + 1 / 3) / (SAID + 2 / 3)
-    return Example(text, CLASSES, int(rng.random() < yes), (1 - yes, yes))
+    recommending = int(yes * rows + rng.random())
+    labels = [1] * recommending + [0] * (rows - recommending)
+    rng.shuffle(labels)
+    return [Example(_text(rng, good, seen), CLASSES, label, (1 - yes, yes)) for label in labels]
+
+
+def _text(rng: random.Random, good: int, seen: set[str]) -> str:
+    """Draw a review that is not among those in ``seen``, and put it there."""
+    while True:
+        words = [*rng.sample(GOOD, good), *rng.sample(BAD, SAID - good)]
+        rng.shuffle(words)
+        pairs = zip(rng.sample(ASPECTS, SAID), words, strict=True)
+        text = rng.choice(TEMPLATES).format(*(word for pair in pairs for word in pair))
+        if text not in seen:
+            seen.add(text)
+            return text
