@@ -27,7 +27,8 @@ from bayeslora.report import (
 )
 from bayeslora.report.style import grid, looks
 
-N, C, NAMES = 200, 4, ("map", "ensemble", "swag", "laplace", "a predictor with a name far too long", "ivon")
+N, C = 200, 4
+NAMES = ("map", "ensemble", "swag", "laplace", "a predictor with a name far too long", "ivon", "blob", "tfb")
 
 
 def scores(seed, rows=N):
@@ -149,6 +150,38 @@ def test_the_picture_says_in_words_what_is_claimed_and_what_is_right():
     assert list(average.get_ydata()) == pytest.approx([0.9, 0.6])
 
 
+def binary(confidence):
+    claims = torch.tensor([confidence, 1 - confidence]).log().expand(1, 10, 2)
+    return Prediction(claims), torch.tensor([0] * 6 + [1] * 4)
+
+
+def test_the_confidence_of_two_choices_begins_at_half():
+    made, labels = binary(0.9)
+    axes = panel(overconfidence_picture({"map": made}, labels), "reliability map")
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0.5, 1), (0, 1))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["50 %", "75 %", "100 %"]
+    assert panel(overconfidence_picture(predictions(1), LABELS), "reliability map").get_xlim() == (0, 1)
+
+
+def test_no_bar_of_two_choices_is_off_the_axis():
+    (made, labels), (even, _) = binary(0.9), binary(0.5)
+    figure = overconfidence_picture({"map": made, "swag": even}, labels)  # one half falls into the bin that ends there
+    assert {axes.get_xlim() for axes in figure.axes} == {(0, 1)}
+
+
+def test_six_predictors_stand_in_two_rows_on_a_page_less_than_twice_as_high_as_wide():
+    figure = overconfidence_picture(predictions(6), LABELS, predictions(6, 50), TRUTH, title="A title")
+    width, height = figure.get_size_inches()
+    assert height < 1.75 * width
+    figure.draw_without_rendering()
+    corners = [panel(figure, f"reliability {name}").get_position().p0 for name in NAMES[:6]]
+    assert len({round(y, 3) for _, y in corners}) == 2
+    assert len({round(x, 3) for x, _ in corners}) == 3
+    sizes = [panel(figure, f"reliability {name}").get_window_extent() for name in NAMES[:6]]
+    assert min(box.width for box in sizes) > 2 * figure.dpi
+    assert min(box.height for box in sizes) > 1.5 * figure.dpi
+
+
 @pytest.mark.parametrize("score", ["entropy", "mutual_information"])
 def test_the_distributions_sum_to_one_and_the_title_is_their_auroc(score):
     known, unknown = prediction(1), prediction(2, 70, scale=0.5)
@@ -179,6 +212,11 @@ def test_a_method_has_its_own_colour_in_every_figure():
     assert drawn == {alone.colour.lower()} == {to_hex(line.get_color())}
 
 
+@pytest.mark.parametrize("among", [("map + T",), ("map", "map + T"), ("map", "map + T", "ensemble:3", "swag", "blob")])
+def test_a_temperature_has_its_own_colour_in_every_figure(among):
+    assert looks(among)["map + T"] == looks(["temperature"])["temperature"]
+
+
 @pytest.mark.parametrize(
     "names", [tuple(METHODS), ("swag", "swag 2", "swag-3"), ("multiswag", "swag", "mean", "map"), tuple("abcdefghijk")]
 )
@@ -202,7 +240,7 @@ def test_panels_are_at_most_four_side_by_side(panels, shape):
     assert grid(panels) == shape
 
 
-@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8])
 def test_no_two_texts_of_a_figure_overlap_and_none_leaves_the_page(count):
     title = "What the fine-tuned models say, and how often they are right about it"
     picture = overconfidence_picture(predictions(count), LABELS, predictions(count, 50), TRUTH, title=title)

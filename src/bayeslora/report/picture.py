@@ -2,7 +2,7 @@
 
 A column for each predictor. Its rows: confidence against accuracy; the uncertainty of in-distribution examples
 against that of out-of-distribution ones; and, where the data were generated and the truth is known, predicted against
-true probabilities.
+true probabilities. More than four predictors stand in several rows of columns, with flatter panels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ Score = Literal["entropy", "mutual_information"]
 _WORDS: dict[Score, str] = {"entropy": "uncertainty (entropy, nats)", "mutual_information": "mutual information (nats)"}
 _HEIGHTS = {"reliability": 1.0, "uncertainty": 0.62, "truth": 1.0}
 _PALE, _DARK = "#E2E2E2", "#3B3B3B"
-_TITLE = {1: 36, 2: 54}
+_TITLE = {1: 38, 2: 58}
+_FLAT = 0.72
+"""Height of the panels where the predictors need several rows, against those of one row."""
 
 
 def overconfidence_picture(
@@ -60,7 +62,8 @@ def overconfidence_picture(
             draw, which is 0 for a single draw.
 
     Returns:
-        The figure; axes are labelled ``reliability NAME``, ``uncertainty NAME`` and ``truth NAME``.
+        The figure; the confidence of two choices begins at 50 %, unless a bin below it is filled. Axes are labelled
+        ``reliability NAME``, ``uncertainty NAME`` and ``truth NAME``.
 
     Raises:
         InputError: If there is no predictor, or labels, ``ood`` or ``truth`` do not fit the predictions.
@@ -69,9 +72,11 @@ def overconfidence_picture(
     kinds = ["reliability", *(["uncertainty"] if ood else []), *(["truth"] if truth is not None else [])]
     blocks, columns = grid(len(predictions))
     side = 7.4 / columns if columns > 2 else 2.9
+    side *= 1.0 if blocks == 1 else _FLAT
     heights = [side * _HEIGHTS[kind] + 0.75 for kind in kinds]
+    low = _lowest(predictions, labels, bins)
     top = _largest([*predictions.values(), *ood.values()], score) if ood else 0.0
-    lines = textwrap.wrap(title or "", _TITLE.get(columns, 74))
+    lines = textwrap.wrap(title or "", _TITLE.get(columns, 84))
     with styled():
         figure = page(columns, blocks * (sum(heights) + 0.3) + (blocks - 1) * GAP + 0.5 + 0.3 * len(lines))
         if lines:
@@ -85,7 +90,7 @@ def overconfidence_picture(
                 for row, kind in enumerate(kinds)
             }
             first, prediction = column == 0, predictions[name]
-            words = _draw_confidence(panels["reliability"], prediction, labels, bins, look.colour, first)
+            words = _draw_confidence(panels["reliability"], prediction, labels, (bins, low), look.colour, first)
             headline(panels["reliability"], name, columns, words)
             if ood:
                 scale = (score, top, 2 * bins)
@@ -96,13 +101,16 @@ def overconfidence_picture(
     return figure
 
 
-def _draw_confidence(axes: Axes, prediction: Prediction, labels: Tensor, bins: int, colour: str, first: bool) -> str:
+def _draw_confidence(
+    axes: Axes, prediction: Prediction, labels: Tensor, scale: tuple[int, float], colour: str, first: bool
+) -> str:
     """Draw a reliability diagram; return in words what the predictor claims and what is true on average."""
+    bins, low = scale
     log_p = prediction.log_p.detach()
     says, right = float(log_p.double().amax(-1).exp().mean()), accuracy(log_p, labels)
     draw_reliability(axes, reliability(log_p, labels, bins), colour)
     axes.plot([says, says], [says, right], label="average", zorder=4, **AVERAGE)
-    percent_axis(axes, "x")
+    percent_axis(axes, "x", low=low)
     percent_axis(axes, "y", labels=first)
     axes.set_xlabel("confidence")
     if first:
@@ -151,7 +159,7 @@ def _draw_truth(axes: Axes, log_p: Tensor, truth: Tensor, colour: str, first: bo
         log_p[real].exp().numpy(),
         s=9,
         color=colour,
-        alpha=0.45,
+        alpha=0.6,
         linewidths=0,
         rasterized=int(real.sum()) > 2000,
         label="choices",
@@ -173,6 +181,14 @@ def _shares(values: Tensor, edges: Tensor) -> Tensor:
     """Return the share of the values in each bin; what lies on the ends counts to the outer bins."""
     index = torch.searchsorted(edges[1:-1], values)
     return torch.bincount(index, minlength=len(edges) - 1).double() / len(values)
+
+
+def _lowest(predictions: Mapping[str, Prediction], labels: Tensor, bins: int) -> float:
+    """Return where the axis of the confidence begins: at half for two choices with no filled bin below, else at 0."""
+    if any(prediction.log_probs.shape[-1] != 2 for prediction in predictions.values()):
+        return 0.0
+    diagrams = [reliability(prediction.log_p.detach(), labels, bins) for prediction in predictions.values()]
+    return 0.0 if any(bool(d.count[d.edges[1:] <= 0.5].any()) for d in diagrams) else 0.5
 
 
 def _largest(predictions: list[Prediction], score: Score) -> float:

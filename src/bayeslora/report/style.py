@@ -96,14 +96,21 @@ _METHODS = {
     "temperature": Look("#9BBA88", _DASHED),
     "isotropic": Look("#35169D", _DASH_DOT),
 }
-_ALIASES = {"mean": "map", "draws": "swag", "deep-ensemble": "ensemble", "multi-swag": "multiswag"}
+_ALIASES = {
+    "mean": "map",
+    "draws": "swag",
+    "deep-ensemble": "ensemble",
+    "multi-swag": "multiswag",
+    "map-+-t": "temperature",
+}
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """Choose how each predictor of a figure is drawn; a method looks the same in every figure.
 
     A name that is a method, or begins with one as in ``swag (10 draws)``, gets the look of that method; the first such
-    name where there are several. All others get the looks that are left, in order.
+    name where there are several; ``map + T`` gets that of ``temperature``. All others get the looks that are left, in
+    order.
 
     Args:
         names: Names of the predictors, in the order of the figure.
@@ -206,21 +213,24 @@ def shortened(name: str, limit: int) -> str:
     return name if len(name) <= limit else name[: limit - 1].rstrip() + "…"
 
 
-def percent_axis(axes: Axes, which: Literal["x", "y"], labels: bool = True) -> None:
-    """Let an axis run from 0 to 100 %, with ticks at every quarter and words at every half.
+def percent_axis(axes: Axes, which: Literal["x", "y"], labels: bool = True, low: float = 0.0) -> None:
+    """Let an axis run to 100 %, with ticks at every quarter and words at every half; at all if it begins at half.
 
     Args:
         axes: Axes to change.
         which: ``x`` or ``y``.
         labels: Whether the ticks are labelled.
+        low: Where the axis begins, as a share.
     """
-    words = ["0", "", "50 %", "", "100 %"] if labels else []
+    words = {0.0: "0", 0.25: "", 0.5: "50 %", 0.75: "75 %" if low else "", 1.0: "100 %"}
+    ticks = [tick for tick in words if tick >= low]
+    shown = [words[tick] if labels else "" for tick in ticks]
     if which == "x":
-        axes.set_xlim(0, 1)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], words or [""] * 5)
+        axes.set_xlim(low, 1)
+        axes.set_xticks(ticks, shown)
     else:
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], words or [""] * 5)
+        axes.set_ylim(low, 1)
+        axes.set_yticks(ticks, shown)
 
 
 def render(figure: Figure, suffix: Literal["png", "svg"]) -> bytes:
