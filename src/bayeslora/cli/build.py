@@ -132,7 +132,9 @@ def _with(method: Method, values: dict[str, Any], name: str) -> Method:
     for key, value in values.items():
         if key not in known:
             raise InputError(f"{name} has no setting {key!r}, {meant(key, known)}")
-        if not fits(value, hints[key]):
+        if isinstance(value, bool) and fits(json.dumps(value), hints[key]):
+            values = values | {key: json.dumps(value)}  # a word that JSON takes for a truth value
+        elif not fits(value, hints[key]):
             raise InputError(f"{name}'s setting {key} must be {in_words(hints[key])}, and it is {value!r}")
     return dataclasses.replace(cast(Any, method), **values)
 
