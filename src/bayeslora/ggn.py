@@ -19,8 +19,6 @@ from bayeslora.origin import Origin
 from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 
-_ONE = torch.ones(())
-"""The strength of every curvature's noise; one tensor, so that `engine.linearised` sees what posteriors share."""
 _OVERSAMPLING = 4
 """Columns of a sketch for each eigenvalue that is kept of it."""
 
@@ -182,7 +180,7 @@ class KroneckerCurvature(Curvature):
             left_vectors={name: sides[0][1] for name, sides in eigen.items()},
             right_values={name: sides[1][0] for name, sides in eigen.items()},
             right_vectors={name: sides[1][1] for name, sides in eigen.items()},
-            strength=dict.fromkeys(eigen, _ONE),
+            strength={name: torch.ones(()) for name in eigen},
             precision=precision,
             origin=origin,
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import make_model, make_task, same_params
 
+from bayeslora.cli.build import build_method
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods import Tfb
@@ -114,8 +115,10 @@ def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true
     assert 0 <= own - draws_nll(model, found, task.train, 10, **options) <= 0.1 * own  # the near side of the minimum
     wider = DiagonalGaussian(found.mean, {n: 1.1 * v for n, v in found.variance.items()})
     assert own - draws_nll(model, wider, task.train, 10, **options) > 0.1 * own
+    method = build_method("tfb", ["labels=true"])  # the word, which JSON takes for a truth value
+    assert method == Tfb(labels="true")
     with pytest.raises(InputError, match="has no label"):
-        Tfb(labels="true").check(model, unlabelled(task))
+        method.check(model, unlabelled(task))
 
 
 def test_the_anchors_of_rows_sorted_by_class_have_every_class() -> None:

@@ -90,8 +90,9 @@ def _quadratics(
             own = posterior.variance[name].to(jacobian).view(jacobian.shape[2:])
             found.append(torch.einsum("cnoi,dnoi->ncd", jacobian * own, jacobian))
             continue
-        sides = (posterior.left_vectors[name], posterior.right_vectors[name], posterior.strength[name])
-        key = tuple(map(id, sides))
+        strength = posterior.strength[name]
+        sides = id(posterior.left_vectors[name]), id(posterior.right_vectors[name])
+        key = (*sides, id(strength) if strength.ndim else float(strength))
         if key not in shared:
             shared[key] = posterior.projected(name, jacobian)
         found.append(posterior.covariance(name, shared[key]))
