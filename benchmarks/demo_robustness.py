@@ -1,8 +1,8 @@
 """Does the demo's cure depend on the machine? Its training part under seeds, precisions and numbers of threads.
 
 ``python benchmarks/demo_robustness.py --json FILE`` trains and evaluates what ``bayeslora demo`` shows under every
-seed, in bfloat16 and float32, on one and two threads, each in a process of its own, with fewer draws and test rows
-than the demo. For every method it writes ECE, KL to the truth and accuracy beside those of MAP of the same run: the
+seed, in bfloat16 and float32, on one and two threads, each in a process of its own, with fewer draws, test rows
+and members of the ensemble than the demo. For every method it writes ECE, KL to the truth and accuracy beside those of MAP of the same run: the
 mean, and the worst run. A run that is in the ``--out`` folder is not made again.
 """
 
@@ -32,7 +32,7 @@ def one(arguments: argparse.Namespace, seed: int, dtype: str, out: Path) -> None
     from bayeslora.compare import compare
     from bayeslora.report.verdict import verdicts
 
-    options = Options(seed=seed, test_rows=arguments.test_rows, draws=arguments.draws)
+    options = Options(seed=seed, test_rows=arguments.test_rows, draws=arguments.draws, methods=arguments.methods)
     study, other = prepared(options, out, getattr(torch, dtype))
     began = time.perf_counter()
     found = compare(study, methods_of(options), [seed])
@@ -72,6 +72,7 @@ def all_of(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         for name, seed, dtype, number in batch:
             command = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--dtypes", dtype]
             command += ["--out", str(place), "--test-rows", str(arguments.test_rows), "--draws", str(arguments.draws)]
+            command += ["--methods", *arguments.methods]
             limits = {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number)}
             print(f"{name} …", flush=True)
             processes.append(subprocess.Popen(command, env=os.environ | limits, stdout=subprocess.DEVNULL))
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, nargs="+", default=list(THREADS))
+    parser.add_argument("--methods", nargs="+", default=["map", "temperature", "ensemble:2", "swag", "blob", "ivon"])
     parser.add_argument("--test-rows", type=int, default=400)
     parser.add_argument("--draws", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=2, help="threads in use at a time, over all processes")
