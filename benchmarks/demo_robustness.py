@@ -1,9 +1,9 @@
 """Does the demo's cure depend on the machine? Its training part under seeds, precisions and numbers of threads.
 
 ``python benchmarks/demo_robustness.py --json FILE`` trains and evaluates what ``bayeslora demo`` shows under every
-seed, in bfloat16 and float32, on one and two threads, each in a process of its own, with fewer draws, test rows
-and members of the ensemble than the demo. For every method it writes ECE, KL to the truth and accuracy beside those of MAP of the same run: the
-mean, and the worst run. A run that is in the ``--out`` folder is not made again.
+seed, in bfloat16 and float32, on one and two threads, each in a process of its own, with fewer draws, test rows and
+members of the ensemble than the demo. For every method it writes ECE, KL to the truth and accuracy beside those of MAP
+of the same run: the mean, and the worst run. A run that is in the ``--out`` folder is not made again.
 """
 
 from __future__ import annotations

@@ -82,14 +82,15 @@ def accumulated(
     with differentiated(model, curvature.sites) as gradients_of:
         for order, batch in batches:
             gradients = gradients_of(batch)
-            finite = [g.isfinite().all() for g in gradients.outputs.values()]
+            place = gradients.logits.device
+            finite = [g.isfinite().all().to(place) for g in gradients.outputs.values()]
             if not bool(torch.stack([~gradients.logits.isnan().any(), *finite]).all()):  # one wait a batch
                 raise InputError(
                     "the curvature is not finite: the model overflows on the training rows; load it in float32 or "
                     "bfloat16"
                 )
             curvature.add(gradients, root(gradients.logits))
-            right = labels[order].to(gradients.logits.device)
+            right = labels[order].to(place)
             total = total + gradients.logits.log_softmax(-1).gather(1, right[:, None]).double().sum()
     return float(total)
 

@@ -17,7 +17,7 @@ from bayeslora.cli.parse import fitted
 from bayeslora.errors import InputError
 from bayeslora.methods import METHODS, Ensemble, Ivon, Map, Method, Swag
 
-VALUES: dict[tuple[str, str], Any] = {("ivon", "preset"): "arc_easy"}
+VALUES: dict[tuple[str, str], Any] = {("ivon", "preset"): "arc_easy", ("blob", "preset"): "llama2"}
 """Values that cannot be told from a setting's annotation. A newcomer's other settings are tried unasked."""
 MEMBERS = (Map(), Swag())
 """What may stand where a method is asked for."""

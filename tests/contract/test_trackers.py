@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bayeslora import metrics
 from bayeslora.engine import predict
+from bayeslora.ivon_settings import default_ess
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.methods.blob import kl_divergence, kl_weight
 from bayeslora.methods.diagnostics import Figures
@@ -157,7 +158,8 @@ def test_the_figures_of_ivon_are_those_of_its_posterior(tracked: Any, tokenizer:
     last = losses()[-1]
     assert last["ivon_sigma"] == pytest.approx(float(sigma.median()), rel=1e-5)
     assert last["ivon_sigma_mean"] == pytest.approx(float(sigma.mean()), rel=1e-5)
-    assert last["ivon_ess"] == ROWS / 0.5
+    size = sum(v.numel() for v in posterior.variance.values())
+    assert last["ivon_ess"] == pytest.approx(default_ess(ROWS, size))
     assert 0 <= last["ivon_clipped"] <= 1
 
 

@@ -167,7 +167,7 @@ def test_curvature_is_summed_where_each_layer_is(kind: Any, tokenizer: Any) -> N
             batches = batched(model, readout, readout.encode(split)[0], 200)
             accumulated(model, curvature, batches, split.labels)
         posterior = Linearised(curvature.posterior(read(model), 10.0, None), None)
-        return predict(model, posterior, split, tokenizer=tokenizer).log_p
+        return predict(model, posterior, split, tokenizer=tokenizer, token_budget=200).log_p
 
     wanted, found = both(predicted)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
