@@ -73,7 +73,7 @@ def logit_moments(
                 covariances = nn.functional.pad(covariances, (0, more, 0, more))
             found = gradients.logits.new_zeros(len(posteriors), len(order), classes, classes)
             for site in sites:
-                found += _quadratics(gradients.jacobian(site), posteriors, site.name)
+                found += _quadratics(gradients.jacobian(site), posteriors, site.name).to(found.device)
             logits[order, :classes] = gradients.logits.cpu()
             covariances[:, order, :classes, :classes] = found.cpu()
             done(len(order))
