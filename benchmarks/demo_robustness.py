@@ -89,8 +89,9 @@ def summed_up(runs: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     reference = "map"
     halved = []
-    for name in runs[0][1]["methods"]:
-        mine = [(run["methods"][name], run["methods"][reference]) for _, run in runs]
+    for name in dict.fromkeys(name for _, run in runs for name in run["methods"]):
+        mine = [(run["methods"][name], run["methods"][reference]) for _, run in runs if name in run["methods"]]
+        rows.append(row(f"{name}: runs", len(mine), None, "runs"))
         for key, unit in (("ece", "share"), ("kl", "nats"), ("accuracy", "share")):
             rows.append(row(f"{name}: {key}, mean", fmean(own[key] for own, _ in mine), None, unit))
         if name == reference:
