@@ -130,6 +130,18 @@ def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: l
     return [s["delta"] for s in states]
 
 
+def clamp(tensors: list[Tensor], bound: float) -> None:
+    """Keep all numbers within ±bound, in place.
+
+    Args:
+        tensors: The tensors.
+        bound: The bound; infinite for none.
+    """
+    if math.isfinite(bound):
+        torch._foreach_clamp_max_(tensors, bound)
+        torch._foreach_clamp_min_(tensors, -bound)
+
+
 def pull_weight(group: dict[str, Any], state: dict[str, Any]) -> float:
     """Return what m's distance from the mean of its prior is multiplied by in the update.
 

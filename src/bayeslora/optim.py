@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import check_ivon, estimate_prior, from_prior, pull_weight
+from bayeslora.ivon_settings import check_ivon, clamp, estimate_prior, from_prior, pull_weight
 from bayeslora.params import seed_of
 
 
@@ -145,17 +145,14 @@ class IvonOptimizer(torch.optim.Optimizer):
         self.draw()
         before = {p: p.detach().clone() for p in self._noise}
         try:
-            with torch.no_grad():
-                for p, noise in self._noise.items():
-                    p.copy_(self.mean(p) + noise)
+            for p, noise in self._noise.items():
+                p.detach().copy_(self.mean(p) + noise)
             yield
         finally:
-            with torch.no_grad():
-                for p, mean in before.items():
-                    p.copy_(mean)
+            for p, mean in before.items():
+                p.detach().copy_(mean)
         if self._draws > 1:
-            with torch.no_grad():
-                self._fold(self._grads())
+            self._fold(self._grads())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -244,9 +241,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         torch._foreach_lerp_(average, grads, 1 - beta1)
         precision = torch._foreach_add(hess, deltas)
         ratio = torch._foreach_mul(products, group["ess"])  # f / (h+δ)
-        if math.isfinite(group["price_clip"]):
-            torch._foreach_clamp_max_(ratio, group["price_clip"])
-            torch._foreach_clamp_min_(ratio, -group["price_clip"])
+        clamp(ratio, group["price_clip"])
         gap = torch._foreach_mul(ratio, precision)
         torch._foreach_sub_(gap, hess)
         torch._foreach_mul_(gap, 1 - beta2)  # (1−β₂)(f−h)
@@ -265,9 +260,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         if any(weights):
             torch._foreach_add_(update, torch._foreach_mul(from_prior(means, states), weights))
         torch._foreach_div_(update, torch._foreach_add(hess, deltas))
-        if math.isfinite(group["clip_radius"]):
-            torch._foreach_clamp_max_(update, group["clip_radius"])
-            torch._foreach_clamp_min_(update, -group["clip_radius"])
+        clamp(update, group["clip_radius"])
         rate = group["lr"] * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0)
         torch._foreach_add_(means, update, alpha=-rate)
         for p, mean in zip(params, means, strict=True):
@@ -278,6 +271,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         """Return the gradients that there are."""
         return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
 
+    @torch.no_grad()
     def _fold(self, grads: dict[Tensor, Tensor]) -> None:
         """Add noise ⊙ gradient of a draw that is done, unless it was added, and note the gradient up to it."""
         if self._folds == self._draws:

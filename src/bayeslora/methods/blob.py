@@ -21,8 +21,6 @@ sees ∇NLL alone; and L is never longer than the run, since otherwise the prior
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
@@ -36,7 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
-from bayeslora.methods.blob_layer import BlobLinear, attach, begin, detach, sizes
+from bayeslora.methods.blob_layer import BlobLinear, attach, begin, sizes, taking_out
 from bayeslora.methods.blob_terms import (
     DEFAULTS,
     PRESETS,
@@ -166,20 +164,6 @@ class Blob(Method):
         return DiagonalGaussian(read(model), variance, origin_for(model, self))
 
 
-def _taking_out(model: nn.Module, layers: list[BlobLinear], tokens: TokenCount) -> Callable[[], None]:
-    """Return what puts plain layers back; it does not keep the model alive, for a model's record is kept as long."""
-    there = weakref.ref(model)
-
-    def undo() -> None:
-        """Put plain layers back."""
-        tokens.end()
-        own = there()
-        if own is not None:
-            detach(own, layers)
-
-    return undo
-
-
 @final
 class _Trainer(TrainerCallback):
     """Adds ∇KL to the Trainer's gradients, or takes the released algorithm's second step."""
@@ -226,7 +210,7 @@ class _Trainer(TrainerCallback):
         self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
         self.tokens.begin(model, kwargs.get("train_dataloader"), args.world_size)
         spread: Params = {name: layer.spread for name, layer in self.layers.items()}
-        undo = _taking_out(model, list(self.layers.values()), self.tokens)
+        undo = taking_out(model, list(self.layers.values()), self.tokens.end)
         remember(model, Record(method.name, self.num_data, dict(spread), undo))
 
     def weight(self, step: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, final
 
 import torch
@@ -204,3 +205,26 @@ def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> No
                 gone.append(inner)
     if gone:
         delattr(model, _SPREAD)
+
+
+def taking_out(model: nn.Module, layers: Collection[BlobLinear], end: Callable[[], None]) -> Callable[[], None]:
+    """Return what puts plain layers back; it does not keep the model alive, for a model's record is kept as long.
+
+    Args:
+        model: A PEFT model.
+        layers: The layers to take out.
+        end: What else is to be called then.
+
+    Returns:
+        A function without arguments.
+    """
+    there = weakref.ref(model)
+
+    def undo() -> None:
+        """Put plain layers back."""
+        end()
+        own = there()
+        if own is not None:
+            detach(own, layers)
+
+    return undo
