@@ -55,7 +55,8 @@ def test_the_sentences_say_what_cured_what_did_not_and_what_to_try_next():
     assert "two points of accuracy lost): temperature, ivon." in said
     assert "No difference beyond chance: swag." in said
     assert "Better, but not cured: –." in said
-    assert "bayeslora train --method ivon" in said
+    assert "bayeslora train --method ivon …" in said
+    assert "--method ivon --set sigma0=0.1 …" in "\n".join(in_words(found, settings={"ivon": "sigma0=0.1"}))
     assert "raise swag.learning_rate" in said
     assert "does no worse" not in said  # .02 against .00
     better = verdicts({"map": says(0.97), "temperature": says(0.7), "ivon": says(0.72)}, LABELS)

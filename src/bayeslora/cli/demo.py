@@ -74,7 +74,8 @@ def run(options: Options) -> None:
     others = {name: by_seed[options.seed][other] for name, by_seed in found.ood.items()}
     even = None if test.probs is None else guess(test.probs)
     print()
-    print("\n".join(in_words(verdicts(predictions, test.labels, others, test.probs), even, other)))
+    own = {name: " ".join(given) for name, given in _settings(options).items()}
+    print("\n".join(in_words(verdicts(predictions, test.labels, others, test.probs), even, other, own)))
 
 
 def methods_of(options: Options) -> dict[str, Method]:
@@ -88,8 +89,13 @@ def methods_of(options: Options) -> dict[str, Method]:
     """
     from bayeslora.cli.build import build_method
 
-    settings = {"swag": [f"learning_rate={options.swag_learning_rate}"], "blob": ["update=elbo"]}
+    settings = _settings(options)
     return {name: build_method(name, settings.get(name, [])) for name in options.methods}
+
+
+def _settings(options: Options) -> dict[str, list[str]]:
+    """Return what methods have beside their defaults."""
+    return {"swag": [f"learning_rate={options.swag_learning_rate}"], "blob": ["update=elbo"]}
 
 
 def prepared(options: Options, out: Path, dtype: Any = None) -> tuple[Any, str]:

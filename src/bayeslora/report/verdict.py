@@ -145,13 +145,19 @@ def guess(truth: Float[Tensor, "N C"]) -> float:
     return kl_to_truth(even.log(), truth)
 
 
-def in_words(found: Sequence[Verdict], even: float | None = None, other: str = "the other data") -> list[str]:
+def in_words(
+    found: Sequence[Verdict],
+    even: float | None = None,
+    other: str = "the other data",
+    settings: Mapping[str, str] | None = None,
+) -> list[str]:
     """Return what the verdicts show: a sentence for each, and what follows from them.
 
     Args:
         found: Verdicts, the reference first.
         even: The divergence of a guess from the truth, where that is known.
         other: What the other data are.
+        settings: Predictor -> the settings that it has beside the defaults, as on the command line.
 
     Returns:
         The lines.
@@ -170,7 +176,7 @@ def in_words(found: Sequence[Verdict], even: float | None = None, other: str = "
             f"{_names(rest, 'better')}. No difference beyond chance: {_names(rest, 'same')}. Worse: "
             f"{_names(rest, 'worse')}."
         )
-        lines += _next(rest, even is not None)
+        lines += _next(rest, even is not None, settings or {})
     known = [v for v in found if v.detection is not None]
     if known and reference.detection is not None:
         best = max(known, key=lambda v: v.detection or 0.0)
@@ -195,7 +201,7 @@ def _names(verdicts_: Sequence[Verdict], outcome: Outcome) -> str:
     return ", ".join(v.name for v in verdicts_ if v.outcome == outcome) or "–"
 
 
-def _next(rest: Sequence[Verdict], truth: bool) -> list[str]:
+def _next(rest: Sequence[Verdict], truth: bool, settings: Mapping[str, str]) -> list[str]:
     """Return what to try next."""
 
     def badness(verdict: Verdict) -> float:
@@ -208,7 +214,8 @@ def _next(rest: Sequence[Verdict], truth: bool) -> list[str]:
     cured = sorted((v for v in learned if v.outcome == "cured"), key=badness)
     if cured:
         best = cured[0]
-        lines.append(f"Next: `bayeslora train --method {best.name} …` on your data.")
+        own = f" --set {settings[best.name]}" if best.name in settings else ""
+        lines.append(f"Next: `bayeslora train --method {best.name}{own} …` on your data.")
         if scaled is not None and badness(scaled) <= badness(best):
             measure = "KL to the truth" if truth else "calibration error"
             lines.append(
