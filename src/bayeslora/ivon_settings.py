@@ -130,7 +130,7 @@ def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: l
     return [s["delta"] for s in states]
 
 
-def clamp(tensors: list[Tensor], bound: float) -> None:
+def clamp(tensors: list[Tensor] | tuple[Tensor, ...], bound: float) -> None:
     """Keep all numbers within ±bound, in place.
 
     Args:
