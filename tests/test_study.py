@@ -17,6 +17,7 @@ from bayeslora.compare import compare
 from bayeslora.keys import of_arguments, of_model, of_rows
 from bayeslora.methods import Ensemble, Isotropic, Laplace, Map, Swag
 from bayeslora.study import Study
+from bayeslora.tasks.types import Example, Format, Split
 
 METHODS = {"map": Map(), "swag": Swag("diagonal"), "noise": Isotropic(0.01)}
 """A run, one that goes on from it, and one that is fitted to it."""
@@ -189,3 +190,12 @@ def test_a_method_fitted_afterwards_does_not_depend_on_how_it_was_trained_but_on
     runs = [module._planned(one, Laplace(), 0, 0) for one in (own, rated(own))]
     assert runs[0].depends["training"] is None
     assert runs[0].key != runs[1].key  # by the key of the MAP run that they start from
+
+
+def test_rows_that_differ_in_a_column_of_the_template_alone_have_another_digest() -> None:
+    shape = Format(template="{premise} {hypothesis}")
+    splits = [
+        Split("t", (Example("", ("no", "yes"), 0, columns=(("premise", text), ("hypothesis", "It rains."))),), shape)
+        for text in ("It is wet.", "It is dry.")
+    ]
+    assert of_rows(splits[0]) != of_rows(splits[1])

@@ -75,7 +75,7 @@ def of_rows(split: Split | None, tokenizer: Any = None) -> str | None:
     """
     if split is None:
         return None
-    rows = [[e.text, e.choices, e.label] for e in split]
+    rows = [[e.text, e.choices, e.label, e.columns] for e in split]
     tokens = None if tokenizer is None or not rows else list(tokenizer(split.examples[0].text)["input_ids"])
     text = json.dumps([rows, asdict(split.format), split.classes, tokens])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -95,9 +95,8 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
 
     Returns:
         ``hess_moved``: share of coordinates whose h+δ is more than 10 % off what it would be without data, h₀β₂ᵗ + δ;
-        ``clipped``: share whose update is at the
-        clip radius; ``ess``: λ, how many examples the data count for; ``sigma`` and ``sigma_mean``: median and mean σ,
-        the median as in `spread`. Empty before the first step.
+        ``clipped``: share whose update is at the clip radius; ``ess``: λ, how many examples the data count for;
+        ``sigma`` and ``sigma_mean``: median and mean σ, the median as in `spread`. Empty before the first step.
     """
     summary = _Summary()
     for group in optimizer.param_groups:
