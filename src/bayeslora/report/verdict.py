@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -128,7 +128,7 @@ def _judged(
             outcome = "worse"
         elif high < 0:
             outcome = "better"
-    return Verdict(own.name, own.says, own.right, own.error, own.divergence, own.detection, outcome)
+    return replace(own, outcome=outcome)
 
 
 def guess(truth: Float[Tensor, "N C"]) -> float:
