@@ -17,15 +17,15 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from tiny import gaussian, make_base, make_model, make_task, make_tokenizer, same_params
 
-from bayeslora.card import name_card, write_card
 from bayeslora.cli import main
 from bayeslora.errors import InputError
 from bayeslora.evaluation import Estimate, Evaluation, evaluate
-from bayeslora.origin import origin_of
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point, Posterior
+from bayeslora.posteriors.card import name_card, write_card
+from bayeslora.posteriors.loading import load_posterior
+from bayeslora.posteriors.provenance import origin_of
 from bayeslora.prediction import Prediction
-from bayeslora.storage import load_posterior
 
 
 def named(base: str = "org/base", method: str = "swag", **settings: Any) -> Posterior:

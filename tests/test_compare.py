@@ -12,7 +12,7 @@ from tiny import arguments, make_model, make_task
 from bayeslora.compare import compare
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Tfb
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
 from bayeslora.study import Study, planned_steps
 from bayeslora.tasks.types import Task
 

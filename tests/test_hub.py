@@ -17,13 +17,13 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from peft import PeftModel
 from tiny import gaussian, make_base, make_model, same_params
 
-from bayeslora.card import write_card
 from bayeslora.errors import InputError
-from bayeslora.hub import fetch, push
-from bayeslora.origin import origin_of
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point
-from bayeslora.storage import load_adapter, load_posterior
+from bayeslora.posteriors.card import write_card
+from bayeslora.posteriors.hub import fetch, push
+from bayeslora.posteriors.loading import load_adapter, load_posterior
+from bayeslora.posteriors.provenance import origin_of
 
 
 @dataclass

@@ -9,7 +9,7 @@ from tiny import make_base, make_tokenizer
 
 from bayeslora.errors import InputError
 from bayeslora.models import adapter_of, default_device, fast_dtype, load_model
-from bayeslora.origin import origin_of
+from bayeslora.posteriors.provenance import origin_of
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from bayeslora.origin import origin_of
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
+from bayeslora.posteriors.provenance import origin_of
 from bayeslora.tasks.types import Example, Format, Split, Task
 
 COLOURS = ("red", "blue", "dark green", "pale old gold")

@@ -12,12 +12,10 @@ from bayeslora.errors import InputError
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
-    from bayeslora.card import write_card
     from bayeslora.distillation import distill
     from bayeslora.engine import predict
     from bayeslora.evaluation import Evaluation, evaluate
     from bayeslora.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
-    from bayeslora.hub import push
     from bayeslora.methods import (
         Blob,
         Ensemble,
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     )
     from bayeslora.methods.trainers import kwargs_for
     from bayeslora.models import load_model
-    from bayeslora.operations import pruned, restricted, tempered
     from bayeslora.optim import IvonOptimizer
     from bayeslora.posteriors import (
         ColumnDropout,
@@ -49,9 +46,12 @@ if TYPE_CHECKING:
         Scaled,
         TokenDropout,
     )
+    from bayeslora.posteriors.card import write_card
+    from bayeslora.posteriors.hub import push
+    from bayeslora.posteriors.loading import export_draws, load_posterior
+    from bayeslora.posteriors.transforms import pruned, restricted, tempered
     from bayeslora.prediction import Prediction
     from bayeslora.rewards import penalised_rewards, predict_rewards, preference_probability
-    from bayeslora.storage import export_draws, load_posterior
     from bayeslora.tasks import load_task
     from bayeslora.training import fit
 
@@ -76,7 +76,7 @@ _HOMES = {
         "multi_swag",
     ),
     "models": ("load_model",),
-    "operations": ("pruned", "restricted", "tempered"),
+    "posteriors.transforms": ("pruned", "restricted", "tempered"),
     "optim": ("IvonOptimizer",),
     "posteriors": (
         "ColumnDropout",
@@ -94,9 +94,9 @@ _HOMES = {
     "prediction": ("Prediction",),
     "rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
     "methods.trainers": ("kwargs_for",),
-    "hub": ("push",),
-    "card": ("write_card",),
-    "storage": ("export_draws", "load_posterior"),
+    "posteriors.hub": ("push",),
+    "posteriors.card": ("write_card",),
+    "posteriors.loading": ("export_draws", "load_posterior"),
     "tasks": ("load_task",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,8 +15,8 @@ from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.keys import key_of
 from bayeslora.methods import Ensemble, Method, PostHoc, Temperature
 from bayeslora.metrics import nll
-from bayeslora.operations import tempered
 from bayeslora.posteriors import Scaled
+from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import Prediction
 from bayeslora.study import Learned, Study, posterior_of, predicted
 from bayeslora.tasks.types import labelled

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from bayeslora._typing import Float, Int
 from bayeslora.curvature import Factor, Gradients, Site, differentiated, ggn_root, mixed
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin
 from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
+from bayeslora.posteriors.provenance import Origin
 
 _OVERSAMPLING = 4
 """Columns of a sketch for each eigenvalue that is kept of it."""

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from bayeslora.origin import origin_of
 from bayeslora.params import require_lora
+from bayeslora.posteriors.provenance import origin_of
 from bayeslora.tasks.types import Split
 
 VERSION = 1

@@ -30,8 +30,8 @@ from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
 from bayeslora.params import device_of, initialise
 from bayeslora.posteriors import Posterior
+from bayeslora.posteriors.loading import load_posterior
 from bayeslora.prediction import Prediction
-from bayeslora.storage import load_posterior
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import fit
 

@@ -20,10 +20,10 @@ from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.origin import scored
 from bayeslora.params import initialise, read, write
 from bayeslora.posteriors import Point, Posterior
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
+from bayeslora.posteriors.provenance import scored
 from bayeslora.tasks.types import Split, Task
 from bayeslora.together import Lanes, train_together
 from bayeslora.trainer import adapted, run_trainer

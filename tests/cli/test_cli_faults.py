@@ -96,7 +96,7 @@ def test_without_task_and_data_the_two_are_asked_for(refused, home, tmp_path):
 
 
 def test_a_full_disk_while_the_posterior_is_written_is_one_sentence(bay, home, tmp_path, monkeypatch):
-    from bayeslora import storage
+    from bayeslora.posteriors import loading as storage
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -184,7 +184,7 @@ def test_rows_that_cannot_be_answered_are_refused_by_their_line(refused, swag_ru
 
 
 def test_outputs_are_refused_before_the_work(refused, swag_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("bayeslora.storage.load_posterior", None)
+    monkeypatch.setattr("bayeslora.posteriors.loading.load_posterior", None)
     target = tmp_path / "answers.jsonl"
     target.write_text("mine")
     assert "--overwrite" in refused("predict", swag_run, "--output", target)

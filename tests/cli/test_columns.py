@@ -13,8 +13,8 @@ from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.parse import parse
 from bayeslora.cli.predict import EXAMPLES, Options
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin, check_scores
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
+from bayeslora.posteriors.provenance import Origin, check_scores
 from bayeslora.tasks import read_rows, render, resolve_format
 
 TEMPLATE = r"{premise}\nQuestion: {hypothesis}\nAnswer:"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny import gaussian, make_model
 
 from bayeslora.cli.export import serving
-from bayeslora.origin import Origin
-from bayeslora.storage import export_draws, load_posterior
+from bayeslora.posteriors.loading import export_draws, load_posterior
+from bayeslora.posteriors.provenance import Origin
 
 FOLDERS = {"draw-000": Path("/x/draw-000"), "draw-001": Path("/x y/draw-001")}
 

@@ -12,7 +12,7 @@ from tiny import TARGETS, make_base
 from bayeslora.cli import main
 from bayeslora.params import initialise
 from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, Linearised, Point, Scaled
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tiny import make_base
 from bayeslora.cli.data import kept_format, split_like
 from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.terminal import NOISY
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
 from bayeslora.tasks import read_rows
 
 

@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 
 from bayeslora.engine import predict
 from bayeslora.methods import METHODS, Blob, Ensemble
-from bayeslora.operations import draw_count
 from bayeslora.params import Params, live, read
 from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
-from bayeslora.storage import export_draws, load_posterior
+from bayeslora.posteriors.loading import export_draws, load_posterior
+from bayeslora.posteriors.transforms import draw_count
 from bayeslora.training import fit
 
 LM, HEAD = "llama-likelihood", "bert"
@@ -215,7 +215,7 @@ def test_exported_draws_are_plain_peft_adapters(learned: Any, tmp_path: Path) ->
 
 FRESH = """
 import hashlib, sys
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
 
 def digest(posterior):
     found = hashlib.sha256()

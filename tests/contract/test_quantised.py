@@ -17,7 +17,7 @@ from bayeslora.engine import predict
 from bayeslora.generation import generate
 from bayeslora.methods.trainers import kwargs_for
 from bayeslora.params import initialise, live, read, swapped
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
 from bayeslora.training import fit
 
 pytest.importorskip("bitsandbytes")

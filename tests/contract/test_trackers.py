@@ -26,9 +26,9 @@ from bayeslora.ivon_settings import default_ess
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.methods.blob import kl_divergence, kl_weight
 from bayeslora.methods.diagnostics import Figures
-from bayeslora.origin import origin_of
 from bayeslora.params import read
 from bayeslora.posteriors import Point
+from bayeslora.posteriors.provenance import origin_of
 from bayeslora.trainer import SCORES, scoring
 from bayeslora.training import fit
 

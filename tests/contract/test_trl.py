@@ -21,7 +21,7 @@ from bayeslora.methods import Blob, Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import LowRankGaussian, Posterior
-from bayeslora.storage import load_posterior
+from bayeslora.posteriors.loading import load_posterior
 
 ROWS = 16
 LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]

@@ -14,11 +14,11 @@ from torch.quasirandom import SobolEngine
 from bayeslora.engine import predict
 from bayeslora.engine.draws import Draws
 from bayeslora.errors import InputError
-from bayeslora.operations import tempered
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Mixture, Point, Scaled
-from bayeslora.posteriors.base import _sobol_digits, noise, uniform
-from bayeslora.storage import export_draws
+from bayeslora.posteriors.loading import export_draws
+from bayeslora.posteriors.sampling import _sobol_digits, noise, uniform
+from bayeslora.posteriors.transforms import tempered
 
 LIKE = torch.empty(4, 6)
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]

@@ -19,9 +19,9 @@ from bayeslora.errors import InputError
 from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods import Laplace
 from bayeslora.methods.laplace import CANDIDATES
-from bayeslora.operations import pruned
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
+from bayeslora.posteriors.transforms import pruned
 
 
 def prepared(tokenizer: Any, structure: str = "kron") -> tuple[Any, Any, Any, Any, Any]:

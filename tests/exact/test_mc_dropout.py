@@ -14,7 +14,7 @@ from bayeslora.errors import InputError
 from bayeslora.methods import McDropout
 from bayeslora.params import read
 from bayeslora.posteriors import ColumnDropout, TokenDropout
-from bayeslora.storage import export_draws
+from bayeslora.posteriors.loading import export_draws
 
 RATE, DRAWS = 0.3, 3000
 

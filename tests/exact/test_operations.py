@@ -26,7 +26,6 @@ from tiny import same_params
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.operations import draw_count, pruned, restricted, standard_deviation, tempered
 from bayeslora.posteriors import (
     ColumnDropout,
     DiagonalGaussian,
@@ -36,6 +35,7 @@ from bayeslora.posteriors import (
     Point,
     Posterior,
 )
+from bayeslora.posteriors.transforms import draw_count, pruned, restricted, standard_deviation, tempered
 
 
 @pytest.fixture(params=FAMILIES)

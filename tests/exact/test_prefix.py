@@ -11,9 +11,9 @@ from tiny import Kind, make_model, make_split, same_state, state_of
 
 from bayeslora.engine import predict, prefix
 from bayeslora.engine.encode import Encoded
-from bayeslora.operations import restricted
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.posteriors.transforms import restricted
 from bayeslora.tasks.types import Split
 
 INSTRUCTION = "Question: red holds 1 blue, old gold holds 2 dark green, pale red holds 3 blue. Answer: green.\n"

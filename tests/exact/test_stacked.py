@@ -15,7 +15,6 @@ from bayeslora.engine import memory, predict
 from bayeslora.engine.passes import grouped, schedule
 from bayeslora.engine.stacked import StackedLinear, first_layer
 from bayeslora.errors import InputError
-from bayeslora.operations import restricted
 from bayeslora.params import read
 from bayeslora.posteriors import (
     ColumnDropout,
@@ -27,6 +26,7 @@ from bayeslora.posteriors import (
     Scaled,
     TokenDropout,
 )
+from bayeslora.posteriors.transforms import restricted
 
 
 def spread(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaModel
 from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Swag
-from bayeslora.operations import draw_count
-from bayeslora.origin import origin_of
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point, Posterior
+from bayeslora.posteriors.provenance import origin_of
+from bayeslora.posteriors.transforms import draw_count
 from bayeslora.tasks.types import Example, Format, Split
 from bayeslora.training import fit
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from tiny import gaussian, make_model, same_params
 
-from bayeslora import files, storage
+from bayeslora import files
 from bayeslora.errors import InputError
-from bayeslora.origin import origin_of
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point
-from bayeslora.storage import export_draws, load_posterior
+from bayeslora.posteriors import loading as storage
+from bayeslora.posteriors.loading import export_draws, load_posterior
+from bayeslora.posteriors.provenance import origin_of
 
 
 @pytest.fixture

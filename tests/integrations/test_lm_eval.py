@@ -17,9 +17,9 @@ from bayeslora.errors import InputError
 from bayeslora.generation import generate
 from bayeslora.integrations import likelihoods
 from bayeslora.integrations.samples import add_calibration, calibration, choice_log_probs
-from bayeslora.operations import restricted
 from bayeslora.params import swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
+from bayeslora.posteriors.transforms import restricted
 
 pytest.importorskip("lm_eval")
 

@@ -16,8 +16,8 @@ from bayeslora.cli.settings import build_method
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.models import adapter_of, load_model
-from bayeslora.operations import pruned, restricted, tempered
 from bayeslora.posteriors import Posterior
+from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 

@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.terminal import say
     from bayeslora.cli.train import measure
     from bayeslora.distillation import distill
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
 
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))

@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.evaluation import evaluate
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
 
     before = read_options(folder)
     with own_progress():

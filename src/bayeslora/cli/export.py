@@ -13,8 +13,8 @@ from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.origin import Origin
     from bayeslora.posteriors import Posterior
+    from bayeslora.posteriors.provenance import Origin
 
 EXAMPLES = """examples:
   bayeslora export run --out adapters --draws 10     ten plain PEFT adapters, adapters/draw-000 …
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import shaped
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
 
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))
@@ -79,7 +79,7 @@ def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Pat
     """Write what is asked for, all of it or nothing, and return the folders by the names to serve them under."""
     from bayeslora.files import appearing
     from bayeslora.posteriors import Point
-    from bayeslora.storage import export_draws
+    from bayeslora.posteriors.loading import export_draws
 
     plain = options.name == "draw"
     mean = Point(posterior.mean, posterior.origin)

@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.train import measure
     from bayeslora.methods import METHODS, PostHoc
     from bayeslora.params import write
-    from bayeslora.storage import load_adapter
+    from bayeslora.posteriors.loading import load_adapter
 
     with own_progress():
         method = build_method(options.method, options.set)

@@ -56,7 +56,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import model_for, shaped
     from bayeslora.cli.progress import own_progress
     from bayeslora.generation import generate, generate_each
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
 
     settings: dict[str, Any] = {"do_sample": options.do_sample, "stop_strings": options.stop or None}
     if options.do_sample:

@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.terminal import watched
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
     from bayeslora.posteriors import Point
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
 
     with own_progress(), _errors_only():
         tasks, manager = find_tasks(options.tasks, options.include_path)

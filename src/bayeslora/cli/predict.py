@@ -17,7 +17,7 @@ from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.origin import Origin
+    from bayeslora.posteriors.provenance import Origin
     from bayeslora.prediction import Prediction
     from bayeslora.tasks import Rows
     from bayeslora.tasks.types import Split
@@ -57,7 +57,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import model_for, predicted, shaped
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say, watched
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
     from bayeslora.tasks import read_rows
 
     with own_progress():

@@ -99,8 +99,8 @@ def _served(options: Options, name: str) -> Any:
     from bayeslora.cli.build import model_for, shaped
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
+    from bayeslora.posteriors.loading import load_posterior
     from bayeslora.serve.worker import Served
-    from bayeslora.storage import load_posterior
 
     tasks = part(TaskOptions, options)
     with own_progress():

@@ -64,7 +64,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import build_arguments, build_method, build_model
     from bayeslora.cli.data import build_task, keep_format
     from bayeslora.cli.progress import own_progress
-    from bayeslora.storage import load_posterior
+    from bayeslora.posteriors.loading import load_posterior
 
     with own_progress():
         method = build_method(options.method, options.set)
@@ -126,10 +126,10 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
         posterior: The posterior.
         test: The test split, or None.
     """
-    from bayeslora.card import write_card
     from bayeslora.cli.terminal import watched
     from bayeslora.engine import predict
     from bayeslora.evaluation import evaluate
+    from bayeslora.posteriors.card import write_card
 
     if test is None or any(e.label is None for e in test):
         return

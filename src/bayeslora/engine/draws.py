@@ -9,10 +9,10 @@ from typing import final, get_args
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.operations import draw_count, draw_unit
-from bayeslora.origin import check_base
 from bayeslora.params import Params
 from bayeslora.posteriors import Mixture, Posterior, Sampling, Scaled, has_weights
+from bayeslora.posteriors.provenance import check_base
+from bayeslora.posteriors.transforms import draw_count, draw_unit
 
 _ROOM = 2**24
 """Numbers of all draws that are kept with a posterior: 64 MiB."""

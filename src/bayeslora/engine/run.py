@@ -18,7 +18,6 @@ from bayeslora.engine.memory import found_budget
 from bayeslora.engine.passes import Passes, batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.origin import check_base, check_scores
 from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import (
     Linearised,
@@ -31,6 +30,7 @@ from bayeslora.posteriors import (
     has_weights,
     member_seed,
 )
+from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 from bayeslora.uncertainty import monte_carlo_error

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin, check_scores, origin_of, scored
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import Posterior
+from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, scored
 from bayeslora.quantised import unpack_for_training
 from bayeslora.tasks.types import Task
 

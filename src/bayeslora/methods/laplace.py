@@ -35,9 +35,9 @@ from bayeslora.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accu
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics import nll
-from bayeslora.operations import in_last_layers
 from bayeslora.params import Params, live, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
+from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.tasks.types import Split, Task, labelled
 from bayeslora.uncertainty import average
 

@@ -15,9 +15,9 @@ from torch import nn
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.guards import plain_layers
-from bayeslora.origin import Origin
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import ColumnDropout, Posterior, TokenDropout
+from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks.types import Task
 
 

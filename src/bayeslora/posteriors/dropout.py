@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin
 from bayeslora.params import Params, device_of, generator, require_lora
-from bayeslora.posteriors.base import Posterior, Sampling, uniform
+from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.provenance import Origin
+from bayeslora.posteriors.sampling import Sampling, uniform
 
 
 @final

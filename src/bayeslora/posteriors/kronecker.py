@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.origin import Origin
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Posterior, Sampling, noise
+from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.provenance import Origin
+from bayeslora.posteriors.sampling import Sampling, noise
 
 
 @final

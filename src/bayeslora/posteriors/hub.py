@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bayeslora.card import name_card
 from bayeslora.errors import InputError
+from bayeslora.posteriors.card import name_card
 
 _STALE = ["posterior.safetensors", "member-*"]
 """What an earlier posterior may have left in a repository that a loader would take for a part of the new one."""

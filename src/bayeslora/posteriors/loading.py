@@ -8,24 +8,17 @@ appears at once, when all of it is written.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayeslora.card import card
 from bayeslora.errors import InputError
 from bayeslora.files import appearing, read_object
-from bayeslora.hub import fetch
-from bayeslora.operations import draw_count
-from bayeslora.origin import Origin, check_base
 from bayeslora.params import Params, check_against, live
 from bayeslora.posteriors import (
     ColumnDropout,
@@ -40,12 +33,16 @@ from bayeslora.posteriors import (
     Scaled,
     TokenDropout,
 )
+from bayeslora.posteriors.card import card
+from bayeslora.posteriors.folder import FORMAT_VERSION, _read_tensors, _sha256, _write_adapter, _write_json
+from bayeslora.posteriors.hub import fetch
+from bayeslora.posteriors.provenance import Origin, check_base
+from bayeslora.posteriors.transforms import draw_count
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
     from bayeslora.evaluation import Evaluation
 
-FORMAT_VERSION = 1
 FAMILIES: dict[str, Callable[..., Posterior]] = {
     family.__name__: family
     for family in (
@@ -162,7 +159,7 @@ def export_draws(
     Args:
         posterior: Any posterior with an origin.
         folder: Where to; it gets a sub-folder ``draw-000`` … for each draw.
-        draws: How many, rounded up to whole groups of the sampling; see `bayeslora.operations.draw_count`.
+        draws: How many, rounded up to whole groups of the sampling; see `bayeslora.posteriors.transforms.draw_count`.
         seed: Which stream of draws.
         sampling: How the draws belong together.
         name: What stands in the place of ``draw``, so that one server can hold adapters of several exports.
@@ -264,33 +261,8 @@ def _read_posterior(folder: Path) -> Posterior:
         raise InputError(f"{folder} lacks a part of a {config['family']} ({error}); copy the folder again") from error
 
 
-def _write_adapter(params: Params, origin: Origin, folder: Path) -> None:
-    """Write a plain PEFT adapter."""
-    _write_json(folder / "adapter_config.json", origin.adapter_config)
-    save_file({k: v.contiguous() for k, v in params.items()}, folder / _ADAPTER, metadata={"format": "pt"})
-
-
-def _read_tensors(path: Path) -> Params:
-    """Read a safetensors file, in words when it cannot be."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON for people to read."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _origin(posterior: Posterior) -> Origin:
     """Return the posterior's origin, or refuse."""
     if posterior.origin is None:
         raise InputError("a posterior without an origin cannot be written; build it with origin=origin_of(model)")
     return posterior.origin
-
-
-def _sha256(path: Path) -> str:
-    """Return a file's checksum."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
