@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 import bayeslora as bl
 from bayeslora.demo_model import demo_model
-from bayeslora.metrics import accuracy, ece, nll
+from bayeslora.metrics.classification import accuracy, ece, nll
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point
 from bayeslora.tasks.types import Normalisation, Task

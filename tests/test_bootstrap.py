@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
-from bayeslora import detection, metrics, scoring
-from bayeslora.bootstrap import bootstrap, bootstrap_two, paired_bootstrap
-from bayeslora.detection import auroc
 from bayeslora.errors import InputError
-from bayeslora.metrics import accuracy, nll
+from bayeslora.metrics import batched as scoring
+from bayeslora.metrics import classification as metrics
+from bayeslora.metrics import detection
+from bayeslora.metrics.bootstrap import bootstrap, bootstrap_two, paired_bootstrap
+from bayeslora.metrics.classification import accuracy, nll
+from bayeslora.metrics.detection import auroc
 
 
 def logs(*probs):

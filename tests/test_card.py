@@ -19,13 +19,13 @@ from tiny import gaussian, make_base, make_model, make_task, make_tokenizer, sam
 
 from bayeslora.cli import main
 from bayeslora.errors import InputError
-from bayeslora.evaluation import Estimate, Evaluation, evaluate
+from bayeslora.metrics.evaluation import Estimate, Evaluation, evaluate
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point, Posterior
 from bayeslora.posteriors.card import name_card, write_card
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import origin_of
-from bayeslora.prediction import Prediction
 
 
 def named(base: str = "org/base", method: str = "swag", **settings: Any) -> Posterior:

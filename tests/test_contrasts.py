@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bayeslora.compare import Comparison
 from bayeslora.costs import Cost
-from bayeslora.evaluation import evaluate
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.evaluation import evaluate
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.report.contrasts import marked
 from bayeslora.report.tables import LEGEND, comparison_rows, text_table
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from bayeslora.detection import aupr_in, aupr_out, aurc, auroc, fpr95, risk_coverage
 from bayeslora.errors import InputError
-from bayeslora.metrics import accuracy
+from bayeslora.metrics.classification import accuracy
+from bayeslora.metrics.detection import aupr_in, aupr_out, aurc, auroc, fpr95, risk_coverage
 
 DETECTION = {"auroc": auroc, "aupr_out": aupr_out, "aupr_in": aupr_in, "fpr95": fpr95}
 detection = pytest.mark.parametrize("score", DETECTION.values(), ids=DETECTION.keys())

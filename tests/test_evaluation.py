@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from bayeslora import metrics
-from bayeslora.bootstrap import bootstrap, bootstrap_two
-from bayeslora.detection import aupr_in, aupr_out, aurc, auroc, fpr95
 from bayeslora.errors import InputError
-from bayeslora.evaluation import Estimate, Evaluation, evaluate
-from bayeslora.prediction import Prediction
+from bayeslora.metrics import classification as metrics
+from bayeslora.metrics.bootstrap import bootstrap, bootstrap_two
+from bayeslora.metrics.detection import aupr_in, aupr_out, aurc, auroc, fpr95
+from bayeslora.metrics.evaluation import Estimate, Evaluation, evaluate
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.types import Example, Format, Split
 
 LABELLED = ["accuracy", "nll", "brier", "ece", "ece_mass", "sce", "aurc"]

@@ -8,9 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from bayeslora.detection import aurc
 from bayeslora.errors import InputError
-from bayeslora.metrics import (
+from bayeslora.metrics.classification import (
     accuracy,
     brier,
     classwise_calibration_error,
@@ -20,6 +19,7 @@ from bayeslora.metrics import (
     reliability,
     static_calibration_error,
 )
+from bayeslora.metrics.detection import aurc
 
 LABELLED = {
     "accuracy": accuracy,

@@ -10,9 +10,9 @@ import torch
 from scipy.stats import binomtest
 
 from bayeslora.compare import Comparison
-from bayeslora.evaluation import evaluate
-from bayeslora.paired import mcnemar
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.evaluation import evaluate
+from bayeslora.metrics.paired import mcnemar
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.report.tables import warnings
 
 ROWS = 200

@@ -12,11 +12,11 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
 
-from bayeslora.detection import aurc, auroc, risk_coverage
 from bayeslora.errors import InputError
 from bayeslora.methods import METHODS
-from bayeslora.metrics import ece, kl_to_truth, reliability
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.classification import ece, kl_to_truth, reliability
+from bayeslora.metrics.detection import aurc, auroc, risk_coverage
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.report import (
     overconfidence_picture,
     reliability_diagram,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bayeslora import uncertainty
 from bayeslora.errors import InputError
-from bayeslora.prediction import Prediction
+from bayeslora.metrics import uncertainty
+from bayeslora.metrics.prediction import Prediction
 
 
 def random_prediction(draws=4, rows=6, choices=3, **fields):
@@ -243,7 +243,7 @@ def metadata(**changes):
 )
 def test_damaged_metadata_are_refused_in_words_that_name_the_file(fields, message, tmp_path):
     path = tmp_path / "p.safetensors"
-    save_file({"log_probs": random_prediction().log_probs}, path, metadata={"bayeslora.prediction": fields})
+    save_file({"log_probs": random_prediction().log_probs}, path, metadata={"bayeslora.metrics.prediction": fields})
     with pytest.raises(InputError, match=message) as raised:
         Prediction.load(path)
     assert str(path) in str(raised.value)
@@ -251,6 +251,6 @@ def test_damaged_metadata_are_refused_in_words_that_name_the_file(fields, messag
 
 def test_tensors_that_are_not_those_of_a_prediction_are_refused(tmp_path):
     path = tmp_path / "p.safetensors"
-    save_file({"logits": torch.zeros(1, 2, 3)}, path, metadata={"bayeslora.prediction": metadata()})
+    save_file({"logits": torch.zeros(1, 2, 3)}, path, metadata={"bayeslora.metrics.prediction": metadata()})
     with pytest.raises(InputError, match=r"holds the tensors \['logits'\]"):
         Prediction.load(path)

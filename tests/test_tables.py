@@ -9,8 +9,8 @@ import torch
 
 from bayeslora.compare import Comparison
 from bayeslora.costs import Cost
-from bayeslora.evaluation import evaluate
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.evaluation import evaluate
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.report.tables import comparison_rows, text_table
 
 LABELS = torch.tensor([0, 1, 1, 0])

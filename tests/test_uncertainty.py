@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bayeslora.errors import InputError
-from bayeslora.uncertainty import (
+from bayeslora.metrics.uncertainty import (
     average,
     between_within,
     disagreement,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayeslora.errors import InputError
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.report.verdict import in_words, median_seed, verdicts
 
 ROWS = 400

@@ -14,7 +14,6 @@ from bayeslora.version import __version__
 if TYPE_CHECKING:
     from bayeslora.distillation import distill
     from bayeslora.engine import predict
-    from bayeslora.evaluation import Evaluation, evaluate
     from bayeslora.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.methods import (
         Blob,
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
         multi_swag,
     )
     from bayeslora.methods.trainers import kwargs_for
+    from bayeslora.metrics.evaluation import Evaluation, evaluate
+    from bayeslora.metrics.prediction import Prediction
     from bayeslora.models import load_model
     from bayeslora.optim import IvonOptimizer
     from bayeslora.posteriors import (
@@ -50,13 +51,12 @@ if TYPE_CHECKING:
     from bayeslora.posteriors.hub import push
     from bayeslora.posteriors.loading import export_draws, load_posterior
     from bayeslora.posteriors.transforms import pruned, restricted, tempered
-    from bayeslora.prediction import Prediction
     from bayeslora.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
     from bayeslora.training import fit
 
 _HOMES = {
-    "evaluation": ("Evaluation", "evaluate"),
+    "metrics.evaluation": ("Evaluation", "evaluate"),
     "generation": ("Answer", "Answers", "by_embedding", "by_entailment", "generate", "generate_each"),
     "distillation": ("distill",),
     "training": ("fit",),
@@ -91,7 +91,7 @@ _HOMES = {
         "TokenDropout",
     ),
     "engine": ("predict",),
-    "prediction": ("Prediction",),
+    "metrics.prediction": ("Prediction",),
     "rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
     "methods.trainers": ("kwargs_for",),
     "posteriors.hub": ("push",),

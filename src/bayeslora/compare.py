@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from bayeslora.costs import Cost, most
 from bayeslora.errors import InputError
-from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.keys import key_of
 from bayeslora.methods import Ensemble, Method, PostHoc, Temperature
-from bayeslora.metrics import nll
+from bayeslora.metrics.classification import nll
+from bayeslora.metrics.evaluation import Evaluation, evaluate
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Scaled
 from bayeslora.posteriors.transforms import tempered
-from bayeslora.prediction import Prediction
 from bayeslora.study import Learned, Study, posterior_of, predicted
 from bayeslora.tasks.types import labelled
 

@@ -28,10 +28,10 @@ from bayeslora.keys import difference, key_of, of_arguments, of_model, of_rows
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import device_of, initialise
 from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.loading import load_posterior
-from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import fit
 

@@ -20,12 +20,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import SFTConfig, SFTTrainer
 
-from bayeslora import metrics
 from bayeslora.engine import predict
 from bayeslora.ivon_settings import default_ess
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.methods.blob import kl_divergence, kl_weight
 from bayeslora.methods.diagnostics import Figures
+from bayeslora.metrics import classification as metrics
 from bayeslora.params import read
 from bayeslora.posteriors import Point
 from bayeslora.posteriors.provenance import origin_of

@@ -20,7 +20,7 @@ from bayeslora.methods import Blob, Map
 from bayeslora.methods.blob import PRESETS, kl_divergence, kl_weight
 from bayeslora.methods.blob_layer import BlobLinear
 from bayeslora.methods.blob_terms import Scale, paper_step
-from bayeslora.metrics import accuracy, ece, nll
+from bayeslora.metrics.classification import accuracy, ece, nll
 
 
 class Reader(nn.Module):

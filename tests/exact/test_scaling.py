@@ -16,11 +16,11 @@ from bayeslora.errors import InputError
 from bayeslora.methods import Isotropic, Temperature
 from bayeslora.methods.isotropic import SIGMAS
 from bayeslora.methods.search import draws_nll, smallest
-from bayeslora.metrics import nll
+from bayeslora.metrics.classification import nll
+from bayeslora.metrics.prediction import Prediction
+from bayeslora.metrics.uncertainty import average
 from bayeslora.posteriors import scale
-from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Example, Format, Split, Task
-from bayeslora.uncertainty import average
 
 ROWS, CLASSES = 20_000, 4
 

@@ -7,8 +7,8 @@ import torch
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from bayeslora.detection import aupr_in, aupr_out, auroc, fpr95
-from bayeslora.metrics import accuracy, brier, ece, nll
+from bayeslora.metrics.classification import accuracy, brier, ece, nll
+from bayeslora.metrics.detection import aupr_in, aupr_out, auroc, fpr95
 
 CASES = [(500, 4, 0), (333, 3, 1), (64, 2, 2), (1000, 10, 3)]
 cases = pytest.mark.parametrize(("rows", "choices", "seed"), CASES)

@@ -15,10 +15,10 @@ from bayeslora.cli.parse import meant
 from bayeslora.cli.settings import build_method
 from bayeslora.engine import predict
 from bayeslora.errors import InputError
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
 from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
-from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
 
 __all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "shaped"]

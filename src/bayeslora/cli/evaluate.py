@@ -51,7 +51,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import other_splits, scored_as, test_of
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
-    from bayeslora.evaluation import evaluate
+    from bayeslora.metrics.evaluation import evaluate
     from bayeslora.posteriors.loading import load_posterior
 
     before = read_options(folder)

@@ -17,8 +17,8 @@ from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
+    from bayeslora.metrics.prediction import Prediction
     from bayeslora.posteriors.provenance import Origin
-    from bayeslora.prediction import Prediction
     from bayeslora.tasks import Rows
     from bayeslora.tasks.types import Split
 

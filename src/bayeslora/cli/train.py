@@ -128,7 +128,7 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
     """
     from bayeslora.cli.terminal import watched
     from bayeslora.engine import predict
-    from bayeslora.evaluation import evaluate
+    from bayeslora.metrics.evaluation import evaluate
     from bayeslora.posteriors.card import write_card
 
     if test is None or any(e.label is None for e in test):

@@ -18,6 +18,8 @@ from bayeslora.engine.memory import found_budget
 from bayeslora.engine.passes import Passes, batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
+from bayeslora.metrics.prediction import Prediction
+from bayeslora.metrics.uncertainty import monte_carlo_error
 from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import (
     Linearised,
@@ -31,9 +33,7 @@ from bayeslora.posteriors import (
     member_seed,
 )
 from bayeslora.posteriors.provenance import check_base, check_scores
-from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split
-from bayeslora.uncertainty import monte_carlo_error
 
 
 def predict(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.metrics import brier, ece, nll
+from bayeslora.metrics.classification import brier, ece, nll
 from bayeslora.tasks.render import CHARACTERS
 
 BINS = 15
@@ -64,7 +64,7 @@ def calibration(
         tokens: Counts the tokens of texts, for ``tokens``.
 
     Returns:
-        ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics`.
+        ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics.classification`.
     """
     log_p, labels = choice_log_probs(samples, normalisation, tokens)
     return {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}

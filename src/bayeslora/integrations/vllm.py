@@ -24,7 +24,7 @@ from bayeslora.generation.answers import Answers
 from bayeslora.generation.groups import Same
 from bayeslora.integrations.openai_echo import Asked, asked_of, asked_of_split, distinct
 from bayeslora.integrations.openai_session import Session, opened
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.types import Split
 
 __all__ = ["Adapters"]

@@ -34,12 +34,12 @@ from bayeslora.errors import InputError
 from bayeslora.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import draws_nll, smallest
-from bayeslora.metrics import nll
+from bayeslora.metrics.classification import nll
+from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, live, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.tasks.types import Split, Task, labelled
-from bayeslora.uncertainty import average
 
 logger = logging.getLogger(__name__)
 LOG_PRECISIONS = (-14.0, 23.0)

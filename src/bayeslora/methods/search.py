@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bayeslora.engine import predict
-from bayeslora.metrics import nll
+from bayeslora.metrics.classification import nll
 from bayeslora.posteriors import Posterior
 from bayeslora.tasks.types import Split
 

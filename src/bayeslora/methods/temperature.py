@@ -21,12 +21,12 @@ from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import smallest
-from bayeslora.metrics import nll
+from bayeslora.metrics.classification import nll
+from bayeslora.metrics.prediction import Prediction
+from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params
 from bayeslora.posteriors import Point, Posterior, Scaled, scale
-from bayeslora.prediction import Prediction
 from bayeslora.tasks.types import Split, Task, labelled
-from bayeslora.uncertainty import average
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Sampling
 
 if TYPE_CHECKING:
-    from bayeslora.evaluation import Evaluation
+    from bayeslora.metrics.evaluation import Evaluation
 
 
 class Posterior(ABC):

@@ -17,7 +17,7 @@ from bayeslora.errors import InputError
 from bayeslora.files import read_object, replacing
 
 if TYPE_CHECKING:
-    from bayeslora.evaluation import Estimate, Evaluation
+    from bayeslora.metrics.evaluation import Estimate, Evaluation
 
 _NAME = "name = "
 """Begins the line of the card that says where the posterior is loaded from."""

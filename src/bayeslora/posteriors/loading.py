@@ -41,7 +41,7 @@ from bayeslora.posteriors.transforms import draw_count
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
-    from bayeslora.evaluation import Evaluation
+    from bayeslora.metrics.evaluation import Evaluation
 
 FAMILIES: dict[str, Callable[..., Posterior]] = {
     family.__name__: family

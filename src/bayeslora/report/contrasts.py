@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bayeslora import scoring, uncertainty
-from bayeslora.bootstrap import interval, resampled, resampled_two
 from bayeslora.compare import Comparison
-from bayeslora.prediction import Prediction
+from bayeslora.metrics import batched as scoring
+from bayeslora.metrics import uncertainty
+from bayeslora.metrics.bootstrap import interval, resampled, resampled_two
+from bayeslora.metrics.prediction import Prediction
 
 Mark = Literal["best", "tied"]
 _SCORES: dict[str, Callable[..., Tensor]] = {

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float, Int
-from bayeslora.detection import auroc
 from bayeslora.errors import InputError
-from bayeslora.metrics import accuracy, check_labels, kl_to_truth, reliability
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.classification import accuracy, check_labels, kl_to_truth, reliability
+from bayeslora.metrics.detection import auroc
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.report.plots import AVERAGE, DIAGONAL, GAP, draw_reliability, explain
 from bayeslora.report.style import QUIET, grid, headline, looks, page, percent_axis, styled
 

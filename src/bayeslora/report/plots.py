@@ -1,7 +1,7 @@
 """Figures of how far predictions can be trusted: reliability, selective answering.
 
-Each predictor is ``(log_p [N C], labels [N])`` under its name; the numbers drawn are those of `bayeslora.metrics` and
-`bayeslora.detection`. Figures belong to no window: write them with `bayeslora.report.save`.
+Each predictor is ``(log_p [N C], labels [N])`` under its name; the numbers drawn are those of `bayeslora.metrics.classification` and
+`bayeslora.metrics.detection`. Figures belong to no window: write them with `bayeslora.report.save`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float, Int
-from bayeslora.detection import aurc, risk_coverage
 from bayeslora.errors import InputError
-from bayeslora.metrics import Reliability, check_labels, ece, reliability
+from bayeslora.metrics.classification import Reliability, check_labels, ece, reliability
+from bayeslora.metrics.detection import aurc, risk_coverage
 from bayeslora.report.style import INK, QUIET, RULE, SMALL, grid, headline, looks, page, percent_axis, shortened, styled
 
 if TYPE_CHECKING:

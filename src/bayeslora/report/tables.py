@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bayeslora.compare import Comparison
-from bayeslora.evaluation import Evaluation
+from bayeslora.metrics.evaluation import Evaluation
 
 COLUMNS = {
     "accuracy": "accuracy",

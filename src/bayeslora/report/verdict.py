@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bayeslora import scoring
 from bayeslora._typing import Float, Int
-from bayeslora.bootstrap import paired_bootstrap
-from bayeslora.detection import auroc
 from bayeslora.errors import InputError
-from bayeslora.metrics import accuracy, ece, kl_to_truth
-from bayeslora.prediction import Prediction
+from bayeslora.metrics import batched as scoring
+from bayeslora.metrics.bootstrap import paired_bootstrap
+from bayeslora.metrics.classification import accuracy, ece, kl_to_truth
+from bayeslora.metrics.detection import auroc
+from bayeslora.metrics.prediction import Prediction
 
 Outcome = Literal["reference", "cured", "better", "same", "worse"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.prediction import Prediction
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.render import own_columns

@@ -1,6 +1,6 @@
 """The arithmetic of the scores, for many sets of examples at once: [K N …] in, float64 [K] out, nothing checked.
 
-`bayeslora.metrics` and `bayeslora.detection` are the functions to call on one set; the bootstrap scores its resamples
+`bayeslora.metrics.classification` and `bayeslora.metrics.detection` are the functions to call on one set; the bootstrap scores its resamples
 with these, a thousand at a time.
 """
 
@@ -13,24 +13,24 @@ from bayeslora._typing import Float, Int
 
 
 def accuracy(log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"]) -> Float[Tensor, " K"]:
-    """Return the shares of right answers; see `bayeslora.metrics.accuracy`."""
+    """Return the shares of right answers; see `bayeslora.metrics.classification.accuracy`."""
     return (log_p.argmax(-1) == labels).double().mean(-1)
 
 
 def nll(log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"]) -> Float[Tensor, " K"]:
-    """Return the mean negative log-likelihoods; see `bayeslora.metrics.nll`."""
+    """Return the mean negative log-likelihoods; see `bayeslora.metrics.classification.nll`."""
     return -log_p.gather(-1, labels[..., None]).squeeze(-1).double().mean(-1)
 
 
 def brier(log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"]) -> Float[Tensor, " K"]:
-    """Return the Brier scores; see `bayeslora.metrics.brier`."""
+    """Return the Brier scores; see `bayeslora.metrics.classification.brier`."""
     probs = log_p.double().exp()
     right = probs.gather(-1, labels[..., None]).squeeze(-1)
     return (probs.square().sum(-1) - 2 * right + 1).mean(-1)
 
 
 def kl_to_truth(log_p: Float[Tensor, "K N C"], truth: Float[Tensor, "K N C"]) -> Float[Tensor, " K"]:
-    """Return the mean divergences from the true probabilities; see `bayeslora.metrics.kl_to_truth`."""
+    """Return the mean divergences from the true probabilities; see `bayeslora.metrics.classification.kl_to_truth`."""
     cross = torch.where(truth > 0, truth * log_p.double(), 0.0)
     return (torch.xlogy(truth, truth) - cross).sum(-1).mean(-1)
 
@@ -38,7 +38,7 @@ def kl_to_truth(log_p: Float[Tensor, "K N C"], truth: Float[Tensor, "K N C"]) ->
 def ece(
     log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"], bins: int = 15, binning: str = "width"
 ) -> Float[Tensor, " K"]:
-    """Return the calibration errors of the most probable choice; see `bayeslora.metrics.ece`."""
+    """Return the calibration errors of the most probable choice; see `bayeslora.metrics.classification.ece`."""
     best, answer = log_p.max(-1)
     return _gap(best.double().exp(), (answer == labels).double(), bins, binning)
 
@@ -46,7 +46,7 @@ def ece(
 def static_calibration_error(
     log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"], bins: int = 15, binning: str = "width"
 ) -> Float[Tensor, " K"]:
-    """Return the mean classwise calibration errors; see `bayeslora.metrics.static_calibration_error`."""
+    """Return the mean classwise calibration errors; see `bayeslora.metrics.classification.static_calibration_error`."""
     classes = range(log_p.shape[-1])
     gaps = [_gap(log_p[..., c].double().exp(), (labels == c).double(), bins, binning) for c in classes]
     return torch.stack(gaps).mean(0)
@@ -67,7 +67,7 @@ def binned(
         confidence: Probabilities of events.
         hit: 1 where the event happened, 0 elsewhere.
         bins: Number of bins.
-        binning: ``width`` or ``mass``; see `bayeslora.metrics.reliability`.
+        binning: ``width`` or ``mass``; see `bayeslora.metrics.classification.reliability`.
 
     Returns:
         Edges and the three sums.
@@ -89,7 +89,7 @@ def binned(
 def risk(
     log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"], score: Float[Tensor, "K N"]
 ) -> Float[Tensor, "K N"]:
-    """Return the error rates among the k examples of highest score, k = 1 … N; see `bayeslora.detection.risk_coverage`.
+    """Return the error rates among the k examples of highest score, k = 1 … N; see `bayeslora.metrics.detection.risk_coverage`.
 
     Args:
         log_p: Predicted log-probabilities.
@@ -112,12 +112,12 @@ def risk(
 
 
 def aurc(log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"]) -> Float[Tensor, " K"]:
-    """Return the areas under the risk-coverage curves of the confidences; see `bayeslora.detection.aurc`."""
+    """Return the areas under the risk-coverage curves of the confidences; see `bayeslora.metrics.detection.aurc`."""
     return risk(log_p, labels, log_p.amax(-1)).mean(-1)
 
 
 def auroc(negative: Float[Tensor, "K N"], positive: Float[Tensor, "K M"]) -> Float[Tensor, " K"]:
-    """Return the areas under the ROC curves; see `bayeslora.detection.auroc`."""
+    """Return the areas under the ROC curves; see `bayeslora.metrics.detection.auroc`."""
     negative, positive = _ascending(negative), _ascending(positive)
     below = torch.searchsorted(negative, positive)
     not_above = torch.searchsorted(negative, positive, right=True)
@@ -125,7 +125,7 @@ def auroc(negative: Float[Tensor, "K N"], positive: Float[Tensor, "K M"]) -> Flo
 
 
 def aupr_out(negative: Float[Tensor, "K N"], positive: Float[Tensor, "K M"]) -> Float[Tensor, " K"]:
-    """Return the average precisions of finding the positives; see `bayeslora.detection.aupr_out`."""
+    """Return the average precisions of finding the positives; see `bayeslora.metrics.detection.aupr_out`."""
     negative, positive = _ascending(negative), _ascending(positive)
     # The recall rises by 1/M at each positive, so the sum over thresholds is the mean precision over positives.
     true = positive.shape[-1] - torch.searchsorted(positive, positive)
@@ -134,12 +134,12 @@ def aupr_out(negative: Float[Tensor, "K N"], positive: Float[Tensor, "K M"]) -> 
 
 
 def aupr_in(negative: Float[Tensor, "K N"], positive: Float[Tensor, "K M"]) -> Float[Tensor, " K"]:
-    """Return the average precisions of finding the negatives; see `bayeslora.detection.aupr_in`."""
+    """Return the average precisions of finding the negatives; see `bayeslora.metrics.detection.aupr_in`."""
     return aupr_out(-positive, -negative)
 
 
 def fpr95(negative: Float[Tensor, "K N"], positive: Float[Tensor, "K M"]) -> Float[Tensor, " K"]:
-    """Return the shares of negatives flagged with 95 % of the positives; see `bayeslora.detection.fpr95`."""
+    """Return the shares of negatives flagged with 95 % of the positives; see `bayeslora.metrics.detection.fpr95`."""
     negative, positive = _ascending(negative), _ascending(positive)
     flagged = -(-95 * positive.shape[-1] // 100)
     threshold = positive[:, positive.shape[-1] - flagged, None].contiguous()

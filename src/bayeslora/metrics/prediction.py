@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bayeslora import uncertainty
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
+from bayeslora.metrics import uncertainty
 
-_FORMAT = "bayeslora.prediction"
+_FORMAT = "bayeslora.metrics.prediction"
 _VERSION = 1
 
 

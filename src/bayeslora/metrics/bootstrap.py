@@ -34,13 +34,13 @@ def bootstrap(
     """Compute the interval of a score, drawing the rows of all arrays jointly.
 
     Args:
-        metric: The score as a function of the arrays, such as `bayeslora.metrics.nll`.
+        metric: The score as a function of the arrays, such as `bayeslora.metrics.classification.nll`.
         *arrays: Tensors with one row per example: [N C] predictions, [N] labels.
         resamples: Number of resampled test sets.
         level: Share of the resampled scores that the interval holds.
         seed: Seed of the resampling; equal seeds draw the same rows for every metric.
         batched: Whether the score takes many resamples at once, [R N …], and returns [R], as those of
-            `bayeslora.scoring` do: much faster.
+            `bayeslora.metrics.batched` do: much faster.
 
     Returns:
         ``(low, high)``; NaN both if the score of some resample is NaN.
@@ -80,7 +80,7 @@ def bootstrap_two(
     """Compute the interval of a score of two samples, drawing from each on its own.
 
     Args:
-        metric: The score as a function of both samples, such as `bayeslora.detection.auroc`.
+        metric: The score as a function of both samples, such as `bayeslora.metrics.detection.auroc`.
         negative: First sample, [N ...].
         positive: Second sample, [M ...].
         resamples: Number of resampled pairs of samples.

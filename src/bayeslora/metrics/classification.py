@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bayeslora import scoring
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
+from bayeslora.metrics import batched as scoring
 
 Binning = Literal["width", "mass"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayeslora import scoring
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.metrics import check_labels
+from bayeslora.metrics import batched as scoring
+from bayeslora.metrics.classification import check_labels
 
 
 def risk_coverage(

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslora import detection, metrics, scoring, uncertainty
-from bayeslora.bootstrap import bootstrap, bootstrap_two
 from bayeslora.errors import InputError
-from bayeslora.metrics import Binning, check_labels
-from bayeslora.paired import lost_by_draws
-from bayeslora.prediction import Prediction
+from bayeslora.metrics import batched as scoring
+from bayeslora.metrics import classification as metrics
+from bayeslora.metrics import detection, uncertainty
+from bayeslora.metrics.bootstrap import bootstrap, bootstrap_two
+from bayeslora.metrics.classification import Binning, check_labels
+from bayeslora.metrics.paired import lost_by_draws
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.types import Split
 
 Score = tuple[Callable[..., float], Callable[..., Tensor]]

@@ -1,0 +1,1 @@
+"""Measures of predictions: probabilities, uncertainty, calibration, detection, intervals. No model in here."""
