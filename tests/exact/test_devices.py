@@ -25,8 +25,8 @@ from bayeslora.curvature import linear_sites
 from bayeslora.distillation import soft_loss
 from bayeslora.engine import predict, readout_for
 from bayeslora.engine.passes import batched
-from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.integrations.likelihoods import Likelihoods
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import Linearised

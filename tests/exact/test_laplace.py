@@ -12,15 +12,15 @@ from peft import LoraConfig, get_peft_model
 from tiny import KINDS, make_model, make_task, same_state, state_of
 from torch import Tensor, nn
 
-from bayeslora.curvature import Factor, differentiated, ggn_root, linear_sites
+from bayeslora.curvature import differentiated, linear_sites
 from bayeslora.engine import predict
 from bayeslora.engine.linearised import LOGIT_DRAWS, logit_draws, logit_moments
 from bayeslora.engine.passes import batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods import Laplace
-from bayeslora.methods.laplace import by_evidence, complexity
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated, ggn_root
+from bayeslora.methods.laplace.method import by_evidence, complexity
 from bayeslora.params import Params, live, read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
 
@@ -336,7 +336,7 @@ def test_the_prior_is_chosen_on_validation_rows_and_noise_kept_to_the_last_layer
     posterior = Laplace(prior="validation", last_layers=1).fit(model, task, tokenizer=tokenizer)
     assert isinstance(posterior.posterior, KroneckerGaussian)
     assert set(posterior.posterior.strength) == {n for n in posterior.mean if ".1." in n}
-    from bayeslora.methods.laplace import CANDIDATES
+    from bayeslora.methods.laplace.method import CANDIDATES
 
     assert posterior.posterior.precision in CANDIDATES
 

@@ -10,15 +10,15 @@ import torch
 from tiny import make_model, make_split, make_task
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayeslora.curvature import Factor, differentiated, linear_sites
+from bayeslora.curvature import differentiated, linear_sites
 from bayeslora.engine import memory
 from bayeslora.engine.linearised import gradient_budget, logit_moments
 from bayeslora.engine.passes import batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods import Laplace
-from bayeslora.methods.laplace import CANDIDATES
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated
+from bayeslora.methods.laplace.method import CANDIDATES
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.transforms import pruned

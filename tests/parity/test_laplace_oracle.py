@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bayeslora.curvature import linear_sites
 from bayeslora.engine.passes import batched
 from bayeslora.engine.readouts import readout_for
-from bayeslora.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
-from bayeslora.methods.laplace import complexity
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
+from bayeslora.methods.laplace.method import complexity
 from bayeslora.params import live, read
 
 laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed (pip install 'bayeslora[parity]')")

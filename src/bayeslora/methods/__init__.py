@@ -9,7 +9,7 @@ from bayeslora.methods.blob import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
 from bayeslora.methods.isotropic import Isotropic
 from bayeslora.methods.ivon import Ivon
-from bayeslora.methods.laplace import Laplace
+from bayeslora.methods.laplace.method import Laplace
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import McDropout
 from bayeslora.methods.swag import Swag

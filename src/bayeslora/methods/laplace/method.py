@@ -31,8 +31,8 @@ from bayeslora.engine.linearised import LOGIT_DRAWS, Gaussian, gradient_budget, 
 from bayeslora.engine.passes import batched
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
-from bayeslora.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average

@@ -13,11 +13,103 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float, Int
-from bayeslora.curvature import Factor, Gradients, Site, differentiated, ggn_root, mixed
+from bayeslora.curvature import Gradients, Site, differentiated
 from bayeslora.errors import InputError
-from bayeslora.params import Params
+from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.provenance import Origin
+
+
+def ggn_root(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C C"]:
+    """Return L with L Lᵀ = diag(p) − p pᵀ, the Hessian of the cross-entropy by the logits.
+
+    Args:
+        logits: The choices' logits; -inf for choices that an example does not have.
+
+    Returns:
+        Column c is √p_c (e_c − p).
+    """
+    p = logits.softmax(-1)
+    return (torch.diag_embed(torch.ones_like(p)) - p[:, :, None]) * p.sqrt()[:, None, :]
+
+
+def mixed(gradients: Gradients, module: nn.Module, root: Float[Tensor, "N C C"]) -> Float[Tensor, "C R T O"]:
+    """Return the gradients of a layer's output along the columns of L instead of the classes.
+
+    Args:
+        gradients: Of one batch.
+        module: The layer.
+        root: `ggn_root` of the batch's logits.
+
+    Returns:
+        One gradient for each column.
+    """
+    outputs = gradients.outputs[module]
+    own = root[gradients.owners[module].to(root.device)].to(outputs.device)
+    return torch.einsum("rdc,drto->crto", own, outputs)
+
+
+@final
+class Factor:
+    """A sum of outer products Σ v vᵀ, held exactly where it is small and as a sketch where it is large.
+
+    The sketch is Y = (Σ v vᵀ) Ω with a fixed Ω of few columns; its Nyström approximation is exact where the rank of the
+    sum is at most that number (Tropp et al. 2017, arXiv 1706.05736, algorithm 3). Memory is size × width whatever the
+    number of vectors, and the result does not depend on their order but by rounding.
+
+    Args:
+        size: Length of the vectors.
+        width: Columns of Ω; a factor of at most that size is held exactly.
+        key: Seeds Ω.
+        device: Where the sums are held.
+    """
+
+    def __init__(self, size: int, width: int, key: str, device: torch.device) -> None:
+        self.size = size
+        self.trace = torch.zeros((), dtype=torch.float64, device=device)
+        if size <= width:
+            omega = torch.eye(size)
+        else:
+            omega = torch.linalg.qr(torch.randn(size, width, generator=generator("sketch", key)))[0]
+        self.omega = omega.to(device)
+        self.sketch = torch.zeros_like(self.omega)
+
+    def add(self, vectors: Float[Tensor, "M size"]) -> None:
+        """Add vectors to the sum.
+
+        Args:
+            vectors: One a row, on the factor's device.
+        """
+        self.sketch += vectors.T @ (vectors @ self.omega)
+        self.trace += vectors.double().square().sum()  # a tensor: nothing waits for the device
+
+    def eigen(self, rank: int, factor: float = 1.0) -> tuple[Float[Tensor, " values"], Float[Tensor, "size K"]]:
+        """Return the largest eigenvalues and their vectors, and what is left of the trace spread over the others.
+
+        Args:
+            rank: Most eigenvalues K to keep where the factor is a sketch; an exact one keeps all.
+            factor: What to multiply the sum with.
+
+        Returns:
+            Eigenvalues, the last one that of each other direction, and the eigenvectors; float32 on the CPU.
+        """
+        omega, y = self.omega.double().cpu(), self.sketch.double().cpu()
+        if self.size <= omega.shape[1]:
+            values, vectors = torch.linalg.eigh((y + y.T) / 2)
+            values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+            rest = 0.0
+        else:
+            shift = max(float(y.norm()) * self.size**0.5 * torch.finfo(torch.float32).eps, 1e-300)
+            shifted = y + shift * omega
+            core = omega.T @ shifted
+            lower = torch.linalg.cholesky((core + core.T) / 2)
+            vectors, roots, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, shifted.T, upper=False).T, False)
+            values = (roots.square() - shift).clamp_min(0)[:rank]
+            vectors = vectors[:, :rank]
+            rest = max(0.0, float(self.trace) - float(values.sum())) / (self.size - len(values))
+        found = torch.cat([values, values.new_tensor([rest])]) * factor
+        return found.float(), vectors.float().contiguous()
+
 
 _OVERSAMPLING = 4
 """Columns of a sketch for each eigenvalue that is kept of it."""
