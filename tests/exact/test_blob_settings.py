@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 from bayeslora import fit
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Map
-from bayeslora.methods.blob import PRESETS, kl_divergence, kl_weight
-from bayeslora.methods.blob_layer import BlobLinear
-from bayeslora.methods.blob_terms import Scale, paper_step
+from bayeslora.methods.blob.layer import BlobLinear
+from bayeslora.methods.blob.method import PRESETS, kl_divergence, kl_weight
+from bayeslora.methods.blob.terms import Scale, paper_step
 from bayeslora.metrics.classification import accuracy, ece, nll
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bayeslora.methods.base import Method, PostHoc
-from bayeslora.methods.blob import Blob
+from bayeslora.methods.blob.method import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
 from bayeslora.methods.isotropic import Isotropic
 from bayeslora.methods.ivon import Ivon

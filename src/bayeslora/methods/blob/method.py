@@ -34,8 +34,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
 from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
-from bayeslora.methods.blob_layer import BlobLinear, attach, begin, sizes, taking_out
-from bayeslora.methods.blob_terms import (
+from bayeslora.methods.blob.layer import BlobLinear, attach, begin, sizes, taking_out
+from bayeslora.methods.blob.terms import (
     DEFAULTS,
     PRESETS,
     Scale,

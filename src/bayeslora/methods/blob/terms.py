@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from bayeslora._typing import Float
-from bayeslora.methods.blob_layer import BlobLinear
+from bayeslora.methods.blob.layer import BlobLinear
 
 PAPER_PRIOR = 0.2
 """The paper's σ_p, in whose units ``kl_rate`` is read where the prior follows the matrix."""
