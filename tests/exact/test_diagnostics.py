@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayeslora.methods import diagnostics as module
-from bayeslora.methods.diagnostics import diagnostics, spread
+from bayeslora.methods.diagnostics import spread
+from bayeslora.methods.ivon_diagnostics import diagnostics
 from bayeslora.optim import IvonOptimizer
 
 SHAPES = ((8, 128), (64, 8), (8, 96), (5,))

@@ -26,7 +26,7 @@ from torch import nn
 from bayeslora.errors import InputError
 from bayeslora.ivon_settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
 from bayeslora.methods.base import Method, check_num_data, origin_for, require_record
-from bayeslora.methods.best import learned, moments
+from bayeslora.methods.ivon_moments import learned, moments
 from bayeslora.methods.diagnostics import Figures
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon_sampler import Sampler

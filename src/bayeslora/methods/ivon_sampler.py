@@ -15,8 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.ivon_settings import STEP, default_sigma
 from bayeslora.methods.base import Record, checkpoint_file, remember, require_record
-from bayeslora.methods.best import best_checkpoint, learned, read_best, write_tensors
-from bayeslora.methods.diagnostics import diagnostics, report
+from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
+from bayeslora.methods.ivon_moments import learned
+from bayeslora.methods.ivon_diagnostics import diagnostics, report
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
 from bayeslora.methods.precision import widen
 from bayeslora.optim import IvonOptimizer
