@@ -30,11 +30,11 @@ if TYPE_CHECKING:
         Tfb,
         multi_swag,
     )
+    from bayeslora.methods.ivon.optimizer import IvonOptimizer
     from bayeslora.methods.trainers import kwargs_for
     from bayeslora.metrics.evaluation import Evaluation, evaluate
     from bayeslora.metrics.prediction import Prediction
     from bayeslora.models import load_model
-    from bayeslora.optim import IvonOptimizer
     from bayeslora.posteriors import (
         ColumnDropout,
         DiagonalGaussian,
@@ -77,7 +77,7 @@ _HOMES = {
     ),
     "models": ("load_model",),
     "posteriors.transforms": ("pruned", "restricted", "tempered"),
-    "optim": ("IvonOptimizer",),
+    "methods.ivon.optimizer": ("IvonOptimizer",),
     "posteriors": (
         "ColumnDropout",
         "DiagonalGaussian",

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayeslora.methods import diagnostics as module
 from bayeslora.methods.diagnostics import spread
-from bayeslora.methods.ivon_diagnostics import diagnostics
-from bayeslora.optim import IvonOptimizer
+from bayeslora.methods.ivon.diagnostics import diagnostics
+from bayeslora.methods.ivon.optimizer import IvonOptimizer
 
 SHAPES = ((8, 128), (64, 8), (8, 96), (5,))
 

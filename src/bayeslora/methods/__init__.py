@@ -8,7 +8,7 @@ from bayeslora.methods.base import Method, PostHoc
 from bayeslora.methods.blob.method import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
 from bayeslora.methods.isotropic import Isotropic
-from bayeslora.methods.ivon import Ivon
+from bayeslora.methods.ivon.method import Ivon
 from bayeslora.methods.laplace.method import Laplace
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import McDropout

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
-from bayeslora.methods.precision import HALF
-from bayeslora.optim import IvonOptimizer
-from bayeslora.params import Params, live
-from bayeslora.methods.ivon_moments import learned
 
 
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
@@ -73,7 +68,3 @@ def read_best(path: Path, method: str) -> dict[str, Tensor]:
             f"the best checkpoint has no readable {path}, which holds the spread that {method} had learned there; "
             "train with load_best_model_at_end=False, or from the start"
         ) from error
-
-
-
-

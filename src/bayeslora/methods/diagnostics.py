@@ -9,16 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from bayeslora.ivon_settings import from_prior, pull_weight
-from bayeslora.optim import IvonOptimizer
-from bayeslora.params import live
-
 logger = logging.getLogger(__name__)
-
 
 
 SAMPLE = 2**17
@@ -82,8 +77,6 @@ def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
     return summary.averages("sigma_mean")
 
 
-
-
 @final
 class _Summary:
     """Averages over tensors that are looked at one at a time, and a bounded sample of the first of each for a median.
@@ -120,5 +113,3 @@ class _Summary:
             name: math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) for k, name in enumerate(names)
         }
         return {"sigma": numbers[0], **found}
-
-

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import check_ivon, clamp, estimate_prior, from_prior, pull_weight
+from bayeslora.methods.ivon.settings import check_ivon, clamp, estimate_prior, from_prior, pull_weight
 from bayeslora.params import seed_of
 
 

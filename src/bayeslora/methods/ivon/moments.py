@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 import torch
-from accelerate import PartialState
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
-from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from torch import nn
+
+from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.precision import HALF
-from bayeslora.optim import IvonOptimizer
 from bayeslora.params import Params, live
 
 
@@ -33,7 +26,6 @@ def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
     return found | {f"mean/{name}": optimizer.mean(p).float().cpu().clone() for name, p in halves.items()}
 
 
-
 def moments(mean: Params, known: Params) -> tuple[Params, Params]:
     """Return the mean and the variance of an adapter.
 
@@ -47,4 +39,3 @@ def moments(mean: Params, known: Params) -> tuple[Params, Params]:
     exact = {n: known[f"mean/{n}"] for n in mean if f"mean/{n}" in known}
     own = {n: e for n, e in exact.items() if any(torch.equal(e.to(kind).float(), mean[n]) for kind in HALF)}
     return mean | own, {n: known[f"variance/{n}"] for n in mean if f"variance/{n}" in known}
-

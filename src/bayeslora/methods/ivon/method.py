@@ -1,14 +1,14 @@
 """IVON-LoRA: a diagonal Gaussian over the adapter, learned by variational online Newton in the place of AdamW.
 
 Cong et al. 2024 (arXiv 2411.04421), with the optimiser of Shen et al. 2024 (arXiv 2402.17641, algorithm 1; see
-`bayeslora.optim`), minimise λ·E_q[ℓ(θ)] + KL(q‖p) over q = N(m, diag σ²), σ = 1/√(λ(h+δ)), p = N(0, 1/(λδ)). At
+`bayeslora.methods.ivon.optimizer`), minimise λ·E_q[ℓ(θ)] + KL(q‖p) over q = N(m, diag σ²), σ = 1/√(λ(h+δ)), p = N(0, 1/(λδ)). At
 prediction λ can be multiplied by τ (``tempered(posterior, 1/τ)``) and parameters of low |m|/σ removed, matrix by matrix
 (``pruned``), as in Cong et al. 2025 (arXiv 2506.14280).
 
 What we do differently: beside (λ, h₀, η, ξ) there are settings in units that one can see, the first standard
 deviation ``sigma0``, the prior's deviation ``prior_sigma``, the largest step ``max_step`` of a coordinate (η = 1 and
 ξ = max_step) and the ``temperature`` T = N/λ; δ follows as 1/(λ·prior_sigma²) and h₀ as 1/(λσ₀²) − δ. In these units
-the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `bayeslora.ivon_settings` and
+the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `bayeslora.methods.ivon.settings` and
 docs/methods/ivon.md say what the defaults are and why. The parameters hold the mean all the time:
 noise is added where a module reads its parameter, in training steps only, so evaluation, checkpoints and exceptions
 never see a draw.
@@ -24,13 +24,13 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.ivon_settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
 from bayeslora.methods.base import Method, check_num_data, origin_for, require_record
-from bayeslora.methods.ivon_moments import learned, moments
 from bayeslora.methods.diagnostics import Figures
 from bayeslora.methods.guards import plain_layers
-from bayeslora.methods.ivon_sampler import Sampler
-from bayeslora.optim import IvonOptimizer
+from bayeslora.methods.ivon.moments import learned, moments
+from bayeslora.methods.ivon.optimizer import IvonOptimizer
+from bayeslora.methods.ivon.sampler import Sampler
+from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
 

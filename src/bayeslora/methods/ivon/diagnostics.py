@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
-from collections.abc import Callable, Iterable
-from typing import Any, final
-import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
-from bayeslora.ivon_settings import from_prior, pull_weight
-from bayeslora.optim import IvonOptimizer
-from bayeslora.params import live
-from bayeslora.methods.diagnostics import logger, spread, _Summary
 
+import torch
+from torch import nn
+
+from bayeslora.methods.diagnostics import _Summary, logger
+from bayeslora.methods.ivon.optimizer import IvonOptimizer
+from bayeslora.methods.ivon.settings import from_prior, pull_weight
+from bayeslora.params import live
 
 LEARNED = 0.5
 """The variance counts as learned if at least this share of h+δ is more than 10 % off what it would be without data."""
-
 
 
 @torch.no_grad()
@@ -53,7 +47,6 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
     return found and {**found, "ess": float(optimizer.param_groups[0]["ess"])}
 
 
-
 def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
     """Log what came of the variance, and warn if it was hardly learned.
 
@@ -83,4 +76,3 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
             "was set to: compare with isotropic noise of that size. More draws a step or a longer run teach it more.",
             100 * found["hess_moved"],
         )
-
