@@ -23,8 +23,8 @@ from trl import SFTConfig, SFTTrainer
 from bayeslora.engine import predict
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.methods.blob.method import kl_divergence, kl_weight
-from bayeslora.methods.diagnostics import Figures
 from bayeslora.methods.ivon.settings import default_ess
+from bayeslora.methods.trainer_log import Figures
 from bayeslora.metrics import classification as metrics
 from bayeslora.params import read
 from bayeslora.posteriors import Point

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map
-from bayeslora.methods.base import Record, remember
 from bayeslora.methods.ensemble import member_seed
+from bayeslora.methods.records import Record, remember
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point

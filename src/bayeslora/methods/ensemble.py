@@ -23,19 +23,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
-from bayeslora.methods.base import (
-    Method,
-    PostHoc,
-    Record,
-    check_num_data,
-    checkpoint_file,
-    origin_for,
-    recall,
-    remember,
-    require_record,
-)
+from bayeslora.methods.base import Method, PostHoc, origin_for
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
+from bayeslora.methods.records import Record, check_num_data, checkpoint_file, recall, remember, require_record
 from bayeslora.methods.swag import Swag
 from bayeslora.params import initialise, require_lora, seed_of
 from bayeslora.posteriors import Mixture, Posterior

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,25 @@ from transformers import TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
+
+
+def unpack_for_training(model: nn.Module) -> None:
+    """Undo bitsandbytes' packing of 4-bit weights on the CPU, and keep it from packing them again.
+
+    On CPUs with bfloat16 instructions ``Linear4bit`` packs its weight at the first pass in evaluation mode, and the
+    product with a packed weight has no gradient: after an evaluation the layers below would silently stop learning.
+
+    Args:
+        model: A model that is to be trained; others than 4-bit on the CPU are left alone.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.support_avx512bf16_for_cpu:
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # saving unpacks in place
 
 
 def plain_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, Recorder, check_num_data, origin_for
+from bayeslora.methods.base import Method, origin_for
+from bayeslora.methods.records import Recorder, check_num_data
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase
 from bayeslora.params import read
 from bayeslora.posteriors import Point

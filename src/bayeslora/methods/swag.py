@@ -28,9 +28,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
-from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
-from bayeslora.methods.diagnostics import Figures, spread
+from bayeslora.methods.base import Method, origin_for
 from bayeslora.methods.precision import HALF, widen
+from bayeslora.methods.records import Record, check_num_data, checkpoint_file, remember, require_record
+from bayeslora.methods.trainer_log import Figures, spread
 from bayeslora.params import Params, live, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, Record, check_num_data, checkpoint_file, origin_for, remember, require_record
-from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
+from bayeslora.methods.base import Method, origin_for
+from bayeslora.methods.best_checkpoint import best_checkpoint, read_best, write_tensors
 from bayeslora.methods.blob.layer import BlobLinear, attach, begin, sizes, taking_out
 from bayeslora.methods.blob.terms import (
     DEFAULTS,
@@ -47,10 +47,11 @@ from bayeslora.methods.blob.terms import (
     scales,
     spread_gradient,
 )
-from bayeslora.methods.diagnostics import Figures, spread
 from bayeslora.methods.guards import check_training
 from bayeslora.methods.precision import widen
+from bayeslora.methods.records import Record, check_num_data, checkpoint_file, remember, require_record
 from bayeslora.methods.token_loss import TokenCount
+from bayeslora.methods.trainer_log import Figures, spread
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 

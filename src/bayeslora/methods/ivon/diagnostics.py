@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from bayeslora.methods.diagnostics import _Summary, logger
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import from_prior, pull_weight
+from bayeslora.methods.trainer_log import _Summary, logger
 from bayeslora.params import live
 
 LEARNED = 0.5

@@ -24,13 +24,14 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, check_num_data, origin_for, require_record
-from bayeslora.methods.diagnostics import Figures
+from bayeslora.methods.base import Method, origin_for
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon.moments import learned, moments
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.sampler import Sampler
 from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
+from bayeslora.methods.records import check_num_data, require_record
+from bayeslora.methods.trainer_log import Figures
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Record, checkpoint_file, remember, require_record
-from bayeslora.methods.best import best_checkpoint, read_best, write_tensors
+from bayeslora.methods.best_checkpoint import best_checkpoint, read_best, write_tensors
 from bayeslora.methods.guards import check_training, plain_layers, shadowed
 from bayeslora.methods.ivon.diagnostics import diagnostics, report
 from bayeslora.methods.ivon.moments import learned
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import STEP, default_sigma
 from bayeslora.methods.precision import widen
+from bayeslora.methods.records import Record, checkpoint_file, remember, require_record
 from bayeslora.params import require_lora
 
 if TYPE_CHECKING:
