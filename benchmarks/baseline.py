@@ -23,10 +23,10 @@ from torch.nn import functional
 
 import bayeslora as bl
 from bayeslora.demo_model import demo_model
-from bayeslora.engine.readouts import readout_for
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import read
 from bayeslora.posteriors import Point
+from bayeslora.prediction.readouts import readout_for
 
 BOUND = 0.9
 

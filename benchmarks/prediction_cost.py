@@ -27,11 +27,11 @@ from transformers import TrainingArguments
 
 import bayeslora as bl
 from bayeslora.demo_model import demo_model
-from bayeslora.engine.compiled import compiled
-from bayeslora.engine.readouts import readout_for
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import swapped
 from bayeslora.posteriors import Posterior
+from bayeslora.prediction.compilation import compiled
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split, Task
 
 DRAWS = 10

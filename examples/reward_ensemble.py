@@ -20,7 +20,7 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 import bayeslora as bl
-from bayeslora.rewards import penalised_rewards, predict_rewards, preference_probability
+from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
 
 
 def tiny():

@@ -15,13 +15,13 @@ SHAPE_CHECKED = (
     "metrics.classification",
     "metrics.batched",
     "metrics.uncertainty",
-    "engine.batches",
-    "engine.readouts",
-    "engine.stacked",
-    "engine.passes",
-    "engine.linearised",
+    "prediction.batching",
+    "prediction.readouts",
+    "prediction.stacking",
+    "prediction.passes",
+    "prediction.linearised",
     "methods.regularisers",
-    "curvature",
+    "prediction.jacobians",
 )
 jaxtyping.install_import_hook([f"bayeslora.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
 

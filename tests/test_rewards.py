@@ -13,7 +13,7 @@ from torch import Tensor
 from bayeslora.errors import InputError
 from bayeslora.params import read, swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
-from bayeslora.rewards import penalised_rewards, predict_rewards, preference_probability
+from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
 
 
 def plain_rewards(model: Any, posterior: Posterior, tokenizer: Any, draws: int) -> Tensor:

@@ -13,7 +13,6 @@ from bayeslora.version import __version__
 
 if TYPE_CHECKING:
     from bayeslora.distillation import distill
-    from bayeslora.engine import predict
     from bayeslora.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.methods import (
         Blob,
@@ -51,7 +50,8 @@ if TYPE_CHECKING:
     from bayeslora.posteriors.hub import push
     from bayeslora.posteriors.loading import export_draws, load_posterior
     from bayeslora.posteriors.transforms import pruned, restricted, tempered
-    from bayeslora.rewards import penalised_rewards, predict_rewards, preference_probability
+    from bayeslora.prediction import predict
+    from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
     from bayeslora.training import fit
 
@@ -90,9 +90,9 @@ _HOMES = {
         "Scaled",
         "TokenDropout",
     ),
-    "engine": ("predict",),
+    "prediction": ("predict",),
     "metrics.prediction": ("Prediction",),
-    "rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
+    "prediction.rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
     "methods.trainers": ("kwargs_for",),
     "posteriors.hub": ("push",),
     "posteriors.card": ("write_card",),

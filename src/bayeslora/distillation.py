@@ -19,12 +19,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Float
-from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods.regularisers import divided
 from bayeslora.params import Params, generator, read, write
 from bayeslora.posteriors import Point, Posterior, Sampling
 from bayeslora.posteriors.provenance import origin_of, scored
+from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Split
 from bayeslora.trainer import run_trainer
 

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bayeslora.costs import Cost, folder_bytes, most, peak_memory
-from bayeslora.engine import predict
 from bayeslora.files import replacing
 from bayeslora.keys import difference, key_of, of_arguments, of_model, of_rows
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
@@ -32,6 +31,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import device_of, initialise
 from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.loading import load_posterior
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import fit
 

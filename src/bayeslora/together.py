@@ -17,13 +17,13 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayeslora.engine.encode import Encoded
-from bayeslora.engine.memory import found_budget
-from bayeslora.engine.passes import Passes
-from bayeslora.engine.readouts import Readout
-from bayeslora.engine.stacked import side_by_side
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, live, read, write
+from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.passes import Passes
+from bayeslora.prediction.readouts import Readout
+from bayeslora.prediction.stacking import side_by_side
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Optimisers of the Trainer that treat each number by itself, so that members do not touch each other."""

@@ -18,11 +18,11 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from bayeslora.engine.compiled import compiled
-from bayeslora.engine.encode import Encoded
-from bayeslora.engine.readouts import Readout
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.metrics import classification as metrics
+from bayeslora.prediction.compilation import compiled
+from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.readouts import Readout
 from bayeslora.together import Lanes
 
 SCORES: Mapping[str, Callable[[Tensor, Tensor], float]] = {

@@ -13,8 +13,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from bayeslora.engine.encode import Encoded
-from bayeslora.engine.readouts import Readout, readout_for
 from bayeslora.errors import InputError
 from bayeslora.files import replacing
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
@@ -24,6 +22,8 @@ from bayeslora.params import initialise, read, write
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import scored
+from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split, Task
 from bayeslora.together import Lanes, train_together
 from bayeslora.trainer import adapted, run_trainer

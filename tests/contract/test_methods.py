@@ -18,12 +18,12 @@ from tiny import arguments, same_params, same_state, state_of
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bayeslora.engine import predict
 from bayeslora.methods import METHODS, Blob, Ensemble
 from bayeslora.params import Params, live, read
 from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.transforms import draw_count
+from bayeslora.prediction import predict
 from bayeslora.training import fit
 
 LM, HEAD = "llama-likelihood", "bert"

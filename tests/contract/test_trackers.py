@@ -20,7 +20,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import SFTConfig, SFTTrainer
 
-from bayeslora.engine import predict
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.methods.blob.method import kl_divergence, kl_weight
 from bayeslora.methods.ivon.settings import default_ess
@@ -29,6 +28,7 @@ from bayeslora.metrics import classification as metrics
 from bayeslora.params import read
 from bayeslora.posteriors import Point
 from bayeslora.posteriors.provenance import origin_of
+from bayeslora.prediction import predict
 from bayeslora.trainer import SCORES, scoring
 from bayeslora.training import fit
 

@@ -20,7 +20,7 @@ from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, PostHoc, Swag
 from bayeslora.methods.trainers import kwargs_for
 from bayeslora.params import live, read, swapped
 from bayeslora.posteriors import Point, Posterior
-from bayeslora.rewards import predict_rewards, preference_probability
+from bayeslora.prediction.rewards import predict_rewards, preference_probability
 
 LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]
 

@@ -11,11 +11,11 @@ import torch
 from tiny import arguments, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback
 
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Ensemble, Ivon, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.training import fit
 
 TASK = make_task(readout="likelihood")

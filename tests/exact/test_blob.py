@@ -15,13 +15,13 @@ from torch.distributions import kl_divergence as torch_kl
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from bayeslora import fit
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Map
 from bayeslora.methods.blob.layer import BlobLinear, _Flipout, _sign_words, attach, begin, detach
 from bayeslora.methods.blob.method import kl_divergence, kl_weight, paper_cycle
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, live, read
+from bayeslora.prediction.readouts import readout_for
 
 SIGMA = 0.2
 

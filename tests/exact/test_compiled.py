@@ -13,9 +13,9 @@ import torch
 from tiny import Kind, arguments, gaussian, make_model, make_split, make_task, same_state, state_of
 
 import bayeslora as bl
-from bayeslora.engine import compiled as module
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
+from bayeslora.prediction import compilation as module
+from bayeslora.prediction import predict
 
 
 @pytest.fixture(autouse=True)

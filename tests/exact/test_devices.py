@@ -21,15 +21,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from bayeslora.curvature import linear_sites
 from bayeslora.distillation import soft_loss
-from bayeslora.engine import predict, readout_for
-from bayeslora.engine.passes import batched
-from bayeslora.integrations.likelihoods import Likelihoods
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import Linearised
+from bayeslora.prediction import predict, readout_for
+from bayeslora.prediction.jacobians import linear_sites
+from bayeslora.prediction.likelihoods import Likelihoods
+from bayeslora.prediction.passes import batched
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 

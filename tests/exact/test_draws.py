@@ -11,14 +11,14 @@ from families import FAMILIES, diagonal, dropout, low_rank, vector
 from tiny import gaussian, make_model, make_split
 from torch.quasirandom import SobolEngine
 
-from bayeslora.engine import predict
-from bayeslora.engine.draws import Draws
 from bayeslora.errors import InputError
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Mixture, Point, Scaled
 from bayeslora.posteriors.loading import export_draws
 from bayeslora.posteriors.sampling import _sobol_digits, noise, uniform
 from bayeslora.posteriors.transforms import tempered
+from bayeslora.prediction import predict
+from bayeslora.prediction.draws import Draws
 
 LIKE = torch.empty(4, 6)
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]

@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from bayeslora import fit
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Ivon, Map
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import PRESETS, default_ess, default_sigma
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, live, read
+from bayeslora.prediction.readouts import readout_for
 
 ROWS = 24
 

@@ -12,17 +12,17 @@ from peft import LoraConfig, get_peft_model
 from tiny import KINDS, make_model, make_task, same_state, state_of
 from torch import Tensor, nn
 
-from bayeslora.curvature import differentiated, linear_sites
-from bayeslora.engine import predict
-from bayeslora.engine.linearised import LOGIT_DRAWS, logit_draws, logit_moments
-from bayeslora.engine.passes import batched
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Laplace
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated, ggn_root
 from bayeslora.methods.laplace.method import by_evidence, complexity
 from bayeslora.params import Params, live, read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
+from bayeslora.prediction import predict
+from bayeslora.prediction.jacobians import differentiated, linear_sites
+from bayeslora.prediction.linearised import LOGIT_DRAWS, logit_draws, logit_moments
+from bayeslora.prediction.passes import batched
+from bayeslora.prediction.readouts import readout_for
 
 DATA, SIDE, OUT, NOISE = 30, 4, 2, 0.3
 

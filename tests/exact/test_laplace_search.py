@@ -10,11 +10,6 @@ import torch
 from tiny import make_model, make_split, make_task
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayeslora.curvature import differentiated, linear_sites
-from bayeslora.engine import memory
-from bayeslora.engine.linearised import gradient_budget, logit_moments
-from bayeslora.engine.passes import batched
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Laplace
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated
@@ -22,6 +17,11 @@ from bayeslora.methods.laplace.method import CANDIDATES
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.transforms import pruned
+from bayeslora.prediction import memory
+from bayeslora.prediction.jacobians import differentiated, linear_sites
+from bayeslora.prediction.linearised import gradient_budget, logit_moments
+from bayeslora.prediction.passes import batched
+from bayeslora.prediction.readouts import readout_for
 
 
 def prepared(tokenizer: Any, structure: str = "kron") -> tuple[Any, Any, Any, Any, Any]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import make_model, make_task, same_state, state_of
 
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods import McDropout
 from bayeslora.params import read
 from bayeslora.posteriors import ColumnDropout, TokenDropout
 from bayeslora.posteriors.loading import export_draws
+from bayeslora.prediction import predict
 
 RATE, DRAWS = 0.3, 3000
 

@@ -10,7 +10,6 @@ import pytest
 from tiny import arguments, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback, set_seed
 
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map
 from bayeslora.methods.ensemble import member_seed
@@ -18,6 +17,7 @@ from bayeslora.methods.records import Record, remember
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.study import Study, posterior_of
 from bayeslora.training import fit
 

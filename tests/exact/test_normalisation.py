@@ -11,13 +11,13 @@ from tiny import arguments, gaussian, make_model, make_split, make_task
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bayeslora.curvature import differentiated, linear_sites
-from bayeslora.engine import predict, readout_for
-from bayeslora.engine.passes import batched
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Laplace, Map
 from bayeslora.params import live, read, swapped
 from bayeslora.posteriors import Point
+from bayeslora.prediction import predict, readout_for
+from bayeslora.prediction.jacobians import differentiated, linear_sites
+from bayeslora.prediction.passes import batched
 from bayeslora.tasks.render import answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Format, Normalisation, Split, Task
 from bayeslora.training import fit

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny import Kind, make_model, make_split, same_state, state_of
 
-from bayeslora.engine import predict, prefix
-from bayeslora.engine.encode import Encoded
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
 from bayeslora.posteriors.transforms import restricted
+from bayeslora.prediction import predict
+from bayeslora.prediction import prefix_cache as prefix
+from bayeslora.prediction.encoding import Encoded
 from bayeslora.tasks.types import Split
 
 INSTRUCTION = "Question: red holds 1 blue, old gold holds 2 dark green, pale red holds 3 blue. Answer: green.\n"

@@ -13,12 +13,12 @@ from tiny import KINDS, arguments, make_model, make_task, same_params, same_stat
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Map
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase, answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import Mixture, Point
+from bayeslora.prediction import predict, readout_for
 from bayeslora.training import fit
 
 

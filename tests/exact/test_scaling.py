@@ -11,7 +11,6 @@ import torch
 from tiny import gaussian, make_model, make_task
 from torch import Tensor
 
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods import Isotropic, Temperature
 from bayeslora.methods.isotropic import SIGMAS
@@ -20,6 +19,7 @@ from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
 from bayeslora.posteriors import scale
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Example, Format, Split, Task
 
 ROWS, CLASSES = 20_000, 4

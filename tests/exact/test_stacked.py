@@ -11,9 +11,6 @@ import torch
 from tiny import Kind, make_model, make_split, make_task, same_state, state_of
 from torch import Tensor
 
-from bayeslora.engine import memory, predict
-from bayeslora.engine.passes import grouped, schedule
-from bayeslora.engine.stacked import StackedLinear, first_layer
 from bayeslora.errors import InputError
 from bayeslora.params import read
 from bayeslora.posteriors import (
@@ -27,6 +24,9 @@ from bayeslora.posteriors import (
     TokenDropout,
 )
 from bayeslora.posteriors.transforms import restricted
+from bayeslora.prediction import memory, predict
+from bayeslora.prediction.passes import grouped, schedule
+from bayeslora.prediction.stacking import StackedLinear, first_layer
 
 
 def spread(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

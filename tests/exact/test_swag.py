@@ -14,13 +14,13 @@ from tiny import arguments, make_model, make_task, same_params
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback
 
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.methods.swag import Moments, hold
 from bayeslora.params import live, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.training import fit
 
 STEPS, PEAK = 12, 1e-2

@@ -11,13 +11,13 @@ import torch
 from tiny import make_model, make_task, same_params
 
 from bayeslora.cli.build import build_method
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods import Tfb
 from bayeslora.methods.search import draws_nll
 from bayeslora.methods.tfb import anchored, answered, largest, reparametrised
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.prediction import predict
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import gaussian, make_model, make_split
 
-from bayeslora.engine import predict
-from bayeslora.engine.stacked import StackedLinear
-from bayeslora.engine.trial import tried
 from bayeslora.generation.averaged import answering
+from bayeslora.prediction import predict
+from bayeslora.prediction.probes import tried
+from bayeslora.prediction.stacking import StackedLinear
 
 
 @contextmanager

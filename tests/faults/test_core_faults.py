@@ -14,13 +14,13 @@ from tiny import KINDS, arguments, gaussian, make_base, make_model, make_task, m
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel
 
-from bayeslora.engine import predict, readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Swag
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.posteriors.transforms import draw_count
+from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Example, Format, Split
 from bayeslora.training import fit
 

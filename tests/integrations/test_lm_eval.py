@@ -12,14 +12,13 @@ import torch
 from tiny import COLOURS, gaussian, make_model, make_split, make_task, make_tokenizer, same_state, state_of
 
 from bayeslora.cli import main
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.generation import generate
-from bayeslora.integrations import likelihoods
 from bayeslora.integrations.samples import add_calibration, calibration, choice_log_probs
 from bayeslora.params import swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
 from bayeslora.posteriors.transforms import restricted
+from bayeslora.prediction import likelihoods, predict
 
 pytest.importorskip("lm_eval")
 

@@ -10,12 +10,12 @@ import torch
 from tiny import make_model, make_task
 from torch import Tensor, nn
 
-from bayeslora.curvature import linear_sites
-from bayeslora.engine.passes import batched
-from bayeslora.engine.readouts import readout_for
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.laplace.method import complexity
 from bayeslora.params import live, read
+from bayeslora.prediction.jacobians import linear_sites
+from bayeslora.prediction.passes import batched
+from bayeslora.prediction.readouts import readout_for
 
 laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed (pip install 'bayeslora[parity]')")
 curvature_of = pytest.importorskip("laplace.curvature")

@@ -13,12 +13,12 @@ import torch
 from bayeslora.cli.options import AdapterOptions, ModelOptions, ShapeOptions, TrainingOptions
 from bayeslora.cli.parse import meant
 from bayeslora.cli.settings import build_method
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
 from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split
 
 __all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "shaped"]

@@ -127,9 +127,9 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
         test: The test split, or None.
     """
     from bayeslora.cli.terminal import watched
-    from bayeslora.engine import predict
     from bayeslora.metrics.evaluation import evaluate
     from bayeslora.posteriors.card import write_card
+    from bayeslora.prediction import predict
 
     if test is None or any(e.label is None for e in test):
         return

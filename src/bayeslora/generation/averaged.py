@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from bayeslora._typing import Float
-from bayeslora.engine.stacked import differing, stacked, stacks, with_copies
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
+from bayeslora.prediction.stacking import differing, stacked, stacks, with_copies
 
 
 @final

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from bayeslora.engine.draws import Draws, kept_draw
-from bayeslora.engine.encode import tokenizer_of
-from bayeslora.engine.memory import found_budget
 from bayeslora.errors import InputError
 from bayeslora.generation.answers import Answer, Answers
 from bayeslora.generation.decode import Decoder, OnStep
 from bayeslora.generation.groups import Same
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import Posterior, Sampling
+from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.prediction.encoding import tokenizer_of
+from bayeslora.prediction.memory import found_budget
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""

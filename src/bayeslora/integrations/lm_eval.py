@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
-from bayeslora.engine.draws import Draws, kept_draw
-from bayeslora.engine.encode import tokenizer_of
-from bayeslora.engine.memory import found_budget
-from bayeslora.engine.readouts import readout_for
-from bayeslora.engine.stacked import differing
 from bayeslora.errors import InputError
 from bayeslora.generation import generate
-from bayeslora.integrations.likelihoods import Likelihoods, Pair
 from bayeslora.integrations.samples import add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Posterior, Sampling
+from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.prediction.encoding import tokenizer_of
+from bayeslora.prediction.likelihoods import Likelihoods, Pair
+from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.readouts import readout_for
+from bayeslora.prediction.stacking import differing
 from bayeslora.tasks.types import Format, Split
 
 try:

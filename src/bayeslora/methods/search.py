@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from bayeslora.engine import predict
 from bayeslora.metrics.classification import nll
 from bayeslora.posteriors import Posterior
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split
 
 _GOLDEN = (math.sqrt(5) - 1) / 2

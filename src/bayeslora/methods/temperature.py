@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.search import smallest
@@ -26,6 +25,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params
 from bayeslora.posteriors import Point, Posterior, Scaled, scale
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)

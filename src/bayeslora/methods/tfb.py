@@ -27,13 +27,13 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import nn
 
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.search import draws_nll
 from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any, final
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from bayeslora.engine import predict
 from bayeslora.errors import InputError
 from bayeslora.generation.run import prompt_ids
 from bayeslora.params import Params
+from bayeslora.prediction import predict
 from bayeslora.serve.asked import answers, split_of
 from bayeslora.serve.rows import Row, TokenNote
 from bayeslora.serve.schema import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Sampled

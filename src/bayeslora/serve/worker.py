@@ -14,11 +14,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import LogitsProcessorList
 
-from bayeslora.engine.draws import kept_draw
 from bayeslora.errors import InputError
 from bayeslora.generation.decode import Decoder, Step, ends_of
 from bayeslora.params import Params, evaluating, require_lora, swapped
 from bayeslora.posteriors import Point, Posterior
+from bayeslora.prediction.draws import kept_draw
 from bayeslora.serve.rows import Choosing, Row
 from bayeslora.tasks.types import Split
 

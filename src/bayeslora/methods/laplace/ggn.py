@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float, Int
-from bayeslora.curvature import Gradients, Site, differentiated
 from bayeslora.errors import InputError
 from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.provenance import Origin
+from bayeslora.prediction.jacobians import Gradients, Site, differentiated
 
 
 def ggn_root(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C C"]:

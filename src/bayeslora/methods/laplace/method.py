@@ -26,10 +26,6 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
-from bayeslora.curvature import Site, linear_sites
-from bayeslora.engine.linearised import LOGIT_DRAWS, Gaussian, gradient_budget, logit_draws, logit_moments
-from bayeslora.engine.passes import batched
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, beginning
 from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
@@ -39,6 +35,10 @@ from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, live, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
 from bayeslora.posteriors.transforms import in_last_layers
+from bayeslora.prediction.jacobians import Site, linear_sites
+from bayeslora.prediction.linearised import LOGIT_DRAWS, Gaussian, gradient_budget, logit_draws, logit_moments
+from bayeslora.prediction.passes import batched
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)

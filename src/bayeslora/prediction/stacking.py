@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
-from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
 from bayeslora.params import Params, generator, holding, live, read, require_lora, swapped
+from bayeslora.prediction.probes import tried
 
 _CLOSE = 0.1
 """Largest difference from the plain pass, by the difference of two draws, that is taken for rounding."""
@@ -191,7 +191,7 @@ def stacks(
         answers: Gives the examples' answers by the model as it is.
         key: What the answers depend on besides the model.
         share: Whether the layers before them are to see the batch once.
-        needed: Whether there is no other way to go on: a lack of memory is then raised; see `bayeslora.engine.trial`.
+        needed: Whether there is no other way to go on: a lack of memory is then raised; see `bayeslora.prediction.probes`.
 
     Returns:
         Whether two random draws, stacked, answer as in two plain passes.

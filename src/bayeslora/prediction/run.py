@@ -12,11 +12,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
-from bayeslora.engine.draws import Draws, kept_draw, members_of
-from bayeslora.engine.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
-from bayeslora.engine.memory import found_budget
-from bayeslora.engine.passes import Passes, batched
-from bayeslora.engine.readouts import readout_for
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import monte_carlo_error
@@ -33,6 +28,11 @@ from bayeslora.posteriors import (
     member_seed,
 )
 from bayeslora.posteriors.provenance import check_base, check_scores
+from bayeslora.prediction.draws import Draws, kept_draw, members_of
+from bayeslora.prediction.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
+from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.passes import Passes, batched
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from bayeslora.engine.encode import Encoded
 from bayeslora.params import device_of, require_lora
+from bayeslora.prediction.encoding import Encoded
 
 WORTHWHILE = 16
 """Tokens from which on a common beginning is run by itself."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Bool, Float
-from bayeslora.engine.encode import Encoded
+from bayeslora.prediction.encoding import Encoded
 
 Batch = dict[str, Tensor]
 READ = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout_shape", "readout_weight")

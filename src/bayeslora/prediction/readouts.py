@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora._typing import Float
-from bayeslora.engine.batches import READ, Batch, choice_batch
-from bayeslora.engine.encode import Encoded, encode, tokenizer_of
-from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, generator, require_lora
+from bayeslora.prediction.batching import READ, Batch, choice_batch
+from bayeslora.prediction.encoding import Encoded, encode, tokenizer_of
+from bayeslora.prediction.probes import tried
 from bayeslora.tasks.types import Split
 
 
@@ -54,7 +54,7 @@ class Readout:
     dtype: torch.dtype
 
     def encode(self, split: Split) -> tuple[list[Encoded], int]:
-        """Return the split as token ids, and how many prompts were cut; see `bayeslora.engine.encode.encode`."""
+        """Return the split as token ids, and how many prompts were cut; see `bayeslora.prediction.encoding.encode`."""
         return encode(split, self.tokenizer, self.name, self.limit)
 
     def length(self, row: Encoded) -> int:

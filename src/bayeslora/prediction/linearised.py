@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
-from bayeslora.curvature import differentiated, linear_sites
-from bayeslora.engine.batches import Batch
-from bayeslora.engine.memory import found_budget
 from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
+from bayeslora.prediction.batching import Batch
+from bayeslora.prediction.jacobians import differentiated, linear_sites
+from bayeslora.prediction.memory import found_budget
 from bayeslora.tasks.types import Split
 
 LOGIT_DRAWS = 256

@@ -16,16 +16,16 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
-from bayeslora.engine.batches import repeated
-from bayeslora.engine.draws import Draws, kept_draw
-from bayeslora.engine.encode import Encoded, tokenizer_of
-from bayeslora.engine.memory import found_budget, most_stacked
-from bayeslora.engine.passes import on, schedule
-from bayeslora.engine.readouts import Readout
-from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, evaluating, require_lora
 from bayeslora.posteriors import Posterior, Sampling
+from bayeslora.prediction.batching import repeated
+from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.prediction.encoding import Encoded, tokenizer_of
+from bayeslora.prediction.memory import found_budget, most_stacked
+from bayeslora.prediction.passes import on, schedule
+from bayeslora.prediction.readouts import Readout
+from bayeslora.prediction.stacking import differing, stacked, stacks
 
 Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""

@@ -15,13 +15,13 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from bayeslora._typing import Bool, Float
-from bayeslora.engine.batches import READ, Batch, repeated
-from bayeslora.engine.encode import Encoded
-from bayeslora.engine.passes import on, schedule
-from bayeslora.engine.readouts import Readout, kept_states
-from bayeslora.engine.stacked import differing, stacked, stacks
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, evaluating, generator, require_lora
+from bayeslora.prediction.batching import READ, Batch, repeated
+from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.passes import on, schedule
+from bayeslora.prediction.readouts import Readout, kept_states
+from bayeslora.prediction.stacking import differing, stacked, stacks
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of the text that follows it."""
@@ -82,7 +82,7 @@ class Likelihoods:
         return found, greedy
 
     def _stacks(self, names: frozenset[str], *, share: bool) -> bool:
-        """Say whether the draws can be stacked; see `bayeslora.engine.stacked.stacks`."""
+        """Say whether the draws can be stacked; see `bayeslora.prediction.stacking.stacks`."""
         size = min(len(require_lora(self.model).get_base_model().get_input_embeddings().weight), 1000)
         ids = torch.randint(0, size, (14,), generator=generator("likelihoods")).tolist()
         first = Encoded(tuple(ids[:3]), (tuple(ids[3:5]), tuple(ids[5:8])), -1)

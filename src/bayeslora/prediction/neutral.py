@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bayeslora.engine.encode import Encoded
+from bayeslora.prediction.encoding import Encoded
 
 AT_ONCE = 8
 """Choices that share a pass over their neutral prompt."""

@@ -13,17 +13,17 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
-from bayeslora.engine import prefix
-from bayeslora.engine.batches import Batch, repeated
-from bayeslora.engine.compiled import compiled
-from bayeslora.engine.encode import Encoded
-from bayeslora.engine.memory import most_stacked
-from bayeslora.engine.neutral import AT_ONCE, neutral_rows
-from bayeslora.engine.readouts import Readout
-from bayeslora.engine.stacked import differing, stacked, stacks
-from bayeslora.engine.trial import tried
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora
+from bayeslora.prediction import prefix_cache as prefix
+from bayeslora.prediction.batching import Batch, repeated
+from bayeslora.prediction.compilation import compiled
+from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.memory import most_stacked
+from bayeslora.prediction.neutral import AT_ONCE, neutral_rows
+from bayeslora.prediction.probes import tried
+from bayeslora.prediction.readouts import Readout
+from bayeslora.prediction.stacking import differing, stacked, stacks
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Passes:
         ]
 
     def stacks(self, names: frozenset[str], *, share: bool, needed: bool = False) -> bool:
-        """Say whether draws that differ in some parameters can be stacked; see `bayeslora.engine.stacked.stacks`."""
+        """Say whether draws that differ in some parameters can be stacked; see `bayeslora.prediction.stacking.stacks`."""
         few = self._few()
 
         def answers(count: int, shared: bool) -> Tensor:
