@@ -13,7 +13,6 @@ from bayeslora.version import __version__
 
 if TYPE_CHECKING:
     from bayeslora.distillation import distill
-    from bayeslora.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.methods import (
         Blob,
         Ensemble,
@@ -51,13 +50,14 @@ if TYPE_CHECKING:
     from bayeslora.posteriors.loading import export_draws, load_posterior
     from bayeslora.posteriors.transforms import pruned, restricted, tempered
     from bayeslora.prediction import predict
+    from bayeslora.prediction.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
     from bayeslora.training import fit
 
 _HOMES = {
     "metrics.evaluation": ("Evaluation", "evaluate"),
-    "generation": ("Answer", "Answers", "by_embedding", "by_entailment", "generate", "generate_each"),
+    "prediction.generation": ("Answer", "Answers", "by_embedding", "by_entailment", "generate", "generate_each"),
     "distillation": ("distill",),
     "training": ("fit",),
     "methods": (

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerCallback
 
-from bayeslora.generation import generate
 from bayeslora.methods import Map
 from bayeslora.params import live, read
 from bayeslora.posteriors import Point
 from bayeslora.prediction import Readout, predict, readout_for
+from bayeslora.prediction.generation import generate
 from bayeslora.tasks.render import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
 from bayeslora.training import fit

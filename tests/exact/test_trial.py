@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import gaussian, make_model, make_split
 
-from bayeslora.generation.averaged import answering
 from bayeslora.prediction import predict
+from bayeslora.prediction.generation.averaging import answering
 from bayeslora.prediction.probes import tried
 from bayeslora.prediction.stacking import StackedLinear
 

@@ -13,9 +13,10 @@ from transformers import TextIteratorStreamer
 
 import bayeslora as bl
 from bayeslora.errors import InputError
-from bayeslora.generation import Step, groups
 from bayeslora.params import read, swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
+from bayeslora.prediction.generation import Step
+from bayeslora.prediction.generation import semantic as groups
 
 CAUSAL = ("llama", "qwen2", "gpt2")
 PROMPTS = ["Question: bag holds 3 red, 5 blue", "Answer"]

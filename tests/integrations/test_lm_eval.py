@@ -13,12 +13,12 @@ from tiny import COLOURS, gaussian, make_model, make_split, make_task, make_toke
 
 from bayeslora.cli import main
 from bayeslora.errors import InputError
-from bayeslora.generation import generate
 from bayeslora.integrations.samples import add_calibration, calibration, choice_log_probs
 from bayeslora.params import swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
 from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import likelihoods, predict
+from bayeslora.prediction.generation import generate
 
 pytest.importorskip("lm_eval")
 

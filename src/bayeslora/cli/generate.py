@@ -55,8 +55,8 @@ def run(options: Options) -> None:
     name = posterior_name(options.run)
     from bayeslora.cli.build import model_for, shaped
     from bayeslora.cli.progress import own_progress
-    from bayeslora.generation import generate, generate_each
     from bayeslora.posteriors.loading import load_posterior
+    from bayeslora.prediction.generation import generate, generate_each
 
     settings: dict[str, Any] = {"do_sample": options.do_sample, "stop_strings": options.stop or None}
     if options.do_sample:

@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.generation import generate
 from bayeslora.integrations.samples import add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Posterior, Sampling
 from bayeslora.prediction.draws import Draws, kept_draw
 from bayeslora.prediction.encoding import tokenizer_of
+from bayeslora.prediction.generation import generate
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
 from bayeslora.prediction.memory import found_budget
 from bayeslora.prediction.readouts import readout_for

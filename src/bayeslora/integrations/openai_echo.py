@@ -15,8 +15,8 @@ from typing import Any, final
 import torch
 
 from bayeslora.errors import InputError
-from bayeslora.generation.answers import Answer
 from bayeslora.prediction.encoding import encode, length_scales
+from bayeslora.prediction.generation.answers import Answer
 from bayeslora.tasks.render import answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Split
 

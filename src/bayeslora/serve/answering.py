@@ -15,9 +15,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bayeslora.errors import InputError
-from bayeslora.generation.run import prompt_ids
 from bayeslora.params import Params
 from bayeslora.prediction import predict
+from bayeslora.prediction.generation.run import prompt_ids
 from bayeslora.serve.asked import answers, split_of
 from bayeslora.serve.rows import Row, TokenNote
 from bayeslora.serve.schema import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Sampled

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from bayeslora.generation.decode import Step, alternatives
 from bayeslora.params import generator
+from bayeslora.prediction.generation.decoding import Step, alternatives
 
 Finish = Literal["stop", "length", "timeout", "cancelled"]
 

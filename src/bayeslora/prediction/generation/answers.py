@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float
-from bayeslora.generation.groups import Same, entropy_of, exactly, grouped, overlap
+from bayeslora.prediction.generation.semantic import Same, entropy_of, exactly, grouped, overlap
 
 
 @final

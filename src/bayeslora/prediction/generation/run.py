@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.generation.answers import Answer, Answers
-from bayeslora.generation.decode import Decoder, OnStep
-from bayeslora.generation.groups import Same
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import Posterior, Sampling
 from bayeslora.prediction.draws import Draws, kept_draw
 from bayeslora.prediction.encoding import tokenizer_of
+from bayeslora.prediction.generation.answers import Answer, Answers
+from bayeslora.prediction.generation.decoding import Decoder, OnStep
+from bayeslora.prediction.generation.semantic import Same
 from bayeslora.prediction.memory import found_budget
 
 Prompt = str | Sequence[dict[str, str]]

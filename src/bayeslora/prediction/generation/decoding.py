@@ -13,9 +13,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.generation.answers import Answer
-from bayeslora.generation.averaged import Averager, DrawsCache, answering
 from bayeslora.params import Params, device_of, require_lora, seed_of
+from bayeslora.prediction.generation.answers import Answer
+from bayeslora.prediction.generation.averaging import Averager, DrawsCache, answering
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept in the place of each."""
