@@ -13,12 +13,12 @@ from timing import in_turn, ratio
 from transformers import TrainingArguments
 
 import bayeslora as bl
-from bayeslora.distillation import divergences
 from bayeslora.metrics.bootstrap import bootstrap
 from bayeslora.metrics.classification import accuracy, ece, nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.posteriors import Posterior
 from bayeslora.tasks.types import Split
+from bayeslora.training.distillation import divergences
 
 MANY = 64
 ADAPTIVE = {"draws": 10, "tolerance": 0.07}

@@ -20,8 +20,8 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 import bayeslora as bl
-from bayeslora.methods.trainers import kwargs_for
 from bayeslora.tasks.types import Example, Format, Split
+from bayeslora.training.trainer_kwargs import kwargs_for
 
 
 def tiny():

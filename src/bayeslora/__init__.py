@@ -12,7 +12,6 @@ from bayeslora.errors import InputError
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
-    from bayeslora.distillation import distill
     from bayeslora.methods import (
         Blob,
         Ensemble,
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
         multi_swag,
     )
     from bayeslora.methods.ivon.optimizer import IvonOptimizer
-    from bayeslora.methods.trainers import kwargs_for
     from bayeslora.metrics.evaluation import Evaluation, evaluate
     from bayeslora.metrics.prediction import Prediction
     from bayeslora.models import load_model
@@ -53,13 +51,15 @@ if TYPE_CHECKING:
     from bayeslora.prediction.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
-    from bayeslora.training import fit
+    from bayeslora.training.distillation import distill
+    from bayeslora.training.run import fit
+    from bayeslora.training.trainer_kwargs import kwargs_for
 
 _HOMES = {
     "metrics.evaluation": ("Evaluation", "evaluate"),
     "prediction.generation": ("Answer", "Answers", "by_embedding", "by_entailment", "generate", "generate_each"),
-    "distillation": ("distill",),
-    "training": ("fit",),
+    "training.distillation": ("distill",),
+    "training.run": ("fit",),
     "methods": (
         "Blob",
         "Ensemble",
@@ -93,7 +93,7 @@ _HOMES = {
     "prediction": ("predict",),
     "metrics.prediction": ("Prediction",),
     "prediction.rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
-    "methods.trainers": ("kwargs_for",),
+    "training.trainer_kwargs": ("kwargs_for",),
     "posteriors.hub": ("push",),
     "posteriors.card": ("write_card",),
     "posteriors.loading": ("export_draws", "load_posterior"),

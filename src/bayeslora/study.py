@@ -33,7 +33,7 @@ from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tiny import KINDS, Kind, arguments
 from bayeslora.methods import Method
 from bayeslora.params import read, write
 from bayeslora.posteriors import Posterior
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 LM, HEAD = "llama-likelihood", "bert"
 TRAINED_TWICE = [(method, LM) for method in TABLE if method not in REPEATS] + [

@@ -13,12 +13,12 @@ from tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from bayeslora.methods.trainers import kwargs_for
 from bayeslora.params import initialise, live, read, swapped
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation import generate
-from bayeslora.training import fit
+from bayeslora.training.run import fit
+from bayeslora.training.trainer_kwargs import kwargs_for
 
 pytest.importorskip("bitsandbytes")
 

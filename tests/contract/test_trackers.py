@@ -29,8 +29,8 @@ from bayeslora.params import read
 from bayeslora.posteriors import Point
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.prediction import predict
-from bayeslora.trainer import SCORES, scoring
-from bayeslora.training import fit
+from bayeslora.training.run import fit
+from bayeslora.training.trainer import SCORES, scoring
 
 ROWS = 24
 FIGURES = {
@@ -264,7 +264,7 @@ sys.path.insert(0, sys.argv[2])
 import torch
 from tiny import arguments, make_model, make_task, make_tokenizer
 from bayeslora.methods import Ivon
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 options = {"report_to": ["trackio"], "project": "bags", "run_name": "one", "logging_strategy": "steps",
            "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}

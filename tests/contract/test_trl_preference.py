@@ -17,10 +17,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, PostHoc, Swag
-from bayeslora.methods.trainers import kwargs_for
 from bayeslora.params import live, read, swapped
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.prediction.rewards import predict_rewards, preference_probability
+from bayeslora.training.trainer_kwargs import kwargs_for
 
 LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]
 

@@ -16,7 +16,7 @@ from bayeslora.methods import Blob, Ensemble, Ivon, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live
 from bayeslora.prediction.readouts import readout_for
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 TASK = make_task(readout="likelihood")
 BEST = {

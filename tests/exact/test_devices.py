@@ -21,7 +21,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from bayeslora.distillation import soft_loss
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import live, read
@@ -30,6 +29,7 @@ from bayeslora.prediction import predict, readout_for
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.likelihoods import Likelihoods
 from bayeslora.prediction.passes import batched
+from bayeslora.training.distillation import soft_loss
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 

@@ -11,10 +11,10 @@ from peft import PeftModel
 from tiny import KINDS, arguments, make_base, same_params
 
 import bayeslora as bl
-from bayeslora.distillation import distill, divergences, soft_loss
 from bayeslora.errors import InputError
 from bayeslora.params import generator, live, read
 from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.training.distillation import distill, divergences, soft_loss
 
 
 def test_the_loss_is_the_divergence_of_the_answers() -> None:

@@ -19,7 +19,7 @@ from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.study import Study, posterior_of
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 TASK = make_task(readout="likelihood")
 

@@ -20,7 +20,7 @@ from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.passes import batched
 from bayeslora.tasks.render import answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Format, Normalisation, Split, Task
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 EVERY: tuple[Normalisation, ...] = ("sum", "characters", "tokens", "unconditional")
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

@@ -19,7 +19,7 @@ from bayeslora.prediction import Readout, predict, readout_for
 from bayeslora.prediction.generation import generate
 from bayeslora.tasks.render import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 LANGUAGE_MODELS = ("llama", "qwen2", "gpt2")
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

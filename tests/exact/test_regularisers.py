@@ -19,7 +19,7 @@ from bayeslora.methods.regularisers import DecoupledDecay, KlToBase, answer_loss
 from bayeslora.params import live, read
 from bayeslora.posteriors import Mixture, Point
 from bayeslora.prediction import predict, readout_for
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -21,7 +21,7 @@ from bayeslora.methods.swag import Moments, hold
 from bayeslora.params import live, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 from bayeslora.prediction.readouts import readout_for
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 STEPS, PEAK = 12, 1e-2
 

@@ -22,7 +22,7 @@ from bayeslora.posteriors.provenance import origin_of
 from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Example, Format, Split
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 LM_TASK = make_task(readout="likelihood")
 

@@ -19,7 +19,7 @@ from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.params import live, read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.tasks.types import Split
-from bayeslora.training import fit
+from bayeslora.training.run import fit
 
 LM_TASK = make_task(readout="likelihood")
 

@@ -53,8 +53,8 @@ def run(options: Options) -> None:
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
     from bayeslora.cli.train import measure
-    from bayeslora.distillation import distill
     from bayeslora.posteriors.loading import load_posterior
+    from bayeslora.training.distillation import distill
 
     with own_progress():
         posterior = shaped(load_posterior(name), part(ShapeOptions, options))

@@ -106,7 +106,7 @@ def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: An
     """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
     from bayeslora.cli.terminal import say
     from bayeslora.params import device_of, initialise, live
-    from bayeslora.training import fit
+    from bayeslora.training.run import fit
 
     initialise(model, args.seed)
     rows = len(task.train) if task.train is not None else 0

@@ -25,8 +25,8 @@ from bayeslora.posteriors.provenance import scored
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split, Task
-from bayeslora.together import Lanes, train_together
-from bayeslora.trainer import adapted, run_trainer
+from bayeslora.training.joint_ensemble import Lanes, train_together
+from bayeslora.training.trainer import adapted, run_trainer
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from bayeslora.metrics import classification as metrics
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.readouts import Readout
-from bayeslora.together import Lanes
+from bayeslora.training.joint_ensemble import Lanes
 
 SCORES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": metrics.accuracy,

@@ -26,7 +26,7 @@ from bayeslora.posteriors import Point, Posterior, Sampling
 from bayeslora.posteriors.provenance import origin_of, scored
 from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Split
-from bayeslora.trainer import run_trainer
+from bayeslora.training.trainer import run_trainer
 
 logger = logging.getLogger(__name__)
 
