@@ -29,8 +29,8 @@ def one(arguments: argparse.Namespace, seed: int, dtype: str, out: Path) -> None
     import torch
 
     from bayeslora.cli.demo import Options, methods_of, prepared
-    from bayeslora.compare import compare
-    from bayeslora.report.verdict import verdicts
+    from bayeslora.comparison.run import compare
+    from bayeslora.comparison.verdict import verdicts
 
     options = Options(seed=seed, test_rows=arguments.test_rows, draws=arguments.draws, methods=arguments.methods)
     study, other = prepared(options, out, getattr(torch, dtype))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import arguments, make_model, make_task
 
-from bayeslora.compare import compare
+from bayeslora.comparison.cached_runs import Study, planned_steps
+from bayeslora.comparison.run import compare
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Tfb
 from bayeslora.posteriors.loading import load_posterior
-from bayeslora.study import Study, planned_steps
 from bayeslora.tasks.types import Task
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayeslora.compare import Comparison
-from bayeslora.costs import Cost
+from bayeslora.comparison.costs import Cost
+from bayeslora.comparison.run import Comparison
+from bayeslora.comparison.significance import marked
+from bayeslora.comparison.tables import LEGEND, comparison_rows, text_table
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
-from bayeslora.report.contrasts import marked
-from bayeslora.report.tables import LEGEND, comparison_rows, text_table
 
 ROWS = 300
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bayeslora.costs import folder_bytes, most, peak_memory
+from bayeslora.comparison.costs import folder_bytes, most, peak_memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's highest memory")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from bayeslora.compare import Comparison
+from bayeslora.comparison.run import Comparison
+from bayeslora.comparison.tables import warnings
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.paired import mcnemar
 from bayeslora.metrics.prediction import Prediction
-from bayeslora.report.tables import warnings
 
 ROWS = 200
 LABELS = torch.zeros(ROWS, dtype=torch.long)

@@ -12,11 +12,11 @@ import torch
 import transformers
 from tiny import arguments, make_model, make_task
 
-from bayeslora import study as module
-from bayeslora.compare import compare
-from bayeslora.keys import of_arguments, of_model, of_rows
+from bayeslora.comparison import cached_runs as module
+from bayeslora.comparison.cached_runs import Study
+from bayeslora.comparison.keys import of_arguments, of_model, of_rows
+from bayeslora.comparison.run import compare
 from bayeslora.methods import Ensemble, Isotropic, Laplace, Map, Swag
-from bayeslora.study import Study
 from bayeslora.tasks.types import Example, Format, Split
 
 METHODS = {"map": Map(), "swag": Swag("diagonal"), "noise": Isotropic(0.01)}

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from bayeslora.compare import Comparison
-from bayeslora.costs import Cost
+from bayeslora.comparison.costs import Cost
+from bayeslora.comparison.run import Comparison
+from bayeslora.comparison.tables import comparison_rows, text_table
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
-from bayeslora.report.tables import comparison_rows, text_table
 
 LABELS = torch.tensor([0, 1, 1, 0])
 

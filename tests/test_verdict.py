@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bayeslora.comparison.verdict import in_words, median_seed, verdicts
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
-from bayeslora.report.verdict import in_words, median_seed, verdicts
 
 ROWS = 400
 RIGHT = torch.arange(ROWS) % 10 < 7  # 70 % right, spread evenly

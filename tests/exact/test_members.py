@@ -10,6 +10,7 @@ import pytest
 from tiny import arguments, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback, set_seed
 
+from bayeslora.comparison.cached_runs import Study, posterior_of
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map
 from bayeslora.methods.ensemble import member_seed
@@ -18,7 +19,6 @@ from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point
 from bayeslora.prediction.readouts import readout_for
-from bayeslora.study import Study, posterior_of
 from bayeslora.training.run import fit
 
 TASK = make_task(readout="likelihood")

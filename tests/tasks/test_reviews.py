@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from bayeslora.comparison.verdict import guess
 from bayeslora.errors import InputError
-from bayeslora.report.verdict import guess
 from bayeslora.tasks.reviews import BAD, CLASSES, GOOD, review_ood, review_task
 
 

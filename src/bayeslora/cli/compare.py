@@ -21,9 +21,9 @@ from bayeslora.cli.runs import check_folder, opened, write_json, write_text
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.compare import Comparison
+    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.run import Comparison
     from bayeslora.methods import Method
-    from bayeslora.study import Study
     from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
@@ -92,8 +92,8 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import build_task, other_splits
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.compare import compare
-    from bayeslora.study import Study
+    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.run import compare
 
     with own_progress():
         methods = _methods(options)
@@ -134,13 +134,13 @@ def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], im
         methods: The methods by name.
         seeds: The seeds.
         image: ``png`` or ``svg``.
-        compare: `bayeslora.compare.compare`.
+        compare: `bayeslora.comparison.run.compare`.
 
     Returns:
         The comparison.
     """
-    from bayeslora.report.contrasts import marked
-    from bayeslora.report.tables import comparison_rows, text_table, warnings
+    from bayeslora.comparison.significance import marked
+    from bayeslora.comparison.tables import comparison_rows, text_table, warnings
 
     found: Comparison = compare(study, methods, seeds)
     out, task = study.out, study.task

@@ -61,8 +61,8 @@ def run(options: Options) -> None:
     check_folder(out, options, resume=options.resume, free=("methods",))
     from bayeslora.cli.compare import finish
     from bayeslora.cli.progress import own_progress
-    from bayeslora.compare import compare
-    from bayeslora.report.verdict import guess, in_words, verdicts
+    from bayeslora.comparison.run import compare
+    from bayeslora.comparison.verdict import guess, in_words, verdicts
 
     with own_progress():
         study, other = prepared(options, out)
@@ -114,8 +114,8 @@ def prepared(options: Options, out: Path, dtype: Any = None) -> tuple[Any, str]:
     """
     from bayeslora.cli.build import build_arguments
     from bayeslora.cli.terminal import say
+    from bayeslora.comparison.cached_runs import Study
     from bayeslora.models import load_model
-    from bayeslora.study import Study
 
     task, name, other = _data(options)
     if task.train is None or task.test is None:

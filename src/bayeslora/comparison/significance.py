@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bayeslora.compare import Comparison
+from bayeslora.comparison.run import Comparison
 from bayeslora.metrics import batched as scoring
 from bayeslora.metrics import uncertainty
 from bayeslora.metrics.bootstrap import interval, resampled, resampled_two
@@ -39,7 +39,7 @@ def marked(
 
     Args:
         comparison: What was found.
-        rows: Rows of `bayeslora.report.tables.comparison_rows`, of the same comparison.
+        rows: Rows of `bayeslora.comparison.tables.comparison_rows`, of the same comparison.
         labels: Index of the right choice of each test row, [N].
         bins: Bins of the calibration error.
         resamples: Bootstrap resamples.

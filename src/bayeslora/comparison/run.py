@@ -1,7 +1,7 @@
 """Several methods on one task, several seeds, one table.
 
 What methods share is trained once, and everything is kept in the output folder as soon as it is there, so that a
-comparison that was stopped goes on where it was: see `bayeslora.study`.
+comparison that was stopped goes on where it was: see `bayeslora.comparison.cached_runs`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from bayeslora.costs import Cost, most
+from bayeslora.comparison.cached_runs import Learned, Study, posterior_of, predicted
+from bayeslora.comparison.costs import Cost, most
+from bayeslora.comparison.keys import key_of
 from bayeslora.errors import InputError
-from bayeslora.keys import key_of
 from bayeslora.methods import Ensemble, Method, PostHoc, Temperature
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.evaluation import Evaluation, evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Scaled
 from bayeslora.posteriors.transforms import tempered
-from bayeslora.study import Learned, Study, posterior_of, predicted
 from bayeslora.tasks.types import labelled
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from bayeslora.compare import Comparison
+from bayeslora.comparison.run import Comparison
 from bayeslora.metrics.evaluation import Evaluation
 
 COLUMNS = {

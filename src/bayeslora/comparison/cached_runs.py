@@ -3,7 +3,7 @@
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
 as in its paper; SWAG is MultiSWAG's first run, and what is fitted to a trained adapter is fitted to MAP.
 
-A run's folder and a prediction's file are named by a key of all that they depend on (`bayeslora.keys`). A change makes
+A run's folder and a prediction's file are named by a key of all that they depend on (`bayeslora.comparison.keys`). A change makes
 a new one beside the old; what is the same is taken from there.
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from bayeslora.costs import Cost, folder_bytes, most, peak_memory
+from bayeslora.comparison.costs import Cost, folder_bytes, most, peak_memory
+from bayeslora.comparison.keys import difference, key_of, of_arguments, of_model, of_rows
 from bayeslora.files import replacing
-from bayeslora.keys import difference, key_of, of_arguments, of_model, of_rows
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
@@ -82,7 +82,7 @@ class Learned:
     Attributes:
         posterior: The posterior.
         cost: Its cost as if it shared nothing; its prediction is not in it.
-        key: What it depends on, as a key; see `bayeslora.keys`.
+        key: What it depends on, as a key; see `bayeslora.comparison.keys`.
     """
 
     posterior: Posterior

@@ -1,0 +1,1 @@
+"""Several methods on one task: runs that are kept, costs, tables, significance, pictures."""
