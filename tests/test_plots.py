@@ -12,12 +12,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
 
-from bayeslora.errors import InputError
-from bayeslora.methods import METHODS
-from bayeslora.metrics.classification import ece, kl_to_truth, reliability
-from bayeslora.metrics.detection import aurc, auroc, risk_coverage
-from bayeslora.metrics.prediction import Prediction
-from bayeslora.report import (
+from bayeslora.comparison.plots import (
     overconfidence_picture,
     reliability_diagram,
     render,
@@ -25,7 +20,12 @@ from bayeslora.report import (
     save,
     tradeoff_plot,
 )
-from bayeslora.report.style import grid, looks
+from bayeslora.comparison.plots.style import grid, looks
+from bayeslora.errors import InputError
+from bayeslora.methods import METHODS
+from bayeslora.metrics.classification import ece, kl_to_truth, reliability
+from bayeslora.metrics.detection import aurc, auroc, risk_coverage
+from bayeslora.metrics.prediction import Prediction
 
 N, C = 200, 4
 NAMES = ("map", "ensemble", "swag", "laplace", "a predictor with a name far too long", "ivon", "blob", "tfb")
@@ -300,7 +300,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tm
         raise OSError(28, "No space left on device")
 
     figure = risk_coverage_plot(curves(1))
-    monkeypatch.setattr("bayeslora.report.style.os.fsync", full)
+    monkeypatch.setattr("bayeslora.comparison.plots.style.os.fsync", full)
     with pytest.raises(InputError, match=r"cannot write the figure to .*figure\.svg \(No space left"):
         save(figure, path)
     assert path.read_text() == "old"

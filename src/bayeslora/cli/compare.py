@@ -183,7 +183,13 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
         The files; none where matplotlib is not installed.
     """
     from bayeslora.cli.terminal import say
-    from bayeslora.report import overconfidence_picture, reliability_diagram, risk_coverage_plot, save, tradeoff_plot
+    from bayeslora.comparison.plots import (
+        overconfidence_picture,
+        reliability_diagram,
+        risk_coverage_plot,
+        save,
+        tradeoff_plot,
+    )
 
     assert task.test is not None
     seed = next(iter(next(iter(found.predictions.values()))))

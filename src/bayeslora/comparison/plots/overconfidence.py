@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float, Int
+from bayeslora.comparison.plots.curves import AVERAGE, DIAGONAL, GAP, draw_reliability, explain
+from bayeslora.comparison.plots.style import QUIET, grid, headline, looks, page, percent_axis, styled
 from bayeslora.errors import InputError
 from bayeslora.metrics.classification import accuracy, check_labels, kl_to_truth, reliability
 from bayeslora.metrics.detection import auroc
 from bayeslora.metrics.prediction import Prediction
-from bayeslora.report.plots import AVERAGE, DIAGONAL, GAP, draw_reliability, explain
-from bayeslora.report.style import QUIET, grid, headline, looks, page, percent_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,7 @@
 """Figures of how far predictions can be trusted: reliability, selective answering.
 
 Each predictor is ``(log_p [N C], labels [N])`` under its name; the numbers drawn are those of `bayeslora.metrics.classification` and
-`bayeslora.metrics.detection`. Figures belong to no window: write them with `bayeslora.report.save`.
+`bayeslora.metrics.detection`. Figures belong to no window: write them with `bayeslora.comparison.plots.save`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,22 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float, Int
+from bayeslora.comparison.plots.style import (
+    INK,
+    QUIET,
+    RULE,
+    SMALL,
+    grid,
+    headline,
+    looks,
+    page,
+    percent_axis,
+    shortened,
+    styled,
+)
 from bayeslora.errors import InputError
 from bayeslora.metrics.classification import Reliability, check_labels, ece, reliability
 from bayeslora.metrics.detection import aurc, risk_coverage
-from bayeslora.report.style import INK, QUIET, RULE, SMALL, grid, headline, looks, page, percent_axis, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

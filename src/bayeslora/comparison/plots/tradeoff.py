@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from bayeslora.comparison.plots.style import INK, QUIET, RULE, SMALL, looks, page, shortened, styled
 from bayeslora.errors import InputError
-from bayeslora.report.style import INK, QUIET, RULE, SMALL, looks, page, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
