@@ -13,7 +13,7 @@ from tiny import COLOURS, gaussian, make_model, make_split, make_task, make_toke
 
 from bayeslora.cli import main
 from bayeslora.errors import InputError
-from bayeslora.integrations.samples import add_calibration, calibration, choice_log_probs
+from bayeslora.integrations.lm_eval_calibration import add_calibration, calibration, choice_log_probs
 from bayeslora.params import swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
 from bayeslora.posteriors.transforms import restricted

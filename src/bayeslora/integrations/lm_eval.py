@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.integrations.samples import add_calibration
+from bayeslora.integrations.lm_eval_calibration import add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Posterior, Sampling
 from bayeslora.prediction.draws import Draws, kept_draw
