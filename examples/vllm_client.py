@@ -8,7 +8,7 @@ import argparse
 import sys
 
 import bayeslora as bl
-from bayeslora.integrations.vllm import Adapters
+from bayeslora.integrations.openai.client import Adapters
 from bayeslora.tasks.chance import chance_task
 
 parser = argparse.ArgumentParser(description="Ask the draws that a server holds.")

@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from torch import Tensor
 
-from bayeslora.integrations.vllm import Adapters
+from bayeslora.integrations.openai.client import Adapters
 from bayeslora.params import swapped
 
 NAMES = ("draw-000", "draw-001", "draw-002")

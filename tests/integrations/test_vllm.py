@@ -20,8 +20,8 @@ from tiny import gaussian, make_model, make_split, make_tokenizer, same_params
 
 import bayeslora as bl
 from bayeslora.errors import InputError
-from bayeslora.integrations.openai_echo import Asked, after_prompt
-from bayeslora.integrations.vllm import Adapters
+from bayeslora.integrations.openai.client import Adapters
+from bayeslora.integrations.openai.echo import Asked, after_prompt
 from bayeslora.params import read
 from bayeslora.tasks.types import Format
 
@@ -166,7 +166,7 @@ def test_waits_between_tries_double(stand: Stand, monkeypatch: pytest.MonkeyPatc
         await sleep(0)
 
     stand.faults = [503] * 3
-    monkeypatch.setattr("bayeslora.integrations.openai_session.asyncio.sleep", note)
+    monkeypatch.setattr("bayeslora.integrations.openai.session.asyncio.sleep", note)
     stand.client(names=(), backoff=0.5).served()
     assert [wait for wait in waits if wait] == [0.5, 1.0, 2.0]
 

@@ -7,7 +7,7 @@ from serving import DRAWN, running, served
 from tiny import gaussian, make_model, make_split
 
 import bayeslora as bl
-from bayeslora.integrations.vllm import Adapters
+from bayeslora.integrations.openai.client import Adapters
 
 
 def test_predictions_are_those_of_the_library(tokenizer) -> None:

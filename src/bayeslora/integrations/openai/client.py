@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.integrations.openai_echo import Asked, asked_of, asked_of_split, distinct
-from bayeslora.integrations.openai_session import Session, opened
+from bayeslora.integrations.openai.echo import Asked, asked_of, asked_of_split, distinct
+from bayeslora.integrations.openai.session import Session, opened
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.prediction.generation.answers import Answers
 from bayeslora.prediction.generation.semantic import Same

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from bayeslora.errors import InputError
-from bayeslora.integrations.openai_echo import Asked, after_prompt, choices_of, generated
+from bayeslora.integrations.openai.echo import Asked, after_prompt, choices_of, generated
 from bayeslora.prediction.generation.answers import Answer
 
 if TYPE_CHECKING:
-    from bayeslora.integrations.vllm import Adapters
+    from bayeslora.integrations.openai.client import Adapters
 
 try:
     import httpx
