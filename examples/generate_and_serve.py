@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bayeslora as bl
+from bayeslora.integrations.server import make_app
+from bayeslora.integrations.server.worker import Served
 from bayeslora.params import read
-from bayeslora.serve import make_app
-from bayeslora.serve.worker import Served
 from bayeslora.tasks.types import Format, Split
 
 letters = {c: k for k, c in enumerate(["<pad>", "</s>", *map(chr, range(32, 127))])}

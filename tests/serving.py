@@ -11,8 +11,8 @@ from typing import Any
 import uvicorn
 from tiny import gaussian, make_model
 
-from bayeslora.serve import Limits, make_app
-from bayeslora.serve.worker import Served
+from bayeslora.integrations.server import Limits, make_app
+from bayeslora.integrations.server.worker import Served
 from bayeslora.tasks.types import Format, Split
 
 DRAWN = ("tiny/draw-000", "tiny/draw-001", "tiny/draw-002")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from serving import running, served
 
-from bayeslora.serve import Limits
+from bayeslora.integrations.server import Limits
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

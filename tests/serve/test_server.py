@@ -15,8 +15,8 @@ from serving import running, served
 from tiny import gaussian, make_model
 
 import bayeslora as bl
+from bayeslora.integrations.server import Limits
 from bayeslora.params import swapped
-from bayeslora.serve import Limits
 from bayeslora.tasks.types import Example, Format, Split
 
 PROMPT = "Question: bag holds 3 red, 5 blue"
@@ -214,7 +214,7 @@ def test_a_key(tokenizer: Any) -> None:
 def test_a_full_queue_and_a_late_answer(tokenizer: Any) -> None:
     with running(served(tokenizer), Limits(waiting=1, rows=1, timeout=0.4)) as (address, worker):
         begun, go = threading.Event(), threading.Event()
-        from bayeslora.serve.worker import Call
+        from bayeslora.integrations.server.worker import Call
 
         def hold() -> None:
             begun.set()
@@ -248,7 +248,7 @@ def test_a_client_that_goes_away_ends_its_row(tokenizer: Any) -> None:
 def test_an_encoder_only_classifies(tokenizer: Any) -> None:
     model = make_model("bert")
     like = Split("input", (), Format("", "head", (), None, "class"), ("red", "blue", "green"))
-    from bayeslora.serve.worker import Served
+    from bayeslora.integrations.server.worker import Served
 
     what = Served("bert", model, tokenizer, gaussian(model), 3, 4, like)
     with running(what) as (address, _):

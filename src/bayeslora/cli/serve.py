@@ -61,7 +61,7 @@ def run(options: Options) -> None:
     try:
         import uvicorn
 
-        from bayeslora.serve import Limits, make_app
+        from bayeslora.integrations.server import Limits, make_app
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'bayeslora[serve]'") from error
     listening = _listening(options.host, options.port)
@@ -99,8 +99,8 @@ def _served(options: Options, name: str) -> Any:
     from bayeslora.cli.build import model_for, shaped
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
+    from bayeslora.integrations.server.worker import Served
     from bayeslora.posteriors.loading import load_posterior
-    from bayeslora.serve.worker import Served
 
     tasks = part(TaskOptions, options)
     with own_progress():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from bayeslora.serve.rows import Row, TokenNote
+from bayeslora.integrations.server.decoding import Row, TokenNote
 
 
 def summary(notes: Sequence[TokenNote], draws: int) -> dict[str, Any]:

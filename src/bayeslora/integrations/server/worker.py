@@ -15,11 +15,11 @@ from torch import nn
 from transformers import LogitsProcessorList
 
 from bayeslora.errors import InputError
+from bayeslora.integrations.server.decoding import Choosing, Row
 from bayeslora.params import Params, evaluating, require_lora, swapped
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.prediction.draws import kept_draw
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
-from bayeslora.serve.rows import Choosing, Row
 from bayeslora.tasks.types import Split
 
 

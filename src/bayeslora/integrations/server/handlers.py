@@ -15,14 +15,14 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bayeslora.errors import InputError
+from bayeslora.integrations.server.asked import answers, split_of
+from bayeslora.integrations.server.decoding import Row, TokenNote
+from bayeslora.integrations.server.requests import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Sampled
+from bayeslora.integrations.server.responses import Chat, Shape, Text, echoed, placed
+from bayeslora.integrations.server.worker import Call, Generation, Served, Worker, prompt_log_probs
 from bayeslora.params import Params
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation.run import prompt_ids
-from bayeslora.serve.asked import answers, split_of
-from bayeslora.serve.rows import Row, TokenNote
-from bayeslora.serve.schema import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Sampled
-from bayeslora.serve.shapes import Chat, Shape, Text, echoed, placed
-from bayeslora.serve.worker import Call, Generation, Served, Worker, prompt_log_probs
 
 LOOK = 0.5
 """Seconds between two looks whether the client is still there."""

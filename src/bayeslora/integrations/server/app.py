@@ -17,9 +17,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from bayeslora.errors import InputError
-from bayeslora.serve.answering import Answering
-from bayeslora.serve.schema import ApiError, ChatRequest, ClassifyRequest, CompletionRequest
-from bayeslora.serve.worker import BusyError, Served, Worker
+from bayeslora.integrations.server.handlers import Answering
+from bayeslora.integrations.server.requests import ApiError, ChatRequest, ClassifyRequest, CompletionRequest
+from bayeslora.integrations.server.worker import BusyError, Served, Worker
 
 Scope = dict[str, Any]
 
@@ -84,7 +84,7 @@ def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
 
 def _pages(app: FastAPI) -> None:
     """Add what is open to everybody: the page, and whether the server is there."""
-    page = files("bayeslora.serve").joinpath("page.html").read_text(encoding="utf-8")
+    page = files("bayeslora.integrations.server").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
