@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import bayeslora as bl
-from bayeslora.tasks.chance import chance_task
+from bayeslora.tasks.synthetic import chance_task
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--repo", help="repository to push to, such as org/name")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import bayeslora as bl
-from bayeslora.tasks.chance import chance_task
+from bayeslora.tasks.synthetic import chance_task
 
 
 def tiny(folder):

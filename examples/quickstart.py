@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 import bayeslora as bl
 from bayeslora.demo_model import demo_model
-from bayeslora.tasks.chance import chance_task
+from bayeslora.tasks.synthetic import chance_task
 
 rows = int(sys.argv[1]) if len(sys.argv) > 1 else 120
 task = chance_task(train_rows=rows, test_rows=rows)

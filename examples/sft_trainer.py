@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 import bayeslora as bl
 from bayeslora.demo_model import demo_model
-from bayeslora.tasks.chance import chance_task
+from bayeslora.tasks.synthetic import chance_task
 
 task = chance_task(train_rows=40)
 rows = Dataset.from_list(

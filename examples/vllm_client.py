@@ -9,7 +9,7 @@ import sys
 
 import bayeslora as bl
 from bayeslora.integrations.openai.client import Adapters
-from bayeslora.tasks.chance import chance_task
+from bayeslora.tasks.synthetic import chance_task
 
 parser = argparse.ArgumentParser(description="Ask the draws that a server holds.")
 parser.add_argument("url", nargs="?", default="http://localhost:8000", help="address of the server")

@@ -23,7 +23,7 @@ from bayeslora import demo_model as module
 from bayeslora.demo_model import MINILM, SMOLLM2, demo_encoder, demo_model
 from bayeslora.errors import InputError
 from bayeslora.fetched import NEEDED
-from bayeslora.tasks.chance import chance_ood, chance_task
+from bayeslora.tasks.synthetic import chance_ood, chance_task
 
 
 def forbidden(*_, **__):

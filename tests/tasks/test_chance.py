@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.chance import DIE_TEMPLATES, URN_TEMPLATES, WHEEL_TEMPLATES, chance_ood, chance_task
+from bayeslora.tasks.synthetic import DIE_TEMPLATES, URN_TEMPLATES, WHEEL_TEMPLATES, chance_ood, chance_task
 from bayeslora.tasks.types import Example, Split
 
 TEMPLATES = (*URN_TEMPLATES, *DIE_TEMPLATES, *WHEEL_TEMPLATES)
@@ -109,7 +109,7 @@ def test_rows_do_not_depend_on_the_hash_seed_of_python():
         return hashlib.sha256(repr((chance_task(seed=7), chance_ood(seed=7))).encode()).hexdigest()
 
     code = (
-        "import hashlib; from bayeslora.tasks.chance import *\n"
+        "import hashlib; from bayeslora.tasks.synthetic import *\n"
         "print(hashlib.sha256(repr((chance_task(seed=7), chance_ood(seed=7))).encode()).hexdigest())"
     )
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"

@@ -9,7 +9,7 @@ import pytest
 
 from bayeslora.errors import InputError
 from bayeslora.tasks import KNOWN_TASKS, find_task, load_task
-from bayeslora.tasks.table import MMLU_SUBJECTS
+from bayeslora.tasks.catalogue import MMLU_SUBJECTS
 
 Row = dict[str, object]
 WINOGRANDE = {"sentence": "Ann met Bo; _ smiled.", "option1": "Ann", "option2": "Bo", "answer": "2"}

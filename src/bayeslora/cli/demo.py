@@ -139,8 +139,8 @@ def _data(options: Options) -> tuple[Task, str, Split]:
     """Return the task, and the name and the split of the out-of-distribution data."""
     from bayeslora.cli.data import other_splits
     from bayeslora.tasks import load_task
-    from bayeslora.tasks.chance import chance_ood, chance_task
     from bayeslora.tasks.reviews import review_ood, review_task
+    from bayeslora.tasks.synthetic import chance_ood, chance_task
 
     rows, seed = options.test_rows, options.seed
     if options.task == "reviews":

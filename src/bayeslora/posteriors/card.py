@@ -142,7 +142,7 @@ def _results(evaluation: Evaluation, kind: str, task: str) -> list[Any]:
     """Return the scores as the Hub wants them; those that are not finite, and those of other data, are left out."""
     from huggingface_hub import EvalResult
 
-    from bayeslora.tasks.table import find_task
+    from bayeslora.tasks.catalogue import find_task
 
     name, split = _named(task)
     known = find_task(name)

@@ -1,11 +1,11 @@
 """Tasks: rows of data as examples with choices, prompts and splits."""
 
+from bayeslora.tasks.catalogue import KNOWN_TASKS, KnownTask, find_task
 from bayeslora.tasks.columns import Columns
 from bayeslora.tasks.files import Rows, read_rows
 from bayeslora.tasks.load import load_task
-from bayeslora.tasks.render import answer_text, render, resolve_format
+from bayeslora.tasks.prompts import answer_text, render, resolve_format
 from bayeslora.tasks.rows import split_from_rows
-from bayeslora.tasks.table import KNOWN_TASKS, KnownTask, find_task
 from bayeslora.tasks.types import Example, Format, ReadoutName, Split, Task, TaskKind
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from bayeslora.errors import InputError
+from bayeslora.tasks.catalogue import KnownTask, SplitName
 from bayeslora.tasks.files import Rows
-from bayeslora.tasks.table import KnownTask, SplitName
 
 # Branch on which the Hub keeps a parquet copy of repositories that have a loading script only.
 _CONVERTED = "refs/convert/parquet"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.chance import chance_ood
+from bayeslora.tasks.synthetic import chance_ood
 from bayeslora.tasks.types import Example, Format, Split, Task
 
 __all__ = ["review_ood", "review_task"]
