@@ -22,7 +22,7 @@ from report import finish, row
 from torch.nn import functional
 
 import bayeslora as bl
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.demo.model import demo_model
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import read
 from bayeslora.posteriors import Point

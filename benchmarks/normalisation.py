@@ -17,7 +17,7 @@ from report import finish, row
 from transformers import TrainingArguments
 
 import bayeslora as bl
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.demo.model import demo_model
 from bayeslora.metrics.classification import accuracy, ece, nll
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point

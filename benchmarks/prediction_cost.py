@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainingArguments
 
 import bayeslora as bl
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.demo.model import demo_model
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import swapped
 from bayeslora.posteriors import Posterior

@@ -28,7 +28,7 @@ from report import finish, row
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import bayeslora as bl
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.demo.model import demo_model
 from bayeslora.params import initialise
 
 METHODS = {

@@ -8,7 +8,7 @@ import sys
 from transformers import TrainingArguments
 
 import bayeslora as bl
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.demo.model import demo_model
 from bayeslora.tasks.synthetic import chance_task
 
 rows = int(sys.argv[1]) if len(sys.argv) > 1 else 120

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 import bayeslora as bl
-from bayeslora.demo_model import demo_model
+from bayeslora.cli.demo.model import demo_model
 from bayeslora.tasks.synthetic import chance_task
 
 task = chance_task(train_rows=40)

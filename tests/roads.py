@@ -1,4 +1,4 @@
-"""What the tests of `bayeslora.fetched` share: both models, with tiny files in the place of the published ones."""
+"""What the tests of `bayeslora.cli.demo.download` share: both models, with tiny files in the place of the published ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bayeslora import demo_model as module
-from bayeslora.fetched import NEEDED, Published
+from bayeslora.cli.demo import model as module
+from bayeslora.cli.demo.download import NEEDED, Published
 
 WEIGHTS = b"the weights"
 

@@ -19,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bayeslora import demo_model as module
-from bayeslora.demo_model import MINILM, SMOLLM2, demo_encoder, demo_model
+from bayeslora.cli.demo import model as module
+from bayeslora.cli.demo.download import NEEDED
+from bayeslora.cli.demo.model import MINILM, SMOLLM2, demo_encoder, demo_model
 from bayeslora.errors import InputError
-from bayeslora.fetched import NEEDED
 from bayeslora.tasks.synthetic import chance_ood, chance_task
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from cli_data import question_rows, write_rows
 
-import bayeslora.demo_model
+import bayeslora.cli.demo.model
 
 SMALL = ["--train-rows", "10", "--test-rows", "8", "--epochs", "4", "--draws", "2"]
 METHODS = ["--methods", "map", "temperature", "ensemble:2", "swag"]
@@ -16,8 +16,8 @@ METHODS = ["--methods", "map", "temperature", "ensemble:2", "swag"]
 @pytest.fixture
 def tiny_demo(home, monkeypatch):
     """The demo with tiny models in the place of MiniLM and SmolLM2."""
-    monkeypatch.setattr(bayeslora.demo_model, "demo_encoder", lambda: home.path / "bert")
-    monkeypatch.setattr(bayeslora.demo_model, "demo_model", lambda: home.path / "llama")
+    monkeypatch.setattr(bayeslora.cli.demo.model, "demo_encoder", lambda: home.path / "bert")
+    monkeypatch.setattr(bayeslora.cli.demo.model, "demo_model", lambda: home.path / "llama")
 
 
 def check(said, out, truth):

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from roads import CASES, WEIGHTS, forbidden, wheel_of, write_model
 
-from bayeslora import demo_model as module
+from bayeslora.cli.demo import model as module
 
 
 @pytest.fixture(params=CASES)

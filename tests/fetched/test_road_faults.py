@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from roads import WEIGHTS, forbidden, write_model
 
-from bayeslora import demo_model as module
+from bayeslora.cli.demo import model as module
+from bayeslora.cli.demo.download import NEEDED
 from bayeslora.errors import InputError
-from bayeslora.fetched import NEEDED
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from roads import WEIGHTS, forbidden, install, write_model
 
-from bayeslora.demo_model import cache_root
-from bayeslora.fetched import NEEDED
+from bayeslora.cli.demo.download import NEEDED
+from bayeslora.cli.demo.model import cache_root
 
 
 def test_a_complete_folder_in_the_cache_is_returned_without_asking_anyone(case, tmp_path, monkeypatch, no_pip):

