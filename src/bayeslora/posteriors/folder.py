@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 1
+_ADAPTER, _SPREAD, _CONFIG = "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json"
 
 
 def _write_adapter(params: Params, origin: Origin, folder: Path) -> None:

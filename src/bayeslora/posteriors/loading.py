@@ -34,7 +34,16 @@ from bayeslora.posteriors import (
     TokenDropout,
 )
 from bayeslora.posteriors.card import card
-from bayeslora.posteriors.folder import FORMAT_VERSION, _read_tensors, _sha256, _write_adapter, _write_json
+from bayeslora.posteriors.folder import (
+    _ADAPTER,
+    _CONFIG,
+    _SPREAD,
+    FORMAT_VERSION,
+    _read_tensors,
+    _sha256,
+    _write_adapter,
+    _write_json,
+)
 from bayeslora.posteriors.hub import fetch
 from bayeslora.posteriors.provenance import Origin, check_base
 from bayeslora.posteriors.transforms import draw_count
@@ -57,7 +66,6 @@ FAMILIES: dict[str, Callable[..., Posterior]] = {
         Scaled,
     )
 }
-_ADAPTER, _SPREAD, _CONFIG = "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json"
 
 
 def save_posterior(
