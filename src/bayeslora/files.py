@@ -18,7 +18,7 @@ from bayeslora.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Give a name to write to, that takes the file's place when the block ends well, and vanishes otherwise.
 
     Args:
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def appearing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder that takes the target's place when the block ends well, and vanishes otherwise.
 
     Args:

@@ -66,7 +66,7 @@ def require_lora(model: nn.Module) -> PeftModel:
     return model
 
 
-def live(model: nn.Module) -> dict[str, nn.Parameter]:
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the active adapter's parameters themselves, by the names they have on disk.
 
     LoRA matrices, DoRA magnitudes and whole modules that PEFT saves with the adapter (a classification head) are all
@@ -113,7 +113,7 @@ def read(model: nn.Module) -> Params:
     Returns:
         Float32 copies on the CPU.
     """
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in live(model).items()}
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lora_parameters(model).items()}
 
 
 def check_against(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -121,7 +121,7 @@ def check_against(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
 
     Args:
         params: Parameters that are to be written.
-        own: The adapter's own, as `live` gives them.
+        own: The adapter's own, as `lora_parameters` gives them.
 
     Raises:
         InputError: If a name is missing or left over, or a shape differs; the message names the first one.
@@ -152,7 +152,7 @@ def write(model: nn.Module, params: Mapping[str, Tensor]) -> None:
         model: A PEFT model with a LoRA adapter.
         params: Values for every parameter of the adapter; they are cast to the adapter's dtype and device.
     """
-    own = live(model)
+    own = lora_parameters(model)
     check_against(params, own)
     for name, parameter in own.items():
         parameter.copy_(params[name])
@@ -169,7 +169,7 @@ def swapped(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
     Yields:
         Nothing. Afterwards, and on any exception, the adapter is bit for bit what it was.
     """
-    with holding(live(model), params):
+    with holding(lora_parameters(model), params):
         yield
 
 
@@ -178,7 +178,7 @@ def holding(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Iterator
     """Put values into an adapter's own parameters for the length of a ``with`` block.
 
     Args:
-        own: The adapter's own, as `live` gives them.
+        own: The adapter's own, as `lora_parameters` gives them.
         params: Values for all of them.
 
     Yields:
@@ -244,7 +244,7 @@ def initialise(model: nn.Module, seed: int) -> None:
             f"a fresh start cannot be drawn for {what}; use plain LoRA with init_lora_weights=True and bias='none'"
         )
     spread = getattr(getattr(peft, "config", None), "initializer_range", 0.02)
-    for name, p in live(peft).items():
+    for name, p in lora_parameters(peft).items():
         rng = generator("init", seed, name)
         if "lora_embedding_B" in name or ("lora_A" in name and init == "gaussian"):
             p.copy_(torch.randn(p.shape, generator=rng) * (1 / config.r if "lora_A" in name else 1.0))

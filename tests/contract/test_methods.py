@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bayeslora.methods import METHODS, Blob, Ensemble
-from bayeslora.params import Params, live, read
+from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.transforms import draw_count
@@ -113,7 +113,7 @@ def test_different_draws_are_different_weights(learned: Any) -> None:
 
 
 def test_draws_have_the_adapters_names_and_shapes_and_are_finite_float32(learned: Any) -> None:
-    own = live(learned.model)
+    own = lora_parameters(learned.model)
     for params in all_draws(learned.posterior):
         assert {n: p.shape for n, p in params.items()} == {n: p.shape for n, p in own.items()}
         assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in params.values())
@@ -125,7 +125,7 @@ def test_applied_makes_the_model_the_draw_and_restores_it(learned: Any) -> None:
     for number in (None, 0, 1):
         wanted = posterior.mean if number is None else posterior.draw(number, 4)
         with posterior.applied(model, number, 4):
-            cast = {name: wanted[name].to(p.dtype).float() for name, p in live(model).items()}
+            cast = {name: wanted[name].to(p.dtype).float() for name, p in lora_parameters(model).items()}
             assert same_params(read(model), cast)
         assert same_state(model, before)
 
@@ -139,7 +139,7 @@ def test_applied_restores_after_an_exception_inside(learned: Any) -> None:
 
 def test_applied_restores_after_an_exception_half_way_in_writing(learned: Any) -> None:
     draw = learned.posterior.draw(1)
-    *_, last = live(learned.model)
+    *_, last = lora_parameters(learned.model)
     torn = Point(draw | {last: draw[last].to("meta")})  # a tensor without values cannot be copied
     before = state_of(learned.model)
     with pytest.raises(NotImplementedError), torn.applied(learned.model, None):

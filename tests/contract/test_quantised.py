@@ -13,7 +13,7 @@ from tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from bayeslora.params import initialise, live, read, swapped
+from bayeslora.params import initialise, lora_parameters, read, swapped
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation import generate
@@ -67,7 +67,7 @@ def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, 
     )  # fmt: skip
     posterior = fit(model, task, method, args, tokenizer=tokenizer)
     assert not any(torch.equal(posterior.mean[n], before[n]) for n in before)
-    assert all(p.dtype == torch.float32 for p in live(model).values())
+    assert all(p.dtype == torch.float32 for p in lora_parameters(model).values())
     posterior.save_pretrained(tmp_path / "posterior")
     back = load_posterior(tmp_path / "posterior")
     assert same_params(back.draw(1), posterior.draw(1))
@@ -131,7 +131,7 @@ def test_a_method_learns_in_trl_which_casts_the_adapter(
     run.train()
     posterior = method.posterior(run.model)
     kept = torch.bfloat16 if name == "map" else torch.float32  # a plain fine-tune is the Trainer's own affair
-    assert all(p.dtype == kept for p in live(model).values())
+    assert all(p.dtype == kept for p in lora_parameters(model).values())
     assert not any(torch.equal(posterior.mean[n], before[n]) for n in before)
     found = predict(model, posterior, make_task(readout="likelihood").test, draws=2, tokenizer=tokenizer)
     assert bool(found.log_probs.exp().sum(-1).sub(1).abs().max() < 1e-4)

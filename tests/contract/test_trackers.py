@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.methods.blob.method import kl_divergence, kl_weight
 from bayeslora.methods.ivon.settings import default_ess
-from bayeslora.methods.trainer_log import Figures
+from bayeslora.methods.trainer_log import MetricsCallback
 from bayeslora.metrics import classification as metrics
 from bayeslora.params import read
 from bayeslora.posteriors import Point
@@ -123,7 +123,7 @@ def test_a_tracker_that_is_added_to_a_trainer_later_is_told_them_and_the_other_c
 ) -> None:
     model = make_model()
     kwargs = Swag(start=0).trainer_kwargs(model, ROWS)
-    figures = next(one for one in kwargs["callbacks"] if isinstance(one, Figures))
+    figures = next(one for one in kwargs["callbacks"] if isinstance(one, MetricsCallback))
     args = arguments(tmp_path, logging_strategy="steps", logging_steps=1)
     trainer = stock(model, args, tokenizer)
     others = list(trainer.callback_handler.callbacks)

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.params import live, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import LowRankGaussian, Posterior
 from bayeslora.posteriors.loading import load_posterior
 
@@ -117,7 +117,7 @@ def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any,
     assert posterior.origin is not None
     assert posterior.origin.method == method.name
     assert posterior.origin.num_data == ROWS
-    assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in live(model).items()}
+    assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in lora_parameters(model).items()}
     assert not any(torch.equal(posterior.mean[n], before[n]) for n in before)
     if posterior.distinct != 1:
         assert not same_params(posterior.draw(0), posterior.draw(1))
@@ -214,7 +214,7 @@ def test_swag_serves_the_adapter_that_sft_trainer_makes_itself(tokenizer: Any, t
     trainer.train()
     posterior = method.posterior(trainer.model)
     assert isinstance(posterior, LowRankGaussian)
-    assert posterior.mean.keys() == live(trainer.model).keys()
+    assert posterior.mean.keys() == lora_parameters(trainer.model).keys()
 
 
 def test_members_with_the_same_seed_are_refused(tokenizer: Any, tmp_path: Path) -> None:

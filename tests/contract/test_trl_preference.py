@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, PostHoc, Swag
-from bayeslora.params import live, read, swapped
+from bayeslora.params import lora_parameters, read, swapped
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.prediction.rewards import predict_rewards, preference_probability
 from bayeslora.training.trainer_kwargs import kwargs_for
@@ -69,7 +69,7 @@ def test_a_method_learns_from_preferences(name: str, trainer: str, tokenizer: An
     model, posterior = trained(TABLE[name], trainer, tmp_path, tokenizer)
     assert posterior.origin is not None
     assert (posterior.origin.method, posterior.origin.num_data) == (TABLE[name].name, ROWS)
-    assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in live(model).items()}
+    assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in lora_parameters(model).items()}
     assert all(bool(p.isfinite().all()) for p in posterior.mean.values())
     assert not any(torch.equal(posterior.mean[n], start[n]) for n in start)
     if posterior.distinct != 1:
@@ -153,7 +153,7 @@ def test_chosen_and_rejected_are_under_the_same_draw_of_ivon(tokenizer: Any, tmp
     def look(_: Any, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
         if torch.is_grad_enabled():
             own = trainer.optimizer.optimizer
-            draw = {name: (own.mean(p) + own.noise(p)).clone() for name, p in live(model).items()}
+            draw = {name: (own.mean(p) + own.noise(p)).clone() for name, p in lora_parameters(model).items()}
             seen.append((draw, inputs, outputs.log_probs.detach().sum(1)))
 
     model.register_forward_hook(look, with_kwargs=True)
@@ -173,7 +173,7 @@ def test_dpo_trains_the_adapter_that_it_makes_itself(tokenizer: Any, tmp_path: P
         **kwargs_for(DPOTrainer, method, base, ROWS),
     )  # fmt: skip
     trainer.train()
-    assert method.posterior(trainer.model).mean.keys() == live(trainer.model).keys()
+    assert method.posterior(trainer.model).mean.keys() == lora_parameters(trainer.model).keys()
 
 
 def test_an_optimiser_is_given_where_its_class_is_not_taken(tokenizer: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Ensemble, Ivon, Swag
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.params import live
+from bayeslora.params import lora_parameters
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.training.run import fit
 
@@ -64,7 +64,7 @@ class Removes(TrainerCallback):
 def run(tokenizer: Any, tmp_path: Path) -> Any:
     def train(method: Any, *callbacks: Any, half: bool = False, **changes: Any) -> Any:
         model = make_model(dtype=torch.bfloat16 if half else torch.float32)
-        for p in live(model).values():
+        for p in lora_parameters(model).values():
             p.data = p.data.to(torch.bfloat16 if half else torch.float32)
         args = arguments(tmp_path / f"{len(list(tmp_path.iterdir()))}", **changes)
         return fit(model, TASK, method, args, tokenizer=tokenizer, callbacks=callbacks)

@@ -20,7 +20,7 @@ from bayeslora.methods import Blob, Map
 from bayeslora.methods.blob.layer import BlobLinear, _Flipout, _sign_words, attach, begin, detach
 from bayeslora.methods.blob.method import kl_divergence, kl_weight, paper_cycle
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.params import initialise, live, read
+from bayeslora.params import initialise, lora_parameters, read
 from bayeslora.prediction.readouts import readout_for
 
 SIGMA = 0.2
@@ -189,7 +189,7 @@ def test_llama_2_7b_has_the_papers_numbers_of_parameters():
         base = LlamaForCausalLM(config)
         model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "lm_head"]))
     layers = attach(model, 0.05)
-    assert sum(p.numel() for p in live(model).values()) == 4_483_072
+    assert sum(p.numel() for p in lora_parameters(model).values()) == 4_483_072
     assert sum(a.spread.numel() for a in layers.values()) == 2_129_920
 
 
@@ -208,7 +208,7 @@ def one_step(tmp_path, method, **changes):
     model = make_model()
     initialise(model, 0)
     with torch.no_grad():
-        for name, p in live(model).items():
+        for name, p in lora_parameters(model).items():
             if "lora_B" in name:
                 p.fill_(0.1)
     args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant", **changes)

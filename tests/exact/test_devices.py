@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.params import live, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Linearised
 from bayeslora.prediction import predict, readout_for
 from bayeslora.prediction.jacobians import linear_sites
@@ -149,7 +149,7 @@ def test_labels_and_counts_meet_the_scores_where_these_are(tokenizer: Any) -> No
         soft = soft_loss(torch.full((6, 4), 0.25).log())
         values = [answer_loss({"logits": logits}, labels, count), soft({"logits": logits}, torch.arange(6), count)]
         sum(values).backward()
-        return [*(v.detach().cpu() for v in values), *(p.grad.cpu() for p in live(model).values())]
+        return [*(v.detach().cpu() for v in values), *(p.grad.cpu() for p in lora_parameters(model).values())]
 
     for one, other in zip(*both(losses), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from tiny import KINDS, arguments, make_base, same_params
 
 import bayeslora as bl
 from bayeslora.errors import InputError
-from bayeslora.params import generator, live, read
+from bayeslora.params import generator, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, Point
 from bayeslora.training.distillation import distill, divergences, soft_loss
 
@@ -59,7 +59,7 @@ def test_a_distilled_adapter_answers_as_the_draws_do(name: str, tokenizer: Any, 
     assert divergence(after.log_p) < 0.25 * divergence(wanted.mean_log_probs)
     found.save_pretrained(tmp_path / "one")
     loaded = PeftModel.from_pretrained(make_base(kind.model), tmp_path / "one")
-    assert same_params({n: p.detach() for n, p in live(loaded).items()}, found.mean)
+    assert same_params({n: p.detach() for n, p in lora_parameters(loaded).items()}, found.mean)
 
 
 def test_there_must_be_rows(tokenizer: Any, tmp_path: Any) -> None:

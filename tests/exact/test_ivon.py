@@ -24,7 +24,7 @@ from bayeslora.methods import Blob, Ivon, Map
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import PRESETS, default_ess, default_sigma
 from bayeslora.methods.regularisers import answer_loss
-from bayeslora.params import initialise, live, read
+from bayeslora.params import initialise, lora_parameters, read
 from bayeslora.prediction.readouts import readout_for
 
 ROWS = 24
@@ -136,7 +136,7 @@ def test_the_posterior_has_the_optimisers_variance(tmp_path):
     method = Ivon(sigma0=0.05, temperature=0.5)
     own = run(model, arguments(tmp_path), method.trainer_kwargs(model, ROWS))
     posterior, optimizer = method.posterior(model), own.optimizer.optimizer
-    for name, p in live(model).items():
+    for name, p in lora_parameters(model).items():
         hess, delta = optimizer.state[p]["hess"], 1 / (ROWS / 0.5 * 0.05**2)
         torch.testing.assert_close(posterior.variance[name], 1 / (ROWS / 0.5 * (hess + delta)))
         assert torch.equal(posterior.mean[name], p.detach())
@@ -326,7 +326,7 @@ def test_an_adapter_begins_at_its_own_deviations_and_never_exceeds_them(tmp_path
     before = read(model)
     own = run(model, arguments(tmp_path, max_steps=6), method.trainer_kwargs(model, ROWS))
     optimizer = own.optimizer.optimizer
-    total = sum(p.numel() for p in live(model).values())
+    total = sum(p.numel() for p in lora_parameters(model).values())
     assert optimizer.param_groups[0]["ess"] == pytest.approx(default_ess(ROWS, total))
     modules = sum("lora_A" in name for name in before)
     for name, variance in method.posterior(model).variance.items():
@@ -360,7 +360,7 @@ def test_several_draws_of_a_step_are_refused_under_fp16(tmp_path):
     model = make_model()
     args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0)
     args.fp16 = True
-    optimizer = IvonOptimizer(list(live(model).values()), lr=1.0, ess=10.0)
+    optimizer = IvonOptimizer(list(lora_parameters(model).values()), lr=1.0, ess=10.0)
     callback = Ivon(draws_per_step=2).trainer_kwargs(model, ROWS)["callbacks"][0]
     with pytest.raises(InputError, match="bf16=True"):
         callback.on_train_begin(args, None, None, model=model, optimizer=optimizer)

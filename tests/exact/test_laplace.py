@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bayeslora.errors import InputError
 from bayeslora.methods import Laplace
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated, ggn_root
-from bayeslora.methods.laplace.method import by_evidence, complexity
-from bayeslora.params import Params, live, read
+from bayeslora.methods.laplace.method import log_occam_factor, maximise_marginal_likelihood
+from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
 from bayeslora.prediction import predict
 from bayeslora.prediction.jacobians import differentiated, linear_sites
@@ -29,7 +29,7 @@ DATA, SIDE, OUT, NOISE = 30, 4, 2, 0.3
 
 def dense_jacobian(model: Any, batches: Any, examples: int, names: list[str]) -> tuple[Tensor, Tensor]:
     """Logits [N C] and their derivatives [N C P], one backward pass at a time; the readout is attached."""
-    own = live(model)
+    own = lora_parameters(model)
     for p in own.values():
         p.requires_grad_(True)
     logits, rows = {}, {}
@@ -191,7 +191,7 @@ def test_laplace_is_the_exact_posterior_of_linear_regression(regression: Any, to
     (site,) = linear_sites(model, lambda name: "lora_B" in name)
     gram = features.T @ features / NOISE**2 + precision * torch.eye(3)
     exact = torch.linalg.solve(gram, features.T @ residual / NOISE**2).T  # the mode of B
-    live(model)[site.name].data.copy_(exact)
+    lora_parameters(model)[site.name].data.copy_(exact)
     curvature = KroneckerCurvature([site], 8, tokens)
     root = lambda logits: (torch.eye(OUT) / NOISE).expand(len(logits), -1, -1)  # noqa: E731
     accumulated(model, curvature, batches, torch.zeros(DATA, dtype=torch.long), root)
@@ -203,7 +203,7 @@ def test_laplace_is_the_exact_posterior_of_linear_regression(regression: Any, to
     # and its evidence is the Gaussian density of the targets
     error = residual - features @ exact.T
     log_likelihood = float((-0.5 * (error / NOISE).square() - math.log(NOISE * math.sqrt(2 * math.pi))).sum())
-    found = log_likelihood + complexity(curvature.spectra(), read(model), precision)
+    found = log_likelihood + log_occam_factor(curvature.spectra(), read(model), precision)
     marginal = torch.distributions.MultivariateNormal(
         torch.zeros(DATA, dtype=torch.float64),
         NOISE**2 * torch.eye(DATA, dtype=torch.float64) + features @ features.T / precision,
@@ -217,20 +217,20 @@ def spectra_of(values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 def test_the_evidence_is_largest_where_its_derivative_is_zero() -> None:
     h, mean = torch.tensor([0.1, 3.0, 40.0, 0.0]), {"w": torch.tensor([0.5, -1.0, 0.2, 0.1])}
-    best = by_evidence(spectra_of(h), mean)
+    best = maximise_marginal_likelihood(spectra_of(h), mean)
     # d/dλ = ½ (P/λ − |θ|² − Σ 1/(h+λ)) = 0
     slope = 4 / best - float(mean["w"].square().sum()) - float((1 / (h + best)).sum())
     assert abs(slope) < 1e-3
-    at = [complexity(spectra_of(h), mean, best * factor) for factor in (0.5, 1.0, 2.0)]
+    at = [log_occam_factor(spectra_of(h), mean, best * factor) for factor in (0.5, 1.0, 2.0)]
     assert at[1] > at[0]
     assert at[1] > at[2]
 
 
 def test_an_evidence_without_a_maximum_is_refused() -> None:
     with pytest.raises(InputError, match="the loss has no curvature"):
-        by_evidence(spectra_of(torch.zeros(3)), {"w": torch.ones(3)})
+        maximise_marginal_likelihood(spectra_of(torch.zeros(3)), {"w": torch.ones(3)})
     with pytest.raises(InputError, match="every parameter is zero"):
-        by_evidence(spectra_of(torch.ones(3)), {"w": torch.zeros(3)})
+        maximise_marginal_likelihood(spectra_of(torch.ones(3)), {"w": torch.zeros(3)})
 
 
 def test_a_sketch_of_low_rank_is_exact_in_any_order_and_small() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Laplace, Map
-from bayeslora.params import live, read, swapped
+from bayeslora.params import lora_parameters, read, swapped
 from bayeslora.posteriors import Point
 from bayeslora.prediction import predict, readout_for
 from bayeslora.prediction.jacobians import differentiated, linear_sites
@@ -165,11 +165,11 @@ def test_the_gradient_is_that_of_the_scores_by_hand(kind: Normalisation, shared:
     with readout.attached(model):
         logits = model(**readout.collate(readout.encode(split)[0])).logits
     functional.cross_entropy(logits, split.labels).backward()
-    found = {name: p.grad.clone() for name, p in live(model).items()}
+    found = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
     model.zero_grad()
     plain = by_hand(model, split, tokenizer)
     (-sum(row[label] for row, label in zip(plain, split.labels, strict=True)) / len(plain)).backward()
-    for name, p in live(model).items():
+    for name, p in lora_parameters(model).items():
         torch.testing.assert_close(found[name], p.grad, **EXACT)
 
 
@@ -201,7 +201,9 @@ def test_jacobians_are_those_of_the_normalised_scores(kind: Normalisation, share
             alone = [model(**readout.collate([rows[i]])).logits[0] for i in order]
         for place, logits in enumerate(alone):
             for c in range(len(logits)):
-                grads = torch.autograd.grad(logits[c], [live(model)[s.name] for s in sites], retain_graph=True)
+                grads = torch.autograd.grad(
+                    logits[c], [lora_parameters(model)[s.name] for s in sites], retain_graph=True
+                )
                 for site, grad in zip(sites, grads, strict=True):
                     torch.testing.assert_close(found.jacobian(site)[c, place].reshape(grad.shape), grad, **EXACT)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from bayeslora.methods import Map
-from bayeslora.params import live, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Point
 from bayeslora.prediction import Readout, predict, readout_for
 from bayeslora.prediction.generation import generate
@@ -165,13 +165,13 @@ def test_the_gradient_is_the_one_of_the_plain_loop(
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     functional.nll_loss(batched(model, readout, split), split.labels).backward()
-    found = {name: p.grad.clone() for name, p in live(model).items()}
+    found = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
     model.zero_grad()
     if checkpointing:
         model.gradient_checkpointing_disable()
     plain = plain_loop(model, split, tokenizer, readout_name)
     (-sum(row[label] for row, label in zip(plain, split.labels, strict=True)) / len(plain)).backward()
-    for name, p in live(model).items():
+    for name, p in lora_parameters(model).items():
         torch.testing.assert_close(found[name], p.grad, **EXACT)
         assert p.grad.abs().max() > 1e-4
 

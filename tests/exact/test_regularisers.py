@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from bayeslora.errors import InputError
 from bayeslora.methods import Map
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase, answer_loss
-from bayeslora.params import live, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Mixture, Point
 from bayeslora.prediction import predict, readout_for
 from bayeslora.training.run import fit
@@ -90,7 +90,7 @@ def test_the_kl_term_is_the_divergence_from_the_model_without_its_adapter(kind: 
 def test_the_kl_terms_gradient_is_the_one_of_its_formula(batch: Any) -> None:
     model, readout, inputs = batch("llama-likelihood")
     (found := kl_of(model, readout, inputs, 0.7)[1]).backward()
-    got = {n: p.grad.clone() for n, p in live(model).items()}
+    got = {n: p.grad.clone() for n, p in lora_parameters(model).items()}
     model.zero_grad()
     plain = {k: v for k, v in inputs.items() if k != "labels"}
     with readout.attached(model):
@@ -104,14 +104,14 @@ def test_the_kl_terms_gradient_is_the_one_of_its_formula(batch: Any) -> None:
         wanted = wanted + 0.7 * (torch.where(there, log_p, -1e30).exp() * gap).sum() / len(logits)
         wanted.backward()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
-    for name, p in live(model).items():
+    for name, p in lora_parameters(model).items():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_the_kl_term_is_zero_when_b_is_zero(batch: Any) -> None:
     model, readout, inputs = batch("llama-likelihood")
     with torch.no_grad():
-        for name, p in live(model).items():
+        for name, p in lora_parameters(model).items():
             p.mul_("lora_A" in name)
     ours, loss = kl_of(model, readout, inputs, 100.0)
     torch.testing.assert_close(loss, answer_loss({"logits": ours}, inputs["labels"]), rtol=0, atol=1e-6)
@@ -156,7 +156,7 @@ def trained_with(tokenizer: Any, folder: Path, optimizer: Any = None, callbacks:
 
 def test_decoupled_decay_is_adamws_own_bit_for_bit(tokenizer: Any, tmp_path: Path) -> None:
     def grouped(model: Any) -> torch.optim.AdamW:
-        own = live(model)
+        own = lora_parameters(model)
         return torch.optim.AdamW(
             [
                 {"params": [p for n, p in own.items() if "lora_B" in n], "weight_decay": 20.5},

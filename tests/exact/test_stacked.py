@@ -237,14 +237,14 @@ def test_every_example_is_in_one_batch_within_the_budget() -> None:
 
 def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch: Any) -> None:
     model = make_model("llama", torch.bfloat16)
-    assert memory.found_budget(model) == 2048
+    assert memory.default_token_budget(model) == 2048
     monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda _: 0)
     one = 2 * (10 * 32 + 3 * 48 + 2 * 32 * 2) + 10 * 80  # bytes of a token
     for free, wanted in ((2 * 300 * one, 300), (0, 1), (10**12, memory.GPU_BUDGET)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
-        assert memory.found_budget(model) == wanted
+        assert memory.default_token_budget(model) == wanted
 
 
 def test_the_longest_examples_come_first() -> None:

@@ -18,7 +18,7 @@ from bayeslora.errors import InputError
 from bayeslora.methods import Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.methods.swag import Moments, hold
-from bayeslora.params import live, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.training.run import fit
@@ -103,7 +103,7 @@ def test_snapshots_are_the_last_k_iterates_as_they_were(run: Any) -> None:
 def half_precision() -> Any:
     """A model whose base and adapter are in bfloat16, as TRL makes them."""
     model = make_model(dtype=torch.bfloat16)
-    for p in live(model).values():
+    for p in lora_parameters(model).values():
         p.data = p.data.bfloat16()
     return model
 
@@ -111,7 +111,7 @@ def half_precision() -> Any:
 def test_an_adapter_in_bf16_trains_and_is_summed_up_in_float32(run: Any) -> None:
     model = half_precision()
     posterior, diary = run(Swag(start=2, interval=1), model=model)
-    assert all(p.dtype == torch.float32 for p in live(model).values())
+    assert all(p.dtype == torch.float32 for p in lora_parameters(model).values())
     assert_moments(posterior, diary.iterates[2:])
     assert all(v.dtype == torch.float32 for v in (posterior.mean | posterior.variance).values())
 
@@ -171,7 +171,7 @@ def test_a_path_that_stands_still_in_bf16_is_warned_of_with_the_cause(run: Any, 
 
     class Late(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            for p in live(model).values():
+            for p in lora_parameters(model).values():
                 p.data = p.data.bfloat16()
 
     run(Swag(start=2, interval=1, learning_rate=1e-6), model=model, stop=Late(), weight_decay=0.0)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
-from bayeslora.params import live, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.tasks.types import Split
 from bayeslora.training.run import fit
@@ -134,7 +134,7 @@ def test_a_run_with_an_adapter_in_bf16_is_resumed_to_the_uninterrupted_result(
 ) -> None:
     def train(folder: str, *callbacks: Any, resume: bool = False) -> Posterior:
         model = make_model(dtype=torch.bfloat16)
-        for p in live(model).values():
+        for p in lora_parameters(model).values():
             p.data = p.data.bfloat16()
         args = arguments(tmp_path / folder, save_strategy="steps", save_steps=2)
         return fit(model, LM_TASK, method, args, tokenizer=tokenizer, resume=resume, callbacks=callbacks)

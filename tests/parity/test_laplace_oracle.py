@@ -11,8 +11,8 @@ from tiny import make_model, make_task
 from torch import Tensor, nn
 
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
-from bayeslora.methods.laplace.method import complexity
-from bayeslora.params import live, read
+from bayeslora.methods.laplace.method import log_occam_factor
+from bayeslora.params import lora_parameters, read
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
@@ -45,7 +45,7 @@ def problem(tokenizer: Any) -> Any:
     assert len(batches) > 1
     for p in model.parameters():
         p.requires_grad_(False)
-    for p in live(model).values():
+    for p in lora_parameters(model).values():
         p.requires_grad_(True)
     return model, rows, batches
 
@@ -70,7 +70,7 @@ def test_the_diagonal_is_laplace_torchs(problem: Any) -> None:
     ours = DiagonalCurvature(linear_sites(model))
     accumulated(model, ours, batches, rows.labels)
     la = theirs(problem, "diag")
-    name_of = {p: n for n, p in live(model).items()}
+    name_of = {p: n for n, p in lora_parameters(model).items()}
     order = [name_of[p] for p in la.model.parameters() if p in name_of]
     found = torch.cat([ours.sums[name].flatten() for name in order])
     torch.testing.assert_close(found, la.H.float(), rtol=1e-3, atol=1e-7)
@@ -81,7 +81,7 @@ def test_the_kronecker_factors_and_the_evidence_are_laplace_torchs(problem: Any)
     ours = KroneckerCurvature(linear_sites(model), 40)
     log_likelihood = accumulated(model, ours, batches, rows.labels)
     la = theirs(problem, "kron")
-    name_of = {p: n for n, p in live(model).items()}
+    name_of = {p: n for n, p in lora_parameters(model).items()}
     order = [name_of[p] for p in la.model.parameters() if p in name_of]
     posterior = ours.posterior(read(model), 1.0, None)
     blocks = la.H_facs.kfacs if hasattr(la, "H_facs") and la.H_facs is not None else la.H.kfacs
@@ -91,6 +91,6 @@ def test_the_kronecker_factors_and_the_evidence_are_laplace_torchs(problem: Any)
         theirs_ = factors[0] if len(factors) == 1 else torch.kron(factors[0].contiguous(), factors[1].contiguous())
         torch.testing.assert_close(torch.kron(left, right), theirs_.float(), rtol=1e-3, atol=1e-6)
     for precision in (0.1, 1.0, 30.0):
-        found = log_likelihood + complexity(ours.spectra(), read(model), precision)
+        found = log_likelihood + log_occam_factor(ours.spectra(), read(model), precision)
         their = float(la.log_marginal_likelihood(prior_precision=torch.tensor(precision)))
         assert found == pytest.approx(their, rel=1e-4)

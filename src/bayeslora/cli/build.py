@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bayeslora.cli.options import AdapterOptions, ModelOptions, ShapeOptions, TrainingOptions
+from bayeslora.cli.options import AdapterOptions, ModelOptions, TrainingOptions, TransformOptions
 from bayeslora.cli.parse import meant
 from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
@@ -21,7 +21,7 @@ from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split
 
-__all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "shaped"]
+__all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "transformed"]
 
 
 def build_model(
@@ -145,7 +145,7 @@ def _close(key: str, known: Sequence[str]) -> str:
     return f"; {words}" if words.startswith("did") else ""
 
 
-def shaped(posterior: Posterior, options: ShapeOptions) -> Posterior:
+def transformed(posterior: Posterior, options: TransformOptions) -> Posterior:
     """Return the posterior tempered, pruned and restricted as the options say.
 
     Args:
@@ -172,7 +172,7 @@ def predicted(
         tokenizer: Its tokenizer.
         posterior: The posterior, already shaped.
         split: The examples.
-        options: `DrawOptions`, `ShapeOptions` and `EffortOptions` in one.
+        options: `DrawOptions`, `TransformOptions` and `BudgetOptions` in one.
         progress: Whether to show a bar.
 
     Returns:

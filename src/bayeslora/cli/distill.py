@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, TaskOptions, TrainingOptions, option, part
+from bayeslora.cli.options import (
+    DrawOptions,
+    ModelOptions,
+    TaskOptions,
+    TrainingOptions,
+    TransformOptions,
+    option,
+    part,
+)
 from bayeslora.cli.runs import check_folder, opened, posterior_name
 from bayeslora.errors import InputError
 
@@ -24,7 +32,7 @@ FREE = ("token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, ShapeOptions):
+class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, TransformOptions):
     """Train one plain adapter to answer as a posterior's draws do on average; it is kept in --out with its metrics."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -48,7 +56,7 @@ def run(options: Options) -> None:
         raise InputError("name the posterior: bayeslora distill RUN --out FOLDER")
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
-    from bayeslora.cli.build import build_arguments, model_for, shaped
+    from bayeslora.cli.build import build_arguments, model_for, transformed
     from bayeslora.cli.data import build_task, keep_format, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
@@ -57,7 +65,7 @@ def run(options: Options) -> None:
     from bayeslora.training.distillation import distill
 
     with own_progress():
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
         task = build_task(scored_as(part(TaskOptions, options), posterior.origin), "train")
         rows = _rows(task, options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import DrawOptions, EffortOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import BudgetOptions, DrawOptions, ModelOptions, TaskOptions, TransformOptions, option, part
 from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
 from bayeslora.errors import InputError
 
@@ -20,7 +20,7 @@ Model, task and draws are those of the run unless others are given."""
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EffortOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -47,7 +47,7 @@ def run(options: Options) -> None:
     if options.json and Path(options.json).exists() and not options.overwrite:
         raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
     folder, name = run_folder(Path(options.run)), posterior_name(options.run)
-    from bayeslora.cli.build import model_for, predicted, shaped
+    from bayeslora.cli.build import model_for, predicted, transformed
     from bayeslora.cli.data import other_splits, scored_as, test_of
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
@@ -56,7 +56,7 @@ def run(options: Options) -> None:
 
     before = read_options(folder)
     with own_progress():
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         tasks = scored_as(part(TaskOptions, options), posterior.origin)
         test = test_of(tasks, folder, inherited=before.get("data") == options.data)
         others = other_splits(options.ood, tasks, test, options.ood_rows)

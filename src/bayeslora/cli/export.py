@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import ShapeOptions, option, part
+from bayeslora.cli.options import TransformOptions, option, part
 from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.errors import InputError
 
@@ -31,7 +31,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(kw_only=True)
-class Options(ShapeOptions):
+class Options(TransformOptions):
     """Write draws of a posterior, its mean, or both as plain PEFT adapters."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -62,13 +62,13 @@ def run(options: Options) -> None:
     out, name = Path(options.out), posterior_name(options.run)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} is there already; choose another --out")
-    from bayeslora.cli.build import shaped
+    from bayeslora.cli.build import transformed
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
     from bayeslora.posteriors.loading import load_posterior
 
     with own_progress():
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         folders = _written(posterior, options, out)
     print("\n".join(map(str, folders.values())), flush=True)
     if posterior.origin is not None:
@@ -77,7 +77,7 @@ def run(options: Options) -> None:
 
 def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Path]:
     """Write what is asked for, all of it or nothing, and return the folders by the names to serve them under."""
-    from bayeslora.files import appearing
+    from bayeslora.files import atomic_folder
     from bayeslora.posteriors import Point
     from bayeslora.posteriors.loading import export_draws
 
@@ -88,7 +88,7 @@ def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Pat
         return {"mean" if plain else options.name: out}
     count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
     how: dict[str, Any] = {"seed": options.draw_seed, "sampling": options.sampling, "name": options.name}
-    with appearing(out) as work:
+    with atomic_folder(out) as work:
         paths = export_draws(posterior, work, count, **how)
         names = [path.name for path in paths]
         if options.mean:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import ModelOptions, ShapeOptions, option, part
+from bayeslora.cli.options import ModelOptions, TransformOptions, option, part
 from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
 
@@ -22,7 +22,7 @@ Every token is taken from the average of the draws; --each gives one answer a dr
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, ShapeOptions):
+class Options(ModelOptions, TransformOptions):
     """Write text from a posterior, with each answer's uncertainty."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -53,7 +53,7 @@ def run(options: Options) -> None:
         raise InputError('name what to generate from: bayeslora generate RUN --prompt "…"')
     prompts = _prompts(options)
     name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.build import model_for, transformed
     from bayeslora.cli.progress import own_progress
     from bayeslora.posteriors.loading import load_posterior
     from bayeslora.prediction.generation import generate, generate_each
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
     if options.beams != 1:
         settings["num_beams"] = options.beams
     with own_progress():
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         model, tokenizer = model_for(posterior, part(ModelOptions, options), None)
         given = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
         how: dict[str, Any] = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, ShapeOptions, option, part
+from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, part
 from bayeslora.cli.runs import posterior_name, write_json
 from bayeslora.errors import InputError
 
@@ -25,7 +25,7 @@ LEFT_OUT = ("samples", "pretty_env_info")
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, DrawOptions, ShapeOptions):
+class Options(ModelOptions, DrawOptions, TransformOptions):
     """Run tasks of the LM evaluation harness on a posterior: its own measures, and ECE, NLL and Brier beside them."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
     name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.build import model_for, transformed
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
 
     with own_progress(), _errors_only():
         tasks, manager = find_tasks(options.tasks, options.include_path)
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
         model, tokenizer = model_for(posterior, part(ModelOptions, options), None)
         lm = PosteriorLM(

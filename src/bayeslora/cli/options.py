@@ -115,7 +115,7 @@ class DrawOptions:
 
 
 @dataclass(kw_only=True)
-class EffortOptions:
+class BudgetOptions:
     """What a prediction may cost."""
 
     tolerance: float = option(
@@ -126,7 +126,7 @@ class EffortOptions:
 
 
 @dataclass(kw_only=True)
-class ShapeOptions:
+class TransformOptions:
     """Which draws, and from what is made of the posterior."""
 
     draw_seed: int = option(0, "Which stream of draws.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import DrawOptions, EffortOptions, ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import BudgetOptions, DrawOptions, ModelOptions, TaskOptions, TransformOptions, option, part
 from bayeslora.cli.runs import posterior_name, run_folder, write_text
 from bayeslora.errors import InputError
 
@@ -32,7 +32,7 @@ probabilities may be off for want of more). The data that the run was trained on
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, ShapeOptions, EffortOptions):
+class Options(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
         raise InputError("name what to predict with: bayeslora predict RUN --input FILE")
     target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
     name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, predicted, shaped
+    from bayeslora.cli.build import model_for, predicted, transformed
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say, watched
     from bayeslora.posteriors.loading import load_posterior
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
         if options.input == "-" and sys.stdin.isatty():
             say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
         rows = read_rows(sys.stdin if options.input == "-" else options.input)
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         split = _split(rows, options, posterior.origin)
         model, tokenizer = model_for(posterior, part(ModelOptions, options), split.classes)
         prediction = predicted(model, tokenizer, posterior, split, options, watched())

@@ -11,7 +11,7 @@ from typing import Any
 
 from bayeslora.cli.options import given
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 
 _FILE = "options.json"
 _PATHS = ("model", "data")
@@ -155,7 +155,7 @@ def write_text(path: Path, text: str) -> None:
         InputError: If it cannot be written.
     """
     try:
-        with replacing(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import ModelOptions, ShapeOptions, TaskOptions, option, part
+from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, part
 from bayeslora.cli.runs import posterior_name, run_folder
 from bayeslora.errors import InputError
 
@@ -25,7 +25,7 @@ The model NAME averages the draws at each token; NAME/mean and NAME/draw-000 …
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, ShapeOptions):
+class Options(ModelOptions, TaskOptions, TransformOptions):
     """Answer over HTTP as OpenAI's interface does, with each token's and each answer's uncertainty."""
 
     run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
@@ -96,7 +96,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 def _served(options: Options, name: str) -> Any:
     """Load what answers."""
-    from bayeslora.cli.build import model_for, shaped
+    from bayeslora.cli.build import model_for, transformed
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
     from bayeslora.integrations.server.worker import Served
@@ -104,7 +104,7 @@ def _served(options: Options, name: str) -> Any:
 
     tasks = part(TaskOptions, options)
     with own_progress():
-        posterior = shaped(load_posterior(name), part(ShapeOptions, options))
+        posterior = transformed(load_posterior(name), part(TransformOptions, options))
         like = kept_format(run_folder(Path(options.run)), tasks)
         if like is None:
             like = given_format(tasks, "input", posterior.origin)

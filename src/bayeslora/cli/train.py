@@ -105,12 +105,12 @@ def _of_member(args: Any, method: Any, options: Options) -> Any:
 def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
     """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
     from bayeslora.cli.terminal import say
-    from bayeslora.params import device_of, initialise, live
+    from bayeslora.params import device_of, initialise, lora_parameters
     from bayeslora.training.run import fit
 
     initialise(model, args.seed)
     rows = len(task.train) if task.train is not None else 0
-    adapted = sum(p.numel() for p in live(model).values())
+    adapted = sum(p.numel() for p in lora_parameters(model).values())
     place = device_of(model)
     say(f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters, on {place}")
     return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)

@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from bayeslora.comparison.costs import Cost, folder_bytes, most, peak_memory
 from bayeslora.comparison.keys import difference, key_of, of_arguments, of_model, of_rows
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
 from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
@@ -192,7 +192,7 @@ def _single(study: Study, run: _Run) -> Learned:
     seconds = before.train_seconds + time.perf_counter() - began
     memory = most(before.memory, peak.bytes)
     posterior.save_pretrained(folder / "posterior", overwrite=True)
-    with replacing(log) as partial:
+    with atomic_file(log) as partial:
         noted = {"seconds": seconds, "memory": memory, "depends": run.depends}
         partial.write_text(json.dumps(noted, indent=2), encoding="utf-8")
     return Learned(posterior, Cost(seconds, None, memory, folder_bytes(folder / "posterior")), run.key)
@@ -268,7 +268,7 @@ def predicted(
             progress=sys.stderr.isatty(),
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(log) as partial:
+    with atomic_file(log) as partial:
         partial.write_text(json.dumps({"memory": peak.bytes, "depends": depends}, indent=2), encoding="utf-8")
     prediction.save(path)
     return prediction, peak.bytes

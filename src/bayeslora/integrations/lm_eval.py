@@ -28,7 +28,7 @@ from bayeslora.prediction.draws import Draws, kept_draw
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
-from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.prediction.stacking import differing
 from bayeslora.tasks.types import Format, Split
@@ -87,7 +87,7 @@ class PosteriorLM(HFLM):
         drawn = drawn if differing(drawn) else drawn[:1]
         self.posterior, self.draws, self.seed, self.sampling = posterior, count, seed, sampling
         self.progress = progress
-        self._likelihoods = Likelihoods(model, drawn, readout, token_budget or found_budget(model))
+        self._likelihoods = Likelihoods(model, drawn, readout, token_budget or default_token_budget(model))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score texts after their contexts.

@@ -115,7 +115,7 @@ class PostHoc(Method):
         )
 
 
-def beginning(model: nn.Module, method: PostHoc, task: Task, start: Posterior | None) -> tuple[Params, Origin]:
+def fit_start(model: nn.Module, method: PostHoc, task: Task, start: Posterior | None) -> tuple[Params, Origin]:
     """Return the adapter that a method is fitted to, and the origin of its posterior.
 
     Args:

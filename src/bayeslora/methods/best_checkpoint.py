@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 
 
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
@@ -44,7 +44,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path: The file.
         tensors: What to write.
     """
-    with replacing(path) as partial:
+    with atomic_file(path) as partial:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial)
 
 

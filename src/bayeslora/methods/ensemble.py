@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 from bayeslora.methods.base import Method, PostHoc, origin_for
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
@@ -226,7 +226,7 @@ class _Start(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the member's seed into the checkpoint."""
         if state.is_world_process_zero:
-            with replacing(checkpoint_file(args, state, _STATE_FILE)) as partial:
+            with atomic_file(checkpoint_file(args, state, _STATE_FILE)) as partial:
                 partial.write_text(json.dumps({"seed": args.seed}), encoding="utf-8")
 
 

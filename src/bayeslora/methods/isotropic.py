@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.search import draws_nll
 from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, Posterior
@@ -70,7 +70,7 @@ class Isotropic(PostHoc):
     ) -> DiagonalGaussian:
         """Return the noise around an adapter; see `PostHoc.fit`."""
         self.check(model, task)
-        mean, origin = beginning(model, self, task, start)
+        mean, origin = fit_start(model, self, task, start)
         if not isinstance(self.sigma, str):
             return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
         assert task.validation is not None

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, final
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.guards import plain_layers
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import ColumnDropout, Posterior, TokenDropout
@@ -66,7 +66,7 @@ class McDropout(PostHoc):
     ) -> TokenDropout | ColumnDropout:
         """Return the adapter with its dropout; see `PostHoc.fit`."""
         self.check(model, task)
-        mean, origin = beginning(model, self, task, start)
+        mean, origin = fit_start(model, self, task, start)
         if self.kind == "columns":
             return column_dropout(model, mean, origin, self.rate)
         return TokenDropout(mean, _rate(model, self.rate), origin)

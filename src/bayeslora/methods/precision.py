@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bayeslora.params import live
+from bayeslora.params import lora_parameters
 
 HALF = (torch.float16, torch.bfloat16)
 """Types that are put into float32."""
@@ -35,6 +35,6 @@ def widen(model: nn.Module | None, optimizer: Any = None) -> None:
         return
     if getattr(getattr(optimizer, "optimizer", optimizer), "state", None):
         return
-    for name, p in live(model).items():
+    for name, p in lora_parameters(model).items():
         if "lora_" in name and p.requires_grad and p.dtype in HALF and type(p) in (nn.Parameter, Tensor):
             p.data = p.data.float()

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.params import evaluating, live, require_lora
+from bayeslora.params import evaluating, lora_parameters, require_lora
 
 
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
@@ -169,13 +169,13 @@ class DecoupledDecay(TrainerCallback):
         Raises:
             InputError: If a step would turn a parameter's sign.
         """
-        rates = {name: self.everything + self.b * ("lora_B" in name) for name in live(kwargs["model"])}
+        rates = {name: self.everything + self.b * ("lora_B" in name) for name in lora_parameters(kwargs["model"])}
         if max(rates.values()) * args.learning_rate >= 1:
             raise InputError(
                 f"weight decay {max(rates.values()):g} times learning rate {args.learning_rate:g} is not below 1; "
                 "lower one of them"
             )
-        self._rates = {id(p): rates[name] for name, p in live(kwargs["model"]).items()}
+        self._rates = {id(p): rates[name] for name, p in lora_parameters(kwargs["model"]).items()}
 
     @torch.no_grad()
     def on_pre_optimizer_step(

@@ -27,12 +27,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 from bayeslora.methods.base import Method, origin_for
 from bayeslora.methods.precision import HALF, widen
 from bayeslora.methods.records import Record, check_num_data, checkpoint_file, remember, require_record
-from bayeslora.methods.trainer_log import Figures, spread
-from bayeslora.params import Params, live, require_lora
+from bayeslora.methods.trainer_log import MetricsCallback, spread
+from bayeslora.params import Params, lora_parameters, require_lora
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Swag(Method):
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
         collector = _Collector(self, check_num_data(num_data))
-        return {"callbacks": [collector, Figures(self.name, collector.figures)]}
+        return {"callbacks": [collector, MetricsCallback(self.name, collector.figures)]}
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the Gaussian over the collected path; a `Point` for ``swa``.
@@ -111,7 +111,7 @@ class Swag(Method):
             A posterior of the family that ``kind`` names.
         """
         origin = origin_for(model, self)
-        mean = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in live(model).items()}
+        mean = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in lora_parameters(model).items()}
         mean |= {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":
             return Point(mean, origin)
@@ -168,7 +168,7 @@ class Moments:
         tensors = {f"mean/{n}": t for n, t in self.mean.items()} | {f"squares/{n}": t for n, t in self.squares.items()}
         for i, snapshot in enumerate(self.snapshots):
             tensors |= {f"{i}/{n}": t for n, t in snapshot.items()}
-        with replacing(path) as partial:
+        with atomic_file(path) as partial:
             save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"count": str(self.count)})
 
     def load(self, path: Path) -> None:
@@ -240,7 +240,7 @@ class _Collector(TrainerCallback):
         """Collect if it is time."""
         since = state.global_step - self.start
         if since > 0 and since % self.interval == 0:
-            self.moments.add({name: p for name, p in live(kwargs["model"]).items() if p.requires_grad})
+            self.moments.add({name: p for name, p in lora_parameters(kwargs["model"]).items() if p.requires_grad})
 
     def figures(self, state: TrainerState) -> dict[str, float]:
         """Return how many snapshots were collected and are kept, and the path's deviations √Σ_d, for the log."""
@@ -260,7 +260,9 @@ class _Collector(TrainerCallback):
         share = self.moments.still()
         if self.method.kind == "swa" or share < _STILL:
             return
-        half = next((p.dtype for p in live(kwargs["model"]).values() if p.requires_grad and p.dtype in HALF), None)
+        half = next(
+            (p.dtype for p in lora_parameters(kwargs["model"]).values() if p.requires_grad and p.dtype in HALF), None
+        )
         advice = "raise SWAG's learning_rate, or take snapshots further apart (interval)"
         if half is not None:
             advice = f"the adapter is in {half}, in which small steps are lost: train it in float32"

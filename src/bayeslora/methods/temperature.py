@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
@@ -80,7 +80,7 @@ class Temperature(PostHoc):
                 vector scaling is asked for.
         """
         rows = self.rows(task)
-        mean, origin = beginning(model, self, task, start)
+        mean, origin = fit_start(model, self, task, start)
         inner = Point(mean, origin) if start is None else start
         prediction = predict(model, inner, rows, self.draws, seed=seed, tokenizer=tokenizer, token_budget=token_budget)
         return Scaled(inner, self.scaling(prediction, rows), origin)

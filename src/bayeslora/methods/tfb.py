@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.search import draws_nll
 from bayeslora.params import Params, generator
@@ -124,7 +124,7 @@ class Tfb(PostHoc):
                 bears.
         """
         self.check(model, task)
-        adapter, origin = beginning(model, self, task, start)
+        adapter, origin = fit_start(model, self, task, start)
         mean, unit = reparametrised(adapter)
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)

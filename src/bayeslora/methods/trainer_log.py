@@ -21,7 +21,7 @@ SAMPLE = 2**17
 
 
 @final
-class Figures(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Adds a method's figures to the losses that the Trainer logs, before its trackers see them.
 
     The Trainer calls its trackers (``report_to``) before the callbacks that it is given, and tells no callback where

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 from bayeslora.metrics import uncertainty
 
 _FORMAT = "bayeslora.metrics.prediction"
@@ -141,7 +141,7 @@ class Prediction:
         content = save(tensors, metadata={_FORMAT: json.dumps(fields)})
         target = Path(path)
         try:
-            with replacing(target) as partial:
+            with atomic_file(target) as partial:
                 partial.write_bytes(content)
         except OSError as error:
             raise InputError(

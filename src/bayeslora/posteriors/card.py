@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
-from bayeslora.files import read_object, replacing
+from bayeslora.files import atomic_file, read_object
 
 if TYPE_CHECKING:
     from bayeslora.metrics.evaluation import Estimate, Evaluation
@@ -57,7 +57,7 @@ def write_card(
     path = Path(folder)
     text = card(path, name or path.resolve().name, evaluation, task)
     try:
-        with replacing(path / "README.md") as partial:
+        with atomic_file(path / "README.md") as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"the card of {path} cannot be written: {error.strerror or error}") from error
@@ -105,7 +105,7 @@ def name_card(folder: Path, name: str) -> None:
     text = path.read_text(encoding="utf-8")
     named = re.sub(rf'^{_NAME}"[^"\n]*"', lambda _: f'{_NAME}"{name}"', text, count=1, flags=re.MULTILINE)
     if named != text:
-        with replacing(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(named, encoding="utf-8")
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayeslora.errors import InputError
-from bayeslora.files import appearing, read_object
-from bayeslora.params import Params, check_against, live
+from bayeslora.files import atomic_folder, read_object
+from bayeslora.params import Params, check_against, lora_parameters
 from bayeslora.posteriors import (
     ColumnDropout,
     DiagonalGaussian,
@@ -85,7 +85,7 @@ def save_posterior(
         evaluation: Scores for the card.
         task: What they were measured on.
     """
-    with appearing(folder, overwrite=overwrite) as work:
+    with atomic_folder(folder, overwrite=overwrite) as work:
         _write_posterior(posterior, work)
         text = card(work, folder.resolve().name, evaluation, task)
         (work / "README.md").write_text(text, encoding="utf-8")
@@ -120,7 +120,7 @@ def load_posterior(
     posterior = _read_posterior(folder)
     if model is not None:
         check_base(_origin(posterior), model)
-        check_against(posterior.mean, live(model))
+        check_against(posterior.mean, lora_parameters(model))
     return posterior
 
 
@@ -182,7 +182,7 @@ def export_draws(
         raise InputError(f"the adapters' name {name!r} must be of letters, digits, '.', '_' and '-'")
     target = Path(folder)
     names = [f"{name}-{k:03d}" for k in range(draw_count(posterior, draws, sampling))]
-    with appearing(target) as work:
+    with atomic_folder(target) as work:
         for k, own in enumerate(names):
             (work / own).mkdir()
             _write_adapter(posterior.draw(k, seed, sampling), _origin(posterior), work / own)

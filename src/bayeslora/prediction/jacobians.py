@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.params import evaluating, live, require_lora
+from bayeslora.params import evaluating, lora_parameters, require_lora
 
 
 @final
@@ -60,7 +60,7 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
         for leaf, p in module.named_parameters(recurse=False)
     }
     found = []
-    for name, p in live(model).items():
+    for name, p in lora_parameters(model).items():
         if not names(name):
             continue
         if p not in owners:
@@ -145,7 +145,7 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
         seen.clear()
         return Gradients(logits.detach(), inputs, outputs, owners)
 
-    asked = {p: p.requires_grad for p in live(model).values()}
+    asked = {p: p.requires_grad for p in lora_parameters(model).values()}
     handles: list[Any] = [module.register_forward_hook(_note) for module in modules]
     try:
         for p in asked:

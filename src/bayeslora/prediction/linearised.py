@@ -16,7 +16,7 @@ from bayeslora.params import generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.jacobians import differentiated, linear_sites
-from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.memory import default_token_budget
 from bayeslora.tasks.types import Split
 
 LOGIT_DRAWS = 256
@@ -36,7 +36,7 @@ def gradient_budget(model: nn.Module, token_budget: int | None, split: Split) ->
     Returns:
         The budget divided by the number of choices, at least 1.
     """
-    most = token_budget or found_budget(model, gradients=True)
+    most = token_budget or default_token_budget(model, gradients=True)
     return max(1, most // max(len(example.choices) for example in split))
 
 

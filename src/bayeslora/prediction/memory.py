@@ -17,7 +17,7 @@ _PART = 4
 """The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
 
 
-def most_stacked(model: nn.Module, one: Params) -> int:
+def max_stacked(model: nn.Module, one: Params) -> int:
     """Return how many draws may be stacked at once.
 
     Args:
@@ -31,7 +31,7 @@ def most_stacked(model: nn.Module, one: Params) -> int:
     return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
 
 
-def found_budget(model: nn.Module, *, gradients: bool = False) -> int:
+def default_token_budget(model: nn.Module, *, gradients: bool = False) -> int:
     """Return how many tokens a batch may have on the model's device.
 
     A token needs, by estimate, ten times the hidden size and three times the inner size of the layers in the model's

@@ -19,7 +19,7 @@ from bayeslora.prediction import prefix_cache as prefix
 from bayeslora.prediction.batching import Batch, repeated
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
-from bayeslora.prediction.memory import most_stacked
+from bayeslora.prediction.memory import max_stacked
 from bayeslora.prediction.neutral import AT_ONCE, neutral_rows
 from bayeslora.prediction.probes import tried
 from bayeslora.prediction.readouts import Readout
@@ -87,7 +87,7 @@ class Passes:
         start = 0
         while start < count:
             drawn = [draw(start)]
-            most = most_stacked(self.model, drawn[0]) if self.stack else 1
+            most = max_stacked(self.model, drawn[0]) if self.stack else 1
             drawn += [draw(k) for k in range(start + 1, min(start + most, count))]
             names = differing(drawn)
             together = len(drawn) if names and self.stacks(names, share=False) else 1

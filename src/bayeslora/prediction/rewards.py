@@ -22,7 +22,7 @@ from bayeslora.posteriors import Posterior, Sampling
 from bayeslora.prediction.batching import repeated
 from bayeslora.prediction.draws import Draws, kept_draw
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
-from bayeslora.prediction.memory import found_budget, most_stacked
+from bayeslora.prediction.memory import default_token_budget, max_stacked
 from bayeslora.prediction.passes import on, schedule
 from bayeslora.prediction.readouts import Readout
 from bayeslora.prediction.stacking import differing, stacked, stacks
@@ -71,10 +71,10 @@ def predict_rewards(
     readout = _readout(model, tokenizer)
     count = Draws.of_weights(model, posterior, draws, seed, sampling).count
     rows = _encoded(texts, readout)
-    passes = _Passes(model, readout, rows, token_budget or found_budget(model))
+    passes = _Passes(model, readout, rows, token_budget or default_token_budget(model))
     with evaluating(model), torch.inference_mode():
         one = kept_draw(posterior, 0, seed, sampling)
-        most = most_stacked(model, one) if stack else 1
+        most = max_stacked(model, one) if stack else 1
         found = []
         for start in range(0, count, most):
             numbers = range(start, min(start + most, count))

@@ -30,7 +30,7 @@ from bayeslora.posteriors import (
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.prediction.draws import Draws, kept_draw, members_of
 from bayeslora.prediction.linearised import LOGIT_DRAWS, gradient_budget, logit_draws, logit_moments
-from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import Passes, batched
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split
@@ -109,7 +109,15 @@ def predict(
         tqdm(total=_passes(posterior, how) * len(rows), desc="predict", unit="row", disable=not progress) as bar,
     ):
         passes = Passes(
-            model, readout, rows, classes, token_budget or found_budget(model), bar.update, stack, share_prefix, compile
+            model,
+            readout,
+            rows,
+            classes,
+            token_budget or default_token_budget(model),
+            bar.update,
+            stack,
+            share_prefix,
+            compile,
         )
         log_probs, at_mean = _answers(passes, posterior, how)
     components = members_of(posterior, len(log_probs))

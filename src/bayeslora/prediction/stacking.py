@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.params import Params, generator, holding, live, read, require_lora, swapped
+from bayeslora.params import Params, generator, holding, lora_parameters, read, require_lora, swapped
 from bayeslora.prediction.probes import tried
 
 _CLOSE = 0.1
@@ -76,7 +76,7 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -
             return torch.stack([draw[name] for draw in draws]).to(own)
         return own.detach().expand(len(draws), *own.shape)
 
-    own = live(model)
+    own = lora_parameters(model)
     with holding(own, draws[0]):
         places, first = _places(model, own, names), first_layer(model, names) if share else None
         assert places is not None
@@ -106,7 +106,7 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
     Raises:
         InputError: If a parameter of the adapter belongs to anything but a linear layer.
     """
-    places = _places(model, live(model), frozenset(starts[0]))
+    places = _places(model, lora_parameters(model), frozenset(starts[0]))
     if places is None:
         raise InputError(
             "this adapter has parameters outside of linear layers, so its ensemble's members cannot be trained in one "
@@ -161,7 +161,7 @@ def first_layer(model: nn.Module, names: frozenset[str]) -> tuple[nn.ModuleList,
         None if it is the list's first layer, or in no list.
     """
     peft = require_lora(model)
-    wanted = {id(p) for name, p in live(peft).items() if name in names}
+    wanted = {id(p) for name, p in lora_parameters(peft).items() if name in names}
     for module in peft.modules():  # the outermost list comes first
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             found = [i for i, layer in enumerate(module) if any(id(p) in wanted for p in layer.parameters())]
@@ -199,7 +199,7 @@ def stacks(
 
     def trial() -> bool:
         """Look for what stands in the way, then compare."""
-        if _places(model, live(model), names) is None or (share and first_layer(model, names) is None):
+        if _places(model, lora_parameters(model), names) is None or (share and first_layer(model, names) is None):
             return False
         return _same(model, names, answers, share)
 

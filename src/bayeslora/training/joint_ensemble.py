@@ -18,9 +18,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.params import Params, evaluating, live, read, write
+from bayeslora.params import Params, evaluating, lora_parameters, read, write
 from bayeslora.prediction.encoding import Encoded
-from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import Passes
 from bayeslora.prediction.readouts import Readout
 from bayeslora.prediction.stacking import side_by_side
@@ -86,8 +86,8 @@ def _check(model: nn.Module, readout: Readout, rows: Sequence[Encoded], args: Tr
             "on this model the choices do not share their prompt's pass, so members cannot share one either; use "
             "together=False"
         )
-    names, classes = frozenset(live(model)), max((len(row.answers) for row in rows), default=0)
-    passes = Passes(model, readout, rows, classes, found_budget(model), lambda _: None)
+    names, classes = frozenset(lora_parameters(model)), max((len(row.answers) for row in rows), default=0)
+    passes = Passes(model, readout, rows, classes, default_token_budget(model), lambda _: None)
     with torch.inference_mode(), evaluating(model), readout.attached(model):
         apart = passes.stacks(names, share=False, needed=True)
     if not apart:
@@ -162,7 +162,7 @@ class _OwnGradients(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the members' parameters."""
-        self._own = list(live(kwargs["model"]).values())
+        self._own = list(lora_parameters(kwargs["model"]).values())
 
     @torch.no_grad()
     def on_pre_optimizer_step(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 from bayeslora.methods import Ensemble, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
@@ -132,7 +132,7 @@ def _note_seeds(args: TrainingArguments, own_args: Sequence[TrainingArguments], 
             )
     if args.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
+        with atomic_file(file) as partial:
             partial.write_text(json.dumps(seeds), encoding="utf-8")
 
 

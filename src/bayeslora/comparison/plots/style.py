@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayeslora.errors import InputError
-from bayeslora.files import replacing
+from bayeslora.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -269,7 +269,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         case _:
             raise InputError(f"cannot write a figure to {target}; give a path that ends in .png or .svg.")
     try:
-        with replacing(target) as partial:
+        with atomic_file(target) as partial:
             partial.write_bytes(content)
     except OSError as error:
         raise InputError(f"cannot write the figure to {target} ({error.strerror}); choose another path.") from error

@@ -15,7 +15,7 @@ from torch.nn import functional
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.methods.guards import plain_layers
-from bayeslora.params import generator, live, require_lora
+from bayeslora.params import generator, lora_parameters, require_lora
 
 _SPREAD = "blob_spread"
 """Where the PEFT model holds every G: outside the LoRA layers, so that PEFT does not save it with the adapter."""
@@ -145,7 +145,7 @@ def attach(
             raise InputError(f"BLoB serves linear layers, and {path} is a convolution; leave it out of target_modules")
     detach(model)
     found = {}
-    names = {id(p): name for name, p in live(model).items()}
+    names = {id(p): name for name, p in lora_parameters(model).items()}
     for layer in layers.values():
         plain = layer.lora_A[adapter]
         name = names[id(plain.weight)]

@@ -51,7 +51,7 @@ from bayeslora.methods.guards import check_training
 from bayeslora.methods.precision import widen
 from bayeslora.methods.records import Record, check_num_data, checkpoint_file, remember, require_record
 from bayeslora.methods.token_loss import TokenCount
-from bayeslora.methods.trainer_log import Figures, spread
+from bayeslora.methods.trainer_log import MetricsCallback, spread
 from bayeslora.params import Params, read, require_lora
 from bayeslora.posteriors import DiagonalGaussian
 
@@ -152,7 +152,7 @@ class Blob(Method):
         """
         layers = attach(model, self.setting("init_spread"), relative=self.number("relative_spread"))
         trainer = _Trainer(self, check_num_data(num_data), layers)
-        return {"callbacks": [trainer, Figures(self.name, trainer.figures)]}
+        return {"callbacks": [trainer, MetricsCallback(self.name, trainer.figures)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean.

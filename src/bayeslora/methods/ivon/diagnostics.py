@@ -10,7 +10,7 @@ from torch import nn
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import from_prior, pull_weight
 from bayeslora.methods.trainer_log import _Summary, logger
-from bayeslora.params import live
+from bayeslora.params import lora_parameters
 
 LEARNED = 0.5
 """The variance counts as learned if at least this share of h+δ is more than 10 % off what it would be without data."""
@@ -59,7 +59,7 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
         return
     sizes = {}
     for part in ("lora_A", "lora_B"):
-        values = [p.detach().abs().median() for name, p in live(model).items() if part in name]
+        values = [p.detach().abs().median() for name, p in lora_parameters(model).items() if part in name]
         sizes[part] = float(torch.stack(values).median()) if values else math.nan
     logger.info(
         "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "

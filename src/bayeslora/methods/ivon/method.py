@@ -31,7 +31,7 @@ from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.sampler import Sampler
 from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
 from bayeslora.methods.records import check_num_data, require_record
-from bayeslora.methods.trainer_log import Figures
+from bayeslora.methods.trainer_log import MetricsCallback
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
 
@@ -204,7 +204,7 @@ class Ivon(Method):
         sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": [sampler, Figures(self.name, sampler.figures)],
+            "callbacks": [sampler, MetricsCallback(self.name, sampler.figures)],
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:

@@ -7,7 +7,7 @@ from torch import nn
 
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.precision import HALF
-from bayeslora.params import Params, live
+from bayeslora.params import Params, lora_parameters
 
 
 def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
@@ -20,7 +20,7 @@ def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
     Returns:
         σ² of each parameter as ``variance/<name>``, and the exact mean of those in half precision as ``mean/<name>``.
     """
-    own = {name: p for name, p in live(model).items() if p in optimizer.state}
+    own = {name: p for name, p in lora_parameters(model).items() if p in optimizer.state}
     halves = {name: p for name, p in own.items() if p.dtype in HALF}
     found = {f"variance/{name}": optimizer.variance(p).cpu() for name, p in own.items()}
     return found | {f"mean/{name}": optimizer.mean(p).float().cpu().clone() for name, p in halves.items()}

@@ -27,12 +27,12 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, beginning
+from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
-from bayeslora.params import Params, live, swapped
+from bayeslora.params import Params, lora_parameters, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.prediction.jacobians import Site, linear_sites
@@ -107,7 +107,7 @@ class Laplace(PostHoc):
 
     def _sites(self, model: nn.Module) -> list[Site]:
         """Return the parameters that are uncertain."""
-        names = live(model)
+        names = lora_parameters(model)
         keep = in_last_layers(names, self.last_layers) if self.last_layers is not None else names.__contains__
         sites = linear_sites(model, keep)
         if not sites:
@@ -133,7 +133,7 @@ class Laplace(PostHoc):
         self.check(model, task)
         assert task.train is not None
         train, sites = task.train, self._sites(model)
-        mean, origin = beginning(model, self, task, start)
+        mean, origin = fit_start(model, self, task, start)
         readout = readout_for(model, train, tokenizer)
         batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, token_budget, train))
         curvature: Curvature
@@ -153,13 +153,13 @@ class Laplace(PostHoc):
             options = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
             precision = self._by_validation(model, around, task.validation, options)
         elif self.prior == "marginal":
-            precision = by_evidence(curvature.spectra(), mean)
+            precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
             precision = float(self.prior)
         logger.info(
             "Laplace: prior precision %.4g, log evidence %.5g.",
             precision,
-            log_likelihood + complexity(curvature.spectra(), mean, precision),
+            log_likelihood + log_occam_factor(curvature.spectra(), mean, precision),
         )
         found = around(precision)
         return Linearised(found, origin) if self.predictive == "linearised" else found
@@ -186,7 +186,7 @@ class Laplace(PostHoc):
         return CANDIDATES[best]
 
 
-def complexity(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params, precision: float) -> float:
+def log_occam_factor(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params, precision: float) -> float:
     """Return what the evidence takes off the log-likelihood: log Z − log p(D|θ̂), in Laplace's approximation.
 
     Args:
@@ -203,7 +203,7 @@ def complexity(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params, preci
     return 0.5 * (size * math.log(precision) - precision * square - log_det)
 
 
-def by_evidence(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params) -> float:
+def maximise_marginal_likelihood(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params) -> float:
     """Return the prior precision with the largest evidence.
 
     Args:
@@ -217,7 +217,7 @@ def by_evidence(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params) -> f
         InputError: If the evidence has no maximum: the loss has no curvature, or every parameter is zero.
     """
     low, high = LOG_PRECISIONS
-    found = smallest(lambda x: -complexity(spectra, mean, math.exp(x)), low, high)
+    found = smallest(lambda x: -log_occam_factor(spectra, mean, math.exp(x)), low, high)
     if found in (low, high):
         raise InputError(
             "the evidence has no maximum at a positive and finite prior precision "

@@ -15,7 +15,7 @@ from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep
 from bayeslora.prediction.generation.semantic import Same
-from bayeslora.prediction.memory import found_budget
+from bayeslora.prediction.memory import default_token_budget
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
@@ -156,7 +156,7 @@ def _grouped(decoder: Decoder, prompts: Sequence[Prompt], longest: int, size: in
     if size is None:
         rows = len(decoder.drawn) * max(1, int(decoder.settings.get("num_beams", 1)))
         tokens = max((len(ids) for ids in encoded), default=0) + longest
-        size = max(1, found_budget(decoder.model) // (rows * tokens))
+        size = max(1, default_token_budget(decoder.model) // (rows * tokens))
     return [encoded[at : at + size] for at in range(0, len(encoded), size)]
 
 
