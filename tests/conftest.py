@@ -27,7 +27,7 @@ jaxtyping.install_import_hook([f"bayeslora.{name}" for name in SHAPE_CHECKED], "
 
 torch.set_num_threads(1)  # tiny models are slower on several threads, which wait for each other
 
-from tiny import KINDS, Kind, make_tokenizer  # noqa: E402
+from support.tiny import KINDS, Kind, make_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

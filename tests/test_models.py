@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from tiny import make_base, make_tokenizer
+from support.tiny import make_base, make_tokenizer
 
 from bayeslora.errors import InputError
 from bayeslora.models import adapter_of, default_device, fast_dtype, load_model

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cli_data import POINTS, QUICK, Home, class_rows, question_rows, write_rows
-from tiny import make_base, make_tokenizer
+from support.cli_data import POINTS, QUICK, Home, class_rows, question_rows, write_rows
+from support.tiny import make_base, make_tokenizer
 
 from bayeslora.cli import main
 

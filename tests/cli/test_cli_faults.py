@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_data import POINTS, QUICK, question_rows, write_rows
+from support.cli_data import POINTS, QUICK, question_rows, write_rows
 
 from bayeslora.cli import main, runs
 from bayeslora.cli.build import build_method

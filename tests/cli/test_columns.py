@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from cli_data import POINTS, QUICK, write_rows
+from support.cli_data import POINTS, QUICK, write_rows
 
 from bayeslora.cli.data import given_format, kept_format, scored_as, split_like, written
 from bayeslora.cli.options import TaskOptions

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import transformers
-from cli_data import POINTS, QUICK
+from support.cli_data import POINTS, QUICK
 
 from bayeslora.cli import main
 from bayeslora.errors import InputError
@@ -193,7 +193,7 @@ def test_a_folder_that_has_a_known_tasks_name_does_not_hide_the_task(refused, ba
     monkeypatch.setattr(
         "bayeslora.cli.data.load_task", lambda *given, **_: (_ for _ in ()).throw(InputError(str(given)))
     )
-    from tiny import make_split
+    from support.tiny import make_split
 
     from bayeslora.cli.data import _other
     from bayeslora.cli.options import TaskOptions

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import gaussian, make_model
+from support.tiny import gaussian, make_model
 
 from bayeslora.cli.export import serving
 from bayeslora.posteriors.loading import export_draws, load_posterior

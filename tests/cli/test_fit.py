@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from cli_data import POINTS, QUICK, question_rows, write_rows
 from peft import LoraConfig, get_peft_model
-from tiny import TARGETS, make_base
+from support.cli_data import POINTS, QUICK, question_rows, write_rows
+from support.tiny import TARGETS, make_base
 
 from bayeslora.cli import main
 from bayeslora.params import initialise

@@ -13,10 +13,10 @@ import sys
 
 import pytest
 import torch
-from cli_data import POINTS, QUICK, class_rows, question_rows, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import make_base
+from support.cli_data import POINTS, QUICK, class_rows, question_rows, write_rows
+from support.tiny import make_base
 
 from bayeslora.cli.data import kept_format, split_like
 from bayeslora.cli.options import TaskOptions

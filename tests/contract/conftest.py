@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from methods_table import DROPOUT, TABLE
 from peft import PeftModel
-from tiny import KINDS, Kind, arguments
+from support.methods_table import DROPOUT, TABLE
+from support.tiny import KINDS, Kind, arguments
 
 from bayeslora.methods import Method
 from bayeslora.params import read, write

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from methods_table import DROPOUT, PAIRS, REPEATS, TABLE
 from peft import PeftModel
-from tiny import arguments, same_params, same_state, state_of
+from support.methods_table import DROPOUT, PAIRS, REPEATS, TABLE
+from support.tiny import arguments, same_params, same_state, state_of
 from torch import Tensor, nn
 from transformers import TrainerCallback
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, TABLE, quick_if_main
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from tiny import TARGETS, arguments, gaussian, make_task, same_params
+from support.methods_table import DROPOUT, TABLE, quick_if_main
+from support.tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT
-from tiny import KINDS, arguments, make_model, make_task
+from support.methods_table import DROPOUT
+from support.tiny import KINDS, arguments, make_model, make_task
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import SFTConfig, SFTTrainer
@@ -262,7 +262,7 @@ REAL = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
 import torch
-from tiny import arguments, make_model, make_task, make_tokenizer
+from support.tiny import arguments, make_model, make_task, make_tokenizer
 from bayeslora.methods import Ivon
 from bayeslora.training.run import fit
 

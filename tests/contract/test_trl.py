@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, REPEATS, TABLE, quick_if_main
 from peft import LoraConfig, PeftModel
-from tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
+from support.methods_table import DROPOUT, REPEATS, TABLE, quick_if_main
+from support.tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import DROPOUT, TABLE, quick_if_main
 from peft import LoraConfig, PeftModel
-from preferences import PAIRS, ROWS, TEXTS, reward_model
-from tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
+from support.methods_table import DROPOUT, TABLE, quick_if_main
+from support.preferences import PAIRS, ROWS, TEXTS, reward_model
+from support.tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 

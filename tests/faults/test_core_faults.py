@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny import KINDS, arguments, gaussian, make_base, make_model, make_task, make_tokenizer, same_params
+from support.tiny import KINDS, arguments, gaussian, make_base, make_model, make_task, make_tokenizer, same_params
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel
 

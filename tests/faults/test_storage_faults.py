@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import gaussian, make_model, same_params
+from support.tiny import gaussian, make_model, same_params
 
 from bayeslora import files
 from bayeslora.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import arguments, make_model, make_task, same_params
+from support.tiny import arguments, make_model, make_task, same_params
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError, Interrupted

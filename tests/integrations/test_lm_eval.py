@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import COLOURS, gaussian, make_model, make_split, make_task, make_tokenizer, same_state, state_of
+from support.tiny import COLOURS, gaussian, make_model, make_split, make_task, make_tokenizer, same_state, state_of
 
 from bayeslora.cli import main
 from bayeslora.errors import InputError
@@ -411,7 +411,7 @@ def test_predict_agrees_where_its_choices_are_whole_texts(model, posterior):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A posterior with its base model on disk."""
-    from tiny import make_base
+    from support.tiny import make_base
 
     path = tmp_path_factory.mktemp("run")
     make_base("llama").save_pretrained(path / "base")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_task
+from support.tiny import make_model, make_task
 from torch import Tensor, nn
 
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated

@@ -1,0 +1,267 @@
+"""How draws of a stream belong together, and how many of them an example takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support.families import FAMILIES, diagonal, dropout, low_rank, vector
+from support.tiny import gaussian, make_model, make_split
+from torch.quasirandom import SobolEngine
+
+from bayeslora.errors import InputError
+from bayeslora.params import read
+from bayeslora.posteriors import DiagonalGaussian, Mixture, Point, Scaled
+from bayeslora.posteriors.loading import export_draws
+from bayeslora.posteriors.sampling import _sobol_digits, noise, uniform
+from bayeslora.posteriors.transforms import tempered
+from bayeslora.prediction import predict
+from bayeslora.prediction.draws import Draws
+
+LIKE = torch.empty(4, 6)
+GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]
+
+
+def wide(model: Any) -> DiagonalGaussian:
+    mean = read(model)
+    return DiagonalGaussian(mean, {name: torch.full_like(value, 0.02) for name, value in mean.items()})
+
+
+@pytest.mark.parametrize("sampling", ["antithetic", "simplex", "sobol"])
+@pytest.mark.parametrize("index", [0, 3])
+def test_each_number_of_a_draw_is_standard_normal_over_the_seeds(sampling: Any, index: int) -> None:
+    # 4,000 seeds; every moment is within 5 of its own deviations
+    found = torch.stack([noise(seed, index, "x", LIKE, sampling) for seed in range(4000)]).double()
+    assert float(found.mean(0).abs().max()) < 5 / math.sqrt(4000)
+    assert float((found.var(0) - 1).abs().max()) < 5 * math.sqrt(2 / 4000)
+    assert float((found.pow(4).mean(0) - 3).abs().max()) < 5 * math.sqrt(96 / 4000)
+
+
+def test_each_number_of_a_draw_is_uniform_over_the_seeds() -> None:
+    for sampling in ("antithetic", "simplex", "sobol"):
+        found = torch.stack([uniform(seed, 1, "x", LIKE, sampling) for seed in range(4000)]).double()
+        assert float((found.mean(0) - 0.5).abs().max()) < 5 / math.sqrt(12 * 4000)
+        assert float(found.min()) >= 0
+        assert float(found.max()) <= 1
+
+
+@pytest.mark.parametrize("family", GAUSSIAN)
+def test_an_odd_antithetic_draw_mirrors_the_one_before_it(family: str) -> None:
+    posterior = FAMILIES[family]()
+    step = 2 if family == "mixture" else 1  # a mixture's draws go round its members
+    for k in range(step):
+        member = posterior.members[k] if isinstance(posterior, Mixture) else posterior
+        first, second = (vector(posterior.draw(n, 7, "antithetic")) for n in (k, k + step))
+        torch.testing.assert_close((first + second) / 2, vector(member.mean))
+        assert torch.equal(first, vector(posterior.draw(k, 7)))
+
+
+def test_antithetic_masks_of_dropout_are_taken_from_both_ends() -> None:
+    u, v = (uniform(0, k, "x", LIKE, "antithetic") for k in (0, 1))
+    torch.testing.assert_close(u + v, torch.ones_like(u))
+    assert not torch.equal(vector(dropout().draw(0, 0, "antithetic")), vector(dropout().draw(1, 0, "antithetic")))
+
+
+@pytest.mark.parametrize("family", GAUSSIAN)
+def test_five_simplex_draws_average_to_the_mean(family: str) -> None:
+    posterior = FAMILIES[family]()
+    members = posterior.members if isinstance(posterior, Mixture) else (posterior,)
+    for k, member in enumerate(members):  # a mixture's draws go round its members
+        for group in range(2):
+            numbers = [(5 * group + i) * len(members) + k for i in range(5)]
+            drawn = torch.stack([vector(posterior.draw(n, 7, "simplex")) for n in numbers])
+            torch.testing.assert_close(drawn.mean(0), vector(member.mean), rtol=0, atol=1e-6)  # float32 noise
+            assert bool((drawn.var(0) > 0).any())
+
+
+def test_simplex_draws_of_a_group_correlate_by_a_quarter_and_groups_not_at_all() -> None:
+    found = torch.stack([
+        torch.stack([noise(seed, k, "x", LIKE, "simplex").flatten() for k in range(6)]) for seed in range(4000)
+    ]).double()  # fmt: skip
+    correlations = torch.einsum("sin,sjn->ij", found, found) / (4000 * LIKE.numel())
+    wanted = torch.full((6, 6), -0.25).double().fill_diagonal_(1.0)
+    wanted[5, :5] = wanted[:5, 5] = 0.0
+    assert float((correlations - wanted).abs().max()) < 5 * math.sqrt(2 / (4000 * LIKE.numel()))
+
+
+def test_what_five_simplex_draws_are_worth() -> None:
+    """The average of a linear function has no variance, and that of a quadratic one the variance of four draws."""
+    like = torch.empty(1000)
+    squares = torch.stack([
+        torch.stack([noise(seed, k, "x", like, "simplex") for k in range(5)]).double().square().mean(0)
+        for seed in range(40)
+    ])  # fmt: skip
+    assert float(squares.var()) == pytest.approx(2 / 4, rel=5 * math.sqrt(6 / 40000))
+
+
+def test_sobol_points_are_those_of_torch() -> None:
+    wanted = SobolEngine(5).draw(9, dtype=torch.float64)
+    assert torch.equal(torch.stack([_sobol_digits(k, 5) for k in range(9)]).double() / 2**30, wanted)
+
+
+def test_sobol_draws_fill_every_stratum_of_every_number_once() -> None:
+    found = torch.stack([uniform(3, k, "x", LIKE, "sobol") for k in range(16)])
+    strata = (found * 16).long().sort(0).values
+    assert torch.equal(strata, torch.arange(16)[:, None, None].expand(16, *LIKE.shape))
+
+
+def test_a_parameter_with_more_numbers_than_sobols_dimensions_is_served() -> None:
+    like = torch.empty(3, SobolEngine.MAXDIM)
+    one, other = noise(0, 0, "x", like, "sobol"), noise(0, 1, "x", like, "sobol")
+    assert bool((one[0] != one[1]).any())
+    correlation = (one.flatten() @ other.flatten()) / one.numel()
+    assert float(correlation) < 0  # the second point is in the other half of every number
+
+
+@pytest.mark.parametrize("make", [diagonal, low_rank])
+def test_averages_of_smooth_functions_need_fewer_draws(make: Any) -> None:
+    posterior = make()
+    rng = torch.Generator().manual_seed(0)
+    direction = torch.randn(len(vector(posterior.mean)), generator=rng).double()
+
+    def spread(sampling: Any) -> float:
+        """Deviation over 60 streams of the average of exp(a·θ/20) over eight draws."""
+        found = [
+            torch.stack([(direction @ vector(posterior.draw(k, seed, sampling)) / 20).exp() for k in range(8)]).mean()
+            for seed in range(60)
+        ]
+        return float(torch.stack(found).std())
+
+    plain = spread("independent")
+    assert spread("antithetic") < 0.7 * plain
+    assert spread("simplex") < 0.7 * plain
+    assert spread("sobol") < 0.7 * plain
+
+
+def test_examples_stop_when_their_error_is_small_enough(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 13, 2, classes=False, readout="likelihood")
+    posterior = wide(model)
+    full = predict(model, posterior, split, 40, seed=2, tokenizer=tokenizer)
+    tolerance = float(full.monte_carlo_error.median()) * 2
+    found = predict(model, posterior, split, 40, seed=2, tolerance=tolerance, tokenizer=tokenizer)
+    taken = found.draws_taken
+    assert int(taken.min()) < int(taken.max()) <= 40
+    assert found.draws == int(taken.max())
+    assert bool(((found.monte_carlo_error <= tolerance) | (taken == 40)).all())
+    for n, count in enumerate(taken.tolist()):
+        torch.testing.assert_close(found.log_probs[:count, n], full.log_probs[:count, n], rtol=0, atol=2e-5)
+        assert bool((found.log_probs[count:, n] == -math.inf).all())
+    torch.testing.assert_close(found.mean_log_probs, full.mean_log_probs, rtol=0, atol=2e-5)
+    again = predict(model, posterior, split, 40, seed=2, tolerance=tolerance, tokenizer=tokenizer, token_budget=70)
+    assert torch.equal(again.draws_taken, taken)
+
+
+@pytest.mark.parametrize("sampling", ["independent", "antithetic", "simplex"])
+def test_members_of_a_mixture_get_equally_many_draws_of_every_example(sampling: Any, tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
+    posterior = Mixture(tuple(tempered(wide(model), t) for t in (1.0, 0.5, 0.1)))
+    found = predict(model, posterior, split, 30, tolerance=0.01, sampling=sampling, tokenizer=tokenizer)
+    unit = {"independent": 3, "antithetic": 6, "simplex": 15}[sampling]
+    assert all(count % unit == 0 for count in found.draws_taken.tolist())
+    assert int(found.draws_taken.min()) < 30
+
+
+def test_scaled_posteriors_stop_by_the_error_of_the_scaled_probabilities(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
+    flat = {f"{of}.{part}": torch.tensor([1e-4 if part == "weight" else 0.0]) for of in ("draws", "mean")
+            for part in ("weight", "bias")}  # fmt: skip
+    found = predict(model, Scaled(wide(model), flat), split, 30, tolerance=0.005, tokenizer=tokenizer)
+    assert found.draws_taken.tolist() == [4] * 9
+    torch.testing.assert_close(found.probs.amax(-1) * (found.probs > 0).sum(-1), torch.ones(9), atol=1e-2, rtol=0)
+
+
+def test_a_point_and_an_ensemble_of_points_have_no_monte_carlo_error(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
+    mean = read(model)
+    other = {name: value + 0.1 for name, value in mean.items()}
+    for posterior in (Point(mean), Mixture((Point(mean), Point(other)))):
+        found = predict(model, posterior, split, 10, tolerance=1e-3, sampling="antithetic", tokenizer=tokenizer)
+        assert found.monte_carlo_error.tolist() == [0.0] * 5
+        assert found.draws == len(getattr(posterior, "members", (0,)))
+
+
+def test_without_the_mean_there_is_one_pass_less(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
+    full = predict(model, wide(model), split, 3, tokenizer=tokenizer, stack=False)
+    found = predict(model, wide(model), split, 3, tokenizer=tokenizer, stack=False, mean=False)
+    assert found.mean_log_probs is None
+    assert torch.equal(found.log_probs, full.log_probs)
+
+
+def test_antithetic_draws_come_in_pairs() -> None:
+    assert Draws.of(diagonal(), 5, 0, "antithetic", None, 4, True).count == 6
+    assert Draws.of(Mixture((diagonal(), low_rank())), 5, 0, "antithetic", None, 4, True).count == 8
+    assert Draws.of(diagonal(), 5, 0, "sobol", None, 4, True).count == 5
+
+
+def test_simplex_draws_come_in_fives() -> None:
+    three = Mixture((diagonal(), low_rank(), diagonal()))
+    for posterior, asked, given in (
+        (diagonal(), 8, 10), (diagonal(), 5, 5), (three, 8, 15), (three, 16, 30), (Mixture((three, diagonal())), 1, 30),
+        (Mixture((diagonal(), Point(low_rank().mean))), 4, 10), (Point(diagonal().mean), 8, 1),
+    ):  # fmt: skip
+        assert Draws.of(posterior, asked, 0, "simplex", None, 4, True).count == given
+
+
+@pytest.mark.parametrize("asked", [8, 40])
+@pytest.mark.parametrize("tolerance", [None, 0.01])
+@pytest.mark.parametrize("family", ["diagonal", "low-rank", "mixture", "scaled", "nested"])
+def test_the_noise_of_all_simplex_draws_that_are_used_sums_to_zero(
+    family: str, tolerance: float | None, asked: int
+) -> None:
+    made = FAMILIES["mixture"]()
+    posterior = Mixture((made, low_rank(), diagonal())) if family == "nested" else FAMILIES[family]()
+    points = {id(p): vector(p.mean) for p in members(posterior)}
+    for numbers in Draws.of(posterior, asked, 7, "simplex", tolerance, 4, True).rounds():
+        used: dict[int, list[torch.Tensor]] = {}
+        for k in range(numbers.stop):
+            used.setdefault(id(member_of(posterior, k)), []).append(vector(posterior.draw(k, 7, "simplex")))
+        assert used.keys() == points.keys()
+        for key, drawn in used.items():
+            torch.testing.assert_close(torch.stack(drawn).mean(0), points[key], rtol=0, atol=2e-6)  # float32 noise
+
+
+def members(posterior: Any) -> list[Any]:
+    """The posteriors that a posterior draws from in the end."""
+    if isinstance(posterior, Scaled):
+        return members(posterior.posterior)
+    return [m for one in posterior.members for m in members(one)] if isinstance(posterior, Mixture) else [posterior]
+
+
+def member_of(posterior: Any, index: int) -> Any:
+    """The one that a draw comes from."""
+    if isinstance(posterior, Scaled):
+        return member_of(posterior.posterior, index)
+    if not isinstance(posterior, Mixture):
+        return posterior
+    inner, member = divmod(index, len(posterior.members))
+    return member_of(posterior.members[member], inner)
+
+
+def test_exported_simplex_draws_come_in_fives(tmp_path: Any) -> None:
+    posterior = gaussian(make_model())
+    assert len(export_draws(posterior, tmp_path / "draws", 8, sampling="simplex")) == 10
+
+
+def test_rounds_grow_by_half_and_end_at_the_largest_number() -> None:
+    rounds = Draws.of(diagonal(), 30, 0, "independent", 0.01, 4, True).rounds()
+    assert [r.stop for r in rounds] == [4, 6, 9, 13, 19, 28, 30]
+    assert [r.start for r in rounds] == [0, *(r.stop for r in rounds[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tolerance": 0.0}, "tolerance must be finite and positive"),
+        ({"tolerance": math.nan}, "tolerance must be finite and positive"),
+        ({"fewest": 1}, "fewest_draws must be at least 2"),
+        ({"sampling": "latin"}, "sampling must be one of independent, antithetic, simplex, sobol"),
+        ({"draws": 0}, "draws must be at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
+    usual = {"draws": 5, "seed": 0, "sampling": "independent", "tolerance": None, "fewest": 4, "mean": True}
+    with pytest.raises(InputError, match=said):
+        Draws.of(diagonal(), **(usual | settings))

@@ -1,0 +1,86 @@
+"""Compiled layers answer and learn as plain ones do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from support.tiny import Kind, arguments, gaussian, make_model, make_split, make_task, same_state, state_of
+
+import bayeslora as bl
+from bayeslora.errors import InputError
+from bayeslora.prediction import compilation as module
+from bayeslora.prediction import predict
+
+
+@pytest.fixture(autouse=True)
+def _without_shape_checks() -> Iterator[None]:
+    """The checks of shapes cannot be traced."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch._dynamo.reset()
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Trace layers without making machine code of them; the list grows with each graph."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(module.torch, "compile", lambda call, **_: compile_(call, backend=backend))
+    return graphs
+
+
+def test_draws_are_the_same(quick: list[Any], kind: Kind, tokenizer: Any) -> None:
+    model = kind.build()
+    split = kind.task().test
+    before = state_of(model)
+    plain, layers = (predict(model, gaussian(model), split, 3, tokenizer=tokenizer, compile=c) for c in (False, True))
+    assert quick
+    assert same_state(model, before)
+    close = 1e-5 if kind.dtype == torch.float32 else 0.05
+    torch.testing.assert_close(layers.log_probs.exp(), plain.log_probs.exp(), rtol=0, atol=close)
+
+
+def test_training_is_the_same(quick: list[Any], tokenizer: Any, tmp_path: Path) -> None:
+    found = []
+    for compile_ in (False, True):
+        args = arguments(tmp_path / str(compile_), max_steps=6, torch_compile=compile_)
+        model = make_model()
+        before = [m.__dict__.get("forward") for m in model.modules()]
+        found.append(bl.fit(model, make_task(), bl.Map(), args, tokenizer=tokenizer).mean)
+        assert [m.__dict__.get("forward") for m in model.modules()] == before
+    assert quick
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+def test_what_cannot_be_compiled_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler was found")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(module.torch, "compile", lambda call, **_: compile_(call, backend=fails))
+    model = make_model()
+    before = state_of(model)
+    with pytest.raises(InputError, match=r"cannot be compiled here: .*no compiler was found.*leave compilation off"):
+        predict(model, gaussian(model), make_split("test", 3, 2, classes=False), 2, tokenizer=tokenizer, compile=True)
+    assert same_state(model, before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_machine_code_gives_the_same_draws(tokenizer: Any) -> None:
+    model, split = make_model(), make_split("test", 7, 2, classes=False)
+    plain, layers = (predict(model, gaussian(model), split, 3, tokenizer=tokenizer, compile=c) for c in (False, True))
+    torch.testing.assert_close(layers.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,97 @@
+"""A common beginning that is run once gives what whole prompts give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import Kind, make_model, make_split, same_state, state_of
+
+from bayeslora.params import read
+from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.posteriors.transforms import restricted
+from bayeslora.prediction import predict
+from bayeslora.prediction import prefix_cache as prefix
+from bayeslora.prediction.encoding import Encoded
+from bayeslora.tasks.types import Split
+
+INSTRUCTION = "Question: red holds 1 blue, old gold holds 2 dark green, pale red holds 3 blue. Answer: green.\n"
+
+
+def instructed(split: Split) -> Split:
+    """The same examples after an instruction of 34 tokens."""
+    examples = tuple(replace(e, text=INSTRUCTION + e.text) for e in split)
+    return replace(split, examples=examples)
+
+
+def posteriors(model: Any) -> dict[str, Any]:
+    mean = read(model)
+    gaussian = DiagonalGaussian(mean, {name: torch.full_like(value, 0.01) for name, value in mean.items()})
+    return {"point": Point(mean), "gaussian": gaussian, "last-layer": restricted(gaussian, 1)}
+
+
+def tokens_in(model: Any) -> tuple[list[int], Any]:
+    """The number of tokens in each pass over the layers, and the hook that counts them."""
+    found: list[int] = []
+    base = model.get_base_model()
+    layers = getattr(base, base.base_model_prefix)
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        found.append((args[0] if args else kwargs["input_ids"]).numel())
+
+    return found, layers.register_forward_pre_hook(note, with_kwargs=True)
+
+
+@pytest.mark.parametrize("name", ["point", "gaussian", "last-layer"])
+@pytest.mark.parametrize("budget", [150, 4000])
+def test_a_beginning_that_is_run_once_changes_no_answer(name: str, budget: int, kind: Kind, tokenizer: Any) -> None:
+    model = kind.build()
+    posterior, split = posteriors(model)[name], instructed(kind.task().test)
+    before = state_of(model)
+    counts, hook = tokens_in(model)
+    usual = {"seed": 1, "tokenizer": tokenizer, "token_budget": budget}
+    once = predict(model, posterior, split, 3, **usual)
+    counts.clear()  # of the trials
+    again = predict(model, posterior, split, 3, **usual)
+    assert torch.equal(again.log_probs, once.log_probs)
+    spent = sum(counts)
+    counts.clear()
+    whole = predict(model, posterior, split, 3, share_prefix=False, **usual)
+    hook.remove()
+    assert same_state(model, before)
+    atol = 0.05 if kind.dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(once.log_probs, whole.log_probs, rtol=0, atol=atol)
+    torch.testing.assert_close(once.mean_log_probs, whole.mean_log_probs, rtol=0, atol=atol)
+    if budget == 4000:
+        assert (spent < 0.8 * sum(counts)) == (kind.model != "bert")
+
+
+def test_the_beginning_is_the_longest_that_leaves_every_prompt_a_token() -> None:
+    def common(*prompts: tuple[int, ...]) -> tuple[int, ...]:
+        return prefix.common([Encoded(p, ((1,),), 0) for p in prompts])
+
+    assert common((1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 9, 9)) == (1, 2)
+    assert common((1, 2, 3), (1, 2, 3)) == (1, 2)
+    assert common((1, 2, 3), (1, 2, 3, 4)) == (1, 2)
+    assert common((7, 2), (1, 2)) == ()
+    assert common((1, 2, 3)) == ()
+
+
+def test_prompts_without_a_long_beginning_are_run_whole(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 6, 2, classes=False, readout="letters")
+    counts, hook = tokens_in(model)
+    predict(model, Point(read(model)), split, tokenizer=tokenizer)
+    hook.remove()
+    assert len(counts) == 1
+
+
+def test_a_model_that_does_not_go_on_from_kept_keys_is_given_whole_prompts(tokenizer: Any) -> None:
+    model, split = make_model("llama"), instructed(make_split("test", 6, 2, classes=False, readout="letters"))
+    wanted = predict(model, Point(read(model)), split, tokenizer=tokenizer, share_prefix=False)
+    model = make_model("llama")  # another object: the outcome of a trial is kept with the model
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True)  # fmt: skip  # noqa: E501
+    found = predict(model, Point(read(model)), split, tokenizer=tokenizer)
+    torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=0, atol=2e-5)

@@ -1,0 +1,265 @@
+"""Draws stacked in one pass answer as draws one after the other, for every model, readout and family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import Kind, make_model, make_split, make_task, same_state, state_of
+from torch import Tensor
+
+from bayeslora.errors import InputError
+from bayeslora.params import read
+from bayeslora.posteriors import (
+    ColumnDropout,
+    DiagonalGaussian,
+    KroneckerGaussian,
+    LowRankGaussian,
+    Mixture,
+    Point,
+    Scaled,
+    TokenDropout,
+)
+from bayeslora.posteriors.transforms import restricted
+from bayeslora.prediction import memory, predict
+from bayeslora.prediction.passes import grouped, schedule
+from bayeslora.prediction.stacking import StackedLinear, first_layer
+
+
+def spread(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    mean = read(model)
+    return mean, {name: torch.full_like(value, 0.01) for name, value in mean.items()}
+
+
+def diagonal(model: Any) -> DiagonalGaussian:
+    return DiagonalGaussian(*spread(model))
+
+
+def only_a(model: Any) -> DiagonalGaussian:
+    mean, variance = spread(model)
+    return DiagonalGaussian(mean, {name: v for name, v in variance.items() if "lora_A" in name})
+
+
+def low_rank(model: Any) -> LowRankGaussian:
+    mean, variance = spread(model)
+    rng = torch.Generator().manual_seed(5)
+    snapshots = {n: m + 0.1 * torch.randn(3, *m.shape, generator=rng) for n, m in mean.items()}
+    return LowRankGaussian(mean, variance, snapshots)
+
+
+def kronecker(model: Any) -> KroneckerGaussian:
+    mean, _ = spread(model)
+    matrices = {name: value for name, value in mean.items() if value.ndim == 2}
+    values = [{n: torch.ones(m.shape[k] + 1) for n, m in matrices.items()} for k in (0, 1)]
+    vectors = [{n: torch.eye(m.shape[k]) for n, m in matrices.items()} for k in (0, 1)]
+    strength = {n: torch.ones(()) for n in matrices}
+    return KroneckerGaussian(mean, values[0], vectors[0], values[1], vectors[1], strength, 50.0)
+
+
+def dropout(model: Any) -> ColumnDropout:
+    mean, _ = spread(model)
+    return ColumnDropout(mean, 0.3, {name: 1.0 for name in mean if "lora_A" in name})
+
+
+def ensemble(model: Any) -> Mixture:
+    mean, _ = spread(model)
+    rng = torch.Generator().manual_seed(6)
+    return Mixture(tuple(
+        Point({n: m + 0.1 * torch.randn(m.shape, generator=rng) for n, m in mean.items()}) for _ in range(3)
+    ))  # fmt: skip
+
+
+FAMILIES = {
+    "point": lambda model: Point(read(model)),
+    "diagonal": diagonal,
+    "only-a": only_a,
+    "low-rank": low_rank,
+    "kronecker": kronecker,
+    "dropout": dropout,
+    "ensemble": ensemble,
+    "mixture": lambda model: Mixture((diagonal(model), low_rank(model))),
+    "last-layer": lambda model: restricted(diagonal(model), 1),
+    "scaled": lambda model: Scaled(diagonal(model), {f"{of}.{part}": torch.tensor([0.5 if part == "weight" else 0.0])
+                                                     for of in ("draws", "mean") for part in ("weight", "bias")}),
+    "with-token-dropout": lambda model: Mixture((diagonal(model), TokenDropout(read(model), 0.2))),
+}  # fmt: skip
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[int, int]]]:
+    """Passes of stacked layers: the number of draws, and the rows that came in."""
+    found: list[tuple[int, int]] = []
+    forward = StackedLinear.forward
+
+    def counting(self: StackedLinear, input: Tensor) -> Tensor:
+        found.append((len(self.weight), len(input)))
+        return forward(self, input)
+
+    StackedLinear.forward = counting  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        StackedLinear.forward = forward  # type: ignore[method-assign]
+
+
+def tolerance(kind: Kind) -> dict[str, float]:
+    return {"rtol": 0, "atol": 0.05 if kind.dtype == torch.bfloat16 else 2e-5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_draws_answer_as_the_loop_does(family: str, kind: Kind, tokenizer: Any) -> None:
+    model = kind.build()
+    posterior, split = FAMILIES[family](model), kind.task().test
+    before = state_of(model)
+    with counted() as calls:
+        together = predict(model, posterior, split, 4, seed=3, tokenizer=tokenizer, token_budget=400)
+    assert same_state(model, before)
+    assert any(count > 2 for count, _ in calls) == (family != "point")
+    one_by_one = predict(model, posterior, split, 4, seed=3, tokenizer=tokenizer, token_budget=400, stack=False)
+    for name in ("log_probs", "mean_log_probs"):
+        torch.testing.assert_close(getattr(together, name), getattr(one_by_one, name), **tolerance(kind))
+    again = predict(model, posterior, split, 4, seed=3, tokenizer=tokenizer, token_budget=400)
+    assert torch.equal(again.log_probs, together.log_probs)
+
+
+def test_layers_before_the_first_noisy_one_see_the_batch_once(kind: Kind, tokenizer: Any) -> None:
+    model, split = kind.build(), kind.task().test
+    posterior, rows = restricted(diagonal(model), 1), []
+    layers, first = first_layer(model, frozenset(posterior.variance) & {n for n in posterior.variance if ".1." in n})
+    assert first == 1
+    handle = layers[0].register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True)  # fmt: skip  # noqa: E501
+    with counted() as calls:
+        predict(model, posterior, split, 3, tokenizer=tokenizer, token_budget=10_000)
+    handle.remove()
+    assert rows[-1] * 4 == calls[-1][1]  # three draws and the mean
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
+def test_any_module_may_be_adapted_those_without_linear_adapters_go_one_by_one(targets: Any, tokenizer: Any) -> None:
+    model = make_model("llama", target_modules=targets)
+    posterior, split = diagonal(model), make_split("test", 5, 2, classes=False, readout="likelihood")
+    with counted() as calls:
+        together = predict(model, posterior, split, 3, tokenizer=tokenizer)
+    assert bool(calls) == ("embed_tokens" not in targets)
+    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, stack=False)
+    torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=2e-5)
+
+
+def test_a_model_that_mixes_its_rows_is_not_stacked(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
+    layer = model.base_model.model.model.layers[0]
+    layer.register_forward_hook(lambda _, __, out: (out[0] if isinstance(out, tuple) else out).flip(0))
+    with counted() as calls:
+        predict(model, diagonal(model), split, 3, tokenizer=tokenizer, token_budget=30)
+    tried = len(calls)
+    predict(model, diagonal(model), split, 3, tokenizer=tokenizer, token_budget=30)
+    assert all(count == 2 for count, _ in calls)  # the trial, and nothing else
+    assert len(calls) == tried  # which is made once
+
+
+def test_the_model_is_restored_after_an_exception_in_a_batch(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
+    before = state_of(model)
+
+    def fail(*_: Any) -> None:
+        if isinstance(model.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"], StackedLinear):
+            raise KeyboardInterrupt
+
+    handle = model.base_model.model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, restricted(diagonal(model), 1), split, 3, tokenizer=tokenizer)
+    handle.remove()
+    assert same_state(model, before)
+
+
+def test_a_batch_too_large_for_memory_is_halved_with_a_notice(tokenizer: Any, caplog: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="letters")
+    posterior = diagonal(model)
+    wanted = predict(model, posterior, split, 5, tokenizer=tokenizer)
+    sizes = []
+
+    def limited(most: int) -> Any:
+        def fail(_: Any, args: Any) -> None:
+            sizes.append(args[0].numel())
+            if args[0].numel() > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        return model.base_model.model.model.layers[0].mlp.register_forward_pre_hook(fail)
+
+    one = 32 * 40  # numbers in a row of forty tokens
+    handle = limited(2 * one)  # fewer than the draws of a single row
+    found = predict(model, posterior, split, 5, tokenizer=tokenizer)
+    handle.remove()
+    torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=0, atol=2e-5)
+    assert "it is halved" in caplog.text
+    handle = limited(32)
+    with pytest.raises(InputError, match=r"example \d+ has \d+ tokens and does not fit into memory"):
+        predict(model, Point(read(model)), split, tokenizer=tokenizer)
+    handle.remove()
+
+
+def test_other_errors_of_a_batch_are_not_swallowed(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 3, 2, classes=False, readout="letters")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("something else")
+
+    model.base_model.model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        predict(model, Point(read(model)), split, tokenizer=tokenizer)
+
+
+def test_stacks_are_no_larger_than_a_quarter_of_the_model(tokenizer: Any) -> None:
+    model = make_model("llama", r=16, target_modules="all-linear")
+    base, own = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in read(model).values())
+    assert base // (4 * own) < 2  # this adapter is large for its base
+    with counted() as calls:
+        predict(model, diagonal(model), make_task(readout="letters").test, 6, tokenizer=tokenizer)
+    assert not calls
+
+
+def test_every_example_is_in_one_batch_within_the_budget() -> None:
+    lengths = [3, 50, 7, 7, 120, 400, 1, 33]
+    for most in (1, 3, 10):
+        plan = schedule(lengths, 100, most)
+        places = [place for batches in plan.values() for group in batches for place in group]
+        assert sorted(places) == list(range(8))
+        assert max(plan) <= most
+        for width, batches in plan.items():
+            for group in batches:
+                longest = max(lengths[p] for p in group)
+                assert width * len(group) * longest <= 100 or (width == len(group) == 1)
+    assert schedule(lengths, 10**6, 10) == {10: [[5, 4, 1, 7, 2, 3, 0, 6]]}
+
+
+def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch: Any) -> None:
+    model = make_model("llama", torch.bfloat16)
+    assert memory.default_token_budget(model) == 2048
+    monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    one = 2 * (10 * 32 + 3 * 48 + 2 * 32 * 2) + 10 * 80  # bytes of a token
+    for free, wanted in ((2 * 300 * one, 300), (0, 1), (10**12, memory.GPU_BUDGET)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
+        assert memory.default_token_budget(model) == wanted
+
+
+def test_the_longest_examples_come_first() -> None:
+    assert grouped([5, 9, 1], 18) == [[1, 0], [2]]
+    assert grouped([5, 9, 1], 2) == [[1], [0], [2]]
+
+
+def test_stacked_layers_have_each_rows_of_their_own() -> None:
+    layer = StackedLinear(torch.tensor([[[1.0]], [[10.0]]]), torch.tensor([[0.0], [5.0]]))
+    assert layer(torch.ones(4, 3, 1)).flatten().tolist() == [1.0] * 6 + [15.0] * 6
+
+
+def test_prediction_is_the_same_inside_inference_mode(tokenizer: Any) -> None:
+    model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="likelihood")
+    wanted = predict(model, diagonal(model), split, 3, tokenizer=tokenizer)
+    with torch.inference_mode():
+        found = predict(model, diagonal(model), split, 3, tokenizer=tokenizer)
+    assert torch.equal(found.log_probs, wanted.log_probs)

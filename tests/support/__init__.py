@@ -1,0 +1,1 @@
+"""Helpers of the tests: tiny models, small posteriors, fake servers, data."""
