@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import bayeslora as bl
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Posterior
-from bayeslora.tasks.prompts import render, resolve_format
+from bayeslora.tasks.templates import render, resolve_format
 from bayeslora.tasks.types import Split, Task
 
 DRAWS = 10

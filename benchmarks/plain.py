@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bayeslora.tasks.prompts import answer_text, render, resolve_format
+from bayeslora.tasks.templates import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
 
 BATCH = 16

@@ -15,8 +15,7 @@ from bayeslora.cli.predict import EXAMPLES, Options
 from bayeslora.errors import InputError
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import Origin, check_scores
-from bayeslora.tasks import prompts as render
-from bayeslora.tasks import read_rows, resolve_format
+from bayeslora.tasks import read_rows, render, resolve_format
 
 TEMPLATE = r"{premise}\nQuestion: {hypothesis}\nAnswer:"
 

@@ -396,7 +396,7 @@ def test_an_ensemble_of_points_has_as_many_draws_as_members(model, posterior):
 def test_predict_agrees_where_its_choices_are_whole_texts(model, posterior):
     task = make_task(readout="likelihood")
     prediction = predict(model, posterior, task.test, 3, tokenizer=make_tokenizer(), mean=False)
-    from bayeslora.tasks.prompts import answer_text, render, resolve_format
+    from bayeslora.tasks.templates import answer_text, render, resolve_format
 
     form = resolve_format(task.test.format, "likelihood")
     lm = ours(model, posterior, 3)

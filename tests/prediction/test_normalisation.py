@@ -18,7 +18,7 @@ from bayeslora.posteriors import Point
 from bayeslora.prediction import predict, readout_for
 from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.passes import batched
-from bayeslora.tasks.prompts import answer_text, neutral_prompt, render, resolve_format
+from bayeslora.tasks.templates import answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Format, Normalisation, Split, Task
 from bayeslora.training.run import fit
 

@@ -17,7 +17,7 @@ from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Point
 from bayeslora.prediction import Readout, predict, readout_for
 from bayeslora.prediction.generation import generate
-from bayeslora.tasks.prompts import answer_text, render, resolve_format
+from bayeslora.tasks.templates import answer_text, render, resolve_format
 from bayeslora.tasks.types import Split
 from bayeslora.training.run import fit
 

@@ -12,8 +12,7 @@ import datasets
 import pytest
 
 from bayeslora.errors import InputError
-from bayeslora.tasks import KNOWN_TASKS, Columns, Split, load_task, resolve_format
-from bayeslora.tasks import prompts as render
+from bayeslora.tasks import KNOWN_TASKS, Columns, Split, load_task, render, resolve_format
 
 QUESTION = [{"question": f"q{i}?", "choices": ["no", "yes", "so"], "label": i % 3} for i in range(40)]
 YES_NO = [{"question": f"q{i}", "label": i % 2} for i in range(40)]

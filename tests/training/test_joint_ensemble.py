@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import arguments, make_model, make_task, same_state, state_of
+from transformers import TrainerCallback
 
 import bayeslora as bl
 from bayeslora.errors import InputError
@@ -61,7 +62,7 @@ def test_members_are_those_of_separate_runs(case: str, tokenizer: Any, tmp_path:
 def test_a_run_that_breaks_off_is_resumed_and_leaves_the_model_as_it_was(tokenizer: Any, tmp_path: Path) -> None:
     method, task = Ensemble(2, together=True), make_task()
 
-    class Breaks(bl.training.TrainerCallback):
+    class Breaks(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 9:
                 raise KeyboardInterrupt
@@ -86,7 +87,7 @@ def test_a_run_that_breaks_off_is_resumed_and_leaves_the_model_as_it_was(tokeniz
 def test_the_loss_in_evaluation_is_the_members_mean(tokenizer: Any, tmp_path: Path) -> None:
     seen: dict[str, list[float]] = {}
 
-    class Notes(bl.training.TrainerCallback):
+    class Notes(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
             seen.setdefault(Path(args.output_dir).parent.name, []).append(metrics["eval_loss"])
 

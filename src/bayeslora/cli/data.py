@@ -16,7 +16,7 @@ from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.prompts import default_normalisation, own_columns
+from bayeslora.tasks.templates import default_normalisation, own_columns
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"

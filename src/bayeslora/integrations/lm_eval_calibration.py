@@ -16,7 +16,7 @@ from torch import Tensor
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics.classification import brier, ece, nll
-from bayeslora.tasks.prompts import CHARACTERS
+from bayeslora.tasks.templates import CHARACTERS
 
 BINS = 15
 """Bins of equal width of the ECE."""

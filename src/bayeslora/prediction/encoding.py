@@ -10,7 +10,7 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
-from bayeslora.tasks.prompts import CHARACTERS, answer_text, neutral_prompt, render, resolve_format
+from bayeslora.tasks.templates import CHARACTERS, answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Example, Format, Normalisation, Split
 
 

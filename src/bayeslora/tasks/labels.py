@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.prompts import LETTERS
+from bayeslora.tasks.templates import LETTERS
 
 
 def spell(value: object) -> str | None:

@@ -13,8 +13,8 @@ from bayeslora.tasks.catalogue import STEMS, KnownTask, SplitName, find_task, un
 from bayeslora.tasks.columns import Columns, guess_columns, make_columns
 from bayeslora.tasks.files import Rows, find_file, read_rows
 from bayeslora.tasks.hub import hub_rows
-from bayeslora.tasks.prompts import check_normalisation, check_template, default_normalisation
 from bayeslora.tasks.rows import find_classes, split_from_rows
+from bayeslora.tasks.templates import check_normalisation, check_template, default_normalisation
 from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task, TaskKind
 
 

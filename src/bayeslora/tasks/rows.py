@@ -9,7 +9,7 @@ from bayeslora.errors import InputError
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.labels import label_index, sorted_classes
-from bayeslora.tasks.prompts import own_columns, placeholders
+from bayeslora.tasks.templates import own_columns, placeholders
 from bayeslora.tasks.types import Example, Format, Split
 
 

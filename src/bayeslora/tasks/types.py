@@ -56,7 +56,7 @@ class Format:
         normalisation: The likelihood readout's score of a choice, in training as in prediction: the ``sum`` of its
             tokens' log-probabilities; that sum for each four ``characters`` of its text, or for each of its ``tokens``;
             or the sum less the one after a prompt without the question (``unconditional``), see
-            `bayeslora.tasks.prompts.neutral_prompt`.
+            `bayeslora.tasks.templates.neutral_prompt`.
     """
 
     template: str

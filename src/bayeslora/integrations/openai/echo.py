@@ -17,7 +17,7 @@ import torch
 from bayeslora.errors import InputError
 from bayeslora.prediction.encoding import encode, length_scales
 from bayeslora.prediction.generation.answers import Answer
-from bayeslora.tasks.prompts import answer_text, neutral_prompt, render, resolve_format
+from bayeslora.tasks.templates import answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Split
 
 Text = str | tuple[int, ...]

@@ -10,8 +10,8 @@ from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
-from bayeslora.tasks.prompts import own_columns
 from bayeslora.tasks.rows import split_from_rows
+from bayeslora.tasks.templates import own_columns
 from bayeslora.tasks.types import Example, Split
 
 

@@ -7,9 +7,8 @@ from typing import get_args
 import pytest
 
 from bayeslora.errors import InputError
-from bayeslora.tasks import Example, Format, Split, TaskKind, answer_text, resolve_format
-from bayeslora.tasks import prompts as render
-from bayeslora.tasks.prompts import DEFAULT_TEMPLATES
+from bayeslora.tasks import Example, Format, Split, TaskKind, answer_text, render, resolve_format
+from bayeslora.tasks.templates import DEFAULT_TEMPLATES
 
 READOUTS = ("letters", "likelihood", "head")
 QUESTION = Example("What is wet?", ("sand", "water"), 1)
