@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-# before anything imports them: from here on a wrong shape in these modules is an error; `bayeslora.metrics.prediction` is not
+# before anything imports them: from here on a wrong shape in these modules is an error; `metrics.prediction` is not
 # among them, since it looks at shapes itself and refuses them in words
 SHAPE_CHECKED = (
     "metrics.classification",

@@ -1,4 +1,4 @@
-"""Shape annotations that cost nothing at run time unless ``jaxtyping`` is installed.
+"""Types that several rooms share; shape annotations cost nothing at run time unless ``jaxtyping`` is installed.
 
 Legend of the dimension names used everywhere: S draws, N examples, C classes or choices, B batch, T tokens, R rank,
 I inputs, O outputs, K snapshots, V vocabulary.
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
+    Tokenizer = object
     try:
         from jaxtyping import Bool, Float, Int
     except ModuleNotFoundError:
@@ -22,4 +24,4 @@ else:
 
         Bool = Float = Int = _Shaped
 
-__all__ = ["Bool", "Float", "Int"]
+__all__ = ["Bool", "Float", "Int", "Tokenizer"]

@@ -1,4 +1,4 @@
-"""What the tests of `bayeslora.cli.demo.download` share: both models, with tiny files in the place of the published ones."""
+"""Shared by the tests of `cli.demo.download` share: both models, with tiny files in the place of the published ones."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
 as in its paper; SWAG is MultiSWAG's first run, and what is fitted to a trained adapter is fitted to MAP.
 
-A run's folder and a prediction's file are named by a key of all that they depend on (`bayeslora.comparison.keys`). A change makes
+A run's folder and a prediction's file are named by a key of all that they depend on (`comparison.keys`). A change makes
 a new one beside the old; what is the same is taken from there.
 """
 

@@ -1,6 +1,6 @@
 """The arithmetic of the scores, for many sets of examples at once: [K N …] in, float64 [K] out, nothing checked.
 
-`bayeslora.metrics.classification` and `bayeslora.metrics.detection` are the functions to call on one set; the bootstrap scores its resamples
+`metrics.classification` and `metrics.detection` are the functions to call on one set; the bootstrap scores its resamples
 with these, a thousand at a time.
 """
 
@@ -89,7 +89,7 @@ def binned(
 def risk(
     log_p: Float[Tensor, "K N C"], labels: Int[Tensor, "K N"], score: Float[Tensor, "K N"]
 ) -> Float[Tensor, "K N"]:
-    """Return the error rates among the k examples of highest score, k = 1 … N; see `bayeslora.metrics.detection.risk_coverage`.
+    """Return the error rates among the k examples of highest score, k = 1 … N; see `detection.risk_coverage`.
 
     Args:
         log_p: Predicted log-probabilities.

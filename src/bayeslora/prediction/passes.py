@@ -122,7 +122,7 @@ class Passes:
         ]
 
     def stacks(self, names: frozenset[str], *, share: bool, needed: bool = False) -> bool:
-        """Say whether draws that differ in some parameters can be stacked; see `bayeslora.prediction.stacking.stacks`."""
+        """Say whether draws that differ in some parameters can be stacked; see `stacking.stacks`."""
         few = self._few()
 
         def answers(count: int, shared: bool) -> Tensor:

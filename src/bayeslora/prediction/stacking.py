@@ -191,7 +191,7 @@ def stacks(
         answers: Gives the examples' answers by the model as it is.
         key: What the answers depend on besides the model.
         share: Whether the layers before them are to see the batch once.
-        needed: Whether there is no other way to go on: a lack of memory is then raised; see `bayeslora.prediction.probes`.
+        needed: Whether there is no other way to go on: a lack of memory is then raised; see `probes`.
 
     Returns:
         Whether two random draws, stacked, answer as in two plain passes.

@@ -1,14 +1,14 @@
 """IVON-LoRA: a diagonal Gaussian over the adapter, learned by variational online Newton in the place of AdamW.
 
 Cong et al. 2024 (arXiv 2411.04421), with the optimiser of Shen et al. 2024 (arXiv 2402.17641, algorithm 1; see
-`bayeslora.methods.ivon.optimizer`), minimise λ·E_q[ℓ(θ)] + KL(q‖p) over q = N(m, diag σ²), σ = 1/√(λ(h+δ)), p = N(0, 1/(λδ)). At
+`ivon.optimizer`), minimise λ·E_q[ℓ(θ)] + KL(q‖p) over q = N(m, diag σ²), σ = 1/√(λ(h+δ)), p = N(0, 1/(λδ)). At
 prediction λ can be multiplied by τ (``tempered(posterior, 1/τ)``) and parameters of low |m|/σ removed, matrix by matrix
 (``pruned``), as in Cong et al. 2025 (arXiv 2506.14280).
 
 What we do differently: beside (λ, h₀, η, ξ) there are settings in units that one can see, the first standard
 deviation ``sigma0``, the prior's deviation ``prior_sigma``, the largest step ``max_step`` of a coordinate (η = 1 and
 ξ = max_step) and the ``temperature`` T = N/λ; δ follows as 1/(λ·prior_sigma²) and h₀ as 1/(λσ₀²) − δ. In these units
-the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `bayeslora.methods.ivon.settings` and
+the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `ivon.settings` and
 docs/methods/ivon.md say what the defaults are and why. The parameters hold the mean all the time:
 noise is added where a module reads its parameter, in training steps only, so evaluation, checkpoints and exceptions
 never see a draw.
