@@ -1,6 +1,6 @@
 """The arithmetic of the scores, for many sets of examples at once: [K N …] in, float64 [K] out, nothing checked.
 
-`metrics.classification` and `metrics.detection` are the functions to call on one set; the bootstrap scores its resamples
+`metrics.classification` and `detection` are the functions to call on one set; the bootstrap scores its resamples
 with these, a thousand at a time.
 """
 

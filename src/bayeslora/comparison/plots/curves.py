@@ -1,6 +1,6 @@
 """Figures of how far predictions can be trusted: reliability, selective answering.
 
-Each predictor is ``(log_p [N C], labels [N])`` under its name; the numbers drawn are those of `metrics.classification` and
+Each predictor is ``(log_p [N C], labels [N])`` under its name; the numbers drawn are those of `classification` and
 `bayeslora.metrics.detection`. Figures belong to no window: write them with `bayeslora.comparison.plots.save`.
 """
 
