@@ -11,12 +11,12 @@ from bayeslora.methods import (
     METHODS,
     Blob,
     Ensemble,
+    Inference,
     Isotropic,
     Ivon,
     Laplace,
     Map,
     McDropout,
-    Method,
     PostHoc,
     Swag,
     Temperature,
@@ -37,7 +37,7 @@ class Row:
     """A method under its name in the table, and where the suite tests it."""
 
     name: str
-    method: Method
+    method: Inference
     kinds: tuple[str, ...] = (LM,)
     """Kinds of models on which it is trained, once for the whole suite."""
     retrained: tuple[str, ...] = (LM,)
