@@ -34,7 +34,7 @@ class Options(ModelOptions, TransformOptions):
     max_new_tokens: int = option(128, "Most tokens of an answer.", least=1)
     do_sample: bool = option(False, "Sample tokens instead of taking the most probable.")
     sampling_temperature: float = option(1.0, "Temperature of sampled tokens.")
-    top_p: float = option(1.0, "Smallest set of tokens with this much probability to sample from.")
+    top_p: float = option(1.0, "Smallest set of tokens with this much probability to sample from.", most=1)
     beams: int = option(1, "Beams; 1: none.", least=1)
     stop: list[str] = option([], "Texts that end an answer.")
     json: bool = option(False, "Print JSON lines with every token's numbers.")

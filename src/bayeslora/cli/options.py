@@ -127,7 +127,7 @@ class BudgetOptions:
         0.0, "Stop drawing for an example once the standard error of its probabilities is at most this; 0: never."
     )
     min_draws: int = option(
-        4, "Draws of each example before the first look at the error.", least=2, former="fewest-draws"
+        4, "Draws of each example before the first look at the error.", least=2, former="fewest_draws"
     )
     compile: bool = option(False, "Compile the model's layers: takes a minute, then is faster; for many rows.")
 

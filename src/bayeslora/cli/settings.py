@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast, get_type_hints
 
 from bayeslora.cli.values import close_matches, read
 from bayeslora.errors import InputError
-from bayeslora.methods import METHODS, Ensemble, Method
+from bayeslora.methods import METHODS, Ensemble, Inference
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def build_method(name: str, settings: Sequence[str] = ()) -> Method:
+def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
     """Return a method by its name, such as ``swag``, ``ensemble:5`` or ``ivon:3``, with settings ``key=value``."""
     base, colon, members = name.partition(":")
     if base not in METHODS:
@@ -37,13 +37,13 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
     return _with(plain, words, base)
 
 
-def _with(method: Method, words: Mapping[str, str], name: str) -> Method:
+def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:
     """Return a method with other settings; what only its members know, also spelled ``member.key``, goes to them."""
     hints, settings = get_type_hints(type(method)), _settings(method)
     inner = {
         key: build_method(words[key]) if key in words else value
         for key, value in settings.items()
-        if isinstance(value, Method)
+        if isinstance(value, Inference)
     }
     values: dict[str, object] = {}
     routed: dict[str, dict[str, str]] = {key: {} for key in inner}
@@ -63,9 +63,9 @@ def _with(method: Method, words: Mapping[str, str], name: str) -> Method:
                 raise InputError(f"{name} has no setting {key!r}, {close_matches(key, known)}")
             routed[part].setdefault(key, text)
     values |= {key: _with(one, routed[key], one.name if key in words else name) for key, one in inner.items()}
-    return cast(Method, dataclasses.replace(cast("DataclassInstance", method), **values))
+    return cast(Inference, dataclasses.replace(cast("DataclassInstance", method), **values))
 
 
-def _settings(method: Method) -> dict[str, object]:
+def _settings(method: Inference) -> dict[str, object]:
     """Return the settings of a method by their names."""
     return {f.name: getattr(method, f.name) for f in dataclasses.fields(cast("DataclassInstance", method))}
