@@ -151,20 +151,21 @@ def test_answers_do_not_depend_on_the_batches(model, posterior, budget):
     assert [g for _, g in found] == [g for _, g in wanted]
 
 
-def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior, monkeypatch):
+def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior):
     asked = requests("loglikelihood", PAIRS)
     wanted = ours(model, posterior, 4).loglikelihood(asked)
-    own = likelihoods.Likelihoods._logits
-
-    def short(self, rows, count, share):
-        if len(rows) * count > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return own(self, rows, count, share)
-
-    lm = ours(model, posterior, 4)
+    lm, sizes = ours(model, posterior, 4), []
     lm.loglikelihood(asked)  # the trial of stacking is made
-    monkeypatch.setattr(likelihoods.Likelihoods, "_logits", short)
+
+    def short(_, args, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = model.get_base_model().register_forward_pre_hook(short, with_kwargs=True)
     found = lm.loglikelihood(asked)
+    hook.remove()
+    assert max(sizes) > 2
     assert [v for v, _ in found] == pytest.approx([v for v, _ in wanted], abs=1e-4)
     assert [g for _, g in found] == [g for _, g in wanted]
 
