@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bayeslora.posteriors import (
         ColumnDropout,
         DiagonalGaussian,
+        Draws,
         KroneckerGaussian,
         Linearised,
         LowRankGaussian,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from bayeslora.posteriors.hub import push
     from bayeslora.posteriors.loading import export_draws, load_posterior
     from bayeslora.posteriors.transforms import pruned, restricted, tempered
-    from bayeslora.prediction import predict
+    from bayeslora.prediction import PassOptions, predict
     from bayeslora.prediction.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
@@ -81,6 +82,7 @@ _HOMES = {
     "posteriors": (
         "ColumnDropout",
         "DiagonalGaussian",
+        "Draws",
         "KroneckerGaussian",
         "Linearised",
         "LowRankGaussian",
@@ -90,7 +92,7 @@ _HOMES = {
         "Scaled",
         "TokenDropout",
     ),
-    "prediction": ("predict",),
+    "prediction": ("PassOptions", "predict"),
     "metrics.prediction": ("Prediction",),
     "prediction.rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
     "training.trainer_kwargs": ("kwargs_for",),
@@ -107,6 +109,7 @@ __all__ = [
     "Blob",
     "ColumnDropout",
     "DiagonalGaussian",
+    "Draws",
     "Ensemble",
     "Evaluation",
     "InputError",
@@ -121,6 +124,7 @@ __all__ = [
     "McDropout",
     "Method",
     "Mixture",
+    "PassOptions",
     "Point",
     "PostHoc",
     "Posterior",

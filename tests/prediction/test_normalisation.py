@@ -118,7 +118,7 @@ def test_prediction_has_the_training_scores_under_stacked_draws_as_in_a_loop(
     posterior = gaussian(model)
     usual = {"seed": 4, "tokenizer": tokenizer, "token_budget": budget}
     stacked = predict(model, posterior, split, 3, **usual)
-    loop = predict(model, posterior, split, 3, stack=False, **usual)
+    loop = predict(model, posterior, split, 3, options=PassOptions(stack=False), **usual)
     torch.testing.assert_close(stacked.log_probs, loop.log_probs, **EXACT)
     for k in range(3):
         with swapped(model, posterior.draw(k, 4)):
@@ -133,7 +133,7 @@ def test_a_beginning_that_is_run_once_changes_no_normalised_score(kind: Normalis
     long = replace(split, examples=tuple(replace(e, text=told + e.text) for e in split))
     usual = {"seed": 4, "tokenizer": tokenizer}
     once = predict(model, gaussian(model), long, 3, **usual)
-    whole = predict(model, gaussian(model), long, 3, share_prefix=False, **usual)
+    whole = predict(model, gaussian(model), long, 3, options=PassOptions(share_prefix=False), **usual)
     torch.testing.assert_close(once.log_probs, whole.log_probs, rtol=0, atol=2e-5)
 
 

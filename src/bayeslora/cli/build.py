@@ -16,9 +16,9 @@ from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
-from bayeslora.posteriors import Posterior
+from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
 
 __all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "transformed"]
@@ -178,17 +178,13 @@ def predicted(
     Returns:
         The prediction.
     """
+    draws = Draws(options.draws, options.draw_seed, options.sampling, options.tolerance or None, options.fewest_draws)
     return predict(
         model,
         posterior,
         split,
-        options.draws,
-        seed=options.draw_seed,
-        sampling=options.sampling,
-        tolerance=options.tolerance or None,
-        fewest_draws=options.fewest_draws,
-        compile=options.compile,
+        draws,
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
-        progress=progress,
+        options=PassOptions(compile=options.compile, progress=progress),
     )

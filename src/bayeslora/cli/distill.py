@@ -61,6 +61,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
     from bayeslora.cli.train import measure
+    from bayeslora.posteriors import Draws
     from bayeslora.posteriors.loading import load_posterior
     from bayeslora.training.distillation import distill
 
@@ -73,8 +74,8 @@ def run(options: Options) -> None:
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
             found = distill(
-                model, posterior, rows, args, options.draws, held_out=options.held_out, seed=options.draw_seed,
-                sampling=options.sampling, tokenizer=tokenizer, token_budget=options.token_budget or None,
+                model, posterior, rows, args, Draws(options.draws, options.draw_seed, options.sampling),
+                held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             keep_format(out, rows)
             found.save_pretrained(out / "posterior")

@@ -55,6 +55,7 @@ def run(options: Options) -> None:
     name = posterior_name(options.run)
     from bayeslora.cli.build import model_for, transformed
     from bayeslora.cli.progress import own_progress
+    from bayeslora.posteriors import Draws
     from bayeslora.posteriors.loading import load_posterior
     from bayeslora.prediction.generation import generate, generate_each
 
@@ -67,14 +68,12 @@ def run(options: Options) -> None:
         posterior = transformed(load_posterior(name), part(TransformOptions, options))
         model, tokenizer = model_for(posterior, part(ModelOptions, options), None)
         given = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
-        how: dict[str, Any] = {
-            "seed": options.draw_seed, "sampling": options.sampling, "tokenizer": tokenizer,
-            "max_new_tokens": options.max_new_tokens, **settings,
-        }  # fmt: skip
+        draws = Draws(options.draws, options.draw_seed, options.sampling)
+        how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens, **settings}
         if options.each:
-            several = generate_each(model, posterior, given, options.draws, **how)
+            several = generate_each(model, posterior, given, draws, **how)
         else:
-            single = generate(model, posterior, given, options.draws, **how)
+            single = generate(model, posterior, given, draws, **how)
     for number, prompt in enumerate(prompts):
         if options.each:
             _print_each(prompt, several[number], options.json)

@@ -129,7 +129,7 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
     from bayeslora.cli.terminal import watched
     from bayeslora.metrics.evaluation import evaluate
     from bayeslora.posteriors.card import write_card
-    from bayeslora.prediction import predict
+    from bayeslora.prediction import PassOptions, predict
 
     if test is None or any(e.label is None for e in test):
         return
@@ -140,7 +140,7 @@ def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any)
         options.draws,
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
-        progress=watched(),
+        options=PassOptions(progress=watched()),
     )
     result = evaluate(prediction, test, resamples=options.resamples)
     write_json(Path(options.out) / "evaluation.json", result.to_dict())

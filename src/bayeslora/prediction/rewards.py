@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, evaluating, require_lora
-from bayeslora.posteriors import Posterior, Sampling
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.batching import repeated
-from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.prediction.draws import kept_draw, weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget, max_stacked
 from bayeslora.prediction.passes import on, schedule
@@ -31,14 +32,13 @@ Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def predict_rewards(
     model: nn.Module,
     posterior: Posterior,
     texts: Sequence[Text],
-    draws: int = 10,
+    draws: int | Draws = 10,
     *,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     tokenizer: Any = None,
     token_budget: int | None = None,
     stack: bool = True,
@@ -52,9 +52,7 @@ def predict_rewards(
         model: PEFT model with a scalar head (``num_labels=1``); it is unchanged afterwards.
         posterior: What was learned.
         texts: The N texts, each a prompt with its answer, or messages with ``role`` and ``content``.
-        draws: Number S of draws; see `bayeslora.predict`.
-        seed: Which stream of draws. Draw k is the same weights in every call.
-        sampling: How the draws belong together.
+        draws: Number S of draws, or `Draws`. Draw k of a seed is the same weights in every call.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
         stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
@@ -69,16 +67,16 @@ def predict_rewards(
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
     readout = _readout(model, tokenizer)
-    count = Draws.of_weights(model, posterior, draws, seed, sampling).count
+    draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
     passes = _Passes(model, readout, rows, token_budget or default_token_budget(model))
     with evaluating(model), torch.inference_mode():
-        one = kept_draw(posterior, 0, seed, sampling)
+        one = kept_draw(posterior, 0, draws.seed, draws.sampling)
         most = max_stacked(model, one) if stack else 1
         found = []
-        for start in range(0, count, most):
-            numbers = range(start, min(start + most, count))
-            found.append(passes.run([kept_draw(posterior, k, seed, sampling) for k in numbers]))
+        for start in range(0, draws.count, most):
+            numbers = range(start, min(start + most, draws.count))
+            found.append(passes.run([kept_draw(posterior, k, draws.seed, draws.sampling) for k in numbers]))
     return torch.cat(found)
 
 
