@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from bayeslora.methods import METHODS, Blob, Ensemble
 from bayeslora.params import Params, lora_parameters, read
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
+from bayeslora.posteriors import Draws, Linearised, Mixture, Point, Posterior
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict

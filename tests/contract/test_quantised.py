@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.params import initialise, lora_parameters, read, swapped
 from bayeslora.posteriors.loading import load_posterior
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction.generation import generate
 from bayeslora.training.run import fit
 from bayeslora.training.trainer_kwargs import kwargs_for

@@ -17,7 +17,7 @@ from bayeslora.methods import Laplace
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated, ggn_root
 from bayeslora.methods.laplace.method import log_occam_factor, maximise_marginal_likelihood
 from bayeslora.params import Params, lora_parameters, read
-from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
+from bayeslora.posteriors import DiagonalGaussian, Draws, KroneckerGaussian, Linearised
 from bayeslora.prediction import predict
 from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.linearised import LOGIT_DRAWS, logit_draws, logit_moments

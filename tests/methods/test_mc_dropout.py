@@ -12,7 +12,7 @@ from support.tiny import make_model, make_task, same_state, state_of
 from bayeslora.errors import InputError
 from bayeslora.methods import McDropout
 from bayeslora.params import read
-from bayeslora.posteriors import ColumnDropout, TokenDropout
+from bayeslora.posteriors import ColumnDropout, Draws, TokenDropout
 from bayeslora.posteriors.loading import export_draws
 from bayeslora.prediction import predict
 

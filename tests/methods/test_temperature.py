@@ -18,7 +18,7 @@ from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
-from bayeslora.posteriors import scale
+from bayeslora.posteriors import Draws, scale
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Example, Format, Split, Task
 

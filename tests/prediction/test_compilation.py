@@ -14,8 +14,8 @@ from support.tiny import Kind, arguments, gaussian, make_model, make_split, make
 
 import bayeslora as bl
 from bayeslora.errors import InputError
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import compilation as module
-from bayeslora.prediction import predict
 
 
 @pytest.fixture(autouse=True)

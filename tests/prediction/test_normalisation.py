@@ -15,7 +15,7 @@ from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Laplace, Map
 from bayeslora.params import lora_parameters, read, swapped
 from bayeslora.posteriors import Point
-from bayeslora.prediction import predict, readout_for
+from bayeslora.prediction import PassOptions, predict, readout_for
 from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.passes import batched
 from bayeslora.tasks.templates import answer_text, neutral_prompt, render, resolve_format

@@ -12,7 +12,7 @@ from support.tiny import Kind, make_model, make_split, same_state, state_of
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
 from bayeslora.posteriors.transforms import restricted
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import prefix_cache as prefix
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.tasks.types import Split

@@ -16,6 +16,7 @@ from bayeslora.params import read
 from bayeslora.posteriors import (
     ColumnDropout,
     DiagonalGaussian,
+    Draws,
     KroneckerGaussian,
     LowRankGaussian,
     Mixture,
@@ -24,7 +25,7 @@ from bayeslora.posteriors import (
     TokenDropout,
 )
 from bayeslora.posteriors.transforms import restricted
-from bayeslora.prediction import memory, predict
+from bayeslora.prediction import PassOptions, memory, predict
 from bayeslora.prediction.passes import grouped, schedule
 from bayeslora.prediction.stacking import StackedLinear, first_layer
 
