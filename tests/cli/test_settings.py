@@ -15,7 +15,7 @@ import pytest
 from bayeslora.cli.build import build_method
 from bayeslora.cli.parse import fitted
 from bayeslora.errors import InputError
-from bayeslora.methods import METHODS, Ensemble, Ivon, Map, Method, Swag
+from bayeslora.methods import METHODS, Ensemble, Inference, Ivon, Map, Swag
 
 VALUES: dict[tuple[str, str], Any] = {("ivon", "preset"): "arc_easy", ("blob", "preset"): "llama2"}
 """Values that cannot be told from a setting's annotation. A newcomer's other settings are tried unasked."""
@@ -23,7 +23,7 @@ MEMBERS = (Map(), Swag())
 """What may stand where a method is asked for."""
 
 
-def candidates(method: Method, key: str) -> list[Any]:
+def candidates(method: Inference, key: str) -> list[Any]:
     """Values other than the default that a setting's annotation allows, the likeliest first."""
     default, hint = getattr(method, key), get_type_hints(type(method))[key]
     found = [VALUES[method.name, key]] if (method.name, key) in VALUES else list(_allowed(hint, default))
@@ -41,18 +41,18 @@ def _allowed(hint: Any, default: Any) -> list[Any]:
         return list(itertools.product(*options))
     if origin is list:
         return [[value] for value in _allowed(inside[0], None)]
-    if isinstance(hint, type) and issubclass(hint, Method):
+    if isinstance(hint, type) and issubclass(hint, Inference):
         return list(MEMBERS)
     return {bool: [True, False], int: [2, 3, 7], float: [0.25, 0.03, 2.5], type(None): [None]}.get(hint, [])
 
 
 def word(value: Any) -> str:
-    if isinstance(value, Method):
+    if isinstance(value, Inference):
         return next(name for name, make in METHODS.items() if make is type(value))
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def accepted(method: Method, key: str) -> list[dict[str, Any]]:
+def accepted(method: Inference, key: str) -> list[dict[str, Any]]:
     """Changes with this setting that the method itself accepts: alone, else with another one that it needs."""
     others = [f.name for f in dataclasses.fields(method) if f.name != key]
     found = []
@@ -71,14 +71,14 @@ def accepted(method: Method, key: str) -> list[dict[str, Any]]:
 CASES = [
     (name, path, f.name)
     for name, make in METHODS.items()
-    for path in ["", *(f.name for f in dataclasses.fields(make()) if isinstance(getattr(make(), f.name), Method))]
+    for path in ["", *(f.name for f in dataclasses.fields(make()) if isinstance(getattr(make(), f.name), Inference))]
     for f in dataclasses.fields(getattr(make(), path) if path else make())
 ]
 
 
 def same(one: Any, other: Any) -> bool:
     """Equal in value and in the type of every value."""
-    if isinstance(one, Method):
+    if isinstance(one, Inference):
         return type(one) is type(other) and all(
             same(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)
         )

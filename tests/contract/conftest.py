@@ -12,7 +12,7 @@ from peft import PeftModel
 from support.methods_table import DROPOUT, TABLE
 from support.tiny import KINDS, Kind, arguments
 
-from bayeslora.methods import Method
+from bayeslora.methods import Inference
 from bayeslora.params import read, write
 from bayeslora.posteriors import Posterior
 from bayeslora.training.run import fit
@@ -22,7 +22,7 @@ from bayeslora.training.run import fit
 class Learned:
     """One method's posterior over one tiny model, and where it was saved."""
 
-    method: Method
+    method: Inference
     kind: Kind
     model: PeftModel
     posterior: Posterior

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Blob, Ensemble, Map, Method, PostHoc, Swag
+from bayeslora.methods import Blob, Ensemble, Inference, Map, PostHoc, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import LowRankGaussian, Posterior
@@ -88,7 +88,7 @@ SHAPES = {"chats": (sft_arguments, chats), "packed": (packed_arguments, sft)}
 """Other shapes of an SFTTrainer's rows; those that are packed follow each other in one row of a batch."""
 
 
-def trained(method: Method, args: Any, make: Any, tokenizer: Any) -> tuple[PeftModel, Posterior]:
+def trained(method: Inference, args: Any, make: Any, tokenizer: Any) -> tuple[PeftModel, Posterior]:
     """The loop that the documentation shows."""
     model = make_model("llama", lora_dropout=DROPOUT)
     if isinstance(method, Ensemble):

@@ -16,7 +16,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Blob, Ensemble, Ivon, Map, Method, PostHoc, Swag
+from bayeslora.methods import Blob, Ensemble, Inference, Ivon, Map, PostHoc, Swag
 from bayeslora.params import lora_parameters, read, swapped
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.prediction.rewards import predict_rewards, preference_probability
@@ -52,7 +52,9 @@ TRAINERS: dict[str, Any] = {
 }
 
 
-def trained(method: Method, trainer: str, folder: Path, tokenizer: Any, **changes: Any) -> tuple[PeftModel, Posterior]:
+def trained(
+    method: Inference, trainer: str, folder: Path, tokenizer: Any, **changes: Any
+) -> tuple[PeftModel, Posterior]:
     """The loop that the documentation shows."""
     kind, config, make, build = TRAINERS[trainer]
     model, args = build(lora_dropout=DROPOUT), configured(config, folder, **changes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bayeslora.methods import METHODS, Blob, Ensemble, Ivon, Laplace, Map, Method, PostHoc, Swag, Temperature
+from bayeslora.methods import METHODS, Blob, Ensemble, Inference, Ivon, Laplace, Map, PostHoc, Swag, Temperature
 from support.tiny import KINDS
 
 DROPOUT = 0.1
@@ -16,7 +16,7 @@ DROPOUT = 0.1
 QUICK = {"ensemble": {"members": 2}, "multiswag": {"members": 2}}
 """Settings that make a method of the table quick; a method without an entry is tested as it comes."""
 
-TABLE: dict[str, Method] = {name: make(**QUICK.get(name, {})) for name, make in METHODS.items()} | {
+TABLE: dict[str, Inference] = {name: make(**QUICK.get(name, {})) for name, make in METHODS.items()} | {
     "map-decay": Map(weight_decay=0.1, weight_decay_b=5.0),
     "map-kl": Map(kl=0.1),
     "ensemble-dropout": Ensemble(2, Map(weight_decay_b=5.0), dropout_draws=True),

@@ -23,7 +23,7 @@ from bayeslora.errors import InputError
 if TYPE_CHECKING:
     from bayeslora.comparison.cached_runs import Study
     from bayeslora.comparison.run import Comparison
-    from bayeslora.methods import Method
+    from bayeslora.methods import Inference
     from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
@@ -126,7 +126,9 @@ def run(options: Options) -> None:
             finish(study, methods, options.seeds, options.image, compare)
 
 
-def finish(study: Study, methods: Mapping[str, Method], seeds: Sequence[int], image: str, compare: Any) -> Comparison:
+def finish(
+    study: Study, methods: Mapping[str, Inference], seeds: Sequence[int], image: str, compare: Any
+) -> Comparison:
     """Make a comparison, print its table and write it, its numbers and its figures.
 
     Args:
@@ -225,7 +227,7 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
     return paths
 
 
-def _methods(options: Options) -> dict[str, Method]:
+def _methods(options: Options) -> dict[str, Inference]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.build import build_method
 

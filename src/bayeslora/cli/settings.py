@@ -9,13 +9,13 @@ from typing import Any, cast, get_type_hints
 
 from bayeslora.cli.parse import fitted, in_words, meant
 from bayeslora.errors import InputError
-from bayeslora.methods import METHODS, Ensemble, Method
+from bayeslora.methods import METHODS, Ensemble, Inference
 
 _SPECIAL = {"none": None, "null": None, "true": True, "false": False}
 """Words that are no text where an annotation has what they mean."""
 
 
-def build_method(name: str, settings: Sequence[str] = ()) -> Method:
+def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
     """Return a method by its name on the command line.
 
     Args:
@@ -50,12 +50,12 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Method:
     return _with(plain, words, base)
 
 
-def _with(method: Method, words: Mapping[str, str], name: str) -> Method:
+def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:
     """Return a method with other settings, each checked; what only a method inside it knows goes to that one."""
     hints = get_type_hints(type(method))
     inner = {f.name: getattr(method, f.name) for f in dataclasses.fields(cast(Any, method))}
-    own = [key for key, value in inner.items() if not isinstance(value, Method)]
-    inner = {key: value for key, value in inner.items() if isinstance(value, Method)}
+    own = [key for key, value in inner.items() if not isinstance(value, Inference)]
+    inner = {key: value for key, value in inner.items() if isinstance(value, Inference)}
     for key in inner.keys() & words.keys():
         inner[key] = build_method(words[key])
     values: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def _with(method: Method, words: Mapping[str, str], name: str) -> Method:
     return dataclasses.replace(cast(Any, method), **values)
 
 
-def _names(method: Method) -> list[str]:
+def _names(method: Inference) -> list[str]:
     """Return the names of a method's settings."""
     return [f.name for f in dataclasses.fields(cast(Any, method))]
 

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from bayeslora.comparison.costs import Cost, folder_bytes, most, peak_memory
 from bayeslora.comparison.keys import difference, key_of, of_arguments, of_model, of_rows
 from bayeslora.files import atomic_file
-from bayeslora.methods import Ensemble, Map, Method, PostHoc, Swag
+from bayeslora.methods import Ensemble, Inference, Map, PostHoc, Swag
 from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
 from bayeslora.metrics.prediction import Prediction
@@ -90,7 +90,7 @@ class Learned:
     key: str
 
 
-def posterior_of(study: Study, method: Method, seed: int) -> Learned:
+def posterior_of(study: Study, method: Inference, seed: int) -> Learned:
     """Return a method's posterior under one seed, made of runs that other methods may share.
 
     Args:
@@ -118,7 +118,7 @@ def posterior_of(study: Study, method: Method, seed: int) -> Learned:
 class _Run:
     """One run before it is made: method, arguments and start, and all that it depends on."""
 
-    method: Method
+    method: Inference
     args: TrainingArguments
     start: _Run | None
     seed: int
@@ -136,7 +136,7 @@ class _Run:
         return Path(self.args.output_dir)
 
 
-def _planned(study: Study, method: Method, seed: int, member: int) -> _Run:
+def _planned(study: Study, method: Inference, seed: int, member: int) -> _Run:
     """Return the run of a method that is the member of a seed."""
     number = member_seed(seed, member)
     start, own, args = None, method, copy.copy(study.args)

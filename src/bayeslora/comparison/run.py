@@ -13,7 +13,7 @@ from bayeslora.comparison.cached_runs import Learned, Study, posterior_of, predi
 from bayeslora.comparison.costs import Cost, most
 from bayeslora.comparison.keys import key_of
 from bayeslora.errors import InputError
-from bayeslora.methods import Ensemble, Method, PostHoc, Temperature
+from bayeslora.methods import Ensemble, Inference, PostHoc, Temperature
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.evaluation import Evaluation, evaluate
 from bayeslora.metrics.prediction import Prediction
@@ -43,7 +43,7 @@ class Comparison:
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
-def compare(study: Study, methods: Mapping[str, Method], seeds: Sequence[int]) -> Comparison:
+def compare(study: Study, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
     """Train, predict and evaluate several methods under several seeds.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bayeslora.methods.base import Method, PostHoc
+from bayeslora.methods.base import Inference, Method, PostHoc
 from bayeslora.methods.blob.method import Blob
 from bayeslora.methods.ensemble import Ensemble, multi_swag
 from bayeslora.methods.isotropic import Isotropic
@@ -16,7 +16,7 @@ from bayeslora.methods.swag import Swag
 from bayeslora.methods.temperature import Temperature
 from bayeslora.methods.tfb import Tfb
 
-METHODS: dict[str, Callable[..., Method]] = {
+METHODS: dict[str, Callable[..., Inference]] = {
     "map": Map,
     "ensemble": Ensemble,
     "swag": Swag,
@@ -34,6 +34,7 @@ __all__ = [
     "METHODS",
     "Blob",
     "Ensemble",
+    "Inference",
     "Isotropic",
     "Ivon",
     "Laplace",

@@ -1,8 +1,7 @@
-"""What a method is: hyper-parameters, what to hand to a Trainer, and the posterior afterwards.
+"""The base classes of methods: `Method` learns while a Trainer trains, `PostHoc` is fitted to a trained adapter.
 
-Some methods need nothing but an adapter that is trained: they are fitted to it afterwards. A method never subclasses a
-Trainer. What has to be remembered between training and `posterior` is kept per model, weakly, so that it goes when the
-model goes.
+A method never subclasses a Trainer. What has to be remembered between training and `posterior` is kept per model,
+weakly, so that it goes when the model goes.
 """
 
 from __future__ import annotations
@@ -13,25 +12,27 @@ from typing import Any, ClassVar, cast, final
 
 from torch import nn
 
-from bayeslora.errors import InputError
 from bayeslora.methods.records import Recorder, check_num_data, recall
 from bayeslora.params import Params, read
 from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, scored
 from bayeslora.tasks.types import Task
 
+TrainerKwargs = dict[str, Any]
+"""What is splatted into a Trainer: ``callbacks``, and more where a method changes the loss or the optimiser."""
 
-class Method(ABC):
-    """A way to learn a posterior while a Trainer trains.
+
+class Inference(ABC):
+    """A way to learn a posterior, with its settings: during training (`Method`) or after it (`PostHoc`).
 
     Attributes:
-        name: The method's name on the command line and on disk.
+        name: The name on the command line and on disk.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return what to splat into any Hugging Face or TRL Trainer.
 
         Args:
@@ -42,6 +43,10 @@ class Method(ABC):
             Keyword arguments of the Trainer: ``callbacks``, and ``compute_loss_func`` where the method changes the
             loss.
         """
+
+
+class Method(Inference):
+    """A way to learn a posterior while a Trainer trains."""
 
     @abstractmethod
     def posterior(self, model: nn.Module) -> Posterior:
@@ -55,8 +60,13 @@ class Method(ABC):
         """
 
 
-class PostHoc(Method):
+class PostHoc(Inference):
     """A way to make a posterior of an adapter that is trained already, by any means."""
+
+    @final
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
+        """Return a callback that notes the run; training is plain."""
+        return {"callbacks": [Recorder(self.name, check_num_data(num_data))]}
 
     @abstractmethod
     def check(self, model: nn.Module, task: Task) -> None:
@@ -98,70 +108,28 @@ class PostHoc(Method):
             InputError: If the task lacks the rows that the method needs, or the fit fails.
         """
 
-    @final
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
-        """Return a callback that notes the run; training is plain."""
-        return {"callbacks": [Recorder(self.name, check_num_data(num_data))]}
-
-    @final
-    def posterior(self, model: nn.Module) -> Posterior:
-        """Refuse: the fit needs the data.
-
-        Raises:
-            InputError: Always.
-        """
-        raise InputError(
-            f"{self.name} is fitted after training, on the task's rows: call method.fit(model, task), or bayeslora.fit"
-        )
-
 
 def fit_start(model: nn.Module, method: PostHoc, task: Task, start: Posterior | None) -> tuple[Params, Origin]:
-    """Return the adapter that a method is fitted to, and the origin of its posterior.
-
-    Args:
-        model: PEFT model.
-        method: The method.
-        task: The task.
-        start: A posterior whose mean is the adapter; None for the model's own.
-
-    Returns:
-        The adapter's parameters, and the origin with the number of the task's training examples.
-    """
+    """Return the adapter that a method is fitted to, and its posterior's origin, with the number of training rows."""
     origin = origin_for(model, method, None if task.train is None else len(task.train))
     check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
     return read(model) if start is None else start.mean, scored(origin, task.normalisation)
 
 
-def settings(method: Method) -> dict[str, Any]:
-    """Return a method's hyper-parameters, ready for JSON.
-
-    Args:
-        method: A method.
-
-    Returns:
-        Field name to value; a method inside (an ensemble's member) as an object with its own ``name``.
-    """
-    found: dict[str, Any] = {}
-    for f in fields(cast(Any, method)):
-        value = getattr(method, f.name)
-        if isinstance(value, Method):
-            found[f.name] = {"name": value.name, **settings(value)}
+def settings(method: Inference) -> dict[str, object]:
+    """Return the hyper-parameters, ready for JSON; a method inside (an ensemble's member) has its own ``name``."""
+    values: dict[str, object] = {}
+    for field in fields(cast(Any, method)):
+        value = getattr(method, field.name)
+        if isinstance(value, Inference):
+            values[field.name] = {"name": value.name, **settings(value)}
         else:
-            found[f.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return found
+            values[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return values
 
 
-def origin_for(model: nn.Module, method: Method, num_data: int | None = None) -> Origin:
-    """Return the origin of the posterior that a method learned on a model.
-
-    Args:
-        model: The model that was trained.
-        method: The method.
-        num_data: Number of training examples; None for that of the run on record, if there is one.
-
-    Returns:
-        The origin.
-    """
+def origin_for(model: nn.Module, method: Inference, num_data: int | None = None) -> Origin:
+    """Return the origin of the posterior that was learned on a model; ``num_data`` is None for the recorded run's."""
     record = recall(model, method.name)
     known = record.num_data if record is not None and num_data is None else num_data
     return origin_of(model, method.name, settings(method), known)

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
-from bayeslora.methods.base import Method, PostHoc, origin_for
+from bayeslora.methods.base import Inference, Method, PostHoc, TrainerKwargs, origin_for
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
 from bayeslora.methods.records import Record, check_num_data, checkpoint_file, recall, remember, require_record
@@ -88,7 +88,7 @@ class Ensemble(Method):
 
     name: ClassVar[str] = "ensemble"
     members: int = 5
-    member: Method = field(default_factory=Map)
+    member: Inference = field(default_factory=Map)
     dropout_draws: bool = False
     together: bool = False
 
@@ -124,7 +124,7 @@ class Ensemble(Method):
         own.output_dir = str(Path(args.output_dir) / f"member-{member}")
         return own
 
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the member's arguments, with the callback that gives it its start and keeps its posterior.
 
         Raises:
@@ -253,4 +253,6 @@ class _Keep(TrainerCallback):
     ) -> None:
         """Keep the member."""
         model = kwargs["model"]
-        require_record(model, self.ensemble.name).kept[args.seed] = self.ensemble.member.posterior(model)
+        member = self.ensemble.member
+        assert isinstance(member, Method)  # `Ensemble.trainer_kwargs` refuses others
+        require_record(model, self.ensemble.name).kept[args.seed] = member.posterior(model)

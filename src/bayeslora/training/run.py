@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
-from bayeslora.methods import Ensemble, Map, Method, PostHoc
+from bayeslora.methods import Ensemble, Inference, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, read, write
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def fit(
     model: nn.Module,
     task: Task,
-    method: Method,
+    method: Inference,
     args: TrainingArguments,
     *,
     tokenizer: Any = None,
@@ -146,7 +146,7 @@ def _check_labels(split: Split, purpose: str) -> None:
 def _run(
     model: nn.Module,
     task: Task,
-    method: Method,
+    method: Inference,
     args: TrainingArguments,
     tokenizer: Any,
     start: Posterior | None,
@@ -159,6 +159,7 @@ def _run(
         method.check(model, task)
         point = _run(model, task, Map(), args, tokenizer, start, resume, callbacks)
         return method.fit(model, task, start=point, tokenizer=tokenizer, seed=args.seed)
+    assert isinstance(method, Method)
     if start is not None:
         write(model, start.mean)
     run = _prepared(model, task, method, args, tokenizer, callbacks)
@@ -206,7 +207,7 @@ class _Prepared:
 def _prepared(
     model: nn.Module,
     task: Task,
-    method: Method,
+    method: Inference,
     args: TrainingArguments,
     tokenizer: Any,
     callbacks: Sequence[TrainerCallback],
@@ -227,7 +228,7 @@ def _prepared(
     return _Prepared(readout, rows, held_out, own, kwargs)
 
 
-def _stopping_early(own: TrainingArguments, method: Method, held_out: bool) -> TrainingArguments:
+def _stopping_early(own: TrainingArguments, method: Inference, held_out: bool) -> TrainingArguments:
     """Return the arguments with what early stopping needs, where the method asks for it."""
     if isinstance(method, Map) and method.early_stopping is not None and not own.load_best_model_at_end:
         if not held_out:

@@ -11,7 +11,7 @@ from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.methods import Method
+    from bayeslora.methods import Inference
     from bayeslora.tasks.types import Split, Task
 
 EXAMPLES = """examples:
@@ -78,7 +78,7 @@ def run(options: Options) -> None:
     print("\n".join(in_words(verdicts(predictions, test.labels, others, test.probs), even, other, own)))
 
 
-def methods_of(options: Options) -> dict[str, Method]:
+def methods_of(options: Options) -> dict[str, Inference]:
     """Return the methods by their names.
 
     Args:
