@@ -10,7 +10,7 @@ import torch
 from support.tiny import Kind, make_model, make_split, same_state, state_of
 
 from bayeslora.params import read
-from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.posteriors import DiagonalGaussian, Draws, Point
 from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import prefix_cache as prefix
@@ -51,14 +51,14 @@ def test_a_beginning_that_is_run_once_changes_no_answer(name: str, budget: int, 
     posterior, split = posteriors(model)[name], instructed(kind.task().test)
     before = state_of(model)
     counts, hook = tokens_in(model)
-    usual = {"seed": 1, "tokenizer": tokenizer, "token_budget": budget}
-    once = predict(model, posterior, split, 3, **usual)
+    usual = {"draws": Draws(3, seed=1), "tokenizer": tokenizer, "token_budget": budget}
+    once = predict(model, posterior, split, **usual)
     counts.clear()  # of the trials
-    again = predict(model, posterior, split, 3, **usual)
+    again = predict(model, posterior, split, **usual)
     assert torch.equal(again.log_probs, once.log_probs)
     spent = sum(counts)
     counts.clear()
-    whole = predict(model, posterior, split, 3, options=PassOptions(share_prefix=False), **usual)
+    whole = predict(model, posterior, split, options=PassOptions(share_prefix=False), **usual)
     hook.remove()
     assert same_state(model, before)
     atol = 0.05 if kind.dtype == torch.bfloat16 else 2e-5
