@@ -92,8 +92,8 @@ def test_batches_do_not_matter(size: int | None, model: Any, tokenizer: Any) -> 
 def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(model: Any, tokenizer: Any) -> None:
     def sampled(seed: int) -> list[tuple[int, ...]]:
         found = bl.generate(
-            model, gaussian(model), PROMPTS, bl.Draws(DRAWS, seed), tokenizer=tokenizer, max_new_tokens=8, do_sample=True,
-            temperature=1.5, num_return_sequences=2,
+            model, gaussian(model), PROMPTS, bl.Draws(DRAWS, seed), tokenizer=tokenizer, max_new_tokens=8,
+            do_sample=True, temperature=1.5, num_return_sequences=2,
         )  # fmt: skip
         return [a.token_ids for a in found]
 
