@@ -463,7 +463,7 @@ def test_what_the_verb_cannot_use_is_refused_in_one_sentence(capsys, run_folder,
     assert "name what to evaluate" in refused(capsys, "--tasks", "marbles")
     assert "name what to evaluate" in refused(capsys, run_folder)
     assert "--draws must be a number of at least 1" in refused(capsys, run_folder, "--tasks", "marbles", "--draws", "0")
-    assert "--limit must be at least 0" in refused(capsys, run_folder, "--tasks", "marbles", "--limit", "-1")
+    assert "--limit must be a number" in refused(capsys, run_folder, "--tasks", "marbles", "--limit", "-1")
     assert "no folder" in refused(capsys, run_folder, "--tasks", "marbles", "--include-path", tmp_path / "none")
     assert "is not a posterior" in refused(capsys, tmp_path, "--tasks", "marbles", *own)
     monkeypatch.setitem(sys.modules, "bayeslora.integrations.lm_eval", None)
