@@ -22,7 +22,7 @@ from bayeslora.prediction.draws import kept_draw, weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import REWARDS, Passes
-from bayeslora.prediction.readouts import Readout
+from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
@@ -130,12 +130,7 @@ def _readout(model: nn.Module, tokenizer: Any) -> Readout:
             f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
             "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
         )
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
-    if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError("a scalar head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id")
-    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
-    return Readout("head", tokenizer, limit, False, base.dtype)
+    return head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
 
 
 def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:
