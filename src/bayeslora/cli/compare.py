@@ -158,7 +158,7 @@ def finish(
     print("\n".join([text_table(rows), *notes]))
     write_text(out / "results.md", "\n\n".join([text_table(rows, markdown=True), *notes]) + "\n")
     numbers: dict[str, Any] = {
-        "rows": rows,
+        "rows": [row.to_dict() for row in rows],
         "temperatures": found.temperatures,
         "failures": found.failures,
         "evaluations": {m: {s: e.to_dict() for s, e in by.items()} for m, by in found.evaluations.items()},

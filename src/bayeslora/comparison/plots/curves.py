@@ -108,7 +108,7 @@ def risk_coverage_plot(curves: Mapping[str, tuple[Float[Tensor, "N C"], Int[Tens
         InputError: If there is no predictor, or labels do not fit the predictions.
     """
     curves = _checked(curves)
-    areas = {name: aurc(log_p, labels) for name, (log_p, labels) in curves.items()}
+    areas = {name: float(aurc(log_p, labels)) for name, (log_p, labels) in curves.items()}
     with styled():
         from matplotlib.ticker import MaxNLocator
 

@@ -107,7 +107,7 @@ def _draw_confidence(
     """Draw a reliability diagram; return in words what the predictor claims and what is true on average."""
     bins, low = scale
     log_p = prediction.log_p.detach()
-    says, right = float(log_p.double().amax(-1).exp().mean()), accuracy(log_p, labels)
+    says, right = float(log_p.double().amax(-1).exp().mean()), float(accuracy(log_p, labels))
     draw_reliability(axes, reliability(log_p, labels, bins), colour)
     axes.plot([says, says], [says, right], label="average", zorder=4, **AVERAGE)
     percent_axis(axes, "x", low=low)
