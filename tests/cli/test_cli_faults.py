@@ -11,7 +11,7 @@ import pytest
 from support.cli_data import POINTS, QUICK, question_rows, write_rows
 
 from bayeslora.cli import main, runs
-from bayeslora.cli.build import build_method
+from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.methods import Map, Swag
 

@@ -70,7 +70,7 @@ def test_a_beginning_that_is_run_once_changes_no_answer(name: str, budget: int, 
 
 def test_the_beginning_is_the_longest_that_leaves_every_prompt_a_token() -> None:
     def common(*prompts: tuple[int, ...]) -> tuple[int, ...]:
-        return prefix.common([Encoded(p, ((1,),), 0) for p in prompts])
+        return prefix.common_prefix([Encoded(p, ((1,),), 0) for p in prompts])
 
     assert common((1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 9, 9)) == (1, 2)
     assert common((1, 2, 3), (1, 2, 3)) == (1, 2)

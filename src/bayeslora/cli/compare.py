@@ -8,15 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from bayeslora.cli.options import (
-    AdapterOptions,
-    DrawOptions,
-    ModelOptions,
-    TaskOptions,
-    TrainingOptions,
-    option,
-    part,
-)
+from bayeslora.cli.options import TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened, write_json, write_text
 from bayeslora.errors import InputError
 
@@ -47,7 +39,7 @@ FREE = (
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
+class Options(TrainOptions):
     """Run several methods on one task with several seeds, and print one table, mean ± sd over the seeds."""
 
     methods: list[str] = option(
@@ -67,7 +59,7 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
     ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
     swag_share: float = option(0.5, "Length of SWAG's constant phase, as a share of MAP's steps.")
-    bins: int = option(15, "Bins of the calibration errors.")
+    bins: int = option(15, "Bins of the calibration errors.", least=1)
     resamples: int = option(200, "Bootstrap resamples for the intervals in results.json; 0: none.")
     image: Literal["png", "svg"] = option("png", "Format of the figures.")
     out: str = option("bayeslora-comparison", "Folder for the results.")
@@ -78,14 +70,7 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
 
 
 def run(options: Options) -> None:
-    """Train, predict and evaluate what is not there yet, and write table, numbers and figures.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If the task has no train or test split.
-    """
+    """Train, predict and evaluate what is not there yet, and write table, numbers and figures."""
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=FREE)
     from bayeslora.cli.build import build_arguments, build_model
@@ -97,15 +82,12 @@ def run(options: Options) -> None:
 
     with own_progress():
         methods = _methods(options)
-        args = build_arguments(part(TrainingOptions, options), out / "training", 0, device=options.device)
-        tasks = part(TaskOptions, options)
-        task = build_task(tasks)
+        args = build_arguments(options, out / "training", 0, device=options.device)
+        task = build_task(options)
         if task.test is None or task.train is None:
             raise InputError(f"the task {task.name} lacks a train or a test split; give a folder with files for both")
-        others = other_splits(options.ood, tasks, task.test, options.ood_rows)
-        model, tokenizer = build_model(
-            part(ModelOptions, options), part(AdapterOptions, options), task.train.classes, options.readout
-        )
+        others = other_splits(options.ood, options, task.test, options.ood_rows)
+        model, tokenizer = build_model(options, task.train.classes)
         study = Study(
             model,
             tokenizer,
@@ -229,7 +211,7 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
 
 def _methods(options: Options) -> dict[str, Inference]:
     """Return the methods, each with its settings."""
-    from bayeslora.cli.build import build_method
+    from bayeslora.cli.settings import build_method
 
     words = [
         name.rpartition("=")  # label, sign, method

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import TransformOptions, option, part
+from bayeslora.cli.options import TransformOptions, option, run_option
 from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.errors import InputError
 
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
 
 Every tool that loads PEFT adapters loads them; average the probabilities of their answers, not the logits. After the
 folders comes the line that starts vLLM with them, on standard error."""
+MISSING = "name what to export and where to: bayeslora export RUN --out FOLDER"
 DRAWS = 10
 """How many draws are written of what is no run and if no number is given."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,8 +35,8 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 class Options(TransformOptions):
     """Write draws of a posterior, its mean, or both as plain PEFT adapters."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
-    out: str = option("", "Folder to make.")
+    run: str = run_option(MISSING)
+    out: str = option("", "Folder to make.", required=MISSING)
     draws: int = option(
         0,
         "How many draws; of an ensemble no more than it has members. 0: as many as the run predicts with, and none "
@@ -49,26 +50,17 @@ class Options(TransformOptions):
 
 
 def run(options: Options) -> None:
-    """Write the adapters, print their folders, and say how vLLM serves them.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If the run or the folder is not named, or the folder is there already.
-    """
-    if not options.run or not options.out:
-        raise InputError("name what to export and where to: bayeslora export RUN --out FOLDER")
-    out, name = Path(options.out), posterior_name(options.run)
+    """Write the adapters, print their folders, and say how vLLM serves them."""
+    out = Path(options.out)
+    posterior_name(options.run)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} is there already; choose another --out")
-    from bayeslora.cli.build import transformed
+    from bayeslora.cli.build import load_transformed
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.posteriors.loading import load_posterior
 
     with own_progress():
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
+        posterior = load_transformed(options.run, options)
         folders = _written(posterior, options, out)
     print("\n".join(map(str, folders.values())), flush=True)
     if posterior.origin is not None:

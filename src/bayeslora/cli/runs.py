@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import given
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
 
@@ -163,7 +162,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _recorded(options: Any) -> dict[str, Any]:
     """Return options as they are kept: ready for JSON, local paths in full so that they hold from anywhere."""
-    found: dict[str, Any] = json.loads(json.dumps(given(options)))
+    found: dict[str, Any] = json.loads(json.dumps(vars(options)))
     for key in _PATHS:
         if found.get(key) and Path(found[key]).exists():
             found[key] = str(Path(found[key]).resolve())

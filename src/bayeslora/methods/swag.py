@@ -14,6 +14,7 @@ in float32, also where the Trainer put it into half precision, in which steps at
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,10 @@ class Swag(Method):
             raise InputError(f"start must be a step or a share in [0, 1), and it is {self.start}")
         if self.rank < 2 or (self.interval is not None and self.interval < 1):
             raise InputError(f"rank must be at least 2 and interval at least 1; they are {self.rank}, {self.interval}")
-        if (self.scale is not None and self.scale < 0) or (self.learning_rate is not None and self.learning_rate <= 0):
-            raise InputError("scale must not be negative, and learning_rate must be positive")
+        if not (self.scale is None or 0 <= self.scale < math.inf):
+            raise InputError(f"scale must be finite and not negative, and it is {self.scale}")
+        if not (self.learning_rate is None or 0 < self.learning_rate < math.inf):
+            raise InputError(f"learning_rate must be finite and positive, and it is {self.learning_rate}")
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""

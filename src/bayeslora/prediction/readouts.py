@@ -16,7 +16,7 @@ that sees nothing of the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
@@ -87,16 +87,11 @@ class Readout:
         }
 
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
+    def attached(self, model: nn.Module, read: Callable[[Tensor, Batch], Tensor] | None = None) -> Iterator[None]:
         """Make ``model(**batch).logits`` the choices' logits [B C] for the length of a ``with`` block.
 
-        A pass without the batch's ``readout_`` tensors stays as it is, so a callback may predict or generate.
-
-        Args:
-            model: A PEFT model.
-
-        Yields:
-            Nothing; afterwards the model is as before.
+        A pass without the batch's ``readout_`` tensors stays as it is, so a callback may predict or generate. Another
+        ``read`` makes something else of the logits [P V] at the kept positions and the ``readout_`` tensors.
         """
         if self.name == "head":
             yield
@@ -123,7 +118,7 @@ class Readout:
             """Return the choices' logits in the place of the model's."""
             if not asked:
                 return outputs
-            logits = choice_logits(outputs.logits, asked)
+            logits = (read or choice_logits)(outputs.logits, asked)
             asked.clear()  # whoever calls the base model itself is not asked
             return SequenceClassifierOutput(logits=logits)
 

@@ -21,7 +21,7 @@ from support.tiny import gaussian, make_model, make_split, make_tokenizer, same_
 import bayeslora as bl
 from bayeslora.errors import InputError
 from bayeslora.integrations.openai.client import Adapters
-from bayeslora.integrations.openai.echo import Asked, after_prompt
+from bayeslora.integrations.openai.echo import Query, echoed_log_likelihoods
 from bayeslora.params import read
 from bayeslora.tasks.types import Format
 
@@ -268,12 +268,16 @@ def echo(*tokens: str) -> list[dict[str, Any]]:
 
 
 def test_the_choice_is_found_by_the_text_of_its_tokens() -> None:
-    row = Asked("row 0", "Answer:", (" red",))
-    assert after_prompt(row, echo("Answer", ":", " red"), 0) == [-1.0]
-    assert after_prompt(row, echo("<s>", "Answer", ":", " r", "ed"), 0) == [-2.0]
-    assert after_prompt(row, echo("Ans�", "�:", " red", "."), 1) == [-1.0]  # letters of several tokens before it
-    assert after_prompt(row, echo("<s>", "Answer:", " ", "�", "�"), 0) == [-3.0]  # and in it
-    assert after_prompt(row, echo("<s>", "Answer:", "red"), 0) == [-1.0]  # a token that is shown without its space
+    row = Query("row 0", "Answer:", (" red",))
+    assert echoed_log_likelihoods(row, echo("Answer", ":", " red"), 0) == [-1.0]
+    assert echoed_log_likelihoods(row, echo("<s>", "Answer", ":", " r", "ed"), 0) == [-2.0]
+    assert echoed_log_likelihoods(row, echo("Ans�", "�:", " red", "."), 1) == [
+        -1.0
+    ]  # letters of several tokens before it
+    assert echoed_log_likelihoods(row, echo("<s>", "Answer:", " ", "�", "�"), 0) == [-3.0]  # and in it
+    assert echoed_log_likelihoods(row, echo("<s>", "Answer:", "red"), 0) == [
+        -1.0
+    ]  # a token that is shown without its space
     for tokens in (("Answer", ": red"), ("<s>", "An", "swe", ":", "red"), ("Ans�", "�:", " �", "�")):
         with pytest.raises(InputError, match=r"row 0: the tokens do not tell where ' red' begins; .*tokenizer="):
-            after_prompt(row, echo(*tokens), 0)
+            echoed_log_likelihoods(row, echo(*tokens), 0)

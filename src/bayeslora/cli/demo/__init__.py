@@ -37,12 +37,12 @@ class Options:
     )
     data: str = option("", "Folder with the task's data; empty: the Hub.")
     methods: list[str] = option(list(METHODS), "Methods to compare; the first is what the others are compared with.")
-    train_rows: int = option(300, "Training rows.")
-    test_rows: int = option(600, "Test rows.")
+    train_rows: int = option(300, "Training rows.", least=1)
+    test_rows: int = option(600, "Test rows.", least=1)
     epochs: float = option(12.0, "Passes over the training rows.")
     learning_rate: float = option(2e-3, "Peak learning rate.")
     swag_learning_rate: float = option(4e-3, "Constant learning rate of SWAG's phase.")
-    draws: int = option(10, "Draws from a posterior.")
+    draws: int = option(10, "Draws from a posterior.", least=1)
     seed: int = option(0, "Seed of data and training.")
     out: str = option("bayeslora-demo", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
@@ -87,7 +87,7 @@ def methods_of(options: Options) -> dict[str, Inference]:
     Returns:
         The methods; SWAG with its learning rate, BLoB on the evidence bound.
     """
-    from bayeslora.cli.build import build_method
+    from bayeslora.cli.settings import build_method
 
     settings = _settings(options)
     return {name: build_method(name, settings.get(name, [])) for name in options.methods}

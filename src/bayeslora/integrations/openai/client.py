@@ -13,25 +13,29 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, final
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar, final
 
 import torch
 from torch import Tensor
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.integrations.openai.echo import Asked, asked_of, asked_of_split, distinct
-from bayeslora.integrations.openai.session import Session, opened
+from bayeslora.integrations.openai.echo import Query, queries_of_split, query_of_texts, unique_queries
+from bayeslora.integrations.openai.session import Connection, Session
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.prediction.generation.answers import Answers
 from bayeslora.prediction.generation.semantic import Same
 from bayeslora.tasks.types import Split
 
+if TYPE_CHECKING:
+    import httpx
+
 __all__ = ["Adapters"]
 
-Found = TypeVar("Found")
-OURS = ("model", "prompt", "echo", "stream", "logprobs")
-"""What a caller's settings cannot change."""
+Result = TypeVar("Result")
+FIXED_SETTINGS = ("model", "prompt", "echo", "stream", "logprobs")
+"""Fields of a request that a caller's settings cannot change."""
 
 
 @final
@@ -55,12 +59,12 @@ class Adapters:
     url: str
     names: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
-    tokenizer: Any = field(default=None, repr=False)
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
     concurrency: int = 32
     timeout: float = 120.0
     retries: int = 4
     backoff: float = 0.5
-    transport: Any = field(default=None, repr=False)
+    transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked.
@@ -68,15 +72,16 @@ class Adapters:
         Raises:
             InputError: If the address is none, a name is given twice, or a number makes no sense.
         """
-        if not self.url.startswith(("http://", "https://")):
-            raise InputError(f"the server's address {self.url!r} must begin with http:// or https://")
         if isinstance(self.names, str) or len(set(self.names)) < len(self.names):
             raise InputError(f"names must be a list of different adapters, and it is {self.names!r}")
-        for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, and it is {getattr(self, name)}")
-        if not self.timeout > 0:
-            raise InputError(f"timeout must be more than 0 seconds, and it is {self.timeout}")
+        _ = self.connection
+
+    @cached_property
+    def connection(self) -> Connection:
+        """How the server is reached."""
+        return Connection(
+            self.url, self.api_key, self.concurrency, self.timeout, self.retries, self.backoff, self.transport
+        )
 
     def served(self) -> tuple[str, ...]:
         """Return the names of the adapters that the server holds, without its base model."""
@@ -92,14 +97,15 @@ class Adapters:
             The prediction, a draw for each adapter; without a pass at the mean, and without a Monte Carlo error, for a
             server does not say how its adapters were drawn.
         """
-        rows, against, readout, cut = asked_of_split(split, self.tokenizer)
-        neutral, numbers = distinct(against)
+        queries, neutral, readout, cut = queries_of_split(split, self.tokenizer)
+        unique, numbers = unique_queries(neutral)
         began = time.perf_counter()
-        found = self._run(lambda session: session.likelihoods([*rows, *neutral]))
-        sums = [_scores(draw, rows, numbers) for draw in found]
-        widest = max(len(row.answers) for row in rows)
-        padded = [[[*row, *[-math.inf] * (widest - len(row))] for row in draw] for draw in sums]
-        log_probs = torch.tensor(padded, dtype=torch.float64).log_softmax(-1).float()
+        draws = self._run(lambda session: session.log_likelihoods([*queries, *unique]))
+        widest = max(len(query.answers) for query in queries)
+        scores = [
+            [[*row, *[-math.inf] * (widest - len(row))] for row in _scores(draw, queries, numbers)] for draw in draws
+        ]
+        log_probs = torch.tensor(scores, dtype=torch.float64).log_softmax(-1).float()
         return Prediction(log_probs, truncated=cut, readout=readout, seconds=time.perf_counter() - began)
 
     def log_likelihoods(self, prompt: str, texts: Sequence[str]) -> Float[Tensor, "S N"]:
@@ -112,8 +118,8 @@ class Adapters:
         Returns:
             Natural logarithms.
         """
-        row = asked_of(prompt, texts, self.tokenizer)
-        return torch.tensor([draw[0] for draw in self._run(lambda session: session.likelihoods([row]))])
+        query = query_of_texts(prompt, texts, self.tokenizer)
+        return torch.tensor([draw[0] for draw in self._run(lambda session: session.log_likelihoods([query]))])
 
     def score(self, prompt: str, texts: Sequence[str]) -> Float[Tensor, " N"]:
         """Return the log of the adapters' average likelihood of texts after a prompt.
@@ -137,7 +143,7 @@ class Adapters:
         n: int = 1,
         seed: int | None = None,
         same: Same | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> list[Answers]:
         """Return answers of each adapter to each prompt, and which of them say the same.
 
@@ -157,42 +163,41 @@ class Adapters:
         Raises:
             InputError: If a setting is not the caller's, or a number makes no sense.
         """
-        for key in settings.keys() & set(OURS):
+        for key in settings.keys() & set(FIXED_SETTINGS):
             raise InputError(f"generate_each sets {key!r} itself; leave it out")
         if n < 1 or max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, and they are {n} and {max_tokens}")
-        body = {"max_tokens": max_tokens, "temperature": temperature, "n": n, **settings}
-        found = self._run(lambda session: session.texts(prompts, body, seed))
-        numbers = tuple(k for k in range(len(found)) for _ in range(n))
+        body = {"max_tokens": max_tokens, "temperature": temperature, **settings}
+        draws = self._run(lambda session: session.texts(prompts, n, body, seed))
+        numbers = tuple(k for k in range(len(draws)) for _ in range(n))
         return [
-            Answers.of(tuple(answer for draw in found for answer in draw[i]), numbers, same)
+            Answers.of(tuple(answer for draw in draws for answer in draw[i]), numbers, same)
             for i in range(len(prompts))
         ]
 
-    def _run(self, work: Callable[[Session], Awaitable[Found]]) -> Found:
+    def _run(self, work: Callable[[Session], Awaitable[Result]]) -> Result:
         """Do asynchronous work to its end, also where a loop runs already, as in a notebook."""
 
-        async def whole() -> Found:
-            """Open a connection, work, and close it."""
-            async with opened(self) as session:
+        async def connected() -> Result:
+            """Open a session, work, and close it."""
+            async with self.connection.session(self.names) as session:
                 return await work(session)
 
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(whole())
+            return asyncio.run(connected())
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(lambda: asyncio.run(whole())).result()
+            return thread.submit(lambda: asyncio.run(connected())).result()
 
 
 def _scores(
-    found: Sequence[Sequence[float]], rows: Sequence[Asked], numbers: Sequence[Sequence[int]]
+    log_likelihoods: Sequence[Sequence[float]], queries: Sequence[Query], numbers: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Return the scores of the choices: log-likelihoods as the format sets them in relation."""
+    """Return the choices' scores: log-likelihoods times their scales, less those after the neutral prompt."""
     scores = []
-    for number, (row, own) in enumerate(zip(rows, found, strict=False)):
-        off = [found[len(rows) + k][0] for k in numbers[number]] if numbers else [0.0] * len(own)
-        scores.append(
-            [value * scale - less for value, scale, less in zip(own, row.scales or [1.0] * len(own), off, strict=True)]
-        )
+    for number, (query, own) in enumerate(zip(queries, log_likelihoods, strict=False)):
+        neutral = [log_likelihoods[len(queries) + k][0] for k in numbers[number]] if numbers else [0.0] * len(own)
+        scales = query.scales or [1.0] * len(own)
+        scores.append([value * scale - less for value, scale, less in zip(own, scales, neutral, strict=True)])
     return scores

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import NotRequired, TypedDict, final
 
 import torch
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.prediction.encoding import encode, length_scales
 from bayeslora.prediction.generation.answers import Answer
@@ -24,17 +25,28 @@ Text = str | tuple[int, ...]
 """A text, or its token ids."""
 
 
+class LogProbs(TypedDict):
+    """A choice's log-probabilities, one a token; the first of an echo is null."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: NotRequired[list[dict[str, float] | None] | None]
+
+
+class Choice(TypedDict):
+    """One choice of a completion."""
+
+    text: str
+    logprobs: LogProbs
+    index: NotRequired[int]
+    finish_reason: NotRequired[str]
+    token_ids: NotRequired[list[int] | None]
+
+
 @final
 @dataclass(frozen=True)
-class Asked:
-    """One prompt and what may follow it.
-
-    Attributes:
-        place: What it is called in messages.
-        prompt: The prompt.
-        answers: What may follow, in the prompt's form.
-        scales: Factor on the log-likelihood of each answer; empty: none.
-    """
+class Query:
+    """A prompt and the answers to score after it: ``place`` names it in messages, ``scales`` (empty: 1) are factors."""
 
     place: str
     prompt: Text
@@ -42,27 +54,15 @@ class Asked:
     scales: tuple[float, ...] = ()
 
     @property
-    def wholes(self) -> list[Any]:
+    def whole_prompts(self) -> list[str] | list[list[int]]:
         """The prompt with each answer, as a request holds it."""
         if isinstance(self.prompt, str):
             return [f"{self.prompt}{answer}" for answer in self.answers]
-        return [[*self.prompt, *answer] for answer in self.answers]
+        return [[*self.prompt, *(int(token) for token in answer)] for answer in self.answers]
 
 
-def asked_of_split(split: Split, tokenizer: Any) -> tuple[list[Asked], list[Asked], str, int]:
-    """Return a split's prompts with their choices.
-
-    Args:
-        split: The examples and their format.
-        tokenizer: The base model's tokenizer; None for texts.
-
-    Returns:
-        The prompts; those whose likelihoods are taken off, one for each or none; the readout's name; and how many
-        prompts lost their beginning.
-
-    Raises:
-        InputError: If the split is empty, or its format is for a classification head or needs a tokenizer.
-    """
+def queries_of_split(split: Split, tokenizer: Tokenizer | None) -> tuple[list[Query], list[Query], str, int]:
+    """Return a split's queries, its neutral ones (one each or none), the readout, and how many prompts were cut."""
     if not len(split):
         raise InputError(f"{split.name} has no examples")
     readout: str = split.format.readout
@@ -73,112 +73,70 @@ def asked_of_split(split: Split, tokenizer: Any) -> tuple[list[Asked], list[Aske
     places = [f"row {number} of {split.name}" for number in range(len(split))]
     if tokenizer is not None:
         encoded, cut = encode(split, tokenizer, readout, None)
-        pairs = list(zip(places, encoded, strict=True))
-        neutral = [Asked("the neutral prompt", row.neutral, row.neutral_answers) for row in encoded if row.neutral]
-        return [Asked(p, row.prompt, row.answers, row.scales) for p, row in pairs], neutral, readout, cut
+        neutral = [Query("the neutral prompt", row.neutral, row.neutral_answers) for row in encoded if row.neutral]
+        pairs = zip(places, encoded, strict=True)
+        return [Query(place, row.prompt, row.answers, row.scales) for place, row in pairs], neutral, readout, cut
     if split.format.max_length is not None:
         raise InputError(f"the format of {split.name} cuts prompts by tokens (max_length); pass the base's tokenizer=")
     form = resolve_format(split.format, readout)
     if form.normalisation == "tokens":
         raise InputError(f"the format of {split.name} counts tokens (normalisation); pass the base's tokenizer=")
-    rows, neutral = [], []
+    queries, neutral = [], []
     for place, example in zip(places, split, strict=True):
         texts = tuple(answer_text(example, i, readout) for i in range(len(example.choices)))
-        rows.append(Asked(place, render(example, form), texts, length_scales(example, (), form.normalisation)))
+        queries.append(Query(place, render(example, form), texts, length_scales(example, (), form.normalisation)))
         if form.normalisation == "unconditional":
-            neutral.append(Asked("the neutral prompt", neutral_prompt(form), texts))
-    return rows, neutral, readout, 0
+            neutral.append(Query("the neutral prompt", neutral_prompt(form), texts))
+    return queries, neutral, readout, 0
 
 
-def distinct(rows: Sequence[Asked]) -> tuple[list[Asked], list[list[int]]]:
-    """Return each different pair of prompt and answer once, as a row of its own.
-
-    Args:
-        rows: Prompts and answers.
-
-    Returns:
-        The rows, and the number of the row of each answer.
-    """
+def unique_queries(queries: Sequence[Query]) -> tuple[list[Query], list[list[int]]]:
+    """Return each different pair of prompt and answer once, as a query, and its number for each answer."""
     known: dict[tuple[Text, Text], int] = {}
-    numbers = [[known.setdefault((row.prompt, a), len(known)) for a in row.answers] for row in rows]
-    return [Asked("the neutral prompt", prompt, (answer,)) for prompt, answer in known], numbers
+    numbers = [[known.setdefault((query.prompt, a), len(known)) for a in query.answers] for query in queries]
+    return [Query("the neutral prompt", prompt, (answer,)) for prompt, answer in known], numbers
 
 
-def asked_of(prompt: str, texts: Sequence[str], tokenizer: Any) -> Asked:
-    """Return a prompt with texts that may follow it.
-
-    Args:
-        prompt: The prompt.
-        texts: The texts.
-        tokenizer: The base model's tokenizer; None for texts.
-
-    Returns:
-        Both, as they are asked for.
-
-    Raises:
-        InputError: If one is empty, or the prompt's end and a text's beginning become one token.
-    """
+def query_of_texts(prompt: str, texts: Sequence[str], tokenizer: Tokenizer | None) -> Query:
+    """Return a prompt with texts that may follow it, as token ids where there is a tokenizer."""
     if not prompt or not texts or not all(texts):
         raise InputError("to score texts takes a prompt and at least one text, none of them empty")
     if tokenizer is None:
-        return Asked("the prompt", prompt, tuple(texts))
+        return Query("the prompt", prompt, tuple(texts))
     end = tokenizer.eos_token_id
     rows = [list(tokenizer(text)["input_ids"]) for text in (prompt, *(prompt + text for text in texts))]
     first, *wholes = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
     for text, whole in zip(texts, wholes, strict=True):
         if whole[: len(first)] != first or len(whole) == len(first):
             raise InputError(f"the prompt's end and the text {text!r} become one token; begin the text with a space")
-    return Asked("the prompt", tuple(first), tuple(tuple(whole[len(first) :]) for whole in wholes))
+    return Query("the prompt", tuple(first), tuple(tuple(whole[len(first) :]) for whole in wholes))
 
 
-def choices_of(value: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return the choices of a completion in order.
-
-    Args:
-        value: What the server answered.
-        count: How many there must be.
-
-    Returns:
-        The choices, each with its log-probabilities.
-
-    Raises:
-        InputError: If some are missing, or have no log-probabilities.
-    """
-    found = value.get("choices")
-    if not isinstance(found, list) or len(found) != count:
-        raise InputError(f"the server answers {len(found or [])} completions where {count} were asked for")
-    found = sorted(found, key=lambda choice: int(choice.get("index", 0)))
-    for choice in found:
-        given = choice.get("logprobs") or {}
-        if not given.get("tokens") or len(given["tokens"]) != len(given.get("token_logprobs") or []):
+def choices_of(completion: Mapping[str, object], count: int) -> list[Choice]:
+    """Return the choices of a completion in order, checked to be as many as requested and to have log-probabilities."""
+    choices = completion.get("choices")
+    if not isinstance(choices, list) or len(choices) != count:
+        there = len(choices) if isinstance(choices, list) else 0
+        raise InputError(f"the server answers {there} completions where {count} were asked for")
+    for choice in choices:
+        log_probs = choice.get("logprobs") or {}
+        if not log_probs.get("tokens") or len(log_probs["tokens"]) != len(log_probs.get("token_logprobs") or []):
             raise InputError("the server gives no log-probabilities of tokens; use one that does, such as vLLM")
-    return found
+    return sorted(choices, key=lambda choice: int(choice.get("index", 0)))
 
 
-def after_prompt(row: Asked, choices: Sequence[Mapping[str, Any]], after: int) -> list[float]:
-    """Return the log-likelihoods of the answers after their prompt.
-
-    Args:
-        row: What was asked.
-        choices: The echo of the prompt with each answer.
-        after: How many tokens the server wrote after the echo.
-
-    Returns:
-        Natural logarithms, one an answer.
-
-    Raises:
-        InputError: If a prompt was not echoed, or the answer's tokens cannot be told.
-    """
+def echoed_log_likelihoods(query: Query, choices: Sequence[Choice], after: int) -> list[float]:
+    """Return the log-likelihoods of a query's answers out of echoes, after which the server wrote ``after`` tokens."""
     sums = []
-    for answer, choice in zip(row.answers, choices, strict=True):
+    for answer, choice in zip(query.answers, choices, strict=True):
         tokens = [str(token) for token in choice["logprobs"]["tokens"]]
         values = choice["logprobs"]["token_logprobs"]
         end = len(tokens) - after
-        if isinstance(row.prompt, str):
-            echoed = str(choice.get("text")).startswith(row.prompt) and len(tokens) > 1
-            start = _beginning(tokens[:end], row.prompt, str(answer)) if echoed else 0
+        if isinstance(query.prompt, str):
+            echoed = str(choice.get("text")).startswith(query.prompt) and len(tokens) > 1
+            start = _answer_start(tokens[:end], query.prompt, str(answer)) if echoed else 0
         else:
-            start, end = len(row.prompt), len(row.prompt) + len(answer)
+            start, end = len(query.prompt), len(query.prompt) + len(answer)
             echoed = len(tokens) == end + after
         if not echoed:
             raise InputError(
@@ -187,15 +145,15 @@ def after_prompt(row: Asked, choices: Sequence[Mapping[str, Any]], after: int) -
             )
         if start is None or None in values[start:end] or start >= end:
             raise InputError(
-                f"{row.place}: the tokens do not tell where {answer!r} begins; pass the base's tokenizer=, or end "
+                f"{query.place}: the tokens do not tell where {answer!r} begins; pass the base's tokenizer=, or end "
                 "the prompt with a sign such as ':'"
             )
         sums.append(float(sum(values[start:end])))
     return sums
 
 
-def _beginning(tokens: Sequence[str], prompt: str, answer: str) -> int | None:
-    """Return the first of the tokens that make up the answer; None if it cannot be told."""
+def _answer_start(tokens: Sequence[str], prompt: str, answer: str) -> int | None:
+    """Return the index of the answer's first token; None if it cannot be told."""
     rest = answer
     for number in range(len(tokens) - 1, -1, -1):
         if not rest.endswith(tokens[number]):
@@ -213,23 +171,16 @@ def _beginning(tokens: Sequence[str], prompt: str, answer: str) -> int | None:
     return None
 
 
-def generated(choice: Mapping[str, Any]) -> Answer:
-    """Return one generated text with what its draw thought of each token.
-
-    Args:
-        choice: One choice of a completion.
-
-    Returns:
-        The answer; its entropies are not a number, and its token ids -1 unless the server gives them.
-    """
-    given = choice["logprobs"]
-    values = torch.tensor([float(value) for value in given["token_logprobs"]])
-    tops = [sorted((top or {}).items(), key=lambda item: -item[1]) for top in given.get("top_logprobs") or []]
+def answer_of(choice: Choice) -> Answer:
+    """Return a generated text; its entropies are not a number, and its ids -1 unless the server gives them."""
+    log_probs = choice["logprobs"]
+    values = torch.tensor([float(value) for value in log_probs["token_logprobs"]])
+    tops = [sorted((top or {}).items(), key=lambda item: -item[1]) for top in log_probs.get("top_logprobs") or []]
     unknown = torch.full_like(values, math.nan)
     return Answer(
         text=str(choice["text"]),
         token_ids=tuple(choice.get("token_ids") or [-1] * len(values)),
-        tokens=tuple(map(str, given["tokens"])),
+        tokens=tuple(map(str, log_probs["tokens"])),
         log_probs=values,
         draw_log_probs=values[None],
         entropy=unknown,

@@ -1,18 +1,16 @@
-"""Requests to a server of OpenAI's protocol: so many at once, again after a while, in words when they fail."""
+"""HTTP session with bounded concurrency, retries with back-off, and readable errors, for OpenAI's protocol."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from dataclasses import dataclass, field
+from typing import TypeVar, final
 
 from bayeslora.errors import InputError
-from bayeslora.integrations.openai.echo import Asked, after_prompt, choices_of, generated
+from bayeslora.integrations.openai.echo import Query, answer_of, choices_of, echoed_log_likelihoods
 from bayeslora.prediction.generation.answers import Answer
-
-if TYPE_CHECKING:
-    from bayeslora.integrations.openai.client import Adapters
 
 try:
     import httpx
@@ -20,11 +18,11 @@ except ModuleNotFoundError as missing:
     raise InputError("the client of servers needs httpx: pip install 'bayeslora[client]'") from missing
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
-AGAIN = (429, 502, 503, 504)
-"""Answers after which a request is sent again."""
+Result = TypeVar("Result")
+RETRIED = (429, 502, 503, 504)
+"""Statuses after which a request is sent again."""
 ALTERNATIVES = 5
-"""How many of the most probable tokens are asked for in the place of each."""
+"""How many of the most probable tokens are requested in the place of each."""
 
 
 class RefusedError(InputError):
@@ -32,165 +30,149 @@ class RefusedError(InputError):
 
 
 @final
+@dataclass(frozen=True)
+class Connection:
+    """How a server is reached: its address and key, and the limits of the requests; see `Adapters`."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    concurrency: int = 32
+    timeout: float = 120.0
+    retries: int = 4
+    backoff: float = 0.5
+    transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse an address without a scheme, and limits out of range."""
+        if not self.url.startswith(("http://", "https://")):
+            raise InputError(f"the server's address {self.url!r} must begin with http:// or https://")
+        for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, and it is {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise InputError(f"timeout must be more than 0 seconds, and it is {self.timeout}")
+
+    @property
+    def root(self) -> str:
+        """The address without ``/v1``."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @asynccontextmanager
+    async def session(self, names: Sequence[str]) -> AsyncIterator[Session]:
+        """Yield a session that asks the named adapters; no names: all that the server has."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(
+            headers=headers, timeout=self.timeout, limits=limits, transport=self.transport
+        ) as client:
+            yield Session(self, client, names)
+
+
+@final
 class Session:
-    """The requests of one call.
+    """The requests of one call of the client."""
 
-    Args:
-        adapters: The server, and how it is asked.
-        client: A client of httpx.
-    """
-
-    def __init__(self, adapters: Adapters, client: Any) -> None:
-        self.adapters, self.client = adapters, client
-        self.url = adapters.url.rstrip("/").removesuffix("/v1")
-        self.gate = asyncio.Semaphore(adapters.concurrency)
+    def __init__(self, connection: Connection, client: httpx.AsyncClient, names: Sequence[str]) -> None:
+        self.connection, self.client, self.names = connection, client, tuple(names)
+        self.gate = asyncio.Semaphore(connection.concurrency)
         self.after = 0  # tokens that the server must be allowed to write after an echo
 
-    async def send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the JSON that the server answers.
-
-        Args:
-            path: The page.
-            body: What is posted; None asks for the page.
-
-        Returns:
-            A JSON object.
-
-        Raises:
-            InputError: If the server cannot be reached, gives no answer in time, or refuses.
-        """
-        wait, tries = self.adapters.backoff, self.adapters.retries + 1
-        said = ""
+    async def send(self, path: str, body: Mapping[str, object] | None = None) -> dict[str, object]:
+        """Return the JSON object that the server answers; without a body the page is read with GET."""
+        wait, tries = self.connection.backoff, self.connection.retries + 1
+        problem = ""
         for number in range(tries):
             try:
                 async with self.gate:
-                    answer = await self.client.request("POST" if body else "GET", self.url + path, json=body)
+                    response = await self.client.request(
+                        "POST" if body else "GET", self.connection.root + path, json=body
+                    )
             except httpx.TimeoutException:
-                took = f"{self.adapters.timeout:g} s{f', {tries} times' if tries > 1 else ''}"
-                said = f"did not answer within {took}; raise timeout, or lower concurrency"
+                waited = f"{self.connection.timeout:g} s{f', {tries} times' if tries > 1 else ''}"
+                problem = f"did not answer within {waited}; raise timeout, or lower concurrency"
             except (httpx.TransportError, httpx.InvalidURL) as error:
-                said = f"cannot be reached ({error or type(error).__name__}); start it, or give its right address"
+                problem = f"cannot be reached ({error or type(error).__name__}); start it, or give its right address"
             else:
-                if answer.status_code not in AGAIN:
-                    return await self._read(answer, path, body)
-                said = f"answers {answer.status_code} again and again ({tries} tries); lower concurrency, or wait"
+                if response.status_code not in RETRIED:
+                    return await self._read(response, path, body)
+                problem = f"answers {response.status_code} again and again ({tries} tries); lower concurrency, or wait"
             if number + 1 < tries:
                 await asyncio.sleep(wait)
                 wait *= 2
-        raise InputError(f"the server {self.url} {said}")
+        raise InputError(f"the server {self.connection.root} {problem}")
 
     async def served(self) -> tuple[str, ...]:
-        """Return the names of the server's adapters.
-
-        Returns:
-            Those of its models that have another as their parent.
-
-        Raises:
-            InputError: If there are none.
-        """
+        """Return the names of the server's adapters: those of its models that have another as their parent."""
         data = (await self.send("/v1/models")).get("data")
-        models = [model for model in data or [] if isinstance(model, dict)]
-        found = tuple(str(model["id"]) for model in models if model.get("parent"))
-        if not found:
+        models = [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
+        names = tuple(str(model["id"]) for model in models if model.get("parent"))
+        if not names:
             known = ", ".join(str(model.get("id")) for model in models) or "none"
             raise InputError(
-                f"the server {self.url} calls none of its models an adapter ({known}); start it with the line that "
-                "bayeslora export prints, or name them, names=[…]"
+                f"the server {self.connection.root} calls none of its models an adapter ({known}); start it with the "
+                "line that bayeslora export prints, or name them, names=[…]"
             )
-        return found
+        return names
 
-    async def likelihoods(self, rows: Sequence[Asked]) -> list[list[list[float]]]:
-        """Return log-likelihoods.
+    async def log_likelihoods(self, queries: Sequence[Query]) -> list[list[list[float]]]:
+        """Return natural logarithms by adapter, query and answer."""
+        return await self._ask_each(queries, lambda _, name, query: self._log_likelihoods(name, query))
 
-        Args:
-            rows: Prompts and what may follow them.
-
-        Returns:
-            Natural logarithms by adapter, row and answer.
-        """
-        return await self._each(rows, lambda _, name, row: self._likelihood(name, row))
-
-    async def texts(self, prompts: Sequence[str], body: dict[str, Any], seed: int | None) -> list[list[list[Answer]]]:
-        """Return generated texts.
-
-        Args:
-            prompts: The prompts.
-            body: What else is in each request.
-            seed: Seed of the first adapter's tokens.
-
-        Returns:
-            Answers by adapter, prompt and number.
-        """
+    async def texts(
+        self, prompts: Sequence[str], count: int, settings: Mapping[str, object], seed: int | None
+    ) -> list[list[list[Answer]]]:
+        """Return generated answers by adapter, prompt and number; adapter k samples with ``seed + k``."""
 
         async def ask(k: int, name: str, prompt: str) -> list[Answer]:
             """Return one adapter's answers to a prompt."""
-            own = {} if seed is None else {"seed": seed + k}
-            asked = {"model": name, "prompt": prompt, "logprobs": ALTERNATIVES, **body, **own}
-            return [generated(choice) for choice in choices_of(await self.send("/v1/completions", asked), body["n"])]
+            body = {"model": name, "prompt": prompt, "logprobs": ALTERNATIVES, "n": count, **settings}
+            if seed is not None:
+                body["seed"] = seed + k
+            return [answer_of(choice) for choice in choices_of(await self.send("/v1/completions", body), count)]
 
-        return await self._each(prompts, ask)
+        return await self._ask_each(prompts, ask)
 
-    async def _likelihood(self, name: str, row: Asked) -> list[float]:
-        """Return one adapter's log-likelihoods of a row's answers."""
+    async def _log_likelihoods(self, name: str, query: Query) -> list[float]:
+        """Return one adapter's log-likelihoods of a query's answers."""
         after = self.after
-        body = {"model": name, "prompt": row.wholes, "echo": True, "max_tokens": after, "logprobs": 1}
+        body = {"model": name, "prompt": query.whole_prompts, "echo": True, "max_tokens": after, "logprobs": 1}
         try:
-            value = await self.send("/v1/completions", body)
+            completion = await self.send("/v1/completions", body)
         except RefusedError as refusal:
             if after or "max_tokens" not in str(refusal):
                 raise
             self.after = 1
-            return await self._likelihood(name, row)
-        return after_prompt(row, choices_of(value, len(row.answers)), after)
+            return await self._log_likelihoods(name, query)
+        return echoed_log_likelihoods(query, choices_of(completion, len(query.answers)), after)
 
-    async def _each(
-        self, items: Sequence[Item], ask: Callable[[int, str, Item], Awaitable[Found]]
-    ) -> list[list[Found]]:
+    async def _ask_each(
+        self, items: Sequence[Item], ask: Callable[[int, str, Item], Awaitable[Result]]
+    ) -> list[list[Result]]:
         """Return what each adapter answers to each item."""
-        names = tuple(self.adapters.names) or await self.served()
-        found = await asyncio.gather(*(ask(k, name, item) for k, name in enumerate(names) for item in items))
-        return [list(found[k * len(items) : (k + 1) * len(items)]) for k in range(len(names))]
+        names = self.names or await self.served()
+        results = await asyncio.gather(*(ask(k, name, item) for k, name in enumerate(names) for item in items))
+        return [list(results[k * len(items) : (k + 1) * len(items)]) for k in range(len(names))]
 
-    async def _read(self, answer: Any, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """Return what an answer holds, or raise what it means."""
-        status = answer.status_code
+    async def _read(self, response: httpx.Response, path: str, body: Mapping[str, object] | None) -> dict[str, object]:
+        """Return the object that a response holds, or raise what its status means."""
+        status, server = response.status_code, f"the server {self.connection.root}"
         try:
-            value = answer.json()
+            value: object = response.json()
         except ValueError:
             value = None
         if status in (401, 403):
-            raise RefusedError(f"the server {self.url} refuses the API key ({status}); give its own, api_key=…")
+            raise RefusedError(f"{server} refuses the API key ({status}); give its own, api_key=…")
         if status == 404 and body is not None:
             known = ", ".join(await self.served())
-            raise RefusedError(f"the server {self.url} has no adapter {body['model']!r}; it has {known}")
+            raise RefusedError(f"{server} has no adapter {body['model']!r}; it has {known}")
         if status >= 400:
-            raise RefusedError(f"the server {self.url} refuses {path} ({status}): {_told(value, answer.text)}")
+            raise RefusedError(f"{server} refuses {path} ({status}): {_reason(value, response.text)}")
         if not isinstance(value, dict):
-            raise RefusedError(
-                f"the server {self.url} does not answer {path} in JSON; give the address of a vLLM server"
-            )
+            raise RefusedError(f"{server} does not answer {path} in JSON; give the address of a vLLM server")
         return value
 
 
-@asynccontextmanager
-async def opened(adapters: Adapters) -> AsyncIterator[Session]:
-    """Connect to a server for the length of a ``with`` block.
-
-    Args:
-        adapters: The server, and how it is asked.
-
-    Yields:
-        The session.
-    """
-    headers = {"Authorization": f"Bearer {adapters.api_key}"} if adapters.api_key else {}
-    limits = httpx.Limits(max_connections=adapters.concurrency)
-    async with httpx.AsyncClient(
-        headers=headers, timeout=adapters.timeout, limits=limits, transport=adapters.transport
-    ) as client:
-        yield Session(adapters, client)
-
-
-def _told(value: Any, text: str) -> str:
+def _reason(value: object, text: str) -> str:
     """Return what a server says about a refusal, in one line."""
     for key in ("error", "message", "detail"):
         value = value[key] if isinstance(value, dict) and value.get(key) else value
