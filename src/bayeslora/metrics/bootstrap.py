@@ -50,7 +50,7 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int = 0) -> Float[Tensor, "R ..."]:
+def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int = 0) -> Float[Tensor, " R *scores"]:
     """Compute a score on each of many resampled test sets; equal seeds and numbers of rows draw the same rows."""
     sizes = [_rows(sample) for sample in samples or ((),)]
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +65,9 @@ def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int =
     return torch.cat(scores) if scores else torch.empty(0)
 
 
-def interval(scores: Float[Tensor, "R ..."], level: float = 0.95) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+def interval(
+    scores: Float[Tensor, " R *scores"], level: float = 0.95
+) -> tuple[Float[Tensor, " *scores"], Float[Tensor, " *scores"]]:
     """Return the central quantiles of resampled scores, interpolated linearly; NaN both if a score is NaN."""
     if not len(scores) or not 0 < level < 1:
         raise InputError(f"resamples={len(scores)}, level={level}: give at least one resample and a level in (0, 1).")
@@ -76,7 +78,7 @@ def interval(scores: Float[Tensor, "R ..."], level: float = 0.95) -> tuple[Float
     return low, high
 
 
-def _quantile(ordered: Float[Tensor, "R ..."], share: float) -> Float[Tensor, "..."]:
+def _quantile(ordered: Float[Tensor, " R *scores"], share: float) -> Float[Tensor, " *scores"]:
     """Return the quantile of sorted values, which may be infinite."""
     position = share * (len(ordered) - 1)
     left, right = ordered[math.floor(position)], ordered[math.ceil(position)]
