@@ -26,11 +26,11 @@ from bayeslora.errors import InputError
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
-from bayeslora.posteriors import Posterior
+from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.card import write_card
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
 
 if TYPE_CHECKING:
@@ -137,19 +137,15 @@ def predict_as(
     options: PredictOptions, model: PeftModel, tokenizer: Tokenizer, posterior: Posterior, split: Split
 ) -> Prediction:
     """Return the prediction that the options ask for, and say how many prompts were cut for it."""
+    draws = Draws(options.draws, options.draw_seed, options.sampling, options.tolerance or None, options.min_draws)
     prediction = predict(
         model,
         posterior,
         split,
-        options.draws,
-        seed=options.draw_seed,
-        sampling=options.sampling,
-        tolerance=options.tolerance or None,
-        fewest_draws=options.min_draws,
-        compile=options.compile,
+        draws,
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
-        progress=watched(),
+        options=PassOptions(compile=options.compile, progress=watched()),
     )
     if prediction.truncated:
         say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
@@ -175,9 +171,9 @@ def report_run(
 ) -> None:
     """Print the metrics of the test split and keep them, also on the posterior's card; say what can be done next."""
     if test is not None and all(e.label is not None for e in test):
-        budget = options.token_budget or None
+        budget, shown = options.token_budget or None, PassOptions(progress=watched())
         prediction = predict(
-            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, progress=watched()
+            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, options=shown
         )
         result = evaluate(prediction, test, resamples=resamples)
         write_json(out / "evaluation.json", result.to_dict())

@@ -52,6 +52,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
+    from bayeslora.posteriors import Draws
     from bayeslora.training.distillation import distill
 
     with own_progress():
@@ -63,8 +64,8 @@ def run(options: Options) -> None:
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
             point = distill(
-                model, posterior, rows, args, options.draws, held_out=options.held_out, seed=options.draw_seed,
-                sampling=options.sampling, tokenizer=tokenizer, token_budget=options.token_budget or None,
+                model, posterior, rows, args, Draws(options.draws, options.draw_seed, options.sampling),
+                held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             save_run(out, point, rows)
         _tell(point)

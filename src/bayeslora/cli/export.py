@@ -70,7 +70,7 @@ def run(options: Options) -> None:
 def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Path]:
     """Write what is asked for, all of it or nothing, and return the folders by the names to serve them under."""
     from bayeslora.files import atomic_folder
-    from bayeslora.posteriors import Point
+    from bayeslora.posteriors import Draws, Point
     from bayeslora.posteriors.loading import export_draws
 
     plain = options.name == "draw"
@@ -79,9 +79,9 @@ def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Pat
         mean.save_pretrained(out)
         return {"mean" if plain else options.name: out}
     count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
-    how: dict[str, Any] = {"seed": options.draw_seed, "sampling": options.sampling, "name": options.name}
+    draws = Draws(count, options.draw_seed, options.sampling)
     with atomic_folder(out) as work:
-        paths = export_draws(posterior, work, count, **how)
+        paths = export_draws(posterior, work, draws, name=options.name)
         names = [path.name for path in paths]
         if options.mean:
             names.insert(0, "mean" if plain else f"{options.name}-mean")

@@ -47,7 +47,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
-    from bayeslora.posteriors import Point
+    from bayeslora.posteriors import Draws, Point
 
     with own_progress():
         tasks, manager = find_tasks(options.tasks, options.include_path)
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
         model, tokenizer = model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, options.draws, seed=options.draw_seed, sampling=options.sampling, tokenizer=tokenizer,
+            model, posterior, Draws(options.draws, options.draw_seed, options.sampling), tokenizer=tokenizer,
             token_budget=options.token_budget or None, progress=watched(),
         )  # fmt: skip
         results = evaluate_tasks(
