@@ -99,7 +99,7 @@ def _served(options: Options, name: str) -> Any:
     from bayeslora.cli.build import model_for, transformed
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server.served import Served
     from bayeslora.posteriors.loading import load_posterior
 
     tasks = part(TaskOptions, options)
