@@ -19,10 +19,11 @@ from bayeslora.cli.options import (
     TrainOptions,
     TransformOptions,
 )
-from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
 from bayeslora.cli.values import close_matches
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora lm-eval run --tasks arc_easy hellaswag --draws 10       with the calibration of their answers
