@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.methods_table import DROPOUT, PAIRS, REPEATS, TABLE
+from support.methods_table import DROPOUT, HEAD, LEARNERS, LM, PAIRS, TABLE
 from support.tiny import arguments, same_params, same_state, state_of
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -26,10 +26,7 @@ from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict
 from bayeslora.training.run import fit
 
-LM, HEAD = "llama-likelihood", "bert"
-TRAINED_TWICE = [(method, LM) for method in TABLE if method not in REPEATS] + [
-    (name, HEAD) for name in ("map", "swag", "ensemble", "ivon", "blob")
-]
+TRAINED_TWICE = [(row.name, kind) for kind in (LM, HEAD) for row in LEARNERS if kind in row.retrained]
 """For facts that need another training run: on one model, and some methods on the one that differs most."""
 
 
@@ -230,7 +227,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_draw_is_the_same_in_another_process(learn: Callable[..., Any]) -> None:
-    ours = [learn(method, HEAD if (method, HEAD) in PAIRS and (method, LM) not in PAIRS else LM) for method in TABLE]
+    ours = [learn(name, LM if LM in row.kinds else row.kinds[0]) for name, row in TABLE.items()]
     command = [sys.executable, "-c", FRESH, *(str(one.folder) for one in ours)]
     there = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     names: dict[str, Any] = {"__name__": "here"}
