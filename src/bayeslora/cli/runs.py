@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 _FILE = "options.json"
 _PATHS = ("model", "data")
