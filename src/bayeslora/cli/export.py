@@ -65,6 +65,7 @@ def run(options: Options) -> None:
 
 def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Path]:
     """Write what is asked for, all of it or nothing, and return the folders by the names to serve them under."""
+    from bayeslora.cli.build import draws_of
     from bayeslora.files import atomic_folder
     from bayeslora.posteriors import Point
     from bayeslora.posteriors.loading import export_draws
@@ -76,9 +77,7 @@ def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Pat
         return {"mean" if plain else options.name: out}
     count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
     with atomic_folder(out) as work:
-        paths = export_draws(
-            posterior, work, count, seed=options.draw_seed, sampling=options.sampling, name=options.name
-        )
+        paths = export_draws(posterior, work, draws_of(options, count), name=options.name)
         names = [path.name for path in paths]
         if options.mean:
             names.insert(0, "mean" if plain else f"{options.name}-mean")
