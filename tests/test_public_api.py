@@ -7,9 +7,11 @@ which only raised (on `PostHoc` and on the five methods that inherited it).
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,27 @@ import pytest
 import bayeslora as bl
 
 HELD = json.loads((Path(__file__).parent / "support" / "public_api.json").read_text(encoding="utf-8"))
+
+MOVED = {
+    "bayeslora.card": "bayeslora.posteriors.card",
+    "bayeslora.demo_model": "bayeslora.cli.demo.model",
+    "bayeslora.distillation": "bayeslora.training.distillation",
+    "bayeslora.engine": "bayeslora.prediction",
+    "bayeslora.evaluation": "bayeslora.metrics.evaluation",
+    "bayeslora.generation": "bayeslora.prediction.generation",
+    "bayeslora.hub": "bayeslora.posteriors.hub",
+    "bayeslora.integrations.samples": "bayeslora.integrations.lm_eval_calibration",
+    "bayeslora.integrations.vllm": "bayeslora.integrations.openai.client",
+    "bayeslora.methods.trainers": "bayeslora.training.trainer_kwargs",
+    "bayeslora.operations": "bayeslora.posteriors.transforms",
+    "bayeslora.optim": "bayeslora.methods.ivon.optimizer",
+    "bayeslora.origin": "bayeslora.posteriors.provenance",
+    "bayeslora.rewards": "bayeslora.prediction.rewards",
+    "bayeslora.serve": "bayeslora.integrations.server",
+    "bayeslora.serve.worker": "bayeslora.integrations.server.worker",
+    "bayeslora.storage": "bayeslora.posteriors.loading",
+    "bayeslora.tasks.chance": "bayeslora.tasks.synthetic",
+}
 
 
 def parameters(called):
@@ -95,3 +118,25 @@ def test_a_verb_accepts_the_flags_it_had(verb, capsys):
         assert main([verb, flag, *([] if value is None else [value]), "--no-such-option"]) == 2
         said = capsys.readouterr().err
         assert "unknown option --no-such-option" in said, f"{verb} {flag}: {said}"
+
+
+@pytest.mark.parametrize("former", MOVED)
+def test_a_module_that_moved_is_imported_from_its_former_path_with_a_warning(former):
+    sys.modules.pop(former, None)
+    with pytest.warns(DeprecationWarning, match=f"{former} has moved; import {MOVED[former]}$"):
+        module = importlib.import_module(former)
+    assert module is importlib.import_module(MOVED[former])
+    assert module.__spec__.name == MOVED[former]
+
+
+def test_fit_is_imported_from_the_package_of_training_too():
+    from bayeslora.training import fit
+
+    assert fit is bl.fit
+
+
+def test_an_unknown_module_or_name_is_unknown():
+    with pytest.raises(ModuleNotFoundError, match=r"bayeslora\.no_such_module"):
+        importlib.import_module("bayeslora.no_such_module")
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        bl.no_such_name  # noqa: B018

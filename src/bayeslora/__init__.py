@@ -1,12 +1,16 @@
 """Bayesian LoRA: any PEFT LoRA model, any Hugging Face or TRL Trainer, one method, and a posterior over the adapter.
 
-The names here are loaded when they are used, so that importing the package costs nothing.
+Public names are imported when they are first used: ``import bayeslora`` takes milliseconds, torch seconds.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING
+from warnings import warn
 
 from bayeslora.errors import InputError
 from bayeslora.version import __version__
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from bayeslora.posteriors import (
         ColumnDropout,
         DiagonalGaussian,
+        Draws,
         KroneckerGaussian,
         Linearised,
         LowRankGaussian,
@@ -47,7 +52,7 @@ if TYPE_CHECKING:
     from bayeslora.posteriors.hub import push
     from bayeslora.posteriors.loading import export_draws, load_posterior
     from bayeslora.posteriors.transforms import pruned, restricted, tempered
-    from bayeslora.prediction import predict
+    from bayeslora.prediction import PassOptions, predict
     from bayeslora.prediction.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
@@ -56,50 +61,28 @@ if TYPE_CHECKING:
     from bayeslora.training.trainer_kwargs import kwargs_for
 
 _HOMES = {
-    "metrics.evaluation": ("Evaluation", "evaluate"),
-    "prediction.generation": ("Answer", "Answers", "by_embedding", "by_entailment", "generate", "generate_each"),
-    "training.distillation": ("distill",),
-    "training.run": ("fit",),
-    "methods": (
-        "Blob",
-        "Ensemble",
-        "Isotropic",
-        "Ivon",
-        "Laplace",
-        "Map",
-        "McDropout",
-        "Method",
-        "PostHoc",
-        "Swag",
-        "Temperature",
-        "Tfb",
-        "multi_swag",
-    ),
-    "models": ("load_model",),
-    "posteriors.transforms": ("pruned", "restricted", "tempered"),
-    "methods.ivon.optimizer": ("IvonOptimizer",),
+    "methods": "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc Swag Temperature Tfb multi_swag",
+    "methods.ivon.optimizer": "IvonOptimizer",
+    "metrics.evaluation": "Evaluation evaluate",
+    "metrics.prediction": "Prediction",
+    "models": "load_model",
     "posteriors": (
-        "ColumnDropout",
-        "DiagonalGaussian",
-        "KroneckerGaussian",
-        "Linearised",
-        "LowRankGaussian",
-        "Mixture",
-        "Point",
-        "Posterior",
-        "Scaled",
-        "TokenDropout",
+        "ColumnDropout DiagonalGaussian Draws KroneckerGaussian Linearised LowRankGaussian Mixture Point Posterior "
+        "Scaled TokenDropout"
     ),
-    "prediction": ("predict",),
-    "metrics.prediction": ("Prediction",),
-    "prediction.rewards": ("penalised_rewards", "predict_rewards", "preference_probability"),
-    "training.trainer_kwargs": ("kwargs_for",),
-    "posteriors.hub": ("push",),
-    "posteriors.card": ("write_card",),
-    "posteriors.loading": ("export_draws", "load_posterior"),
-    "tasks": ("load_task",),
+    "posteriors.card": "write_card",
+    "posteriors.hub": "push",
+    "posteriors.loading": "export_draws load_posterior",
+    "posteriors.transforms": "pruned restricted tempered",
+    "prediction": "PassOptions predict",
+    "prediction.generation": "Answer Answers by_embedding by_entailment generate generate_each",
+    "prediction.rewards": "penalised_rewards predict_rewards preference_probability",
+    "tasks": "load_task",
+    "training.distillation": "distill",
+    "training.run": "fit",
+    "training.trainer_kwargs": "kwargs_for",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Answer",
@@ -107,6 +90,7 @@ __all__ = [
     "Blob",
     "ColumnDropout",
     "DiagonalGaussian",
+    "Draws",
     "Ensemble",
     "Evaluation",
     "InputError",
@@ -121,6 +105,7 @@ __all__ = [
     "McDropout",
     "Method",
     "Mixture",
+    "PassOptions",
     "Point",
     "PostHoc",
     "Posterior",
@@ -156,13 +141,63 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'bayeslora' has no attribute {name!r}")
-    value = getattr(import_module(f"bayeslora.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker must know an unknown name as one
+
+    def __getattr__(name):
+        """Import a public name when it is first used."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'bayeslora' has no attribute {name!r}")
+        value = getattr(import_module(f"bayeslora.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# Modules that moved after version 0.1: the former paths work for one release, with a warning.
+_MOVED = {
+    "card": "posteriors.card",
+    "demo_model": "cli.demo.model",
+    "distillation": "training.distillation",
+    "engine": "prediction",
+    "evaluation": "metrics.evaluation",
+    "generation": "prediction.generation",
+    "hub": "posteriors.hub",
+    "integrations.samples": "integrations.lm_eval_calibration",
+    "integrations.vllm": "integrations.openai.client",
+    "methods.trainers": "training.trainer_kwargs",
+    "operations": "posteriors.transforms",
+    "optim": "methods.ivon.optimizer",
+    "origin": "posteriors.provenance",
+    "rewards": "prediction.rewards",
+    "serve": "integrations.server",
+    "serve.worker": "integrations.server.worker",
+    "storage": "posteriors.loading",
+    "tasks.chance": "tasks.synthetic",
+}
+
+
+class _MovedModules:
+    """Import a module that moved under its former path too; both paths give the same module."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return a spec for a former path, None for every other module."""
+        package, _, name = fullname.partition(".")
+        if package != "bayeslora" or name not in _MOVED:
+            return None
+        warn(f"{fullname} has moved; import bayeslora.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]  # importlib.abc.Loader takes 12 ms to import
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python make the placeholder that `exec_module` replaces."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module of today in the place of the placeholder."""
+        former = module.__name__
+        sys.modules[former] = import_module(f"bayeslora.{_MOVED[former.partition('.')[2]]}")
+
+
+# Ahead of Python's own finders, which would load a submodule of a moved package a second time.
+sys.meta_path.insert(0, _MovedModules())

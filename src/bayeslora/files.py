@@ -19,14 +19,7 @@ from bayeslora.errors import InputError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a name to write to, that takes the file's place when the block ends well, and vanishes otherwise.
-
-    Args:
-        path: The file; one that is there is replaced, its folder is made if need be.
-
-    Yields:
-        A path beside the file, not there yet.
-    """
+    """Yield a path beside the file that takes the file's place when the block ends well, and vanishes otherwise."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,18 +34,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that takes the target's place when the block ends well, and vanishes otherwise.
-
-    Args:
-        target: The folder to make.
-        overwrite: Whether a folder that is there may be replaced.
-
-    Yields:
-        The temporary folder, beside the target.
-
-    Raises:
-        InputError: If the target is there and may not be replaced, or the disk is full or not writable.
-    """
+    """Yield a temporary folder that takes the target's place when the block ends well, and vanishes otherwise."""
     if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
         raise InputError(f"{target} is there already; choose another folder or pass overwrite=True")
     try:
@@ -72,18 +54,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def read_object(path: Path, missing: str) -> dict[str, Any]:
-    """Read a JSON object of a posterior's folder.
-
-    Args:
-        path: The file.
-        missing: What to say if it is not there.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: If it is missing, cannot be read, or holds something else.
-    """
+    """Read a JSON object of a posterior's folder; ``missing`` is the message where the file is not there."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -95,8 +66,22 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write JSON at once or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file at once or not at all; one that is there is replaced."""
+    try:
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def _take_place(work: Path, target: Path) -> None:
-    """Move a folder to where it belongs; what was there goes when it has come, and stays if it cannot."""
+    """Move a folder into the place of the target; the old target goes after that, and stays if the move fails."""
     if not target.exists():
         os.replace(work, target)
         return

@@ -6,24 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it in hardware, float32 elsewhere.
-
-    Args:
-        device: Where the model will be.
-
-    Returns:
-        A dtype. float16 is never chosen: some models overflow in it when trained.
-    """
+    """Return bfloat16 where the device multiplies it in hardware, else float32; some models overflow in float16."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -37,9 +31,9 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 def default_device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
     if torch.accelerator.is_available():
-        found = torch.accelerator.current_accelerator()
-        if found is not None:
-            return found
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
     return torch.device("cpu")
 
 
@@ -56,7 +50,7 @@ def load_model(
     attention: str | None = None,
     device: torch.device | str | None = None,
     adapter: LoraConfig | None = None,
-) -> tuple[PeftModel, Any]:
+) -> tuple[PeftModel, Tokenizer]:
     """Load a model with a fresh LoRA adapter, and its tokenizer.
 
     Args:
@@ -80,9 +74,9 @@ def load_model(
     Raises:
         InputError: If the model cannot be loaded, or classes are missing.
     """
-    place = torch.device(device) if device is not None else default_device()
-    options: dict[str, Any] = {"dtype": dtype or fast_dtype(place)}
-    if attention or place.type == "cpu":
+    target = torch.device(device) if device is not None else default_device()
+    options: dict[str, object] = {"dtype": dtype or fast_dtype(target)}
+    if attention or target.type == "cpu":
         options["attn_implementation"] = attention or "eager"
     base, tokenizer, causal = _base(name, classes, readout, options)
     lora = adapter or LoraConfig(
@@ -96,12 +90,12 @@ def load_model(
         model = get_peft_model(base, lora)
     except ValueError as error:
         raise InputError(f"the adapter does not fit {name}: {str(error).strip().splitlines()[0]}") from error
-    return model.to(place), tokenizer
+    return model.to(target), tokenizer
 
 
 def _base(
-    name: str | Path, classes: Sequence[str] | None, readout: str, options: Mapping[str, Any]
-) -> tuple[Any, Any, bool]:
+    name: str | Path, classes: Sequence[str] | None, readout: str, options: Mapping[str, object]
+) -> tuple[PreTrainedModel, Tokenizer, bool]:
     """Return the base model, its tokenizer, both with a padding token, and whether it is a causal language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -114,7 +108,7 @@ def _base(
             f"{name} answers by a classification head, and the task has no classes; use a causal language model for "
             "multiple choice"
         )
-    labels: dict[str, Any] = {}
+    labels: dict[str, object] = {}
     if not causal:
         numbers = {label: k for k, label in enumerate(classes or ())}
         labels = {"label2id": numbers, "id2label": {k: label for label, k in numbers.items()}}
@@ -129,22 +123,15 @@ def _base(
     return base, tokenizer, causal
 
 
-def adapter_of(config: Mapping[str, Any]) -> LoraConfig:
-    """Return PEFT's configuration of an adapter from what a posterior's ``adapter_config.json`` holds.
-
-    Args:
-        config: The file's content.
-
-    Returns:
-        The configuration, of an adapter that can be trained; what this PEFT does not know is left out.
-    """
+def adapter_of(config: Mapping[str, object]) -> LoraConfig:
+    """Return the configuration that ``adapter_config.json`` holds, without the keys that this PEFT lacks."""
     known = {f.name for f in fields(LoraConfig) if f.init}
     return LoraConfig(**{k: v for k, v in config.items() if k in known} | {"inference_mode": False})
 
 
 @contextmanager
 def _loading(name: str | Path) -> Iterator[None]:
-    """Say in one sentence why a model cannot be loaded, if it cannot."""
+    """Raise a failure to load a model as one sentence."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

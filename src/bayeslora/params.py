@@ -19,42 +19,18 @@ Params = dict[str, Tensor]
 
 
 def seed_of(*key: object) -> int:
-    """Return the seed that a key stands for, the same on every machine and in every process.
-
-    Args:
-        *key: Anything whose ``str`` identifies the stream: a seed, a draw's index, a parameter's name.
-
-    Returns:
-        A seed; two different keys give independent streams.
-    """
+    """Return the seed that a key stands for, the same on every machine; two different keys give independent streams."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*key: object) -> torch.Generator:
-    """Return a fresh CPU generator, seeded by a key.
-
-    Args:
-        *key: See `seed_of`.
-
-    Returns:
-        The generator.
-    """
+    """Return a fresh CPU generator, seeded by a key as in `seed_of`."""
     return torch.Generator("cpu").manual_seed(seed_of(*key))
 
 
 def require_lora(model: nn.Module) -> PeftModel:
-    """Return the model as a `PeftModel` whose active adapter is LoRA.
-
-    Args:
-        model: The model that the user gave.
-
-    Returns:
-        The same object.
-
-    Raises:
-        InputError: If it is not a PEFT model, or its active adapter is of another type.
-    """
+    """Return the model as a `PeftModel`, or refuse it if its active adapter is not LoRA."""
     if not isinstance(model, PeftModel):
         raise InputError(
             f"the model is a {type(model).__name__} without an adapter; wrap it with peft.get_peft_model(model, "
@@ -67,149 +43,85 @@ def require_lora(model: nn.Module) -> PeftModel:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the active adapter's parameters themselves, by the names they have on disk.
-
-    LoRA matrices, DoRA magnitudes and whole modules that PEFT saves with the adapter (a classification head) are all
-    there.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-
-    Returns:
-        Name to the parameter object of the model; writing to it changes the model.
-
-    Raises:
-        InputError: If the model has no LoRA adapter, or the adapter has no parameter.
-    """
+    """Return the active adapter's parameters themselves by their names on disk; writing to one changes the model."""
     peft = require_lora(model)
+    # LoRA matrices, DoRA magnitudes, and modules that PEFT saves whole (a classification head)
     named = dict(peft.named_parameters(remove_duplicate=False)) | dict(peft.named_buffers())
-    found: dict[str, nn.Parameter] = get_peft_model_state_dict(
+    parameters: dict[str, nn.Parameter] = get_peft_model_state_dict(
         peft, state_dict=named, adapter_name=peft.active_adapter, save_embedding_layers=False
     )
-    if not found:
+    if not parameters:
         raise InputError(f"the adapter {peft.active_adapter!r} has no parameter; check its target_modules")
-    return found
+    return parameters
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the active adapter is.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-
-    Returns:
-        The device of its first parameter.
-    """
+    """Return the device of the active adapter's first parameter."""
     peft = require_lora(model)
     return next((p for name, p in peft.named_parameters() if ".lora_" in name), next(peft.parameters())).device
 
 
 def read(model: nn.Module) -> Params:
-    """Return a copy of the active adapter's parameters.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-
-    Returns:
-        Float32 copies on the CPU.
-    """
+    """Return a float32 copy of the active adapter's parameters, on the CPU."""
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lora_parameters(model).items()}
 
 
-def check_against(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that do not fit a model's active adapter.
-
-    Args:
-        params: Parameters that are to be written.
-        own: The adapter's own, as `lora_parameters` gives them.
-
-    Raises:
-        InputError: If a name is missing or left over, or a shape differs; the message names the first one.
-    """
-    for name in own.keys() - params.keys():
+def check_against(params: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that do not fit a model's `lora_parameters`, by the name of the first that does not."""
+    for name in parameters.keys() - params.keys():
         raise InputError(
             f"the posterior has no tensor {name!r}, which the model's adapter has; use the LoraConfig "
             "with which it was trained"
         )
     for name, value in params.items():
-        if name not in own:
+        if name not in parameters:
             raise InputError(
                 f"the model's adapter has no parameter {name!r}, which the posterior has; use the "
                 "LoraConfig with which it was trained"
             )
-        if value.shape != own[name].shape:
+        if value.shape != parameters[name].shape:
             raise InputError(
                 f"the posterior's {name!r} has shape {tuple(value.shape)}, the model's adapter "
-                f"{tuple(own[name].shape)}; use the LoraConfig with which it was trained"
+                f"{tuple(parameters[name].shape)}; use the LoraConfig with which it was trained"
             )
 
 
-@torch.no_grad()
 def write(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Write parameters into the active adapter.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-        params: Values for every parameter of the adapter; they are cast to the adapter's dtype and device.
-    """
-    own = lora_parameters(model)
-    check_against(params, own)
-    for name, parameter in own.items():
-        parameter.copy_(params[name])
+    """Write a value for every parameter of the active adapter, cast to its dtype and device."""
+    parameters = lora_parameters(model)
+    check_against(params, parameters)
+    _copy(parameters, params)
 
 
 @contextmanager
 def swapped(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put parameters into the adapter for the length of a ``with`` block.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-        params: Values for every parameter of the adapter.
-
-    Yields:
-        Nothing. Afterwards, and on any exception, the adapter is bit for bit what it was.
-    """
+    """Put values into the adapter inside the block; after it, or an exception, it is bit for bit as before."""
     with holding(lora_parameters(model), params):
         yield
 
 
 @contextmanager
-def holding(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put values into an adapter's own parameters for the length of a ``with`` block.
-
-    Args:
-        own: The adapter's own, as `lora_parameters` gives them.
-        params: Values for all of them.
-
-    Yields:
-        Nothing. Afterwards, and on any exception, they are bit for bit what they were.
-    """
-    check_against(params, own)
-    before = {name: p.detach().clone() for name, p in own.items()}
-
-    @torch.no_grad()
-    def put(values: Mapping[str, Tensor]) -> None:
-        """Write values into the adapter."""
-        for name, parameter in own.items():
-            parameter.copy_(values[name])
-
+def holding(parameters: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put values into `lora_parameters` inside the block; after it, or an exception, they are bit for bit as before."""
+    check_against(params, parameters)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
-        put(params)
+        _copy(parameters, params)
         yield
     finally:
-        put(before)
+        _copy(parameters, before)
+
+
+@torch.no_grad()
+def _copy(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters of the same names, cast to their dtype and device."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for the length of a ``with`` block.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing. Afterwards, and on any exception, each module is in the mode that it was in.
-    """
+    """Put a model in evaluation mode inside the block; after it, or an exception, each module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -221,20 +133,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Give the active adapter a fresh start: A (and a new classification head) drawn anew, B zero.
-
-    The distributions are those of PEFT (A uniform on ±1/√in, or normal with deviation 1/r for
-    ``init_lora_weights="gaussian"``) and of the model (head weights normal with ``initializer_range``); the numbers
-    depend on the seed and the parameter's name only.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-        seed: Which start.
-
-    Raises:
-        InputError: If the adapter starts from the base weights (PiSSA, OLoRA, LoftQ, …) or is DoRA, so that a second
-            start cannot be drawn.
-    """
+    """Give the active adapter a fresh start, by the seed and names alone: A (and a new head) drawn anew, B zero."""
+    # As PEFT draws it: A uniform on ±1/√in, or normal with deviation 1/r for init_lora_weights="gaussian"; as the model
+    # draws it: head weights normal with initializer_range. A start from the base weights (PiSSA, OLoRA, LoftQ) or of
+    # DoRA cannot be drawn a second time.
     peft = require_lora(model)
     config = peft.active_peft_config
     init = config.init_lora_weights

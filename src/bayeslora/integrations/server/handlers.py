@@ -20,6 +20,7 @@ from bayeslora.integrations.server.errors import ApiError, api_error, late
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
 from bayeslora.integrations.server.responses import ChatCompletion, Completion, Echo, TextCompletion, echo_of
 from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
+from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation.run import prompt_ids
 
@@ -92,7 +93,7 @@ class Handler:
             raise ApiError(400, str(error), param="input") from error
         prediction = await self._call(
             lambda: predict(
-                served.model, served.posterior_of(body.model), split, draws, seed=served.seed,
+                served.model, served.posterior_of(body.model), split, Draws(draws, served.seed),
                 tokenizer=served.tokenizer, mean=False,
             )
         )  # fmt: skip
