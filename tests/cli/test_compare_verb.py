@@ -166,7 +166,7 @@ def test_temperatures_without_validation_rows_are_refused(refused, home, tmp_pat
 
 
 def test_a_colon_makes_an_ensemble_of_any_method():
-    from bayeslora.cli.build import build_method
+    from bayeslora.cli.settings import build_method
     from bayeslora.methods import Ensemble, Ivon
 
     assert build_method("ivon:3", ["sigma0=0.1"]) == Ensemble(3, Ivon(sigma0=0.1))

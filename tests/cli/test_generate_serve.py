@@ -46,7 +46,7 @@ def test_generate_gives_each_draw_an_answer(bay, swag_run, tmp_path):
         (["generate", "RUN", "--prompt", "bag", "--each", "--beams", "2", "--max-new-tokens", "2"], "num_beams"),
         (["serve"], "name what to serve"),
         (["serve", "RUN", "--draws", "9", "--most-draws", "3"], "more than --most-draws"),
-        (["serve", "RUN", "--timeout", "0"], "--timeout must be positive"),
+        (["serve", "RUN", "--timeout", "0"], "--timeout must be a number of at least 0.001"),
         (["serve", "RUN", "--port", "99999"], "choose another --port"),
     ],
 )

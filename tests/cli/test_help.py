@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from bayeslora.cli import VERBS
-from bayeslora.cli.options import LEAST
 from bayeslora.cli.parse import parse
 from bayeslora.version import __version__
 
@@ -58,9 +57,14 @@ def test_examples_in_the_help_are_commands_that_parse(verb):
         assert parse(module(words[0]).Options, words[1:], verb=words[0], examples="") is not None
 
 
-def test_every_limit_names_an_option():
-    names = {f.name for verb in VERBS for f in dataclasses.fields(module(verb).Options)}
-    assert set(LEAST) <= names
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_default_is_within_its_limits(verb):
+    options = module(verb).Options()
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float):
+                assert f.metadata["least"] <= number <= f.metadata["most"], f.name
 
 
 def test_help_does_not_wait_for_torch():
@@ -94,7 +98,9 @@ def test_a_flag_without_a_good_value_exits_with_status_2(bay, words):
 @pytest.mark.parametrize(
     ("verb", "flag", "value"),
     [("train", "--draws", "0"), ("train", "--rank", "0"), ("export", "--prune", "1.5"), ("compare", "--seeds", "-1"),
-     ("train", "--learning-rate", "nan"), ("evaluate", "--temperature", "-1"), ("evaluate", "--bins", "0")],
+     ("train", "--learning-rate", "nan"), ("evaluate", "--temperature", "-1"), ("evaluate", "--bins", "0"),
+     ("train", "--learning-rate", "inf"), ("compare", "--temperatures", "-1"), ("generate", "--beams", "0"),
+     ("generate", "--top-p", "1.5"), ("evaluate", "--ood-rows", "-1"), ("serve", "--most-waiting", "0")],
 )  # fmt: skip
 def test_a_number_without_a_meaning_is_refused_by_its_flag(refused, verb, flag, value):
     assert refused(verb, flag, value).startswith(f"bayeslora: {flag} ")
@@ -103,6 +109,22 @@ def test_a_number_without_a_meaning_is_refused_by_its_flag(refused, verb, flag, 
 def test_flags_may_be_written_with_underscores():
     options = parse(module("train").Options, ["--learning_rate", "0.5"], verb="train", examples="")
     assert options.learning_rate == 0.5
+
+
+def test_a_flag_has_its_former_spelling_too_which_help_does_not_show(bay, tmp_path):
+    for words in (["--min-draws", "6"], ["--fewest-draws", "6"]):
+        assert parse(module("predict").Options, ["run", *words], verb="predict", examples="").min_draws == 6
+    (tmp_path / "run.yaml").write_text("run: somewhere\nfewest_draws: 6\n")
+    words = ["--config", str(tmp_path / "run.yaml")]
+    assert parse(module("predict").Options, words, verb="predict", examples="").min_draws == 6
+    assert "fewest" not in bay("predict", "--help").out
+
+
+def test_words_of_yaml_are_taken_as_they_are_typed(tmp_path):
+    (tmp_path / "run.yaml").write_text("classes: [yes, no, 010, 1.50, 2020-01-01]\nresume: yes\nalpha: .5\ndata: on\n")
+    options = parse(module("train").Options, ["--config", str(tmp_path / "run.yaml")], verb="train", examples="")
+    assert options.classes == ["yes", "no", "010", "1.50", "2020-01-01"]
+    assert (options.resume, options.alpha, options.data) == (True, 0.5, "on")
 
 
 def test_yaml_gives_values_and_flags_override_them(tmp_path: Path):
@@ -131,6 +153,11 @@ def test_yaml_gives_values_and_flags_override_them(tmp_path: Path):
         ("classes: {a: 1}", "classes must be a list, each text"),
         ("- rank", "must hold options and their values"),
         ("rank: [", "cannot be read"),
+        ("task: null", "task must be text, and it is None"),
+        ("classes: [a, null]", "classes must be a list, each text"),
+        ("rank: 4\nalpha: 8\nrank: 8", "line 3 gives 'rank' a second time"),
+        ("train-rows: 4\ntrain_rows: 8", "gives train_rows a second time"),
+        ("set: {kl: 1, kl: 2}", "gives 'kl' a second time"),
     ],
 )
 def test_yaml_that_does_not_fit_is_refused_and_the_file_named(refused, tmp_path, text, expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from bayeslora.cli.build import build_method
-from bayeslora.cli.parse import fitted
+from bayeslora.cli.settings import build_method
+from bayeslora.cli.values import read
 from bayeslora.errors import InputError
 from bayeslora.methods import METHODS, Ensemble, Inference, Ivon, Map, Swag
 
 VALUES: dict[tuple[str, str], Any] = {("ivon", "preset"): "arc_easy", ("blob", "preset"): "llama2"}
 """Values that cannot be told from a setting's annotation. A newcomer's other settings are tried unasked."""
+INFINITE = (("ivon", "prior_sigma"), ("ivon", "clip_radius"), ("ivon", "price_clip"))
+"""Settings that may be infinite: no prior, no clipping."""
 MEMBERS = (Map(), Swag())
 """What may stand where a method is asked for."""
 
@@ -100,10 +103,25 @@ def test_every_setting_of_every_method_can_be_given_as_a_word(name: str, path: s
 
 
 @pytest.mark.parametrize(
-    "text", ["[0.9,0.99999]", "[0.9, 0.99999]", "(0.9, 0.99999)", "0.9,0.99999"]
+    "text", ["[0.9,0.99999]", "[0.9, 0.99999]", "(0.9, 0.99999)", "0.9,0.99999", ".9,.99999"]
 )  # fmt: skip
 def test_betas_are_two_numbers_in_any_brackets_or_none(text: str) -> None:
     assert build_method("ivon", [f"betas={text}"]) == Ivon(betas=(0.9, 0.99999))
+
+
+def test_numbers_are_written_as_flags_take_them() -> None:
+    assert build_method("ivon", ["prior_sigma=.02"]) == Ivon(prior_sigma=0.02)
+    assert build_method("ivon", ["prior_sigma=2."]) == Ivon(prior_sigma=2.0)
+    assert build_method("ivon", ["prior_sigma=inf"]) == Ivon(prior_sigma=math.inf)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_infinity_is_refused_where_it_has_no_meaning(name: str) -> None:
+    method = METHODS[name]()
+    for key, hint in get_type_hints(type(method)).items():
+        if float in (hint, *get_args(hint)) and (name, key) not in INFINITE:
+            with pytest.raises(InputError):
+                build_method(name, [f"{key}=inf"])
 
 
 def test_nothing_and_truth_are_words_in_either_spelling() -> None:
@@ -116,7 +134,8 @@ def test_nothing_and_truth_are_words_in_either_spelling() -> None:
 def test_a_whole_number_is_a_number_where_one_is_asked_for_and_stays_whole_where_it_may() -> None:
     assert same(build_method("map", ["kl=1"]), Map(kl=1.0))
     assert same(build_method("swag", ["start=3"]), Swag(start=3))
-    assert same(fitted([1, 2], tuple[float, ...]), (1.0, 2.0)) is True
+    assert same(read([1, 2], tuple[float, ...], "it"), (1.0, 2.0))
+    assert same(read("[a, b]", tuple[str, ...], "it"), ("a", "b"))
 
 
 def test_the_members_method_and_its_settings_are_settings_of_the_ensemble() -> None:
@@ -139,11 +158,17 @@ def test_the_members_method_and_its_settings_are_settings_of_the_ensemble() -> N
         ("ensemble", "member.kll=1", "ensemble has no setting 'kll', did you mean kl"),
         ("ensemble", "rang=1", "ensemble has no setting 'rang', known: members, dropout_draws, together, weight_decay"),
         ("swag", "member.rank=1", "swag has no setting 'member.rank'"),
+        ("swag", "scale=nan", "scale must be a number or null, and it is"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_setting_and_what_it_may_be(name: str, setting: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         build_method(name, [setting])
+
+
+def test_a_setting_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="the setting 'rank' is given a second time, as 'rank=3'; keep one of the two"):
+        build_method("swag", ["rank=2", "rank=3"])
 
 
 def test_a_tuple_is_a_word_of_compare_and_a_list_of_a_file(refused: Any, home: Any, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_predict_returns_each_row_with_its_answer_and_needs_no_training_data(bay
 
 def test_predict_takes_as_many_draws_as_the_stated_error_needs(bay, swag_run, tmp_path):
     path = write_rows(tmp_path / "new.jsonl", question_rows("new", 8, 5))
-    words = ["--draws", "40", "--sampling", "antithetic", "--fewest-draws", "4"]
+    words = ["--draws", "40", "--sampling", "antithetic", "--min-draws", "4"]
     exact = lines(bay("predict", swag_run, "--input", path, *words).out)
     assert {row["draws"] for row in exact} == {40}
     enough = sorted(row["monte_carlo_error"] for row in exact)[4] * 2
@@ -110,7 +110,7 @@ def test_predict_takes_as_many_draws_as_the_stated_error_needs(bay, swag_run, tm
     ("words", "told"),
     [
         (["--tolerance", "-1"], "tolerance"),
-        (["--fewest-draws", "1"], "fewest-draws"),
+        (["--fewest-draws", "1"], "min-draws"),
         (["--sampling", "latin"], "antithetic"),
     ],
 )

@@ -39,10 +39,10 @@ def learn(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             folder = tmp_path_factory.mktemp(f"{method}-{kind}")
             row = KINDS[kind]
             model = row.build(lora_dropout=DROPOUT)
-            posterior = fit(model, row.task(), TABLE[method], arguments(folder / "run"), tokenizer=tokenizer)
+            posterior = fit(model, row.task(), TABLE[method].method, arguments(folder / "run"), tokenizer=tokenizer)
             posterior.save_pretrained(folder / "posterior")
             write(model, {name: p + 0.25 for name, p in read(model).items()})  # so that restoring is not applying
-            done[method, kind] = Learned(TABLE[method], row, model, posterior, folder / "posterior")
+            done[method, kind] = Learned(TABLE[method].method, row, model, posterior, folder / "posterior")
         return done[method, kind]
 
     return once

@@ -8,14 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from support.methods_table import DROPOUT, TABLE, quick_if_main
+from support.methods_table import DROPOUT, LM, TABLE
 from support.tiny import TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.params import initialise, lora_parameters, read, swapped
 from bayeslora.posteriors.loading import load_posterior
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction.generation import generate
 from bayeslora.training.run import fit
 from bayeslora.training.trainer_kwargs import kwargs_for
@@ -54,12 +54,12 @@ def quantised(folder: Any, bits: str, dropout: float = 0.0) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", quick_if_main(n for n in TABLE if n != "temperature-vector"))  # that is for heads
+@pytest.mark.parametrize("name", [row.param() for row in TABLE.values() if LM in row.kinds])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, tokenizer: Any, tmp_path: Any) -> None:
     # the readout passes over the model in evaluation mode first, after which every layer must still learn
     checkpointing = name in ("ivon", "blob")
-    model, task, method = quantised(folder, bits, DROPOUT), make_task(readout="likelihood"), TABLE[name]
+    model, task, method = quantised(folder, bits, DROPOUT), make_task(readout="likelihood"), TABLE[name].method
     before = read(model)
     args = arguments(
         tmp_path / "run", gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, max_steps=4,
@@ -82,7 +82,7 @@ def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits: str, fo
     model, split = quantised(folder, bits), make_task(readout="likelihood").test
     posterior = gaussian(model)
     together = predict(model, posterior, split, 3, tokenizer=tokenizer)
-    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, stack=False)
+    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, options=PassOptions(stack=False))
     assert float((one_by_one.probs - one_by_one.mean_log_probs.exp()).abs().max()) > 1e-3
     torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=1e-4)
 
@@ -117,7 +117,7 @@ def test_text_is_generated_from_the_average_of_plain_passes(bits: str, folder: A
 def test_a_method_learns_in_trl_which_casts_the_adapter(
     name: str, trainer: Any, folder: Any, tokenizer: Any, tmp_path: Any
 ) -> None:
-    model, method = quantised(folder, "4-bit"), TABLE[name]
+    model, method = quantised(folder, "4-bit"), TABLE[name].method
     before = read(model)
     config = SFTConfig if trainer is SFTTrainer else DPOConfig
     row = {"prompt": "Question: bag holds 3 red.\nAnswer:"}

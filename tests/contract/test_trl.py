@@ -11,21 +11,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from support.methods_table import DROPOUT, REPEATS, TABLE, quick_if_main
+from support.methods_table import DROPOUT, LEARNERS, TABLE
 from support.tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Blob, Ensemble, Inference, Map, PostHoc, Swag
+from bayeslora.methods import Blob, Ensemble, Inference, Map, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import LowRankGaussian, Posterior
 from bayeslora.posteriors.loading import load_posterior
 
 ROWS = 16
-LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]
-"""Methods that learn while a Trainer trains."""
 
 
 def sentences() -> list[tuple[str, str]]:
@@ -104,13 +102,12 @@ def trained(method: Inference, args: Any, make: Any, tokenizer: Any) -> tuple[Pe
 
 @pytest.mark.parametrize(
     ("name", "trainer"),
-    quick_if_main((name for name in TABLE if name not in REPEATS), "transformers")
-    + quick_if_main(LEARNERS, "trl")
-    + quick_if_main(LEARNERS, "chats")
-    + quick_if_main(("map", "map-kl", "swag", "ivon", "blob", "blob-elbo", "ensemble"), "packed"),
+    [row.param("transformers") for row in LEARNERS if row.retrained]
+    + [row.param(trainer) for trainer in ("trl", "chats") for row in LEARNERS]
+    + [row.param("packed") for row in LEARNERS if row.packed],
 )
 def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
-    method = TABLE[name]
+    method = TABLE[name].method
     make_arguments, make = (TRAINERS | SHAPES)[trainer]
     before = read(make_model("llama", lora_dropout=DROPOUT))
     model, posterior = trained(method, make_arguments(tmp_path / "run"), make, tokenizer)
@@ -243,7 +240,7 @@ class StopAfter(TrainerCallback):
 def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrupted_one(
     name: str, stopped: int, tokenizer: Any, tmp_path: Path
 ) -> None:
-    method = TABLE[name]
+    method = TABLE[name].method
     early = pytest.raises(InputError, match="collected 0 snapshots") if name == "multiswag" else nullcontext()
     _, whole = trained(method, arguments(tmp_path / "whole"), stock, tokenizer)
     model, args = (
@@ -266,11 +263,11 @@ def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrup
 @pytest.mark.parametrize("name", ["swag", "ensemble"])
 def test_a_posterior_without_training_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="was not trained with"):
-        TABLE[name].posterior(make_model("llama"))
+        TABLE[name].method.posterior(make_model("llama"))
 
 
 @pytest.mark.parametrize("name", TABLE)
 @pytest.mark.parametrize("num_data", [0, -1, 2.5])
 def test_a_number_of_examples_that_is_none_is_refused(name: str, num_data: Any) -> None:
     with pytest.raises(InputError, match="num_data"):
-        TABLE[name].trainer_kwargs(make_model("llama"), num_data)
+        TABLE[name].method.trainer_kwargs(make_model("llama"), num_data)

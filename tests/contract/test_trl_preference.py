@@ -9,20 +9,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from support.methods_table import DROPOUT, TABLE, quick_if_main
+from support.methods_table import DROPOUT, LEARNERS, TABLE
 from support.preferences import PAIRS, ROWS, TEXTS, reward_model
 from support.tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Blob, Ensemble, Inference, Ivon, Map, PostHoc, Swag
+from bayeslora.methods import Blob, Ensemble, Inference, Ivon, Map, Swag
 from bayeslora.params import lora_parameters, read, swapped
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.prediction.rewards import predict_rewards, preference_probability
 from bayeslora.training.trainer_kwargs import kwargs_for
-
-LEARNERS = [name for name, method in TABLE.items() if not isinstance(getattr(method, "member", method), PostHoc)]
 
 
 def configured(kind: Any, folder: Path, **changes: Any) -> Any:
@@ -65,12 +63,12 @@ def trained(
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", quick_if_main(name for name in LEARNERS if name != "map-kl"))
+@pytest.mark.parametrize("name", [row.param() for row in LEARNERS if not row.own_loss])
 def test_a_method_learns_from_preferences(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     start = read(TRAINERS[trainer][3]())
-    model, posterior = trained(TABLE[name], trainer, tmp_path, tokenizer)
+    model, posterior = trained(TABLE[name].method, trainer, tmp_path, tokenizer)
     assert posterior.origin is not None
-    assert (posterior.origin.method, posterior.origin.num_data) == (TABLE[name].name, ROWS)
+    assert (posterior.origin.method, posterior.origin.num_data) == (TABLE[name].method.name, ROWS)
     assert {n: p.shape for n, p in posterior.mean.items()} == {n: p.shape for n, p in lora_parameters(model).items()}
     assert all(bool(p.isfinite().all()) for p in posterior.mean.values())
     assert not any(torch.equal(posterior.mean[n], start[n]) for n in start)
@@ -103,7 +101,8 @@ def test_a_map_run_is_the_plain_dpo_run_bit_for_bit(tokenizer: Any, tmp_path: Pa
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_gradient_checkpointing_sees_the_same_noise(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
     plain, again = (
-        trained(TABLE[name], trainer, tmp_path, tokenizer, gradient_checkpointing=value)[1] for value in (False, True)
+        trained(TABLE[name].method, trainer, tmp_path, tokenizer, gradient_checkpointing=value)[1]
+        for value in (False, True)
     )
     assert same_params(plain.draw(0), again.draw(0))
 
@@ -123,7 +122,7 @@ def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(
     name: str, reference: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     model, seen = make_model("llama"), []
-    kwargs = kwargs_for(DPOTrainer, TABLE[name], model, ROWS)
+    kwargs = kwargs_for(DPOTrainer, TABLE[name].method, model, ROWS)
     rows = Dataset.from_list(PAIRS)
     trainer = DPOTrainer(
         model, args=configured(DPOConfig, tmp_path), train_dataset=rows, processing_class=tokenizer, **kwargs

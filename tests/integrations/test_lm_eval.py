@@ -151,20 +151,21 @@ def test_answers_do_not_depend_on_the_batches(model, posterior, budget):
     assert [g for _, g in found] == [g for _, g in wanted]
 
 
-def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior, monkeypatch):
+def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior):
     asked = requests("loglikelihood", PAIRS)
     wanted = ours(model, posterior, 4).loglikelihood(asked)
-    own = likelihoods.Likelihoods._logits
-
-    def short(self, rows, count, share):
-        if len(rows) * count > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return own(self, rows, count, share)
-
-    lm = ours(model, posterior, 4)
+    lm, sizes = ours(model, posterior, 4), []
     lm.loglikelihood(asked)  # the trial of stacking is made
-    monkeypatch.setattr(likelihoods.Likelihoods, "_logits", short)
+
+    def short(_, args, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = model.get_base_model().register_forward_pre_hook(short, with_kwargs=True)
     found = lm.loglikelihood(asked)
+    hook.remove()
+    assert max(sizes) > 2
     assert [v for v, _ in found] == pytest.approx([v for v, _ in wanted], abs=1e-4)
     assert [g for _, g in found] == [g for _, g in wanted]
 
@@ -462,7 +463,7 @@ def test_what_the_verb_cannot_use_is_refused_in_one_sentence(capsys, run_folder,
     assert "name what to evaluate" in refused(capsys, "--tasks", "marbles")
     assert "name what to evaluate" in refused(capsys, run_folder)
     assert "--draws must be a number of at least 1" in refused(capsys, run_folder, "--tasks", "marbles", "--draws", "0")
-    assert "--limit must be at least 0" in refused(capsys, run_folder, "--tasks", "marbles", "--limit", "-1")
+    assert "--limit must be a number" in refused(capsys, run_folder, "--tasks", "marbles", "--limit", "-1")
     assert "no folder" in refused(capsys, run_folder, "--tasks", "marbles", "--include-path", tmp_path / "none")
     assert "is not a posterior" in refused(capsys, tmp_path, "--tasks", "marbles", *own)
     monkeypatch.setitem(sys.modules, "bayeslora.integrations.lm_eval", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.tiny import make_model, make_task, same_params
 
-from bayeslora.cli.build import build_method
+from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.methods import Tfb
 from bayeslora.methods.search import draws_nll

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from bayeslora.cli.parse import meant, parse
+from bayeslora.cli.parse import parse
 from bayeslora.cli.terminal import quiet
+from bayeslora.cli.values import close_matches
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.version import __version__
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = words
     if verb not in VERBS:
-        return _said(f"unknown verb {verb!r}, {meant(verb, list(VERBS))}")
+        return _said(f"unknown verb {verb!r}, {close_matches(verb, VERBS)}")
     try:
         module = import_module(f"bayeslora.cli.{verb.replace('-', '_')}")
         options = parse(module.Options, rest, verb=verb, examples=module.EXAMPLES)

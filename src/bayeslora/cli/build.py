@@ -1,4 +1,4 @@
-"""From the command line's options to models, methods and Trainer arguments."""
+"""From the command line's options to models, posteriors, predictions and Trainer arguments."""
 
 from __future__ import annotations
 
@@ -6,102 +6,87 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bayeslora.cli.options import AdapterOptions, ModelOptions, TrainingOptions, TransformOptions
-from bayeslora.cli.parse import meant
-from bayeslora.cli.settings import build_method
+from bayeslora.cli.data import keep_format
+from bayeslora.cli.options import (
+    BudgetOptions,
+    DrawOptions,
+    ModelOptions,
+    PredictOptions,
+    TrainingOptions,
+    TrainOptions,
+    TransformOptions,
+)
+from bayeslora.cli.runs import posterior_name
+from bayeslora.cli.terminal import say, watched
+from bayeslora.cli.values import close_matches
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
+from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
-from bayeslora.posteriors import Posterior
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.card import write_card
+from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
 
-__all__ = ["build_arguments", "build_method", "build_model", "model_for", "predicted", "transformed"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainingArguments
+
+    from bayeslora._typing import Tokenizer
 
 
-def build_model(
-    options: ModelOptions, adapter: AdapterOptions, classes: Sequence[str] | None, readout: str
-) -> tuple[Any, Any]:
-    """Return the model with a fresh adapter, and its tokenizer.
-
-    Args:
-        options: The options of the base model.
-        adapter: The options of the adapter.
-        classes: Class names of the task, if it has them.
-        readout: How answers are read.
-
-    Returns:
-        Model and tokenizer.
-
-    Raises:
-        InputError: If no model is named.
-    """
+def build_model(options: TrainOptions, classes: Sequence[str] | None) -> tuple[PeftModel, Tokenizer]:
+    """Return the model with a fresh adapter, and its tokenizer; ``classes`` are those of the task, if it has them."""
     if not options.model:
         raise InputError("name a base model: --model FOLDER or --model org/name")
-    return load_model(
+    return _load(
         options.model,
         classes,
-        readout=readout,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=adapter.target_modules or None,
-        **_where(options),
+        options,
+        readout=options.readout,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        target_modules=options.target_modules or None,
     )
 
 
-def model_for(posterior: Posterior, options: ModelOptions, classes: Sequence[str] | None) -> tuple[Any, Any]:
-    """Return the base model of a posterior with an adapter of its shape, and its tokenizer.
-
-    Args:
-        posterior: The posterior.
-        options: The options; without a base model the one that the posterior names.
-        classes: Class names of the task, if it has them.
-
-    Returns:
-        Model and tokenizer.
-
-    Raises:
-        InputError: If no base model is known.
-    """
+def model_for(
+    posterior: Posterior, options: ModelOptions, classes: Sequence[str] | None
+) -> tuple[PeftModel, Tokenizer]:
+    """Return the base model of a posterior, or that of the options, with an adapter of its shape, and its tokenizer."""
     origin = posterior.origin
     name = options.model or (origin.base_model if origin is not None else "")
     if not name or origin is None:
         raise InputError("the posterior does not say what its base model is; name it with --model")
     adapter = adapter_of(origin.adapter_config)
     readout = "head" if adapter.task_type == "SEQ_CLS" else "auto"
-    return load_model(name, classes, readout=readout, adapter=adapter, **_where(options))
+    return _load(name, classes, options, readout=readout, adapter=adapter)
 
 
-def _where(options: ModelOptions) -> dict[str, Any]:
-    """Return how and where the base model is loaded."""
-    return {
-        "dtype": None if options.dtype == "auto" else getattr(torch, options.dtype),
-        "attention": options.attention or None,
-        "device": None if options.device == "auto" else options.device,
-    }
+def _load(
+    name: str, classes: Sequence[str] | None, options: ModelOptions, **adapter: Any
+) -> tuple[PeftModel, Tokenizer]:
+    """Load a model as and where the options say."""
+    return load_model(
+        name,
+        classes,
+        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+        attention=options.attention or None,
+        device=None if options.device == "auto" else options.device,
+        **adapter,
+    )
 
 
-def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device: str = "auto") -> Any:
-    """Return the Trainer's arguments.
-
-    Args:
-        options: The options.
-        folder: Where checkpoints go.
-        seed: Seed of the run.
-        device: ``auto`` or ``cpu``.
-
-    Returns:
-        TrainingArguments.
-
-    Raises:
-        InputError: If an argument is unknown or has no meaning.
-    """
+def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device: str = "auto") -> TrainingArguments:
+    """Return the Trainer's arguments for a run whose checkpoints go to a folder."""
     from transformers import TrainingArguments
 
     values: dict[str, Any] = {
@@ -132,29 +117,17 @@ def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
     for key in more:
         if key not in known:
-            raise InputError(f"--trainer names {key!r}, which TrainingArguments does not have{_close(key, known)}")
+            close = close_matches(key, known, or_all=False)
+            raise InputError(f"--trainer names {key!r}, which TrainingArguments does not have{close and f'; {close}'}")
     try:
         return TrainingArguments(str(folder), **(values | more))
     except (TypeError, ValueError) as error:
         raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())}") from error
 
 
-def _close(key: str, known: Sequence[str]) -> str:
-    """Return the question whether a close word was meant; nothing if there is none."""
-    words = meant(key, known)
-    return f"; {words}" if words.startswith("did") else ""
-
-
-def transformed(posterior: Posterior, options: TransformOptions) -> Posterior:
-    """Return the posterior tempered, pruned and restricted as the options say.
-
-    Args:
-        posterior: Any posterior.
-        options: The options.
-
-    Returns:
-        A posterior of the same family.
-    """
+def load_transformed(run: str, options: TransformOptions) -> Posterior:
+    """Load the posterior of a run, a folder or a repository: tempered, pruned and restricted as the options say."""
+    posterior = load_posterior(posterior_name(run))
     if options.prune:
         posterior = pruned(posterior, options.prune)
     if options.last_layers:
@@ -162,33 +135,57 @@ def transformed(posterior: Posterior, options: TransformOptions) -> Posterior:
     return posterior if options.temperature == 1 else tempered(posterior, options.temperature)
 
 
-def predicted(
-    model: Any, tokenizer: Any, posterior: Posterior, split: Split, options: Any, progress: bool
+def draws_of(options: TransformOptions, count: int) -> Draws:
+    """Return the draws that the options ask for."""
+    draws = Draws(count, options.draw_seed, options.sampling)
+    if isinstance(options, BudgetOptions):
+        return dataclasses.replace(draws, tolerance=options.tolerance or None, minimum=options.min_draws)
+    return draws
+
+
+def predict_as(
+    options: PredictOptions, model: PeftModel, tokenizer: Tokenizer, posterior: Posterior, split: Split
 ) -> Prediction:
-    """Return the prediction that the options ask for.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        posterior: The posterior, already shaped.
-        split: The examples.
-        options: `DrawOptions`, `TransformOptions` and `BudgetOptions` in one.
-        progress: Whether to show a bar.
-
-    Returns:
-        The prediction.
-    """
-    return predict(
+    """Return the prediction that the options ask for, and say how many prompts were cut for it."""
+    prediction = predict(
         model,
         posterior,
         split,
-        options.draws,
-        seed=options.draw_seed,
-        sampling=options.sampling,
-        tolerance=options.tolerance or None,
-        fewest_draws=options.fewest_draws,
-        compile=options.compile,
+        draws_of(options, options.draws),
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
-        progress=progress,
+        options=PassOptions(compile=options.compile, progress=watched()),
     )
+    if prediction.truncated:
+        say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
+    return prediction
+
+
+def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
+    """Keep a posterior in the folder of its run, and how the rows that it was trained on are put to the model."""
+    if rows is not None:
+        keep_format(out, rows)
+    posterior.save_pretrained(out / "posterior")
+
+
+def report_run(
+    out: Path,
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    posterior: Posterior,
+    test: Split | None,
+    options: DrawOptions,
+    resamples: int,
+    export: str = "--out FOLDER",
+) -> None:
+    """Print the metrics of the test split and keep them, also on the posterior's card; say what can be done next."""
+    if test is not None and all(e.label is not None for e in test):
+        budget, shown = options.token_budget or None, PassOptions(progress=watched())
+        prediction = predict(
+            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, options=shown
+        )
+        result = evaluate(prediction, test, resamples=resamples)
+        write_json(out / "evaluation.json", result.to_dict())
+        write_card(out / "posterior", evaluation=result, task=test.name)
+        print(result.table())
+    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} {export}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import (
     DrawOptions,
@@ -13,7 +13,7 @@ from bayeslora.cli.options import (
     TrainingOptions,
     TransformOptions,
     option,
-    part,
+    run_option,
 )
 from bayeslora.cli.runs import check_folder, opened, posterior_name
 from bayeslora.errors import InputError
@@ -35,7 +35,7 @@ FREE = ("token_budget", "device", "resamples")
 class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, TransformOptions):
     """Train one plain adapter to answer as a posterior's draws do on average; it is kept in --out with its metrics."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    run: str = run_option("name the posterior: bayeslora distill RUN --out FOLDER")
     input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
     held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.")
     seed: int = option(0, "Seed of the order of the rows, and of which are held out.")
@@ -44,56 +44,44 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, Transform
 
 
 def run(options: Options) -> None:
-    """Distil, keep the adapter, and measure it on the test split if there is one with labels.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no posterior, or there are no rows.
-    """
-    if not options.run:
-        raise InputError("name the posterior: bayeslora distill RUN --out FOLDER")
-    out, name = Path(options.out), posterior_name(options.run)
+    """Distil, keep the adapter, and measure it on the test split if there is one with labels."""
+    out = Path(options.out)
+    posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
-    from bayeslora.cli.build import build_arguments, model_for, transformed
-    from bayeslora.cli.data import build_task, keep_format, scored_as
+    from bayeslora.cli.build import build_arguments, draws_of, load_transformed, model_for, report_run, save_run
+    from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.cli.train import measure
-    from bayeslora.posteriors.loading import load_posterior
     from bayeslora.training.distillation import distill
 
     with own_progress():
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
-        args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
-        task = build_task(scored_as(part(TaskOptions, options), posterior.origin), "train")
+        posterior = load_transformed(options.run, options)
+        args = build_arguments(options, out / "training", options.seed, device=options.device)
+        task = build_task(scored_as(options, posterior.origin), "train")
         rows = _rows(task, options)
-        model, tokenizer = model_for(posterior, part(ModelOptions, options), rows.classes)
+        model, tokenizer = model_for(posterior, options, rows.classes)
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
-            found = distill(
-                model, posterior, rows, args, options.draws, held_out=options.held_out, seed=options.draw_seed,
-                sampling=options.sampling, tokenizer=tokenizer, token_budget=options.token_budget or None,
+            point = distill(
+                model, posterior, rows, args, draws_of(options, options.draws),
+                held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
-            keep_format(out, rows)
-            found.save_pretrained(out / "posterior")
-        _tell(found)
-        measure(options, model, tokenizer, found, task.test)
-    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --mean")
+            save_run(out, point, rows)
+        _tell(point)
+        report_run(out, model, tokenizer, point, task.test, options, options.resamples, "--mean")
 
 
-def _tell(found: Point) -> None:
+def _tell(point: Point) -> None:
     """Print how close the adapter came to the draws."""
-    told = {} if found.origin is None else found.origin.settings
-    if "held_out" in told:
+    settings = {} if point.origin is None else point.origin.settings
+    if "held_out" in settings:
         print(
-            f"divergence from the draws on {told['held_out']} held-out rows: {told['divergence']:.4f} nats, "
-            f"of the mean {told['divergence_of_mean']:.4f}"
+            f"divergence from the draws on {settings['held_out']} held-out rows: {settings['divergence']:.4f} nats, "
+            f"of the mean {settings['divergence_of_mean']:.4f}"
         )
 
 
-def _rows(task: Task, options: Any) -> Split:
+def _rows(task: Task, options: Options) -> Split:
     """Return the rows to learn from: those of the file, else the validation rows, else the training rows."""
     from bayeslora.cli.data import split_like
     from bayeslora.tasks import read_rows
@@ -102,8 +90,8 @@ def _rows(task: Task, options: Any) -> Split:
         like = task.train or task.test
         if like is None:
             raise InputError(f"the task {options.task} has no examples to take the format from")
-        return split_like(read_rows(options.input), replace(like, name=options.input), part(TaskOptions, options))
-    found = task.validation or task.train
-    if not found:
+        return split_like(read_rows(options.input), replace(like, name=options.input), options)
+    rows = task.validation or task.train
+    if not rows:
         raise InputError("there are no rows to learn from; give --input FILE")
-    return found
+    return rows

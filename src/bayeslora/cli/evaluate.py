@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import BudgetOptions, DrawOptions, ModelOptions, TaskOptions, TransformOptions, option, part
-from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
+from bayeslora.cli.options import PredictOptions, option, run_option
+from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora evaluate run                                    the test split of the task it was trained on
@@ -20,13 +21,13 @@ Model, task and draws are those of the run unless others are given."""
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions):
+class Options(PredictOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    run: str = run_option("name what to evaluate: bayeslora evaluate RUN")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
     ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
-    bins: int = option(15, "Bins of the calibration errors.")
+    bins: int = option(15, "Bins of the calibration errors.", least=1)
     binning: Literal["width", "mass"] = option("width", "Bins of equal width, or with equally many examples.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals; 0: none.")
     json: str = option("", "File for the numbers; empty: evaluation.json in the run's folder, which is renewed.")
@@ -34,44 +35,29 @@ class Options(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOp
 
 
 def run(options: Options) -> None:
-    """Predict, print the metrics and keep them.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no run, nothing to evaluate on, or the file for the numbers is there already.
-    """
-    if not options.run:
-        raise InputError("name what to evaluate: bayeslora evaluate RUN")
+    """Predict, print the metrics and keep them."""
     if options.json and Path(options.json).exists() and not options.overwrite:
         raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
-    folder, name = run_folder(Path(options.run)), posterior_name(options.run)
-    from bayeslora.cli.build import model_for, predicted, transformed
+    folder = run_folder(Path(options.run))
+    posterior_name(options.run)
+    from bayeslora.cli.build import load_transformed, model_for, predict_as
     from bayeslora.cli.data import other_splits, scored_as, test_of
     from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import watched
     from bayeslora.metrics.evaluation import evaluate
-    from bayeslora.posteriors.loading import load_posterior
 
     before = read_options(folder)
     with own_progress():
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
-        tasks = scored_as(part(TaskOptions, options), posterior.origin)
+        posterior = load_transformed(options.run, options)
+        tasks = scored_as(options, posterior.origin)
         test = test_of(tasks, folder, inherited=before.get("data") == options.data)
         others = other_splits(options.ood, tasks, test, options.ood_rows)
-        model, tokenizer = model_for(posterior, part(ModelOptions, options), test.classes)
-        found = {
-            key: predicted(model, tokenizer, posterior, split, options, watched())
-            for key, split in {"": test, **others}.items()
-        }
-        prediction = found.pop("")
+        model, tokenizer = model_for(posterior, options, test.classes)
+        prediction = predict_as(options, model, tokenizer, posterior, test)
+        unknown = {key: predict_as(options, model, tokenizer, posterior, split) for key, split in others.items()}
         result = evaluate(
-            prediction, test, found or None, bins=options.bins, binning=options.binning, resamples=options.resamples
+            prediction, test, unknown or None, bins=options.bins, binning=options.binning, resamples=options.resamples
         )
     print(result.table())
-    if prediction.truncated:
-        print(f"{prediction.truncated} of {len(test)} prompts were longer than --max-length and lost their beginning")
     if options.json or before:
         target = Path(options.json) if options.json else folder / "evaluation.json"
         write_json(target, result.to_dict())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option, part
+from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option, run_option
 from bayeslora.cli.runs import check_folder, opened, posterior_name
 from bayeslora.errors import InputError
 
@@ -24,7 +24,10 @@ FREE = ("draws", "token_budget", "device", "resamples")
 class Options(ModelOptions, TaskOptions, DrawOptions):
     """Make a posterior of an adapter that is trained already; the posterior and the test metrics are kept in --out."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.")
+    run: str = run_option(
+        "name the adapter: bayeslora fit RUN --method laplace --out FOLDER",
+        "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.",
+    )
     method: str = option("laplace", "laplace, mc-dropout, tfb, temperature or isotropic.")
     set: list[str] = option(
         [], "Settings of the method, key=value; values are numbers, words, true, null, or lists: betas=[0.9,0.999]."
@@ -35,22 +38,13 @@ class Options(ModelOptions, TaskOptions, DrawOptions):
 
 
 def run(options: Options) -> None:
-    """Fit, keep the posterior, and measure it on the test split if there is one with labels.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no adapter, or the method is trained rather than fitted.
-    """
-    if not options.run:
-        raise InputError("name the adapter: bayeslora fit RUN --method laplace --out FOLDER")
+    """Fit, keep the posterior, and measure it on the test split if there is one with labels."""
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
-    from bayeslora.cli.build import build_method, model_for
-    from bayeslora.cli.data import build_task, keep_format, scored_as
+    from bayeslora.cli.build import model_for, report_run, save_run
+    from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.train import measure
+    from bayeslora.cli.settings import build_method
     from bayeslora.methods import METHODS, PostHoc
     from bayeslora.params import write
     from bayeslora.posteriors.loading import load_adapter
@@ -61,17 +55,14 @@ def run(options: Options) -> None:
             fitted = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), PostHoc))
             raise InputError(f"{options.method} is trained: use bayeslora train. These are fitted: {fitted}")
         start = load_adapter(name)
-        task = build_task(scored_as(part(TaskOptions, options), start.origin), "train")
+        task = build_task(scored_as(options, start.origin), "train")
         classes = task.train.classes if task.train is not None else None
-        model, tokenizer = model_for(start, part(ModelOptions, options), classes)
+        model, tokenizer = model_for(start, options, classes)
         write(model, start.mean)
         with opened(out, options):
             posterior = _fitted(method, model, task, start, tokenizer, options)
-            if task.train is not None:
-                keep_format(out, task.train)
-            posterior.save_pretrained(out / "posterior")
-        measure(options, model, tokenizer, posterior, task.test)
-    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --out FOLDER")
+            save_run(out, posterior, task.train)
+        report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
 
 
 def _fitted(method: Any, model: Any, task: Any, start: Any, tokenizer: Any, options: Options) -> Any:

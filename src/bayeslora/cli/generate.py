@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import ModelOptions, TransformOptions, option, part
+from bayeslora.cli.options import ModelOptions, TransformOptions, option, run_option
 from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
 
@@ -25,37 +25,27 @@ Every token is taken from the average of the draws; --each gives one answer a dr
 class Options(ModelOptions, TransformOptions):
     """Write text from a posterior, with each answer's uncertainty."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    run: str = run_option('name what to generate from: bayeslora generate RUN --prompt "…"')
     prompt: list[str] = option([], "Prompts; \\n in them begins a new line.")
     input: str = option("", "File with one prompt a line; -: standard input.")
     chat: bool = option(False, "Put each prompt as a user's message through the chat template.")
     each: bool = option(False, "One answer a draw.")
-    draws: int = option(5, "Draws from the posterior.")
-    max_new_tokens: int = option(128, "Most tokens of an answer.")
+    draws: int = option(5, "Draws from the posterior.", least=1)
+    max_new_tokens: int = option(128, "Most tokens of an answer.", least=1)
     do_sample: bool = option(False, "Sample tokens instead of taking the most probable.")
     sampling_temperature: float = option(1.0, "Temperature of sampled tokens.")
-    top_p: float = option(1.0, "Smallest set of tokens with this much probability to sample from.")
-    beams: int = option(1, "Beams; 1: none.")
+    top_p: float = option(1.0, "Smallest set of tokens with this much probability to sample from.", most=1)
+    beams: int = option(1, "Beams; 1: none.", least=1)
     stop: list[str] = option([], "Texts that end an answer.")
     json: bool = option(False, "Print JSON lines with every token's numbers.")
 
 
 def run(options: Options) -> None:
-    """Print the answers.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no run or no prompt, or a number makes no sense.
-    """
-    if not options.run:
-        raise InputError('name what to generate from: bayeslora generate RUN --prompt "…"')
+    """Print the answers."""
     prompts = _prompts(options)
-    name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, transformed
+    posterior_name(options.run)
+    from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
-    from bayeslora.posteriors.loading import load_posterior
     from bayeslora.prediction.generation import generate, generate_each
 
     settings: dict[str, Any] = {"do_sample": options.do_sample, "stop_strings": options.stop or None}
@@ -64,17 +54,15 @@ def run(options: Options) -> None:
     if options.beams != 1:
         settings["num_beams"] = options.beams
     with own_progress():
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
-        model, tokenizer = model_for(posterior, part(ModelOptions, options), None)
+        posterior = load_transformed(options.run, options)
+        model, tokenizer = model_for(posterior, options, None)
         given = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
-        how: dict[str, Any] = {
-            "seed": options.draw_seed, "sampling": options.sampling, "tokenizer": tokenizer,
-            "max_new_tokens": options.max_new_tokens, **settings,
-        }  # fmt: skip
+        draws = draws_of(options, options.draws)
+        how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens, **settings}
         if options.each:
-            several = generate_each(model, posterior, given, options.draws, **how)
+            several = generate_each(model, posterior, given, draws, **how)
         else:
-            single = generate(model, posterior, given, options.draws, **how)
+            single = generate(model, posterior, given, draws, **how)
     for number, prompt in enumerate(prompts):
         if options.each:
             _print_each(prompt, several[number], options.json)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, part
-from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
+from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora lm-eval run --tasks arc_easy hellaswag --draws 10       with the calibration of their answers
@@ -20,6 +18,7 @@ EXAMPLES = """examples:
   bayeslora lm-eval run --tasks marbles --include-path tasks        a task of your own, from a folder with its YAML
 
 Needs pip install 'bayeslora[lm-eval]'. Likelihoods of whole answers are averaged over the draws."""
+MISSING = "name what to evaluate, and tasks: bayeslora lm-eval RUN --tasks TASK …"
 LEFT_OUT = ("samples", "pretty_env_info")
 """What the file for the numbers does not hold: every example, and the machine."""
 
@@ -28,46 +27,36 @@ LEFT_OUT = ("samples", "pretty_env_info")
 class Options(ModelOptions, DrawOptions, TransformOptions):
     """Run tasks of the LM evaluation harness on a posterior: its own measures, and ECE, NLL and Brier beside them."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
-    tasks: list[str] = option([], "Tasks, groups or tags of the harness, or patterns such as 'mmlu_*'.")
+    run: str = run_option(MISSING)
+    tasks: list[str] = option(
+        [], "Tasks, groups or tags of the harness, or patterns such as 'mmlu_*'.", required=MISSING
+    )
     mean: bool = option(False, "One pass at the posterior's mean instead of draws.")
     limit: int = option(0, "Most examples of each task; 0: all.")
-    num_fewshot: int = option(-1, "Solved examples in each prompt; -1: the task's own number.")
+    num_fewshot: int = option(-1, "Solved examples in each prompt; -1: the task's own number.", least=-1)
     include_path: str = option("", "Folder with tasks of your own.")
     out: str = option("", "JSON file for the numbers; empty: they are only printed.")
     overwrite: bool = option(False, "Replace an --out file that is there.")
 
 
 def run(options: Options) -> None:
-    """Run the tasks, print the harness's table and keep the numbers.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no run or task, a number makes no sense, or the file for the numbers is there already.
-    """
-    if not options.run or not options.tasks:
-        raise InputError("name what to evaluate, and tasks: bayeslora lm-eval RUN --tasks TASK …")
-    if options.limit < 0 or options.num_fewshot < -1:
-        raise InputError("--limit must be at least 0 and --num-fewshot at least -1")
+    """Run the tasks, print the harness's table and keep the numbers."""
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
-    name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, transformed
+    posterior_name(options.run)
+    from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
     from bayeslora.posteriors import Point
-    from bayeslora.posteriors.loading import load_posterior
 
-    with own_progress(), _errors_only():
+    with own_progress():
         tasks, manager = find_tasks(options.tasks, options.include_path)
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
+        posterior = load_transformed(options.run, options)
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
-        model, tokenizer = model_for(posterior, part(ModelOptions, options), None)
+        model, tokenizer = model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, options.draws, seed=options.draw_seed, sampling=options.sampling, tokenizer=tokenizer,
+            model, posterior, draws_of(options, options.draws), tokenizer=tokenizer,
             token_budget=options.token_budget or None, progress=watched(),
         )  # fmt: skip
         results = evaluate_tasks(
@@ -96,15 +85,3 @@ def _show(results: dict[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     """Return a number of numpy's as Python's, and anything else that JSON does not know as text."""
     return value.item() if hasattr(value, "item") else str(value)
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Show only the harness's errors for the length of a ``with`` block."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    try:
-        log.setLevel(logging.ERROR)
-        yield
-    finally:
-        log.setLevel(before)

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
-
-Options = TypeVar("Options")
-
-LEAST: dict[str, float] = {
-    "draws": 1, "token_budget": 0, "rank": 1, "alpha": 0, "dropout": 0, "epochs": 0, "max_steps": 0, "batch_size": 1,
-    "accumulation": 1, "learning_rate": 0, "swag_learning_rate": 0, "weight_decay": 0, "warmup": 0, "save_steps": 0,
-    "temperature": 0, "prune": 0, "last_layers": 0, "few_shot": 0, "max_length": 0, "train_rows": 0, "test_rows": 0,
-    "validation": 0, "bins": 1, "resamples": 0, "swag_share": 0, "seed": 0, "task_seed": 0, "draw_seed": 0, "seeds": 0,
-    "tolerance": 0, "fewest_draws": 2, "held_out": 0, "member": 0,
-}  # fmt: skip
-"""The least value of each number; those that are shares also have 1 as their greatest."""
-SHARES = ("prune", "dropout", "held_out")
-"""Options between 0 and 1."""
+from typing import Any, Literal
 
 
-def option(default: Any, text: str, *, own: bool = False) -> Any:
-    """Return a dataclass field with its help.
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float = 0,
+    most: float = math.inf,
+    required: str = "",
+    own: bool = False,
+    former: str = "",
+) -> Any:
+    """Return a dataclass field with its help, the limits of a number, and what else `bayeslora.cli.parse` heeds.
 
-    Args:
-        default: Default value; a list stands for a fresh copy of itself.
-        text: Help.
-        own: Whether the verb's default counts, whatever the run that it is given was made with.
-
-    Returns:
-        The field.
+    ``required`` is the refusal where there is no value, ``own`` says that the verb's default counts whatever the run
+    was made with, and ``former`` is an older spelling of the flag, which help does not show.
     """
-    metadata = {"help": text.replace("%", "%%"), "own": own}
+    metadata = {
+        "help": text.replace("%", "%%"),
+        "least": least,
+        "most": most,
+        "required": required,
+        "own": own,
+        "former": former,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def run_option(
+    required: str, text: str = "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub."
+) -> Any:
+    """Return the field of the first word, RUN; ``required`` is the refusal where it is missing."""
+    return option("", text, required=required)
 
 
 @dataclass(kw_only=True)
@@ -53,9 +58,9 @@ class ModelOptions:
 class AdapterOptions:
     """Adapter."""
 
-    rank: int = option(8, "Rank r of the adapter.")
+    rank: int = option(8, "Rank r of the adapter.", least=1)
     alpha: float = option(16.0, "LoRA's alpha; updates are scaled by alpha / rank.")
-    dropout: float = option(0.0, "LoRA's dropout.")
+    dropout: float = option(0.0, "LoRA's dropout.", most=1)
     target_modules: list[str] = option([], "Layers to adapt; none: PEFT's choice for the architecture.")
 
 
@@ -96,8 +101,8 @@ class TrainingOptions:
 
     epochs: float = option(3.0, "Passes over the training rows.")
     max_steps: int = option(0, "Optimiser steps; 0: as many as the epochs take.")
-    batch_size: int = option(8, "Examples of a step on each device.")
-    accumulation: int = option(1, "Batches of a step.")
+    batch_size: int = option(8, "Examples of a step on each device.", least=1)
+    accumulation: int = option(1, "Batches of a step.", least=1)
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
     weight_decay: float = option(0.0, "AdamW's weight decay.")
     scheduler: str = option("linear", "Schedule of the learning rate.")
@@ -110,7 +115,7 @@ class TrainingOptions:
 class DrawOptions:
     """Prediction."""
 
-    draws: int = option(10, "Draws from the posterior, rounded up: a mixture's members get equally many.")
+    draws: int = option(10, "Draws from the posterior, rounded up: a mixture's members get equally many.", least=1)
     token_budget: int = option(0, "Most tokens of a prediction batch; 0: what is fast and fits into memory.")
 
 
@@ -121,7 +126,9 @@ class BudgetOptions:
     tolerance: float = option(
         0.0, "Stop drawing for an example once the standard error of its probabilities is at most this; 0: never."
     )
-    fewest_draws: int = option(4, "Draws of each example before the first look at the error.")
+    min_draws: int = option(
+        4, "Draws of each example before the first look at the error.", least=2, former="fewest_draws"
+    )
     compile: bool = option(False, "Compile the model's layers: takes a minute, then is faster; for many rows.")
 
 
@@ -134,27 +141,19 @@ class TransformOptions:
         "independent", "How the draws belong together; simplex, in whole fives, gets most from few of them."
     )
     temperature: float = option(1.0, "Factor on the posterior's covariance; 0: the mean.")
-    prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.")
+    prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.", most=1)
     last_layers: int = option(0, "Keep the noise in that many last layers only; 0: in all.")
 
 
+@dataclass(kw_only=True)
+class TrainOptions(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
+    """What verbs have that train a fresh adapter."""
+
+
+@dataclass(kw_only=True)
+class PredictOptions(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions):
+    """What verbs have that predict rows from a posterior."""
+
+
 INHERITED = (ModelOptions, TaskOptions, DrawOptions)
-"""Groups whose values evaluate and predict take from the run that they are given."""
-
-
-def given(options: Any) -> dict[str, Any]:
-    """Return options as a mapping, ready for JSON."""
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-
-
-def part(kind: type[Options], options: Any) -> Options:
-    """Return one group of a verb's options.
-
-    Args:
-        kind: Dataclass of the group.
-        options: The verb's options, which have all fields of the group.
-
-    Returns:
-        The group.
-    """
-    return kind(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cast(Any, kind))})
+"""Groups whose values a verb takes from its RUN."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import BudgetOptions, DrawOptions, ModelOptions, TaskOptions, TransformOptions, option, part
-from bayeslora.cli.runs import posterior_name, run_folder, write_text
+from bayeslora.cli.options import PredictOptions, option, run_option
+from bayeslora.cli.runs import posterior_name, run_folder
 from bayeslora.errors import InputError
+from bayeslora.files import write_text
 
 if TYPE_CHECKING:
     from bayeslora.metrics.prediction import Prediction
@@ -32,46 +33,32 @@ probabilities may be off for want of more). The data that the run was trained on
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions):
+class Options(PredictOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    run: str = run_option("name what to predict with: bayeslora predict RUN --input FILE")
     input: str = option("-", "JSON-lines or CSV file; -: standard input.")
     output: str = option("-", "File for the answers, .jsonl or .csv; -: standard output, as JSON lines.")
     overwrite: bool = option(False, "Replace an output file that is there.")
 
 
 def run(options: Options) -> None:
-    """Read rows, answer them, and write them with their answers.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no run, or the output cannot be written or is there already.
-    """
-    if not options.run:
-        raise InputError("name what to predict with: bayeslora predict RUN --input FILE")
+    """Read rows, answer them, and write them with their answers."""
     target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
-    name = posterior_name(options.run)
-    from bayeslora.cli.build import model_for, predicted, transformed
+    posterior_name(options.run)
+    from bayeslora.cli.build import load_transformed, model_for, predict_as
     from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import say, watched
-    from bayeslora.posteriors.loading import load_posterior
+    from bayeslora.cli.terminal import say
     from bayeslora.tasks import read_rows
 
     with own_progress():
         if options.input == "-" and sys.stdin.isatty():
             say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
         rows = read_rows(sys.stdin if options.input == "-" else options.input)
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
+        posterior = load_transformed(options.run, options)
         split = _split(rows, options, posterior.origin)
-        model, tokenizer = model_for(posterior, part(ModelOptions, options), split.classes)
-        prediction = predicted(model, tokenizer, posterior, split, options, watched())
-        if prediction.truncated:
-            say(
-                f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning"
-            )
+        model, tokenizer = model_for(posterior, options, split.classes)
+        prediction = predict_as(options, model, tokenizer, posterior, split)
         answers = answered(rows, split, prediction)
         renamed = [key.removeprefix("predicted_") for key in answers[0] if key.startswith("predicted_")]
         for key in (k for k in renamed if k in rows.columns):
@@ -134,8 +121,7 @@ def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     """Return the rows as examples of the task that was trained on."""
     from bayeslora.cli.data import build_task, given_format, kept_format, scored_as, split_like
 
-    own = part(TaskOptions, options)
-    like, tasks = kept_format(run_folder(Path(options.run)), own), scored_as(own, origin)
+    like, tasks = kept_format(run_folder(Path(options.run)), options), scored_as(options, origin)
     if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
         like = given_format(tasks, rows.name, origin)
     if like is None:

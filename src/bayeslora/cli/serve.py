@@ -6,11 +6,14 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, part
+from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
 from bayeslora.cli.runs import posterior_name, run_folder
 from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from bayeslora.integrations.server.worker import Served
 
 EXAMPLES = """examples:
   bayeslora serve run                     the page is at http://127.0.0.1:8000, the interface at /v1
@@ -28,36 +31,24 @@ The model NAME averages the draws at each token; NAME/mean and NAME/draw-000 …
 class Options(ModelOptions, TaskOptions, TransformOptions):
     """Answer over HTTP as OpenAI's interface does, with each token's and each answer's uncertainty."""
 
-    run: str = option("", "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub.")
+    run: str = run_option("name what to serve: bayeslora serve RUN")
     name: str = option("", "Name of the model; empty: that of the run's folder.")
     host: str = option("127.0.0.1", "Address to listen at; the default is reached from this machine only.")
     port: int = option(8000, "Port to listen at; 0: any that is free.")
-    draws: int = option(5, "Draws unless a request says otherwise.")
-    most_draws: int = option(32, "Most draws of a request.")
-    most_tokens: int = option(1024, "Most new tokens of an answer.")
-    most_rows: int = option(16, "Most answers that are generated at once.")
-    most_waiting: int = option(64, "Most requests in the queue; more are told to come again.")
-    timeout: float = option(120.0, "Most seconds of a request.")
+    draws: int = option(5, "Draws unless a request says otherwise.", least=1)
+    most_draws: int = option(32, "Most draws of a request.", least=1)
+    most_tokens: int = option(1024, "Most new tokens of an answer.", least=1)
+    most_rows: int = option(16, "Most answers that are generated at once.", least=1)
+    most_waiting: int = option(64, "Most requests in the queue; more are told to come again.", least=1)
+    timeout: float = option(120.0, "Most seconds of a request.", least=0.001)
     api_key: str = option("", "Key that clients must send; empty: that of BAYESLORA_API_KEY, if it is set.")
 
 
 def run(options: Options) -> None:
-    """Serve until the process is told to stop.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If there is no run, a number makes no sense, a package is missing, or the port is taken.
-    """
-    if not options.run:
-        raise InputError("name what to serve: bayeslora serve RUN")
-    for name in ("draws", "most_draws", "most_tokens", "most_rows", "most_waiting", "timeout"):
-        if getattr(options, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive, and it is {getattr(options, name)}")
+    """Serve until the process is told to stop."""
     if options.draws > options.most_draws:
         raise InputError(f"--draws is {options.draws}, more than --most-draws, {options.most_draws}")
-    name = posterior_name(options.run)
+    posterior_name(options.run)
     try:
         import uvicorn
 
@@ -71,7 +62,7 @@ def run(options: Options) -> None:
             waiting=options.most_waiting, rows=options.most_rows, tokens=options.most_tokens, timeout=options.timeout,
             api_key=key,
         )  # fmt: skip
-        served = _served(options, name)
+        served = _served(options)
         place = f"http://{options.host}:{listening.getsockname()[1]}"
         print(f"serving {served.name} at {place}   interface: {place}/v1   Ctrl-C stops", flush=True)
         if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
@@ -94,23 +85,21 @@ def _listening(host: str, port: int) -> socket.socket:
     return found
 
 
-def _served(options: Options, name: str) -> Any:
+def _served(options: Options) -> Served:
     """Load what answers."""
-    from bayeslora.cli.build import model_for, transformed
+    from bayeslora.cli.build import load_transformed, model_for
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
     from bayeslora.integrations.server.worker import Served
-    from bayeslora.posteriors.loading import load_posterior
 
-    tasks = part(TaskOptions, options)
+    folder = run_folder(Path(options.run))
     with own_progress():
-        posterior = transformed(load_posterior(name), part(TransformOptions, options))
-        like = kept_format(run_folder(Path(options.run)), tasks)
+        posterior = load_transformed(options.run, options)
+        like = kept_format(folder, options)
         if like is None:
-            like = given_format(tasks, "input", posterior.origin)
-        model, tokenizer = model_for(posterior, part(ModelOptions, options), like.classes)
-    own = options.name or run_folder(Path(options.run)).resolve().name
+            like = given_format(options, "input", posterior.origin)
+        model, tokenizer = model_for(posterior, options, like.classes)
     return Served(
-        own, model, tokenizer, posterior, options.draws, options.most_draws, like, options.draw_seed,
-        options.text_column,
+        options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,
+        options.draw_seed, options.text_column,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NOISY = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "kernels", "torchao", "httpx")
+NOISY = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "kernels", "torchao", "httpx", "lm_eval")
 """Libraries of which only errors are shown."""
 
 

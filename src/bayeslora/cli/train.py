@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.options import (
-    AdapterOptions,
-    DrawOptions,
-    ModelOptions,
-    TaskOptions,
-    TrainingOptions,
-    option,
-    part,
-)
-from bayeslora.cli.runs import check_folder, opened, write_json
+from bayeslora.cli.options import TrainOptions, option
+from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 EXAMPLES = """examples:
@@ -31,7 +23,7 @@ FREE = ("draws", "token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
-class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOptions):
+class Options(TrainOptions):
     """Fine-tune a model on a task by one method; the posterior, the options and the test metrics are kept in --out."""
 
     method: str = option(
@@ -54,40 +46,32 @@ class Options(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, DrawOp
 
 
 def run(options: Options) -> None:
-    """Train, keep the posterior, and measure it on the test split if there is one with labels.
-
-    Args:
-        options: The options.
-    """
+    """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=FREE)
-    from bayeslora.cli.build import build_arguments, build_method, build_model
-    from bayeslora.cli.data import build_task, keep_format
+    from bayeslora.cli.build import build_arguments, build_model, report_run, save_run
+    from bayeslora.cli.data import build_task
     from bayeslora.cli.progress import own_progress
+    from bayeslora.cli.settings import build_method
     from bayeslora.posteriors.loading import load_posterior
 
     with own_progress():
         method = build_method(options.method, options.set)
-        args = build_arguments(part(TrainingOptions, options), out / "training", options.seed, device=options.device)
+        args = build_arguments(options, out / "training", options.seed, device=options.device)
         args = _of_member(args, method, options)
-        task = build_task(part(TaskOptions, options), "train")
+        task = build_task(options, "train")
         classes = task.train.classes if task.train is not None else None
-        model, tokenizer = build_model(
-            part(ModelOptions, options), part(AdapterOptions, options), classes, options.readout
-        )
+        model, tokenizer = build_model(options, classes)
         with opened(out, options):
             if (out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:
                 posterior = _trained(options, model, tokenizer, task, method, args)
-                if task.train is not None:
-                    keep_format(out, task.train)
-                posterior.save_pretrained(out / "posterior")
+                save_run(out, posterior, task.train)
                 if not options.save_steps:
                     shutil.rmtree(out / "training", ignore_errors=True)
-        measure(options, model, tokenizer, posterior, task.test)
-    print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} --out FOLDER")
+        report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
 
 
 def _of_member(args: Any, method: Any, options: Options) -> Any:
@@ -114,35 +98,3 @@ def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: An
     place = device_of(model)
     say(f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters, on {place}")
     return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
-
-
-def measure(options: Any, model: Any, tokenizer: Any, posterior: Any, test: Any) -> None:
-    """Print the metrics of the test split and keep them, also on the posterior's card, if its answers are known.
-
-    Args:
-        options: Options with ``draws``, ``token_budget``, ``resamples`` and ``out``.
-        model: The model.
-        tokenizer: Its tokenizer.
-        posterior: The posterior.
-        test: The test split, or None.
-    """
-    from bayeslora.cli.terminal import watched
-    from bayeslora.metrics.evaluation import evaluate
-    from bayeslora.posteriors.card import write_card
-    from bayeslora.prediction import predict
-
-    if test is None or any(e.label is None for e in test):
-        return
-    prediction = predict(
-        model,
-        posterior,
-        test,
-        options.draws,
-        tokenizer=tokenizer,
-        token_budget=options.token_budget or None,
-        progress=watched(),
-    )
-    result = evaluate(prediction, test, resamples=options.resamples)
-    write_json(Path(options.out) / "evaluation.json", result.to_dict())
-    write_card(Path(options.out) / "posterior", evaluation=result, task=test.name)
-    print(result.table())

@@ -7,6 +7,7 @@ Rudolph 2023 (arXiv 2310.00035, §3); zero gives the plain AdamW fine-tune.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -53,8 +54,8 @@ class Map(Method):
             InputError: If one is negative.
         """
         for field in ("weight_decay", "weight_decay_b", "kl"):
-            if getattr(self, field) < 0:
-                raise InputError(f"{field} must not be negative, and it is {getattr(self, field)}")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InputError(f"{field} must be finite and not negative, and it is {getattr(self, field)}")
         if self.early_stopping is not None and self.early_stopping < 1:
             raise InputError(f"early_stopping must be at least 1, and it is {self.early_stopping}")
 

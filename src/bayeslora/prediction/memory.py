@@ -1,11 +1,21 @@
-"""How many tokens a batch may have."""
+"""What fits into memory: how many tokens and draws at once, and halving of what turns out to be too large."""
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from bayeslora.params import Params, device_of, require_lora
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 CPU_BUDGET = 2048
 """On a CPU larger batches leave its caches and gain nothing."""
@@ -17,33 +27,58 @@ _PART = 4
 """The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
 
 
-def max_stacked(model: nn.Module, one: Params) -> int:
-    """Return how many draws may be stacked at once.
+def lacks_memory(error: Exception) -> bool:
+    """Say whether an error is a lack of memory, whichever library words it."""
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or "out of memory" in words
+        or "cublas_status_alloc_failed" in words
+    )
 
-    Args:
-        model: A PEFT model.
-        one: A draw; the others are as large.
 
-    Returns:
-        At least 1.
-    """
+def fits(run: Callable[[Sequence[Item]], object], batch: Sequence[Item]) -> bool:
+    """Run a batch, and say whether memory sufficed; if not, the device's cache is cleared."""
+    try:
+        run(batch)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+    else:
+        return True
+    clear_device_cache(garbage_collection=True)  # after the handler, which holds the frames and their tensors
+    return False
+
+
+def in_halves(run: Callable[[Sequence[Item]], object], batches: Iterable[Sequence[Item]]) -> list[Item]:
+    """Run batches in order, each in halves where memory does not suffice; return the items that do not fit alone."""
+    waiting = deque(batches)
+    too_large: list[Item] = []
+    while waiting:
+        batch = waiting.popleft()
+        if fits(run, batch):
+            continue
+        if len(batch) == 1:
+            too_large += batch
+        else:
+            logger.warning("a batch of %d does not fit into memory; it is halved", len(batch))
+            waiting.extendleft([batch[len(batch) // 2 :], batch[: len(batch) // 2]])
+    return too_large
+
+
+def max_stacked(model: nn.Module, draw: Params) -> int:
+    """Return how many draws as large as this one may be stacked at once, at least 1."""
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, whole // (_PART * 4 * sum(value.numel() for value in one.values())))
+    return max(1, whole // (_PART * 4 * sum(value.numel() for value in draw.values())))
 
 
 def default_token_budget(model: nn.Module, *, gradients: bool = False) -> int:
-    """Return how many tokens a batch may have on the model's device.
+    """Return how many tokens, padding included, a batch may have on the model's device.
 
     A token needs, by estimate, ten times the hidden size and three times the inner size of the layers in the model's
     dtype, its keys and values in every layer, and the logits with their float32 copies. Where it is differentiated
     backwards, every layer keeps what a prediction needs for one, and the gradients take as much again in float32.
-
-    Args:
-        model: A PEFT model.
-        gradients: Whether the batch is differentiated.
-
-    Returns:
-        Tokens, padding included.
     """
     device = device_of(model)
     if device.type != "cuda":

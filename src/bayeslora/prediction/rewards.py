@@ -8,37 +8,33 @@ rewards have no zero: two draws that agree on every preference may differ by a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.params import Params, device_of, evaluating, require_lora
-from bayeslora.posteriors import Posterior, Sampling
-from bayeslora.prediction.batching import repeated
-from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.params import evaluating, require_lora
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.prediction.draws import kept_draw, weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
-from bayeslora.prediction.memory import default_token_budget, max_stacked
-from bayeslora.prediction.passes import on, schedule
-from bayeslora.prediction.readouts import Readout
-from bayeslora.prediction.stacking import differing, stacked, stacks
+from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.passes import REWARDS, Passes
+from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def predict_rewards(
     model: nn.Module,
     posterior: Posterior,
     texts: Sequence[Text],
-    draws: int = 10,
+    draws: int | Draws = 10,
     *,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     tokenizer: Any = None,
     token_budget: int | None = None,
     stack: bool = True,
@@ -52,9 +48,7 @@ def predict_rewards(
         model: PEFT model with a scalar head (``num_labels=1``); it is unchanged afterwards.
         posterior: What was learned.
         texts: The N texts, each a prompt with its answer, or messages with ``role`` and ``content``.
-        draws: Number S of draws; see `bayeslora.predict`.
-        seed: Which stream of draws. Draw k is the same weights in every call.
-        sampling: How the draws belong together.
+        draws: Number S of draws, or `Draws`. Draw k of a seed is the same weights in every call.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
         stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
@@ -69,17 +63,12 @@ def predict_rewards(
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
     readout = _readout(model, tokenizer)
-    count = Draws.of_weights(model, posterior, draws, seed, sampling).count
+    draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
-    passes = _Passes(model, readout, rows, token_budget or default_token_budget(model))
-    with evaluating(model), torch.inference_mode():
-        one = kept_draw(posterior, 0, seed, sampling)
-        most = max_stacked(model, one) if stack else 1
-        found = []
-        for start in range(0, count, most):
-            numbers = range(start, min(start + most, count))
-            found.append(passes.run([kept_draw(posterior, k, seed, sampling) for k in numbers]))
-    return torch.cat(found)
+    budget = token_budget or default_token_budget(model)
+    passes = Passes(model, readout, rows, 1, budget, stack=stack, reading=REWARDS)
+    with evaluating(model):
+        return passes.run(lambda k: kept_draw(posterior, k, draws.seed, draws.sampling), draws.count)[..., 0]
 
 
 def preference_probability(chosen: Float[Tensor, "S N"], rejected: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:
@@ -141,12 +130,7 @@ def _readout(model: nn.Module, tokenizer: Any) -> Readout:
             f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
             "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
         )
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
-    if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError("a scalar head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id")
-    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
-    return Readout("head", tokenizer, limit, False, base.dtype)
+    return head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
 
 
 def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:
@@ -166,53 +150,3 @@ def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:
             raise InputError(f"text {row} has {len(ids)} tokens, and the model reads at most {readout.limit}; cut it")
         rows.append(Encoded(tuple(ids), (), -1))
     return rows
-
-
-@final
-@dataclass(frozen=True)
-class _Passes:
-    """Encoded texts and the model that rewards them.
-
-    Attributes:
-        model: PEFT model.
-        readout: How texts are put to it.
-        rows: The N texts.
-        token_budget: Most tokens of a batch, over all draws in it.
-    """
-
-    model: nn.Module
-    readout: Readout
-    rows: Sequence[Encoded]
-    token_budget: int
-
-    def run(self, drawn: Sequence[Params]) -> Float[Tensor, "S N"]:
-        """Return the rewards of all texts under some draws."""
-
-        def few(count: int, shared: bool) -> Tensor:
-            """Return the rewards of a few texts by the model as it is."""
-            return self._rewards(list(range(len(self.rows[:3]))), count)[..., None]
-
-        names = differing(drawn)
-        together = len(drawn) if names and stacks(self.model, names, few, "reward") else 1
-        found = torch.empty(len(drawn), len(self.rows))
-        for width, batches in schedule([len(r.prompt) for r in self.rows], self.token_budget, together).items():
-            for at in range(0, len(drawn), width):
-                part = drawn[at : at + width]
-                with stacked(self.model, part):
-                    for group in batches:
-                        found[at : at + len(part), group] = self._rewards(group, len(part))
-        return found
-
-    def _rewards(self, group: list[int], count: int) -> Float[Tensor, "S B"]:
-        """Return the rewards of one pass; a batch too large for memory is halved."""
-        try:
-            batch = on(self.readout.collate([self.rows[i] for i in group]), device_of(self.model))
-            inputs: dict[str, Any] = repeated(batch, count)
-            values: Tensor = require_lora(self.model)(**inputs).logits.float()
-            return values.view(count, len(group)).cpu()
-        except RuntimeError as error:
-            if len(group) == 1 or not should_reduce_batch_size(error):
-                raise
-        clear_device_cache(garbage_collection=True)
-        half = len(group) // 2
-        return torch.cat([self._rewards(group[:half], count), self._rewards(group[half:], count)], dim=1)

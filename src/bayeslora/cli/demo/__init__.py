@@ -37,12 +37,12 @@ class Options:
     )
     data: str = option("", "Folder with the task's data; empty: the Hub.")
     methods: list[str] = option(list(METHODS), "Methods to compare; the first is what the others are compared with.")
-    train_rows: int = option(300, "Training rows.")
-    test_rows: int = option(600, "Test rows.")
+    train_rows: int = option(300, "Training rows.", least=1)
+    test_rows: int = option(600, "Test rows.", least=1)
     epochs: float = option(12.0, "Passes over the training rows.")
     learning_rate: float = option(2e-3, "Peak learning rate.")
     swag_learning_rate: float = option(4e-3, "Constant learning rate of SWAG's phase.")
-    draws: int = option(10, "Draws from a posterior.")
+    draws: int = option(10, "Draws from a posterior.", least=1)
     seed: int = option(0, "Seed of data and training.")
     out: str = option("bayeslora-demo", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
@@ -61,13 +61,12 @@ def run(options: Options) -> None:
     check_folder(out, options, resume=options.resume, free=("methods",))
     from bayeslora.cli.compare import finish
     from bayeslora.cli.progress import own_progress
-    from bayeslora.comparison.run import compare
     from bayeslora.comparison.verdict import guess, in_words, verdicts
 
     with own_progress():
         study, other = prepared(options, out)
         with opened(out, options):
-            found = finish(study, methods_of(options), [options.seed], "png", compare)
+            found = finish(study, methods_of(options), [options.seed], "png")
     test = study.task.test
     assert test is not None
     predictions = {name: by_seed[options.seed] for name, by_seed in found.predictions.items()}
@@ -87,7 +86,7 @@ def methods_of(options: Options) -> dict[str, Inference]:
     Returns:
         The methods; SWAG with its learning rate, BLoB on the evidence bound.
     """
-    from bayeslora.cli.build import build_method
+    from bayeslora.cli.settings import build_method
 
     settings = _settings(options)
     return {name: build_method(name, settings.get(name, [])) for name in options.methods}
