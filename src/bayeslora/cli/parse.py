@@ -39,9 +39,7 @@ def parse(kind: type[Options], argv: Sequence[str], *, verb: str, examples: str)
         if f.metadata["required"] and not getattr(parsed, name):
             raise InputError(f.metadata["required"])
     if "run" in options:
-        posterior_name(
-            str(values["run"])
-        )  # refuses a run that has not come to its end, before anything slow is imported
+        posterior_name(str(values["run"]))  # refuses an unfinished run before anything slow is imported
     return parsed
 
 
