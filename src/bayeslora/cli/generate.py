@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.options import ModelOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
 
 EXAMPLES = """examples:
@@ -43,10 +42,8 @@ class Options(ModelOptions, TransformOptions):
 def run(options: Options) -> None:
     """Print the answers."""
     prompts = _prompts(options)
-    posterior_name(options.run)
-    from bayeslora.cli.build import load_transformed, model_for
+    from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
-    from bayeslora.posteriors import Draws
     from bayeslora.prediction.generation import generate, generate_each
 
     settings: dict[str, Any] = {"do_sample": options.do_sample, "stop_strings": options.stop or None}
@@ -58,7 +55,7 @@ def run(options: Options) -> None:
         posterior = load_transformed(options.run, options)
         model, tokenizer = model_for(posterior, options, None)
         given = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
-        draws = Draws(options.draws, options.draw_seed, options.sampling)
+        draws = draws_of(options, options.draws)
         how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens, **settings}
         if options.each:
             several = generate_each(model, posterior, given, draws, **how)

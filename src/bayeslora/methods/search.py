@@ -33,7 +33,7 @@ class Judge:
         prediction = predict(
             self.model, posterior, self.rows, draw, tokenizer=self.tokenizer, token_budget=self.token_budget
         )
-        return nll(prediction.log_p, self.rows.labels)
+        return float(nll(prediction.log_p, self.rows.labels))
 
 
 def smallest(function: Callable[[float], float], low: float, high: float, *, points: int = 61) -> float:

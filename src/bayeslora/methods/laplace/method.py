@@ -170,7 +170,7 @@ def _linearised_nlls(judge: Judge, candidates: Sequence[Gaussian]) -> list[float
     with swapped(model, candidates[0].mean), readout.attached(model):
         logits, covariances = logit_moments(model, candidates, batches, len(rows))
     draws = (logit_draws(logits, covariance, LOGIT_DRAWS, judge.seed) for covariance in covariances)
-    return [nll(average(each.log_softmax(-1)), rows.labels) for each in draws]
+    return [float(nll(average(each.log_softmax(-1)), rows.labels)) for each in draws]
 
 
 def _best(scores: Sequence[float]) -> float:
