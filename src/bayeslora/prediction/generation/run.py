@@ -14,7 +14,7 @@ from bayeslora.prediction.draws import Draws, kept_draw
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep
-from bayeslora.prediction.generation.semantic import Same
+from bayeslora.prediction.generation.semantic import Equivalence
 from bayeslora.prediction.memory import default_token_budget
 
 Prompt = str | Sequence[dict[str, str]]
@@ -78,7 +78,7 @@ def generate_each(
     tokenizer: Any = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
-    same: Same | None = None,
+    same: Equivalence | None = None,
     **settings: Any,
 ) -> list[Answers]:
     """Return one answer a draw to each prompt, and which of them say the same.
