@@ -21,6 +21,7 @@ from bayeslora.integrations.server.requests import ApiError, ChatRequest, Classi
 from bayeslora.integrations.server.responses import Chat, Shape, Text, echoed, placed
 from bayeslora.integrations.server.worker import Call, Generation, Served, Worker, prompt_log_probs
 from bayeslora.params import Params
+from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation.run import prompt_ids
 
@@ -123,7 +124,7 @@ class Answering:
             """Predict."""
             posterior = served.posterior_of(body.model)
             return predict(
-                served.model, posterior, split, key[1], seed=served.seed, tokenizer=served.tokenizer, mean=False
+                served.model, posterior, split, Draws(key[1], served.seed), tokenizer=served.tokenizer, mean=False
             )
 
         found = await self._call(work)
