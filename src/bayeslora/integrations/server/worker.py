@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import LogitsProcessorList
 
@@ -20,6 +19,7 @@ from bayeslora.params import Params, evaluating, require_lora, swapped
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.prediction.draws import kept_draw
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
+from bayeslora.prediction.memory import in_halves
 from bayeslora.tasks.types import Split
 
 
@@ -190,16 +190,23 @@ class Worker:
                 count += len(job.rows)
 
     def _generate(self, jobs: list[Generation]) -> None:
-        """Generate the rows of some requests in one batch."""
+        """Generate the rows of some requests in one batch, in halves where memory does not suffice."""
         rows = [row for job in jobs for row in job.rows]
         self.batches.append(len(rows))
         del self.batches[:-100]
-        self._decode(rows, jobs[0].drawn())
+        drawn = jobs[0].drawn()
+
+        def untold(batch: Sequence[Row]) -> bool:
+            """Say whether a batch may start again: nobody has seen a token of it."""
+            return not any(row.notes for row in batch)
+
+        if in_halves(lambda batch: self._decode(batch, drawn), [rows], untold):
+            raise InputError("the prompt does not fit into memory")
         for row in rows:
             row.told(None)
 
     def _decode(self, rows: Sequence[Row], drawn: list[Params]) -> None:
-        """Generate rows; a batch too large for memory is halved if nothing of it is there yet."""
+        """Generate rows in one batch."""
         tokenizer = self.served.tokenizer
         ends = ends_of(require_lora(self.served.model).get_base_model(), {})
 
@@ -217,18 +224,7 @@ class Worker:
             "logits_processor": LogitsProcessorList([Choosing(rows)]),
         }  # fmt: skip
         decoder = Decoder(self.served.model, drawn, True, tokenizer, settings)
-        try:
-            decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or any(row.notes for row in rows):
-                raise
-            if len(rows) == 1:
-                raise InputError("the prompt does not fit into memory") from error
-        else:
-            return
-        clear_device_cache(garbage_collection=True)
-        for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            self._decode(part, drawn)
+        decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
 
 
 def _failed(job: Generation | Call, error: Exception) -> None:
