@@ -81,7 +81,7 @@ def run(options: Options) -> None:
     from bayeslora.comparison.run import compare
 
     with own_progress():
-        methods = _methods(options)
+        methods = build_methods(options)
         args = build_arguments(options, out / "training", 0, device=options.device)
         task = build_task(options)
         if task.test is None or task.train is None:
@@ -209,7 +209,7 @@ def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
     return paths
 
 
-def _methods(options: Options) -> dict[str, Inference]:
+def build_methods(options: Options) -> dict[str, Inference]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.settings import build_method
 

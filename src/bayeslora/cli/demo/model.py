@@ -97,7 +97,7 @@ def demo_model(cache: Path | None = None) -> Path:
         return found
     if importlib.util.find_spec("gguf") is None:
         raise InputError("converting the demo model needs the package gguf: run `pip install 'bayeslora[demo]'`")
-    return made(SMOLLM2, root, _convert)
+    return made(SMOLLM2, root, convert_package)
 
 
 def demo_encoder(cache: Path | None = None) -> Path:
@@ -118,17 +118,17 @@ def demo_encoder(cache: Path | None = None) -> Path:
             that is full or cannot be written.
     """
     root = cache_root() if cache is None else Path(cache)
-    return kept(MINILM, root) or from_hub(MINILM) or made(MINILM, root, _copy)
+    return kept(MINILM, root) or from_hub(MINILM) or made(MINILM, root, copy_package)
 
 
-def _copy(package: Path, folder: Path) -> None:
+def copy_package(package: Path, folder: Path) -> None:
     """Copy the encoder's files, and no others, out of its package."""
     folder.mkdir()
     for name in (MINILM.source, *MINILM.beside):
         shutil.copyfile(package / name, folder / Path(name).name)
 
 
-def _convert(package: Path, folder: Path) -> None:
+def convert_package(package: Path, folder: Path) -> None:
     """Unpack the package's GGUF weights to bf16 and save model and tokenizer in ``folder``."""
     import torch
     from safetensors import SafetensorError
@@ -137,7 +137,7 @@ def _convert(package: Path, folder: Path) -> None:
     logger.info("Converting the model to bf16 (half a minute, once).")
     at: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(str(package), **at)
-    _mend_tokenizer(tokenizer)
+    mend_tokenizer(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **at, **_dense())
     _check(model, tokenizer)
     try:
@@ -158,7 +158,7 @@ def _dense() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+def mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     """Put back what GGUF cannot say: digits are split before the words are, and how long a text may be."""
     from tokenizers import pre_tokenizers
 
