@@ -43,7 +43,9 @@ def by_size(model: Any, tokenizer: Any, posterior: Posterior, task: Task) -> lis
         form = replace(resolve_format(test.format, "likelihood"), few_shot=task.train.take(range(shots)).examples)
         long = replace(test.take(range(8)), format=form)
         tokens = len(tokenizer(render(long.examples[0], form))["input_ids"])
-        took(f"{DRAWS} draws of 8 rows of some {tokens} tokens", long, DRAWS, share_prefix=False)
+        took(
+            f"{DRAWS} draws of 8 rows of some {tokens} tokens", long, DRAWS, options=bl.PassOptions(share_prefix=False)
+        )
     for hidden in (256, 576, 1024):
         rows += random_model(hidden, tokenizer, test.take(range(12)), model.device)
     return rows
@@ -66,7 +68,12 @@ def random_model(hidden: int, tokenizer: Any, test: Split, device: torch.device)
         bl.predict(model, posterior, test, draws, tokenizer=tokenizer, mean=False, **how)
 
     took = in_turn(
-        {"stacked": lambda: ours(DRAWS), "loop": lambda: ours(DRAWS, stack=False), "one": lambda: ours(1)}, 3
+        {
+            "stacked": lambda: ours(DRAWS),
+            "loop": lambda: ours(DRAWS, options=bl.PassOptions(stack=False)),
+            "one": lambda: ours(1),
+        },
+        3,
     )
     return [
         row(f"hidden size {hidden}: ten draws / fastest loop (b)", ratio(took, "stacked", "loop"), 1.0),

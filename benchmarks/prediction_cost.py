@@ -102,10 +102,10 @@ def ten_draws(model: Any, tokenizer: Any, posterior: Posterior, test: Split, rou
     took = in_turn(
         {
             "plain": lambda: plain_draws(model, tokenizer, test, posterior, DRAWS),
-            "loop": lambda: ours(DRAWS, stack=False, share_prefix=False),
+            "loop": lambda: ours(DRAWS, options=bl.PassOptions(stack=False, share_prefix=False)),
             "stacked": lambda: ours(DRAWS),
             "one": lambda: ours(1),
-            "adaptive": lambda: ours(**ADAPTIVE),
+            "adaptive": lambda: ours(draws=ADAPTIVE),
         },
         rounds,
         cold=("plain",),
@@ -132,9 +132,9 @@ def compiled_layers(model: Any, tokenizer: Any, posterior: Posterior, test: Spli
     took = in_turn(
         {
             "one": lambda: ours(1),
-            "one compiled": lambda: ours(1, compile=True),
+            "one compiled": lambda: ours(1, options=bl.PassOptions(compile=True)),
             "ten": lambda: ours(DRAWS),
-            "ten compiled": lambda: ours(DRAWS, compile=True),
+            "ten compiled": lambda: ours(DRAWS, options=bl.PassOptions(compile=True)),
         },
         rounds,
     )

@@ -21,7 +21,7 @@ from bayeslora.tasks.types import Split
 from bayeslora.training.distillation import divergences
 
 MANY = 64
-ADAPTIVE = {"draws": 10, "tolerance": 0.07}
+ADAPTIVE = bl.Draws(10, tolerance=0.07)
 """As many draws as a row needs for a standard error of .07, ten at most."""
 SEEDS = 8
 FEW: dict[str, tuple[int, ...]] = {"independent": (10, 5, 4), "antithetic": (4,), "simplex": (5,), "sobol": (4, 5)}
@@ -49,8 +49,8 @@ def fewer_draws(model: Any, tokenizer: Any, posterior: Posterior, test: Split) -
     def ours(**how: Any) -> Any:
         return bl.predict(model, posterior, test, tokenizer=tokenizer, mean=False, **how)
 
-    reference = ours(draws=MANY, seed=1000, stack=False)
-    found = ours(**ADAPTIVE)
+    reference = ours(draws=bl.Draws(MANY, seed=1000), options=bl.PassOptions(stack=False))
+    found = ours(draws=ADAPTIVE)
     taken = found.draws_taken.float()
     print(f"  adaptive: {float(taken.mean()):.1f} draws on average, {int(taken.max())} at most")
     rows = distance("adaptive", found, reference, test.labels)
@@ -67,7 +67,7 @@ def few_against_ten(ours: Any, reference: torch.Tensor, labels: torch.Tensor) ->
     best = nll(reference, labels)
     for seed in range(SEEDS):
         for sampling, counts in FEW.items():
-            found = ours(draws=max(counts), seed=seed, sampling=sampling).log_probs
+            found = ours(draws=bl.Draws(max(counts), seed, sampling)).log_probs
             for count in counts:
                 log_p = average(found[:count])
                 beyond = (nll(log_p, labels) - best, float(divergences(reference, log_p).mean()))
@@ -102,7 +102,7 @@ def one_adapter(
             folder, num_train_epochs=3, per_device_train_batch_size=8, learning_rate=5e-4, report_to="none",
             save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
-        one = bl.distill(model, posterior, rows, args, 20, seed=100, sampling="simplex", tokenizer=tokenizer)
+        one = bl.distill(model, posterior, rows, args, bl.Draws(20, 100, "simplex"), tokenizer=tokenizer)
     answers = bl.predict(model, one, test, 1, tokenizer=tokenizer)
     for name, log_p in (("draws", said.log_p), ("mean", said.mean_log_probs), ("distilled", answers.log_p)):
         measures = [score(log_p, test.labels) for score in (accuracy, nll, ece)]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bayeslora.posteriors import (
         ColumnDropout,
         DiagonalGaussian,
+        Draws,
         KroneckerGaussian,
         Linearised,
         LowRankGaussian,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from bayeslora.posteriors.hub import push
     from bayeslora.posteriors.loading import export_draws, load_posterior
     from bayeslora.posteriors.transforms import pruned, restricted, tempered
-    from bayeslora.prediction import predict
+    from bayeslora.prediction import PassOptions, predict
     from bayeslora.prediction.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
     from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
     from bayeslora.tasks import load_task
@@ -66,14 +67,14 @@ _HOMES = {
     "metrics.prediction": "Prediction",
     "models": "load_model",
     "posteriors": (
-        "ColumnDropout DiagonalGaussian KroneckerGaussian Linearised LowRankGaussian Mixture Point Posterior Scaled "
-        "TokenDropout"
+        "ColumnDropout DiagonalGaussian Draws KroneckerGaussian Linearised LowRankGaussian Mixture Point Posterior "
+        "Scaled TokenDropout"
     ),
     "posteriors.card": "write_card",
     "posteriors.hub": "push",
     "posteriors.loading": "export_draws load_posterior",
     "posteriors.transforms": "pruned restricted tempered",
-    "prediction": "predict",
+    "prediction": "PassOptions predict",
     "prediction.generation": "Answer Answers by_embedding by_entailment generate generate_each",
     "prediction.rewards": "penalised_rewards predict_rewards preference_probability",
     "tasks": "load_task",
@@ -89,6 +90,7 @@ __all__ = [
     "Blob",
     "ColumnDropout",
     "DiagonalGaussian",
+    "Draws",
     "Ensemble",
     "Evaluation",
     "InputError",
@@ -103,6 +105,7 @@ __all__ = [
     "McDropout",
     "Method",
     "Mixture",
+    "PassOptions",
     "Point",
     "PostHoc",
     "Posterior",

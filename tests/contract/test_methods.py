@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from bayeslora.methods import METHODS, Blob, Ensemble
 from bayeslora.params import Params, lora_parameters, read
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
+from bayeslora.posteriors import Draws, Linearised, Mixture, Point, Posterior
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict
@@ -181,7 +181,7 @@ def test_predict_restores_after_an_exception_in_a_batch(half_in_training: Any, t
 
 def test_predictions_are_the_same_twice_and_have_a_row_per_draw(learned: Any, tokenizer: Any) -> None:
     model, posterior, test = learned.model, learned.posterior, learned.kind.task().test.take(range(5))
-    one, two = (predict(model, posterior, test, draws=4, seed=3, tokenizer=tokenizer) for _ in range(2))
+    one, two = (predict(model, posterior, test, draws=Draws(4, seed=3), tokenizer=tokenizer) for _ in range(2))
     assert torch.equal(one.log_probs, two.log_probs)
     linearised = isinstance(getattr(posterior, "members", [posterior])[0], Linearised)
     assert len(one.log_probs) == (256 if linearised else draw_count(posterior, 4))
@@ -202,7 +202,7 @@ def test_the_saved_mean_is_a_plain_peft_adapter(learned: Any) -> None:
 
 
 def test_exported_draws_are_plain_peft_adapters(learned: Any, tmp_path: Path) -> None:
-    folders = export_draws(learned.posterior, tmp_path / "draws", 2, seed=9)
+    folders = export_draws(learned.posterior, tmp_path / "draws", Draws(2, seed=9))
     assert len(folders) == min(2, learned.posterior.distinct or 2)
     for number, folder in enumerate(folders):
         plain = PeftModel.from_pretrained(learned.kind.base(), folder)

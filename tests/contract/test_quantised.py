@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.params import initialise, lora_parameters, read, swapped
 from bayeslora.posteriors.loading import load_posterior
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction.generation import generate
 from bayeslora.training.run import fit
 from bayeslora.training.trainer_kwargs import kwargs_for
@@ -82,7 +82,7 @@ def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits: str, fo
     model, split = quantised(folder, bits), make_task(readout="likelihood").test
     posterior = gaussian(model)
     together = predict(model, posterior, split, 3, tokenizer=tokenizer)
-    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, stack=False)
+    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, options=PassOptions(stack=False))
     assert float((one_by_one.probs - one_by_one.mean_log_probs.exp()).abs().max()) > 1e-3
     torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=1e-4)
 

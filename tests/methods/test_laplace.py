@@ -17,7 +17,7 @@ from bayeslora.methods import Laplace
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated, ggn_root
 from bayeslora.methods.laplace.method import log_occam_factor, maximise_marginal_likelihood
 from bayeslora.params import Params, lora_parameters, read
-from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
+from bayeslora.posteriors import DiagonalGaussian, Draws, KroneckerGaussian, Linearised
 from bayeslora.prediction import predict
 from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.linearised import LOGIT_DRAWS, logit_draws, logit_moments
@@ -296,7 +296,7 @@ def test_the_logits_covariance_is_the_jacobian_times_the_weights(fitted: Any) ->
 
 def test_linearised_predictions_average_draws_of_the_logits(fitted: Any, tokenizer: Any) -> None:
     model, readout, (rows, batches), posterior = fitted
-    found = predict(model, posterior, rows, draws=7, seed=3, tokenizer=tokenizer)
+    found = predict(model, posterior, rows, draws=Draws(7, seed=3), tokenizer=tokenizer)
     with readout.attached(model):
         logits, covariances = logit_moments(model, [posterior.posterior], batches, len(rows))
     torch.testing.assert_close(found.mean_log_probs, logits.log_softmax(-1), rtol=1e-4, atol=1e-5)
@@ -304,7 +304,7 @@ def test_linearised_predictions_average_draws_of_the_logits(fitted: Any, tokeniz
     torch.testing.assert_close(found.log_probs, expected, rtol=1e-3, atol=1e-4)
     assert found.mutual_information.max() > 0
     with torch.inference_mode():
-        again = predict(model, posterior, rows, draws=7, seed=3, tokenizer=tokenizer)
+        again = predict(model, posterior, rows, draws=Draws(7, seed=3), tokenizer=tokenizer)
     assert torch.equal(again.log_probs, found.log_probs)
 
 

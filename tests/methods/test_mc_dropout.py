@@ -12,7 +12,7 @@ from support.tiny import make_model, make_task, same_state, state_of
 from bayeslora.errors import InputError
 from bayeslora.methods import McDropout
 from bayeslora.params import read
-from bayeslora.posteriors import ColumnDropout, TokenDropout
+from bayeslora.posteriors import ColumnDropout, Draws, TokenDropout
 from bayeslora.posteriors.loading import export_draws
 from bayeslora.prediction import predict
 
@@ -44,11 +44,11 @@ def test_masks_are_a_function_of_seed_and_draw_and_leave_the_global_generator_al
     posterior = McDropout("tokens").fit(model, task)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    one, two = (predict(model, posterior, task.test, draws=3, seed=1, tokenizer=tokenizer) for _ in range(2))
+    one, two = (predict(model, posterior, task.test, draws=Draws(3, seed=1), tokenizer=tokenizer) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.log_probs, two.log_probs)
     assert not torch.equal(one.log_probs[0], one.log_probs[1])
-    other = predict(model, posterior, task.test, draws=3, seed=2, tokenizer=tokenizer)
+    other = predict(model, posterior, task.test, draws=Draws(3, seed=2), tokenizer=tokenizer)
     assert not torch.equal(other.log_probs, one.log_probs)
 
 

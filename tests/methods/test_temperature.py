@@ -18,7 +18,7 @@ from bayeslora.methods.search import draws_nll, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
-from bayeslora.posteriors import scale
+from bayeslora.posteriors import Draws, scale
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Example, Format, Split, Task
 
@@ -98,8 +98,8 @@ def test_a_scaled_posterior_predicts_what_scaling_its_predictions_gives(tokenize
     model, task = make_model("bert"), make_task(classes=True)
     inner = gaussian(model)
     scaled = Temperature("vector").fit(model, task, start=inner, tokenizer=tokenizer, seed=2)
-    plain = predict(model, inner, task.test, draws=4, seed=5, tokenizer=tokenizer)
-    found = predict(model, scaled, task.test, draws=4, seed=5, tokenizer=tokenizer)
+    plain = predict(model, inner, task.test, draws=Draws(4, seed=5), tokenizer=tokenizer)
+    found = predict(model, scaled, task.test, draws=Draws(4, seed=5), tokenizer=tokenizer)
     assert torch.equal(found.log_probs, scaled.apply(plain.log_probs, "draws"))
     assert torch.equal(found.mean_log_probs, scaled.apply(plain.mean_log_probs, "mean"))
 

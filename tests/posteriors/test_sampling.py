@@ -11,14 +11,15 @@ from support.families import FAMILIES, diagonal, dropout, low_rank, vector
 from support.tiny import gaussian, make_model, make_split
 from torch.quasirandom import SobolEngine
 
+import bayeslora as bl
 from bayeslora.errors import InputError
 from bayeslora.params import read
-from bayeslora.posteriors import DiagonalGaussian, Mixture, Point, Scaled
+from bayeslora.posteriors import DiagonalGaussian, Draws, Mixture, Point, Scaled
 from bayeslora.posteriors.loading import export_draws
-from bayeslora.posteriors.sampling import noise, sobol_digits, uniform
-from bayeslora.posteriors.transforms import tempered
-from bayeslora.prediction import predict
-from bayeslora.prediction.draws import Draws
+from bayeslora.posteriors.sampling import former_keywords, noise, sobol_digits, uniform
+from bayeslora.posteriors.transforms import draw_count, tempered
+from bayeslora.prediction import PassOptions, predict
+from bayeslora.prediction.draws import rounds
 
 LIKE = torch.empty(4, 6)
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]
@@ -138,9 +139,9 @@ def test_averages_of_smooth_functions_need_fewer_draws(make: Any) -> None:
 def test_examples_stop_when_their_error_is_small_enough(tokenizer: Any) -> None:
     model, split = make_model("llama"), make_split("test", 13, 2, classes=False, readout="likelihood")
     posterior = wide(model)
-    full = predict(model, posterior, split, 40, seed=2, tokenizer=tokenizer)
+    full = predict(model, posterior, split, Draws(40, 2), tokenizer=tokenizer)
     tolerance = float(full.monte_carlo_error.median()) * 2
-    found = predict(model, posterior, split, 40, seed=2, tolerance=tolerance, tokenizer=tokenizer)
+    found = predict(model, posterior, split, Draws(40, 2, tolerance=tolerance), tokenizer=tokenizer)
     taken = found.draws_taken
     assert int(taken.min()) < int(taken.max()) <= 40
     assert found.draws == int(taken.max())
@@ -149,7 +150,7 @@ def test_examples_stop_when_their_error_is_small_enough(tokenizer: Any) -> None:
         torch.testing.assert_close(found.log_probs[:count, n], full.log_probs[:count, n], rtol=0, atol=2e-5)
         assert bool((found.log_probs[count:, n] == -math.inf).all())
     torch.testing.assert_close(found.mean_log_probs, full.mean_log_probs, rtol=0, atol=2e-5)
-    again = predict(model, posterior, split, 40, seed=2, tolerance=tolerance, tokenizer=tokenizer, token_budget=70)
+    again = predict(model, posterior, split, Draws(40, 2, tolerance=tolerance), tokenizer=tokenizer, token_budget=70)
     assert torch.equal(again.draws_taken, taken)
 
 
@@ -157,7 +158,7 @@ def test_examples_stop_when_their_error_is_small_enough(tokenizer: Any) -> None:
 def test_members_of_a_mixture_get_equally_many_draws_of_every_example(sampling: Any, tokenizer: Any) -> None:
     model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
     posterior = Mixture(tuple(tempered(wide(model), t) for t in (1.0, 0.5, 0.1)))
-    found = predict(model, posterior, split, 30, tolerance=0.01, sampling=sampling, tokenizer=tokenizer)
+    found = predict(model, posterior, split, Draws(30, sampling=sampling, tolerance=0.01), tokenizer=tokenizer)
     unit = {"independent": 3, "antithetic": 6, "simplex": 15}[sampling]
     assert all(count % unit == 0 for count in found.draws_taken.tolist())
     assert int(found.draws_taken.min()) < 30
@@ -167,7 +168,7 @@ def test_scaled_posteriors_stop_by_the_error_of_the_scaled_probabilities(tokeniz
     model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="likelihood")
     flat = {f"{of}.{part}": torch.tensor([1e-4 if part == "weight" else 0.0]) for of in ("draws", "mean")
             for part in ("weight", "bias")}  # fmt: skip
-    found = predict(model, Scaled(wide(model), flat), split, 30, tolerance=0.005, tokenizer=tokenizer)
+    found = predict(model, Scaled(wide(model), flat), split, Draws(30, tolerance=0.005), tokenizer=tokenizer)
     assert found.draws_taken.tolist() == [4] * 9
     torch.testing.assert_close(found.probs.amax(-1) * (found.probs > 0).sum(-1), torch.ones(9), atol=1e-2, rtol=0)
 
@@ -177,23 +178,23 @@ def test_a_point_and_an_ensemble_of_points_have_no_monte_carlo_error(tokenizer: 
     mean = read(model)
     other = {name: value + 0.1 for name, value in mean.items()}
     for posterior in (Point(mean), Mixture((Point(mean), Point(other)))):
-        found = predict(model, posterior, split, 10, tolerance=1e-3, sampling="antithetic", tokenizer=tokenizer)
+        found = predict(model, posterior, split, Draws(10, sampling="antithetic", tolerance=1e-3), tokenizer=tokenizer)
         assert found.monte_carlo_error.tolist() == [0.0] * 5
         assert found.draws == len(getattr(posterior, "members", (0,)))
 
 
 def test_without_the_mean_there_is_one_pass_less(tokenizer: Any) -> None:
     model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
-    full = predict(model, wide(model), split, 3, tokenizer=tokenizer, stack=False)
-    found = predict(model, wide(model), split, 3, tokenizer=tokenizer, stack=False, mean=False)
+    full = predict(model, wide(model), split, 3, tokenizer=tokenizer, options=PassOptions(stack=False))
+    found = predict(model, wide(model), split, 3, tokenizer=tokenizer, options=PassOptions(stack=False), mean=False)
     assert found.mean_log_probs is None
     assert torch.equal(found.log_probs, full.log_probs)
 
 
 def test_antithetic_draws_come_in_pairs() -> None:
-    assert Draws.of(diagonal(), 5, 0, "antithetic", None, 4, True).count == 6
-    assert Draws.of(Mixture((diagonal(), low_rank())), 5, 0, "antithetic", None, 4, True).count == 8
-    assert Draws.of(diagonal(), 5, 0, "sobol", None, 4, True).count == 5
+    assert draw_count(diagonal(), 5, "antithetic") == 6
+    assert draw_count(Mixture((diagonal(), low_rank())), 5, "antithetic") == 8
+    assert draw_count(diagonal(), 5, "sobol") == 5
 
 
 def test_simplex_draws_come_in_fives() -> None:
@@ -202,7 +203,7 @@ def test_simplex_draws_come_in_fives() -> None:
         (diagonal(), 8, 10), (diagonal(), 5, 5), (three, 8, 15), (three, 16, 30), (Mixture((three, diagonal())), 1, 30),
         (Mixture((diagonal(), Point(low_rank().mean))), 4, 10), (Point(diagonal().mean), 8, 1),
     ):  # fmt: skip
-        assert Draws.of(posterior, asked, 0, "simplex", None, 4, True).count == given
+        assert draw_count(posterior, asked, "simplex") == given
 
 
 @pytest.mark.parametrize("asked", [8, 40])
@@ -214,7 +215,8 @@ def test_the_noise_of_all_simplex_draws_that_are_used_sums_to_zero(
     made = FAMILIES["mixture"]()
     posterior = Mixture((made, low_rank(), diagonal())) if family == "nested" else FAMILIES[family]()
     points = {id(p): vector(p.mean) for p in members(posterior)}
-    for numbers in Draws.of(posterior, asked, 7, "simplex", tolerance, 4, True).rounds():
+    draws = Draws(draw_count(posterior, asked, "simplex"), 7, "simplex", tolerance)
+    for numbers in rounds(posterior, draws):
         used: dict[int, list[torch.Tensor]] = {}
         for k in range(numbers.stop):
             used.setdefault(id(member_of(posterior, k)), []).append(vector(posterior.draw(k, 7, "simplex")))
@@ -242,13 +244,13 @@ def member_of(posterior: Any, index: int) -> Any:
 
 def test_exported_simplex_draws_come_in_fives(tmp_path: Any) -> None:
     posterior = gaussian(make_model())
-    assert len(export_draws(posterior, tmp_path / "draws", 8, sampling="simplex")) == 10
+    assert len(export_draws(posterior, tmp_path / "draws", Draws(8, sampling="simplex"))) == 10
 
 
 def test_rounds_grow_by_half_and_end_at_the_largest_number() -> None:
-    rounds = Draws.of(diagonal(), 30, 0, "independent", 0.01, 4, True).rounds()
-    assert [r.stop for r in rounds] == [4, 6, 9, 13, 19, 28, 30]
-    assert [r.start for r in rounds] == [0, *(r.stop for r in rounds[:-1])]
+    parts = rounds(diagonal(), Draws(30, tolerance=0.01))
+    assert [r.stop for r in parts] == [4, 6, 9, 13, 19, 28, 30]
+    assert [r.start for r in parts] == [0, *(r.stop for r in parts[:-1])]
 
 
 @pytest.mark.parametrize(
@@ -256,12 +258,52 @@ def test_rounds_grow_by_half_and_end_at_the_largest_number() -> None:
     [
         ({"tolerance": 0.0}, "tolerance must be finite and positive"),
         ({"tolerance": math.nan}, "tolerance must be finite and positive"),
-        ({"fewest": 1}, "fewest_draws must be at least 2"),
+        ({"minimum": 1}, "minimum must be at least 2"),
         ({"sampling": "latin"}, "sampling must be one of independent, antithetic, simplex, sobol"),
-        ({"draws": 0}, "draws must be at least 1"),
+        ({"count": 0}, "draws must be at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
-    usual = {"draws": 5, "seed": 0, "sampling": "independent", "tolerance": None, "fewest": 4, "mean": True}
     with pytest.raises(InputError, match=said):
-        Draws.of(diagonal(), **(usual | settings))
+        Draws(**settings)
+
+
+FORMER = {"seed": 3, "sampling": "simplex", "tolerance": 0.01, "fewest_draws": 6}
+NOW = Draws(8, 3, "simplex", 0.01, 6)
+
+
+@former_keywords("draws", Draws, seed="seed", sampling="sampling", tolerance="tolerance", fewest_draws="minimum")
+def asked(text: str, draws: int | Draws = 10, *, flag: bool = False) -> Any:
+    return text, Draws.of(draws), flag
+
+
+def test_former_keywords_are_fields_of_the_draws_and_a_warning_says_so() -> None:
+    said = r"asked: seed=, sampling=, tolerance=, fewest_draws= will go .* write draws=bl.Draws\(count=8, seed=3, "
+    with pytest.warns(DeprecationWarning, match=said):
+        assert asked("a", 8, flag=True, **FORMER) == ("a", NOW, True)
+    with pytest.warns(DeprecationWarning, match=said):
+        assert asked("a", draws=8, **FORMER) == ("a", NOW, False)
+    with pytest.warns(DeprecationWarning, match=r"asked: seed= will go .* write draws=bl.Draws\(count=10, seed=3\)"):
+        assert asked("a", seed=3) == ("a", Draws(10, 3), False)
+
+
+def test_former_keywords_beside_draws_are_refused() -> None:
+    with pytest.raises(InputError, match=r"seed: a field of draws=Draws\(…\); give it there alone"):
+        asked("a", Draws(8), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "required"),
+    [
+        ("predict", 3),
+        ("generate", 3),
+        ("generate_each", 3),
+        ("predict_rewards", 3),
+        ("export_draws", 3),
+        ("distill", 4),
+    ],
+)
+def test_public_functions_still_take_former_keywords(name: str, required: int) -> None:
+    said = "sampling must be one of"  # the draws check themselves before anything else is looked at
+    with pytest.warns(DeprecationWarning, match=name), pytest.raises(InputError, match=said):
+        getattr(bl, name)(*[1] * required, sampling="latin")

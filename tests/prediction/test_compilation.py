@@ -14,8 +14,8 @@ from support.tiny import Kind, arguments, gaussian, make_model, make_split, make
 
 import bayeslora as bl
 from bayeslora.errors import InputError
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import compilation as module
-from bayeslora.prediction import predict
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,10 @@ def test_draws_are_the_same(quick: list[Any], kind: Kind, tokenizer: Any) -> Non
     model = kind.build()
     split = kind.task().test
     before = state_of(model)
-    plain, layers = (predict(model, gaussian(model), split, 3, tokenizer=tokenizer, compile=c) for c in (False, True))
+    plain, layers = (
+        predict(model, gaussian(model), split, 3, tokenizer=tokenizer, options=PassOptions(compile=c))
+        for c in (False, True)
+    )
     assert quick
     assert same_state(model, before)
     close = 1e-5 if kind.dtype == torch.float32 else 0.05
@@ -74,7 +77,14 @@ def test_what_cannot_be_compiled_is_refused_in_words(monkeypatch: pytest.MonkeyP
     model = make_model()
     before = state_of(model)
     with pytest.raises(InputError, match=r"cannot be compiled here: .*no compiler was found.*leave compilation off"):
-        predict(model, gaussian(model), make_split("test", 3, 2, classes=False), 2, tokenizer=tokenizer, compile=True)
+        predict(
+            model,
+            gaussian(model),
+            make_split("test", 3, 2, classes=False),
+            2,
+            tokenizer=tokenizer,
+            options=PassOptions(compile=True),
+        )
     assert same_state(model, before)
 
 
@@ -82,5 +92,8 @@ def test_what_cannot_be_compiled_is_refused_in_words(monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_machine_code_gives_the_same_draws(tokenizer: Any) -> None:
     model, split = make_model(), make_split("test", 7, 2, classes=False)
-    plain, layers = (predict(model, gaussian(model), split, 3, tokenizer=tokenizer, compile=c) for c in (False, True))
+    plain, layers = (
+        predict(model, gaussian(model), split, 3, tokenizer=tokenizer, options=PassOptions(compile=c))
+        for c in (False, True)
+    )
     torch.testing.assert_close(layers.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)

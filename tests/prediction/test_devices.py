@@ -25,7 +25,7 @@ from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature,
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Linearised
-from bayeslora.prediction import predict, readout_for
+from bayeslora.prediction import PassOptions, predict, readout_for
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.likelihoods import Likelihoods
 from bayeslora.prediction.passes import batched
@@ -119,7 +119,9 @@ def both(work: Callable[[Any], Any]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("normalisation", ["sum", "tokens", "unconditional"])
-@pytest.mark.parametrize("how", [{"token_budget": 300}, {"token_budget": 300, "stack": False}, {"token_budget": 60}])
+@pytest.mark.parametrize(
+    "how", [{"token_budget": 300}, {"token_budget": 300, "options": PassOptions(stack=False)}, {"token_budget": 60}]
+)
 def test_prediction_by_draws_is_that_of_one_device(normalisation: Any, how: Any, tokenizer: Any) -> None:
     split = make_split("test", 6, 5, classes=False, readout="likelihood", normalisation=normalisation)
     wanted, found = both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, **how).log_probs)

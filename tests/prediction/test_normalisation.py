@@ -14,8 +14,8 @@ from torch.nn import functional
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Laplace, Map
 from bayeslora.params import lora_parameters, read, swapped
-from bayeslora.posteriors import Point
-from bayeslora.prediction import predict, readout_for
+from bayeslora.posteriors import Draws, Point
+from bayeslora.prediction import PassOptions, predict, readout_for
 from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.passes import batched
 from bayeslora.tasks.templates import answer_text, neutral_prompt, render, resolve_format
@@ -116,9 +116,9 @@ def test_prediction_has_the_training_scores_under_stacked_draws_as_in_a_loop(
 ) -> None:
     model, split = make_model().eval(), split_of(kind)
     posterior = gaussian(model)
-    usual = {"seed": 4, "tokenizer": tokenizer, "token_budget": budget}
-    stacked = predict(model, posterior, split, 3, **usual)
-    loop = predict(model, posterior, split, 3, stack=False, **usual)
+    usual = {"draws": Draws(3, seed=4), "tokenizer": tokenizer, "token_budget": budget}
+    stacked = predict(model, posterior, split, **usual)
+    loop = predict(model, posterior, split, options=PassOptions(stack=False), **usual)
     torch.testing.assert_close(stacked.log_probs, loop.log_probs, **EXACT)
     for k in range(3):
         with swapped(model, posterior.draw(k, 4)):
@@ -131,9 +131,9 @@ def test_a_beginning_that_is_run_once_changes_no_normalised_score(kind: Normalis
     model, split = make_model().eval(), split_of(kind)
     told = "Question: red holds 1 blue, old gold holds 2 dark green, pale red holds 3 blue. Answer: green.\n"
     long = replace(split, examples=tuple(replace(e, text=told + e.text) for e in split))
-    usual = {"seed": 4, "tokenizer": tokenizer}
-    once = predict(model, gaussian(model), long, 3, **usual)
-    whole = predict(model, gaussian(model), long, 3, share_prefix=False, **usual)
+    usual = {"draws": Draws(3, seed=4), "tokenizer": tokenizer}
+    once = predict(model, gaussian(model), long, **usual)
+    whole = predict(model, gaussian(model), long, options=PassOptions(share_prefix=False), **usual)
     torch.testing.assert_close(once.log_probs, whole.log_probs, rtol=0, atol=2e-5)
 
 

@@ -10,9 +10,9 @@ import torch
 from support.tiny import Kind, make_model, make_split, same_state, state_of
 
 from bayeslora.params import read
-from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.posteriors import DiagonalGaussian, Draws, Point
 from bayeslora.posteriors.transforms import restricted
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import prefix_cache as prefix
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.tasks.types import Split
@@ -51,14 +51,14 @@ def test_a_beginning_that_is_run_once_changes_no_answer(name: str, budget: int, 
     posterior, split = posteriors(model)[name], instructed(kind.task().test)
     before = state_of(model)
     counts, hook = tokens_in(model)
-    usual = {"seed": 1, "tokenizer": tokenizer, "token_budget": budget}
-    once = predict(model, posterior, split, 3, **usual)
+    usual = {"draws": Draws(3, seed=1), "tokenizer": tokenizer, "token_budget": budget}
+    once = predict(model, posterior, split, **usual)
     counts.clear()  # of the trials
-    again = predict(model, posterior, split, 3, **usual)
+    again = predict(model, posterior, split, **usual)
     assert torch.equal(again.log_probs, once.log_probs)
     spent = sum(counts)
     counts.clear()
-    whole = predict(model, posterior, split, 3, share_prefix=False, **usual)
+    whole = predict(model, posterior, split, options=PassOptions(share_prefix=False), **usual)
     hook.remove()
     assert same_state(model, before)
     atol = 0.05 if kind.dtype == torch.bfloat16 else 2e-5
@@ -89,7 +89,7 @@ def test_prompts_without_a_long_beginning_are_run_whole(tokenizer: Any) -> None:
 
 def test_a_model_that_does_not_go_on_from_kept_keys_is_given_whole_prompts(tokenizer: Any) -> None:
     model, split = make_model("llama"), instructed(make_split("test", 6, 2, classes=False, readout="letters"))
-    wanted = predict(model, Point(read(model)), split, tokenizer=tokenizer, share_prefix=False)
+    wanted = predict(model, Point(read(model)), split, tokenizer=tokenizer, options=PassOptions(share_prefix=False))
     model = make_model("llama")  # another object: the outcome of a trial is kept with the model
     attention = model.base_model.model.model.layers[1].self_attn
     attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True)  # fmt: skip  # noqa: E501

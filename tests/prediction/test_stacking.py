@@ -16,6 +16,7 @@ from bayeslora.params import read
 from bayeslora.posteriors import (
     ColumnDropout,
     DiagonalGaussian,
+    Draws,
     KroneckerGaussian,
     LowRankGaussian,
     Mixture,
@@ -24,7 +25,7 @@ from bayeslora.posteriors import (
     TokenDropout,
 )
 from bayeslora.posteriors.transforms import restricted
-from bayeslora.prediction import memory, predict
+from bayeslora.prediction import PassOptions, memory, predict
 from bayeslora.prediction.passes import grouped, schedule
 from bayeslora.prediction.stacking import StackedLinear, first_layer
 
@@ -115,13 +116,21 @@ def test_stacked_draws_answer_as_the_loop_does(family: str, kind: Kind, tokenize
     posterior, split = FAMILIES[family](model), kind.task().test
     before = state_of(model)
     with counted() as calls:
-        together = predict(model, posterior, split, 4, seed=3, tokenizer=tokenizer, token_budget=400)
+        together = predict(model, posterior, split, Draws(4, seed=3), tokenizer=tokenizer, token_budget=400)
     assert same_state(model, before)
     assert any(count > 2 for count, _ in calls) == (family != "point")
-    one_by_one = predict(model, posterior, split, 4, seed=3, tokenizer=tokenizer, token_budget=400, stack=False)
+    one_by_one = predict(
+        model,
+        posterior,
+        split,
+        Draws(4, seed=3),
+        tokenizer=tokenizer,
+        token_budget=400,
+        options=PassOptions(stack=False),
+    )
     for name in ("log_probs", "mean_log_probs"):
         torch.testing.assert_close(getattr(together, name), getattr(one_by_one, name), **tolerance(kind))
-    again = predict(model, posterior, split, 4, seed=3, tokenizer=tokenizer, token_budget=400)
+    again = predict(model, posterior, split, Draws(4, seed=3), tokenizer=tokenizer, token_budget=400)
     assert torch.equal(again.log_probs, together.log_probs)
 
 
@@ -144,7 +153,7 @@ def test_any_module_may_be_adapted_those_without_linear_adapters_go_one_by_one(t
     with counted() as calls:
         together = predict(model, posterior, split, 3, tokenizer=tokenizer)
     assert bool(calls) == ("embed_tokens" not in targets)
-    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, stack=False)
+    one_by_one = predict(model, posterior, split, 3, tokenizer=tokenizer, options=PassOptions(stack=False))
     torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=2e-5)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from bayeslora.cli.data import keep_format
 from bayeslora.cli.options import (
+    BudgetOptions,
     DrawOptions,
     ModelOptions,
     PredictOptions,
@@ -19,18 +20,19 @@ from bayeslora.cli.options import (
     TrainOptions,
     TransformOptions,
 )
-from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
 from bayeslora.cli.values import close_matches
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
-from bayeslora.posteriors import Posterior
+from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.card import write_card
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
 
 if TYPE_CHECKING:
@@ -133,6 +135,14 @@ def load_transformed(run: str, options: TransformOptions) -> Posterior:
     return posterior if options.temperature == 1 else tempered(posterior, options.temperature)
 
 
+def draws_of(options: TransformOptions, count: int) -> Draws:
+    """Return the draws that the options ask for."""
+    draws = Draws(count, options.draw_seed, options.sampling)
+    if isinstance(options, BudgetOptions):
+        return dataclasses.replace(draws, tolerance=options.tolerance or None, minimum=options.min_draws)
+    return draws
+
+
 def predict_as(
     options: PredictOptions, model: PeftModel, tokenizer: Tokenizer, posterior: Posterior, split: Split
 ) -> Prediction:
@@ -141,15 +151,10 @@ def predict_as(
         model,
         posterior,
         split,
-        options.draws,
-        seed=options.draw_seed,
-        sampling=options.sampling,
-        tolerance=options.tolerance or None,
-        fewest_draws=options.min_draws,
-        compile=options.compile,
+        draws_of(options, options.draws),
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
-        progress=watched(),
+        options=PassOptions(compile=options.compile, progress=watched()),
     )
     if prediction.truncated:
         say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
@@ -175,9 +180,9 @@ def report_run(
 ) -> None:
     """Print the metrics of the test split and keep them, also on the posterior's card; say what can be done next."""
     if test is not None and all(e.label is not None for e in test):
-        budget = options.token_budget or None
+        budget, shown = options.token_budget or None, PassOptions(progress=watched())
         prediction = predict(
-            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, progress=watched()
+            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, options=shown
         )
         result = evaluate(prediction, test, resamples=resamples)
         write_json(out / "evaluation.json", result.to_dict())

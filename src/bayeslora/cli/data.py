@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from bayeslora.cli.options import TaskOptions
-from bayeslora.cli.runs import read_json, write_json
+from bayeslora.cli.runs import read_json
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns

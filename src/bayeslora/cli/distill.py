@@ -48,7 +48,7 @@ def run(options: Options) -> None:
     out = Path(options.out)
     posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
-    from bayeslora.cli.build import build_arguments, load_transformed, model_for, report_run, save_run
+    from bayeslora.cli.build import build_arguments, draws_of, load_transformed, model_for, report_run, save_run
     from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
@@ -63,8 +63,8 @@ def run(options: Options) -> None:
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
             point = distill(
-                model, posterior, rows, args, options.draws, held_out=options.held_out, seed=options.draw_seed,
-                sampling=options.sampling, tokenizer=tokenizer, token_budget=options.token_budget or None,
+                model, posterior, rows, args, draws_of(options, options.draws),
+                held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             save_run(out, point, rows)
         _tell(point)

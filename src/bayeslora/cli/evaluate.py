@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from bayeslora.cli.options import PredictOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
+from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora evaluate run                                    the test split of the task it was trained on

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     """Print the answers."""
     prompts = _prompts(options)
     posterior_name(options.run)
-    from bayeslora.cli.build import load_transformed, model_for
+    from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.prediction.generation import generate, generate_each
 
@@ -57,14 +57,12 @@ def run(options: Options) -> None:
         posterior = load_transformed(options.run, options)
         model, tokenizer = model_for(posterior, options, None)
         given = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
-        how: dict[str, Any] = {
-            "seed": options.draw_seed, "sampling": options.sampling, "tokenizer": tokenizer,
-            "max_new_tokens": options.max_new_tokens, **settings,
-        }  # fmt: skip
+        draws = draws_of(options, options.draws)
+        how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens, **settings}
         if options.each:
-            several = generate_each(model, posterior, given, options.draws, **how)
+            several = generate_each(model, posterior, given, draws, **how)
         else:
-            single = generate(model, posterior, given, options.draws, **how)
+            single = generate(model, posterior, given, draws, **how)
     for number, prompt in enumerate(prompts):
         if options.each:
             _print_each(prompt, several[number], options.json)

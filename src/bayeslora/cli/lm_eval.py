@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora lm-eval run --tasks arc_easy hellaswag --draws 10       with the calibration of their answers
@@ -43,7 +44,7 @@ def run(options: Options) -> None:
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
     posterior_name(options.run)
-    from bayeslora.cli.build import load_transformed, model_for
+    from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
@@ -55,7 +56,7 @@ def run(options: Options) -> None:
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
         model, tokenizer = model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, options.draws, seed=options.draw_seed, sampling=options.sampling, tokenizer=tokenizer,
+            model, posterior, draws_of(options, options.draws), tokenizer=tokenizer,
             token_budget=options.token_budget or None, progress=watched(),
         )  # fmt: skip
         results = evaluate_tasks(

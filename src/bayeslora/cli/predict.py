@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.options import PredictOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, run_folder, write_text
+from bayeslora.cli.runs import posterior_name, run_folder
 from bayeslora.errors import InputError
+from bayeslora.files import write_text
 
 if TYPE_CHECKING:
     from bayeslora.metrics.prediction import Prediction

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_file
+from bayeslora.files import write_json
 
 _FILE = "options.json"
 _PATHS = ("model", "data")
@@ -131,33 +131,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON at once or not at all.
-
-    Args:
-        path: The file.
-        value: What to write.
-    """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file at once or not at all.
-
-    Args:
-        path: The file; one that is there is replaced.
-        text: What to write.
-
-    Raises:
-        InputError: If it cannot be written.
-    """
-    try:
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _recorded(options: Any) -> dict[str, Any]:

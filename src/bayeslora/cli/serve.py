@@ -13,7 +13,7 @@ from bayeslora.cli.runs import posterior_name, run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server import Served
 
 EXAMPLES = """examples:
   bayeslora serve run                     the page is at http://127.0.0.1:8000, the interface at /v1
@@ -90,7 +90,7 @@ def _served(options: Options) -> Served:
     from bayeslora.cli.build import load_transformed, model_for
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server import Served
 
     folder = run_folder(Path(options.run))
     with own_progress():

@@ -29,9 +29,9 @@ from bayeslora.methods.base import settings
 from bayeslora.methods.ensemble import member_seed
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import device_of, initialise
-from bayeslora.posteriors import Posterior
+from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.loading import load_posterior
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training.run import fit
 
@@ -261,11 +261,10 @@ def predicted(
             study.model,
             posterior,
             split,
-            study.draws,
-            seed=seed,
+            Draws(study.draws, seed),
             tokenizer=study.tokenizer,
             token_budget=study.token_budget,
-            progress=sys.stderr.isatty(),
+            options=PassOptions(progress=sys.stderr.isatty()),
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(log) as partial:

@@ -23,8 +23,9 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.integrations.lm_eval_calibration import add_calibration
 from bayeslora.params import evaluating
-from bayeslora.posteriors import Posterior, Sampling
-from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.prediction.draws import kept_draw, weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
@@ -51,9 +52,7 @@ class PosteriorLM(HFLM):
     Args:
         model: PEFT model, a causal language model. It is unchanged after every request.
         posterior: What was learned; `Point(posterior.mean)` for one pass at the mean.
-        draws: Number S of draws; see `bayeslora.predict`.
-        seed: Which stream of draws, and of tokens where a task samples.
-        sampling: How the draws belong together.
+        draws: Number S of draws, or `Draws`, whose seed is also that of the tokens where a task samples.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch over all draws in it; None for what is fast and fits into memory.
         max_length: Most tokens that the model is given; None for its own limit. Longer contexts lose their beginning.
@@ -63,29 +62,28 @@ class PosteriorLM(HFLM):
         InputError: If the posterior's draws are no weights, or the posterior and the model do not fit together.
     """
 
+    @former_keywords("draws", Draws, seed="seed", sampling="sampling")
     def __init__(
         self,
         model: nn.Module,
         posterior: Posterior,
-        draws: int = 10,
+        draws: int | Draws = 10,
         *,
-        seed: int = 0,
-        sampling: Sampling = "independent",
         tokenizer: Any = None,
         token_budget: int | None = None,
         max_length: int | None = None,
         progress: bool = False,
     ) -> None:
-        count = Draws.of_weights(model, posterior, draws, seed, sampling).count
+        draws = weight_draws(model, posterior, draws)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         readout = readout_for(model, Split("lm-eval", (), Format("", "likelihood")), tokenizer)
         with evaluating(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         if self.backend != "causal":
             raise InputError("an encoder-decoder cannot be scored here; load a causal language model")
-        drawn = [kept_draw(posterior, k, seed, sampling) for k in range(count)]
+        drawn = [kept_draw(posterior, k, draws.seed, draws.sampling) for k in range(draws.count)]
         drawn = drawn if differing(drawn) else drawn[:1]
-        self.posterior, self.draws, self.seed, self.sampling = posterior, count, seed, sampling
+        self.posterior, self.draws, self.seed, self.sampling = posterior, draws.count, draws.seed, draws.sampling
         self.progress = progress
         self._likelihoods = Likelihoods(model, drawn, readout, token_budget or default_token_budget(model))
 
@@ -189,7 +187,7 @@ class PosteriorLM(HFLM):
             own = [context for context in counts if not sampled or counts[context] == times]
             prompts = [self._prompt(context, settings["max_new_tokens"]) for context in own]
             answers = generate(
-                self.model, self.posterior, prompts, self.draws, seed=self.seed, sampling=self.sampling,
+                self.model, self.posterior, prompts, Draws(self.draws, self.seed, self.sampling),
                 tokenizer=self.tokenizer, batch_size=1 if times > 1 else None, num_return_sequences=times, **settings,
             )  # fmt: skip
             for k, context in enumerate(own):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bayeslora.metrics.classification import nll
-from bayeslora.posteriors import Posterior
+from bayeslora.posteriors import Draws, Posterior
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split
 
@@ -33,7 +33,7 @@ def draws_nll(
     Returns:
         Nats per example; infinite where the draws are not finite.
     """
-    prediction = predict(model, posterior, rows, draws, seed=seed, tokenizer=tokenizer, token_budget=budget)
+    prediction = predict(model, posterior, rows, Draws(draws, seed), tokenizer=tokenizer, token_budget=budget)
     return nll(prediction.log_p, rows.labels)
 
 

@@ -24,7 +24,7 @@ from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params
-from bayeslora.posteriors import Point, Posterior, Scaled, scale
+from bayeslora.posteriors import Draws, Point, Posterior, Scaled, scale
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task, labelled
 
@@ -82,7 +82,9 @@ class Temperature(PostHoc):
         rows = self.rows(task)
         mean, origin = fit_start(model, self, task, start)
         inner = Point(mean, origin) if start is None else start
-        prediction = predict(model, inner, rows, self.draws, seed=seed, tokenizer=tokenizer, token_budget=token_budget)
+        prediction = predict(
+            model, inner, rows, Draws(self.draws, seed), tokenizer=tokenizer, token_budget=token_budget
+        )
         return Scaled(inner, self.scaling(prediction, rows), origin)
 
     def rows(self, task: Task) -> Split:

@@ -23,13 +23,13 @@ from bayeslora.params import Params, check_against, lora_parameters
 from bayeslora.posteriors import (
     ColumnDropout,
     DiagonalGaussian,
+    Draws,
     KroneckerGaussian,
     Linearised,
     LowRankGaussian,
     Mixture,
     Point,
     Posterior,
-    Sampling,
     Scaled,
     TokenDropout,
 )
@@ -46,6 +46,7 @@ from bayeslora.posteriors.folder import (
 )
 from bayeslora.posteriors.hub import fetch
 from bayeslora.posteriors.provenance import Origin, check_base
+from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import draw_count
 from bayeslora.version import __version__
 
@@ -153,13 +154,12 @@ def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
     return Point(_read_tensors(folder / _ADAPTER), origin)
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def export_draws(
     posterior: Posterior,
     folder: str | Path,
-    draws: int,
+    draws: int | Draws,
     *,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     name: str = "draw",
 ) -> list[Path]:
     """Write draws as plain PEFT adapters, for any tool that reads them.
@@ -167,9 +167,7 @@ def export_draws(
     Args:
         posterior: Any posterior with an origin.
         folder: Where to; it gets a sub-folder ``draw-000`` … for each draw.
-        draws: How many, rounded up to whole groups of the sampling; see `bayeslora.posteriors.transforms.draw_count`.
-        seed: Which stream of draws.
-        sampling: How the draws belong together.
+        draws: How many, or `Draws`; rounded up to whole groups of the sampling.
         name: What stands in the place of ``draw``, so that one server can hold adapters of several exports.
 
     Returns:
@@ -180,12 +178,12 @@ def export_draws(
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"the adapters' name {name!r} must be of letters, digits, '.', '_' and '-'")
-    target = Path(folder)
-    names = [f"{name}-{k:03d}" for k in range(draw_count(posterior, draws, sampling))]
+    target, draws = Path(folder), Draws.of(draws)
+    names = [f"{name}-{k:03d}" for k in range(draw_count(posterior, draws.count, draws.sampling))]
     with atomic_folder(target) as work:
         for k, own in enumerate(names):
             (work / own).mkdir()
-            _write_adapter(posterior.draw(k, seed, sampling), _origin(posterior), work / own)
+            _write_adapter(posterior.draw(k, draws.seed, draws.sampling), _origin(posterior), work / own)
     return [target / own for own in names]
 
 

@@ -1,21 +1,21 @@
-"""How the noise of draws is made and how draws of a stream belong together."""
+"""Draws as a request, and the noise that they are made of."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Literal, ParamSpec, TypeVar, cast, final, get_args
 
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from bayeslora.errors import InputError
 from bayeslora.params import generator
-
-if TYPE_CHECKING:
-    pass
-
 
 Sampling = Literal["independent", "antithetic", "simplex", "sobol"]
 """How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; the noise
@@ -31,19 +31,94 @@ GROUPS: Mapping[Sampling, int] = {"independent": 1, "antithetic": 2, "simplex": 
 """How many draws of a posterior belong together so that a part of them loses what they are for."""
 
 
-def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
-    """Return standard normal numbers that belong to one parameter of one draw.
+@final
+@dataclass(frozen=True)
+class Draws:
+    """Which draws to take from a posterior; an ``int`` serves where only the count is not the usual.
 
-    Args:
-        seed: Which stream of draws.
-        index: Number of the draw.
-        name: Name of the parameter.
-        like: A tensor of the wanted shape.
-        sampling: How the draws of a stream belong together.
+    Attributes:
+        count: Number S of draws, rounded up: a mixture's members get equally many, antithetic draws come in pairs and
+            simplex draws in fives. There are never more than there are different draws: 1 for a point, M for an
+            ensemble of M points.
+        seed: Which stream of draws. Draw k of a stream is the same weights in every call.
+        sampling: How the draws belong together: ``independent``, ``antithetic``, ``simplex`` or ``sobol``; ``simplex``
+            gets most from few of them.
+        tolerance: An example takes no more draws once the standard error of its probabilities is at most this; None for
+            ``count`` draws of each. `bayeslora.predict` alone looks at it.
+        minimum: Draws of each example before the first look at the error.
 
-    Returns:
-        Float32 on the CPU.
+    Raises:
+        InputError: If a number makes no sense.
     """
+
+    count: int = 10
+    seed: int = 0
+    sampling: Sampling = "independent"
+    tolerance: float | None = None
+    minimum: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.sampling not in get_args(Sampling):
+            raise InputError(f"sampling must be one of {', '.join(get_args(Sampling))}, and it is {self.sampling!r}")
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise InputError(f"tolerance must be finite and positive, and it is {self.tolerance}")
+        if self.minimum < 2:
+            raise InputError(f"minimum must be at least 2, for one draw has no error, and it is {self.minimum}")
+        if self.count < 1:
+            raise InputError(f"draws must be at least 1, and it is {self.count}")
+
+    @classmethod
+    def of(cls, draws: int | Draws) -> Draws:
+        """Return a number of draws as draws, and draws as they are."""
+        return draws if isinstance(draws, Draws) else cls(draws)
+
+    @property
+    def paired(self) -> bool:
+        """Whether draws come in antithetic pairs."""
+        return self.sampling == "antithetic"
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def former_keywords(parameter: str, kind: type, **fields: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let a function accept keywords of the last release, each now a field of the dataclass that a parameter takes."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            former = {name: kwargs.pop(name) for name in fields if name in kwargs}
+            if not former:
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments.get(parameter, signature.parameters[parameter].default)
+            if parameter in bound.arguments and isinstance(given, kind):
+                raise InputError(f"{', '.join(former)}: a field of {parameter}={kind.__name__}(…); give it there alone")
+            values = {fields[name]: value for name, value in former.items()}
+            if not isinstance(given, kind):  # a number of draws
+                values = {"count": given, **values}
+            text = ", ".join(f"{name}={value!r}" for name, value in values.items())
+            warnings.warn(
+                f"{function.__qualname__}: {'=, '.join(former)}= will go with the next release; "
+                f"write {parameter}=bl.{kind.__name__}({text})",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            bound.arguments[parameter] = kind(**values)
+            return function(*bound.args, **bound.kwargs)
+
+        setattr(call, "former_keywords", (*getattr(function, "former_keywords", ()), *fields))  # noqa: B010
+        return call
+
+    return decorate
+
+
+def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
+    """Return standard normal numbers that belong to one parameter of one draw: of ``like``'s shape, float32, CPU."""
     if sampling == "sobol":
         return torch.special.ndtri(_sobol(seed, index, name, like)).float()
     if sampling == "antithetic":
@@ -55,18 +130,7 @@ def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "
 
 
 def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
-    """Return numbers uniform on [0, 1) that belong to one parameter of one draw; see `noise`.
-
-    Args:
-        seed: Which stream of draws.
-        index: Number of the draw.
-        name: Name of the parameter.
-        like: A tensor of the wanted shape.
-        sampling: How the draws of a stream belong together.
-
-    Returns:
-        Float32 on the CPU.
-    """
+    """Return numbers uniform on [0, 1) that belong to one parameter of one draw; see `noise`."""
     if sampling == "sobol":
         return _sobol(seed, index, name, like).float()
     if sampling == "simplex":
@@ -108,6 +172,6 @@ def _sobol(seed: int, index: int, name: str, like: Tensor) -> Tensor:
 @lru_cache(maxsize=128)
 def sobol_digits(index: int, dimensions: int) -> Tensor:
     """Return the digits of a point of Sobol's sequence as integers."""
-    engine: Any = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
-    point: Tensor = engine.fast_forward(index).draw(1, dtype=torch.float64)[0]
+    engine = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
+    point = cast(Tensor, engine.fast_forward(index).draw(1, dtype=torch.float64)[0])  # type: ignore[no-untyped-call]
     return (point * 2**_BITS).long()

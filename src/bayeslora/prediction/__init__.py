@@ -1,6 +1,7 @@
 """Prediction: examples to token ids, token ids to choices, draws to a `Prediction`."""
 
+from bayeslora.prediction.options import PassOptions
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.prediction.run import predict
 
-__all__ = ["Readout", "predict", "readout_for"]
+__all__ = ["PassOptions", "Readout", "predict", "readout_for"]

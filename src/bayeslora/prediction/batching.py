@@ -22,53 +22,41 @@ def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: 
 
     ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of
     token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c,
-    with the factor ``readout_weight[q]`` where examples have scales or a neutral prompt.
-
-    Args:
-        rows: Encoded examples with answers.
-        padding: Token id to pad with.
-        shared: Whether the choices follow one copy of their prompt; else each has its own.
-        dtype: Dtype of the additive attention mask.
-
-    Returns:
-        The batch.
+    with the factor ``readout_weight[q]`` where examples have scales or a neutral prompt. The choices follow one
+    ``shared`` copy of their prompt, under an additive attention mask of the dtype, or each has its own.
     """
     choices = max(len(row.answers) for row in rows)
-    found = _Layout(shared)
+    layout = _Layout(shared)
     for b, row in enumerate(rows):
         slots = range(b * choices, b * choices + len(row.answers))
-        found.add(row.prompt, row.answers, slots, row.scales or [1.0] * len(slots))
+        layout.add(row.prompt, row.answers, slots, row.scales or [1.0] * len(slots))
         if row.neutral:
-            found.add(row.neutral, row.neutral_answers, slots, [-1.0] * len(slots), joined=shared)
-    longest = max(map(len, found.sequences))
-    ids = torch.tensor([s + [padding] * (longest - len(s)) for s in found.sequences])
-    segment = torch.tensor([s + [-1] * (longest - len(s)) for s in found.segments])
-    root = torch.tensor([s + [0] * (longest - len(s)) for s in found.roots])
-    row_, token_, slot_ = torch.tensor(found.predictions).unbind(1)
+            layout.add(row.neutral, row.neutral_answers, slots, [-1.0] * len(slots), joined=shared)
+    longest = max(map(len, layout.sequences))
+    ids = torch.tensor([s + [padding] * (longest - len(s)) for s in layout.sequences])
+    segment = torch.tensor([s + [-1] * (longest - len(s)) for s in layout.segments])
+    root = torch.tensor([s + [0] * (longest - len(s)) for s in layout.roots])
+    row_, token_, slot_ = torch.tensor(layout.predictions).unbind(1)
     batch = {
         "input_ids": ids,
         "attention_mask": branch_mask(segment, dtype, root)
         if shared and bool((segment > 1).any() or root.any())
         else (segment >= 0).long(),
-        "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in found.positions]),
-        "readout_keep": torch.tensor([b * longest + t for b, t in found.keep]),
+        "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in layout.positions]),
+        "readout_keep": torch.tensor([b * longest + t for b, t in layout.keep]),
         "readout_row": row_,
         "readout_token": token_,
         "readout_slot": slot_,
         "readout_shape": torch.tensor([len(rows), choices]),
     }
     if any(row.scales or row.neutral for row in rows):
-        batch["readout_weight"] = torch.tensor(found.weights)
+        batch["readout_weight"] = torch.tensor(layout.weights)
     return batch
 
 
 @final
 class _Layout:
-    """Sequences of prompts with the answers that follow them.
-
-    Args:
-        shared: Whether answers are branches after one copy of their prompt.
-    """
+    """Sequences of prompts with the answers that follow them, as branches after one prompt where that is shared."""
 
     def __init__(self, shared: bool) -> None:
         self.shared = shared
@@ -97,9 +85,9 @@ class _Layout:
                 root = self._begin(prompt, joined)
                 last = len(self.keep) - 1
             self._predict(last, answer[0], slot, weight)
-            own = max(self.segments[-1]) + 1
+            branch = max(self.segments[-1]) + 1
             for k, (token, following) in enumerate(pairwise(answer)):
-                self._put(token, own, root, len(prompt) + k)
+                self._put(token, branch, root, len(prompt) + k)
                 self._predict(len(self.keep) - 1, following, slot, weight)
 
     def _begin(self, prompt: Sequence[int], joined: bool) -> int:
@@ -130,19 +118,13 @@ class _Layout:
 
 
 def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
-    """Return a batch that has its rows several times, one copy after the other.
+    """Return a batch that has its rows several times, copy after copy: the logits of copy k are rows k·B to (k+1)·B.
 
-    Args:
-        batch: What `Readout.collate` returns.
-        count: How many times.
-        inputs: Whether the model's inputs are repeated too, or only what is read from its output.
-
-    Returns:
-        The batch; the logits of copy k are rows k·B to (k+1)·B.
+    Without ``inputs`` only what is read from the model's output is repeated.
     """
     if count == 1:
         return batch
-    found = {
+    copies = {
         key: value.repeat(count, *[1] * (value.ndim - 1)) if inputs else value
         for key, value in batch.items()
         if key not in READ
@@ -160,22 +142,17 @@ def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
             value = batch.get(f"readout_{key}")
             if value is None:
                 continue
-            copies = step * torch.arange(count, device=value.device)
-            found[f"readout_{key}"] = (value + copies[:, None]).flatten()
-        found["readout_shape"] = torch.tensor([count * rows, choices])
-    return found
+            offsets = step * torch.arange(count, device=value.device)
+            copies[f"readout_{key}"] = (value + offsets[:, None]).flatten()
+        copies["readout_shape"] = torch.tensor([count * rows, choices])
+    return copies
 
 
 def branch_mask(segment: Tensor, dtype: torch.dtype, root: Tensor) -> Float[Tensor, "B 1 T T"]:
     """Return the additive attention mask of prompts with branches and padding.
 
-    Args:
-        segment: Segment of each position [B T]: a prompt, a branch, or -1 for padding.
-        dtype: Dtype of the mask.
-        root: Segment of each position's prompt [B T].
-
-    Returns:
-        0 where a position may look: back, at its prompt and its own branch; the dtype's lowest number elsewhere.
+    0 where a position may look: back, at its prompt and its own branch; the dtype's lowest number elsewhere. Each
+    position [B T] has a segment (a prompt, a branch, or -1 for padding) and its prompt's segment, the root.
     """
     length = segment.shape[1]
     asks, looked = segment[:, :, None], segment[:, None, :]

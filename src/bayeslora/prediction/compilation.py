@@ -19,15 +19,7 @@ from bayeslora.params import require_lora
 
 @contextmanager
 def compiled(model: nn.Module, backend: str | None = None, mode: str | None = None) -> Iterator[None]:
-    """Run a model's layers compiled for the length of a ``with`` block.
-
-    Args:
-        model: A PEFT model.
-        backend: Of `torch.compile`; None for Inductor.
-        mode: Of `torch.compile`; None for its default.
-
-    Yields:
-        Nothing. Afterwards, and on any exception, the layers are as before.
+    """Run a model's layers compiled for the length of a ``with`` block; backend and mode are those of `torch.compile`.
 
     Raises:
         InputError: If the model has no list of layers, or they cannot be compiled on this machine.
@@ -43,16 +35,16 @@ def compiled(model: nn.Module, backend: str | None = None, mode: str | None = No
         reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         raise InputError(f"the model's layers cannot be compiled here: {reason}; leave compilation off") from error
     finally:
-        for layer, own in zip(layers, before, strict=True):
+        for layer, forward in zip(layers, before, strict=True):
             layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own
+            if forward is not None:
+                layer.forward = forward
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model: the modules of the outermost list."""
     lists = (m for m in require_lora(model).get_base_model().modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
-    found = next(lists, None)
-    if found is None:
+    layers = next(lists, None)
+    if layers is None:
         raise InputError("this model has no list of layers that could be compiled; leave compilation off")
-    return list(found)
+    return list(layers)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
 from bayeslora.tasks.templates import CHARACTERS, answer_text, neutral_prompt, render, resolve_format
@@ -36,17 +36,11 @@ class Encoded:
     neutral_answers: tuple[tuple[int, ...], ...] = ()
 
 
-def tokenizer_of(model: nn.Module) -> Any:
-    """Return the tokenizer that was saved with a model.
-
-    Args:
-        model: A PEFT model.
-
-    Returns:
-        A transformers tokenizer.
+def tokenizer_of(model: nn.Module) -> Tokenizer:
+    """Return the tokenizer that was saved under a model's name or path.
 
     Raises:
-        InputError: If none is found under the model's name or path.
+        InputError: If there is none.
     """
     from transformers import AutoTokenizer
 
@@ -57,17 +51,10 @@ def tokenizer_of(model: nn.Module) -> Any:
         raise InputError(f"no tokenizer was found under the model's name {name!r}; pass tokenizer=...") from error
 
 
-def encode(split: Split, tokenizer: Any, readout: str, limit: int | None) -> tuple[list[Encoded], int]:
-    """Return the split's examples as token ids.
+def encode(split: Split, tokenizer: Tokenizer, readout: str, limit: int | None) -> tuple[list[Encoded], int]:
+    """Return a split's examples as token ids, and how many prompts lost their start to the format's ``max_length``.
 
-    Args:
-        split: Examples and their format.
-        tokenizer: The model's tokenizer.
-        readout: ``letters``, ``likelihood`` or ``head``.
-        limit: Most tokens that the model reads at once; None if there is no limit.
-
-    Returns:
-        The encoded examples in order, and how many prompts lost their beginning to the format's ``max_length``.
+    ``limit`` is the most tokens that the model reads at once; None if there is no limit.
 
     Raises:
         InputError: If an answer has no token of its own or is longer than the model, or a prompt has no token, or is
@@ -111,15 +98,8 @@ def length_scales(
     """Return the factor on each choice's log-likelihood: one over its length in tokens, or in four characters.
 
     Both give nats a token, or about that. Divided by single characters their softmax would be nearly flat; times the
-    mean length of the choices, which would give them the size of whole answers, about as sure as that of sums.
-
-    Args:
-        example: The example.
-        answers: Tokens of its choices, looked at for ``tokens`` only.
-        normalisation: See `Format`.
-
-    Returns:
-        The factors; none where all are 1.
+    mean length of the choices, which would give them the size of whole answers, about as sure as that of sums. Where
+    all factors are 1 there are none.
     """
     if normalisation == "characters":
         scales = tuple(CHARACTERS / max(1, len(choice)) for choice in example.choices)
@@ -130,23 +110,23 @@ def length_scales(
     return () if set(scales) == {1.0} else scales
 
 
-def _with_neutral(encoded: list[Encoded], split: Split, form: Format, tokenizer: Any) -> list[Encoded]:
+def _with_neutral(encoded: list[Encoded], split: Split, form: Format, tokenizer: Tokenizer) -> list[Encoded]:
     """Return examples with the neutral prompt, and their choices after it."""
     prompt = neutral_prompt(form)
     ids = _ids(tokenizer, [prompt])[0]
     count = len(encoded)
     answers = _answers(split, [prompt] * count, [ids] * count, tokenizer, "likelihood")
     pairs = zip(encoded, answers, strict=True)
-    return [replace(row, neutral=tuple(ids), neutral_answers=own) for row, own in pairs]
+    return [replace(row, neutral=tuple(ids), neutral_answers=choices) for row, choices in pairs]
 
 
 def _answers(
-    split: Split, prompts: Sequence[str], prompt_ids: Sequence[list[int]], tokenizer: Any, readout: str
+    split: Split, prompts: Sequence[str], prompt_ids: Sequence[list[int]], tokenizer: Tokenizer, readout: str
 ) -> list[tuple[tuple[int, ...], ...]]:
     """Return each choice's tokens, as they follow the prompt."""
     answers = [[answer_text(example, i, readout) for i in range(len(example.choices))] for example in split]
     whole = iter(_ids(tokenizer, [p + a for p, group in zip(prompts, answers, strict=True) for a in group]))
-    found = []
+    encoded = []
     for row, (ids, group) in enumerate(zip(prompt_ids, answers, strict=True)):
         tails = []
         for text in group:
@@ -165,11 +145,11 @@ def _answers(
                 f"row {row} of {split.name}: the choices' letters are not one token each with this tokenizer; use "
                 "readout='likelihood'"
             )
-        found.append(tuple(tails))
-    return found
+        encoded.append(tuple(tails))
+    return encoded
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Tokenise, without an end-of-text token that a tokenizer may add."""
     if not texts:
         return []
@@ -179,8 +159,8 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [row[:-1] for row in rows] if adds_end else rows
 
 
-def _shortened(ids: list[int], longest: int, tokenizer: Any) -> list[int]:
-    """Cut a prompt's beginning, but not the special tokens that open it."""
+def _shortened(ids: list[int], longest: int, tokenizer: Tokenizer) -> list[int]:
+    """Cut a prompt's start, but not the special tokens that open it."""
     special = set(tokenizer.all_special_ids)
     opening = [i for i in ids[:1] if i in special]
     return opening + ids[len(ids) - longest + len(opening) :]

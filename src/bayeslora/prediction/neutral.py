@@ -13,18 +13,14 @@ AT_ONCE = 8
 def neutral_rows(rows: Sequence[Encoded]) -> tuple[list[Encoded], list[list[int]]]:
     """Return the different choices of some examples as rows of their own, after the neutral prompt.
 
-    Args:
-        rows: Examples with a neutral prompt.
-
-    Returns:
-        The rows, each with `AT_ONCE` choices at most, and the place of each example's choices among them all:
-        row · `AT_ONCE` + choice. Their scores are log-likelihoods, also where all choices are single tokens.
+    Each has `AT_ONCE` choices at most. The place of each example's choices among them all is row · `AT_ONCE` + choice.
+    Their scores are log-likelihoods, also where all choices are single tokens.
     """
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
     places = []
     for row in rows:
-        own = []
+        row_places = []
         for answer in row.neutral_answers:
             key = (row.neutral, answer)
             if key not in known:
@@ -32,6 +28,6 @@ def neutral_rows(rows: Sequence[Encoded]) -> tuple[list[Encoded], list[list[int]
                     groups.append((row.neutral, []))
                 groups[-1][1].append(answer)
                 known[key] = (len(groups) - 1) * AT_ONCE + len(groups[-1][1]) - 1
-            own.append(known[key])
-        places.append(own)
+            row_places.append(known[key])
+        places.append(row_places)
     return [Encoded(prompt, tuple(a), -1, (1.0,) * len(a)) for prompt, a in groups], places

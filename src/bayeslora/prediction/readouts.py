@@ -23,15 +23,19 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Int, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, generator, require_lora
 from bayeslora.prediction.batching import READ, Batch, choice_batch
 from bayeslora.prediction.encoding import Encoded, encode, tokenizer_of
 from bayeslora.prediction.probes import tried
 from bayeslora.tasks.types import Split
+
+Args = tuple[object, ...]
 
 
 @final
@@ -48,7 +52,7 @@ class Readout:
     """
 
     name: Literal["letters", "likelihood", "head"]
-    tokenizer: Any
+    tokenizer: Tokenizer
     limit: int | None
     shared: bool
     dtype: torch.dtype
@@ -68,8 +72,8 @@ class Readout:
         prompts = [len(prompt) for prompt, _ in parts]
         if self.shared or (len(parts) == 1 and not any(tails[0])):
             return sum(prompts) + sum(map(sum, tails))
-        sequences = sum(len(own) if any(own) else 1 for own in tails)
-        return sequences * max(n + max(own) for n, own in zip(prompts, tails, strict=True))
+        sequences = sum(len(tail) if any(tail) else 1 for tail in tails)
+        return sequences * max(n + max(tail) for n, tail in zip(prompts, tails, strict=True))
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         """Return a batch for the model, padded on the right to its longest row."""
@@ -98,28 +102,28 @@ class Readout:
             return
         peft = require_lora(model)
         head = peft.get_base_model().get_output_embeddings()
-        asked: Batch = {}
+        positions: Batch = {}
 
-        def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def before(_: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
             """Take what is not for the model out of its arguments."""
-            asked.clear()
-            asked.update({key: kwargs.pop(key) for key in READ if key in kwargs})
-            if not asked:
+            positions.clear()
+            positions.update({key: kwargs.pop(key) for key in READ if key in kwargs})
+            if not positions:
                 return args, kwargs
             for key in ("labels", "shift_labels", "num_items_in_batch"):
                 kwargs.pop(key, None)
             return args, {**kwargs, "use_cache": False}
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            """Give the head the positions that are asked for."""
-            return (kept_states(args[0], asked["readout_keep"]), *args[1:]) if asked else args
+            """Give the head the positions that predict an answer's token."""
+            return (kept_states(args[0], positions["readout_keep"]), *args[1:]) if positions else args
 
-        def after(_: nn.Module, args: Any, outputs: Any) -> Any:
+        def after(_: nn.Module, args: Args, outputs: ModelOutput) -> ModelOutput:
             """Return the choices' logits in the place of the model's."""
-            if not asked:
+            if not positions:
                 return outputs
-            logits = (read or choice_logits)(outputs.logits, asked)
-            asked.clear()  # whoever calls the base model itself is not asked
+            logits = (read or choice_logits)(outputs.logits, positions)
+            positions.clear()  # a call of the base model itself, without these hooks' batch, stays as it is
             return SequenceClassifierOutput(logits=logits)
 
         handles = [
@@ -134,16 +138,8 @@ class Readout:
                 handle.remove()
 
 
-def readout_for(model: nn.Module, split: Split, tokenizer: Any = None) -> Readout:
-    """Return how a split's answers are read from a model.
-
-    Args:
-        model: A PEFT model: a causal language model, or one with a classification head.
-        split: The split; its format may name the readout, or leave it to the model.
-        tokenizer: The model's tokenizer; None loads the one that was saved with the model.
-
-    Returns:
-        The readout.
+def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer = None) -> Readout:
+    """Return how a split's answers are read from a model, by the split's format or, where it says auto, by the model.
 
     Raises:
         InputError: If the model and the readout or the split's classes do not fit.
@@ -163,40 +159,48 @@ def readout_for(model: nn.Module, split: Split, tokenizer: Any = None) -> Readou
         raise InputError(f"a {type(base).__name__} has no language model head; load a causal language model")
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
     if name == "head":
-        if split.classes is None:
-            raise InputError(
-                f"{split.name} has choices that change from row to row; a classification head cannot "
-                "answer it, use a causal language model"
-            )
-        if base.config.num_labels != len(split.classes):
-            raise InputError(
-                f"{split.name} has {len(split.classes)} classes, the model's head {base.config.num_labels}; "
-                f"load the model with num_labels={len(split.classes)}"
-            )
-        if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
-            raise InputError(
-                "a classification head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id"
-            )
-    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
+        return _head(base, split, tokenizer)
     neutral = split.format.normalisation == "unconditional"
     shared = name == "likelihood" and tried(peft, ("branches", neutral), lambda: _shares_prompts(peft, base, neutral))
-    return Readout(name, tokenizer, limit, shared, base.dtype)
+    return Readout(name, tokenizer, token_limit(base, tokenizer), shared, base.dtype)
 
 
-def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "B C"]:
-    """Return the choices' log-likelihoods, up to a constant per example.
+def _head(base: PreTrainedModel, split: Split, tokenizer: Tokenizer) -> Readout:
+    """Return the readout of a model with a classification head, if its classes are the split's."""
+    if split.classes is None:
+        raise InputError(
+            f"{split.name} has choices that change from row to row; a classification head cannot "
+            "answer it, use a causal language model"
+        )
+    if base.config.num_labels != len(split.classes):
+        raise InputError(
+            f"{split.name} has {len(split.classes)} classes, the model's head {base.config.num_labels}; "
+            f"load the model with num_labels={len(split.classes)}"
+        )
+    return head_readout(base, tokenizer, "classification")
 
-    Args:
-        logits: The head's output at the kept positions.
-        asked: The ``readout_`` tensors of the batch.
 
-    Returns:
-        Float32; minus infinity for choices that an example does not have.
+def head_readout(base: PreTrainedModel, tokenizer: Tokenizer, kind: str) -> Readout:
+    """Return the readout of a model with a head of some kind, which needs a padding token."""
+    if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
+        raise InputError(f"a {kind} head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id")
+    return Readout("head", tokenizer, token_limit(base, tokenizer), False, base.dtype)
+
+
+def token_limit(base: PreTrainedModel, tokenizer: Tokenizer) -> int | None:
+    """Return the most tokens that a model reads at once; None if it names no limit."""
+    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((n for n in bounds if n is not None and n < 10**9), default=None)
+
+
+def choice_logits(logits: Float[Tensor, "P V"], positions: Batch) -> Float[Tensor, "B C"]:
+    """Return the choices' log-likelihoods by the head's output at the kept positions, up to a constant per example.
+
+    Float32; minus infinity for choices that an example does not have. The positions are a batch's ``readout_`` tensors.
     """
-    row, token, slot = (asked[f"readout_{key}"].to(logits.device) for key in ("row", "token", "slot"))
-    weight = asked.get("readout_weight")
-    size = torch.Size(asked["readout_shape"].tolist())
+    row, token, slot = (positions[f"readout_{key}"].to(logits.device) for key in ("row", "token", "slot"))
+    weight = positions.get("readout_weight")
+    size = torch.Size(positions["readout_shape"].tolist())
     values = logits[row, token].float()
     if weight is not None or len(row) > len(torch.unique(slot)):  # the normaliser is not the same for all choices
         values = values - _log_normaliser(logits)[row]
@@ -207,16 +211,8 @@ def choice_logits(logits: Float[Tensor, "P V"], asked: Batch) -> Float[Tensor, "
     return filled.masked_fill(~there, -torch.inf).view(size)
 
 
-def kept_states(states: Float[Tensor, "*positions H"], keep: Tensor) -> Float[Tensor, "P H"]:
-    """Return the hidden states at some flat positions, on the device where the states are.
-
-    Args:
-        states: Hidden states of a batch.
-        keep: The positions, on any device.
-
-    Returns:
-        What the head is to see.
-    """
+def kept_states(states: Float[Tensor, "*positions H"], keep: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
+    """Return the hidden states at some flat positions, which may be on another device."""
     return states.flatten(0, -2)[keep.to(states.device)]
 
 
@@ -227,7 +223,7 @@ def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:
 
 
 @torch.no_grad()
-def _shares_prompts(peft: nn.Module, base: Any, neutral: bool) -> bool:
+def _shares_prompts(peft: nn.Module, base: PreTrainedModel, neutral: bool) -> bool:
     """Try on the model itself whether branches after one prompt give what separate sequences give."""
     config = base.config
     if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
@@ -238,11 +234,12 @@ def _shares_prompts(peft: nn.Module, base: Any, neutral: bool) -> bool:
     if neutral:
         rows = [replace(rows[0], neutral=tuple(ids[5:7]), neutral_answers=rows[0].answers)]
     device = base.get_input_embeddings().weight.device
-    found = []
+    logits = []
     with evaluating(peft):
         for shared in (True, False):
             batch = {k: v.to(device) for k, v in choice_batch(rows, 0, shared=shared, dtype=base.dtype).items()}
-            asked = {key: batch.pop(key) for key in READ if key in batch}
-            logits = kept_states(peft(**batch, use_cache=False).logits, asked["readout_keep"])
-            found.append(logits[asked["readout_row"].to(logits.device)].float())
-    return bool((found[0] - found[1]).abs().max() <= 0.05 * found[1].std())
+            keep, row = (batch[f"readout_{key}"] for key in ("keep", "row"))
+            inputs = {key: value for key, value in batch.items() if key not in READ}
+            kept = kept_states(peft(**inputs, use_cache=False).logits, keep)
+            logits.append(kept[row.to(kept.device)].float())
+    return bool((logits[0] - logits[1]).abs().max() <= 0.05 * logits[1].std())

@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, require_lora
-from bayeslora.posteriors import Posterior, Sampling
-from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.prediction.draws import kept_draw, weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import REWARDS, Passes
-from bayeslora.prediction.readouts import Readout
+from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def predict_rewards(
     model: nn.Module,
     posterior: Posterior,
     texts: Sequence[Text],
-    draws: int = 10,
+    draws: int | Draws = 10,
     *,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     tokenizer: Any = None,
     token_budget: int | None = None,
     stack: bool = True,
@@ -48,9 +48,7 @@ def predict_rewards(
         model: PEFT model with a scalar head (``num_labels=1``); it is unchanged afterwards.
         posterior: What was learned.
         texts: The N texts, each a prompt with its answer, or messages with ``role`` and ``content``.
-        draws: Number S of draws; see `bayeslora.predict`.
-        seed: Which stream of draws. Draw k is the same weights in every call.
-        sampling: How the draws belong together.
+        draws: Number S of draws, or `Draws`. Draw k of a seed is the same weights in every call.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
         stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
@@ -65,12 +63,12 @@ def predict_rewards(
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
     readout = _readout(model, tokenizer)
-    count = Draws.of_weights(model, posterior, draws, seed, sampling).count
+    draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
     budget = token_budget or default_token_budget(model)
     passes = Passes(model, readout, rows, 1, budget, stack=stack, reading=REWARDS)
     with evaluating(model):
-        return passes.run(lambda k: kept_draw(posterior, k, seed, sampling), count)[..., 0]
+        return passes.run(lambda k: kept_draw(posterior, k, draws.seed, draws.sampling), draws.count)[..., 0]
 
 
 def preference_probability(chosen: Float[Tensor, "S N"], rejected: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:
@@ -132,12 +130,7 @@ def _readout(model: nn.Module, tokenizer: Any) -> Readout:
             f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
             "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
         )
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
-    if base.config.pad_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError("a scalar head needs a padding token; set tokenizer.pad_token and model.config.pad_token_id")
-    bounds = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    limit = min((n for n in bounds if n is not None and n < 10**9), default=None)
-    return Readout("head", tokenizer, limit, False, base.dtype)
+    return head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
 
 
 def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:

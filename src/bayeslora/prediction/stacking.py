@@ -17,6 +17,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
@@ -31,9 +32,7 @@ _CLOSE = 0.1
 class StackedLinear(nn.Module):
     """S linear layers side by side; the input's rows belong to them in S equal parts, in order.
 
-    Args:
-        weight: The layers' weights; parameters are trained, other tensors are not.
-        bias: The layers' biases, if they have any.
+    Weights and biases that are parameters are trained, other tensors are not.
     """
 
     def __init__(self, weight: Float[Tensor, "S O I"], bias: Float[Tensor, "S O"] | None) -> None:
@@ -50,37 +49,31 @@ class StackedLinear(nn.Module):
         """Return each part's rows through its own layer."""
         parts = input.reshape(len(self.weight), -1, input.shape[-1])
         across = self.weight.transpose(1, 2)
-        found = torch.bmm(parts, across) if self.bias is None else torch.baddbmm(self.bias[:, None], parts, across)
-        return found.view(*input.shape[:-1], found.shape[-1])
+        out = torch.bmm(parts, across) if self.bias is None else torch.baddbmm(self.bias[:, None], parts, across)
+        return out.view(*input.shape[:-1], out.shape[-1])
 
 
 @contextmanager
 def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -> Iterator[None]:
-    """Make the model answer for several draws at once for the length of a ``with`` block.
+    """Make a model for which `stacks` is true answer for S draws at once for the length of a ``with`` block.
 
-    Args:
-        model: A PEFT model for which `stacks` is true of the parameters that differ between the draws.
-        draws: S values for every parameter of the adapter.
-        share: Whether the layers before the first that differs are to see the batch once. The inputs are then given
-            once; otherwise S times, draw after draw.
-
-    Yields:
-        Nothing. Afterwards, and on any exception, the model is what it was.
+    Its inputs are given S times, draw after draw; with ``share`` once, and the layers before the first that differs see
+    them once.
     """
     names = differing(draws)
 
-    def drawn(plain: nn.Module, leaf: str, name: str) -> Tensor:
+    def values(plain: nn.Module, leaf: str, name: str) -> Tensor:
         """Return a layer's weights or biases in all draws; what they share is not copied."""
-        own: Tensor = getattr(plain, leaf)
+        value: Tensor = getattr(plain, leaf)
         if name in names:
-            return torch.stack([draw[name] for draw in draws]).to(own)
-        return own.detach().expand(len(draws), *own.shape)
+            return torch.stack([draw[name] for draw in draws]).to(value)
+        return value.detach().expand(len(draws), *value.shape)
 
-    own = lora_parameters(model)
-    with holding(own, draws[0]):
-        places, first = _places(model, own, names), first_layer(model, names) if share else None
+    parameters = lora_parameters(model)
+    with holding(parameters, draws[0]):
+        places, first = _places(model, parameters, names), first_layer(model, names) if share else None
         assert places is not None
-        with _replaced(places, drawn):
+        with _replaced(places, values):
             hooks = [] if first is None else _widen(*first, len(draws))
             try:
                 yield
@@ -91,17 +84,10 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -
 
 @contextmanager
 def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
-    """Give the model several adapters to be trained at once for the length of a ``with`` block.
+    """Give the model M adapters to be trained at once, from these starts, for the length of a ``with`` block.
 
     The parameters keep their names, and their first axis is the adapter's number. The rows of a batch belong to the
-    adapters in equal parts, in order.
-
-    Args:
-        model: A PEFT model whose adapter is made of linear layers.
-        starts: Where each of the M adapters starts.
-
-    Yields:
-        Nothing. Afterwards, and on any exception, the model has its own adapter again.
+    adapters in equal parts, in order. Afterwards, and on any exception, the model has its own adapter again.
 
     Raises:
         InputError: If a parameter of the adapter belongs to anything but a linear layer.
@@ -115,8 +101,8 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
 
     def copies(plain: nn.Module, leaf: str, name: str) -> nn.Parameter:
         """Return a layer's weights or biases at all starts."""
-        own: nn.Parameter = getattr(plain, leaf)
-        return nn.Parameter(torch.stack([start[name] for start in starts]).to(own.data), own.requires_grad)
+        value: nn.Parameter = getattr(plain, leaf)
+        return nn.Parameter(torch.stack([start[name] for start in starts]).to(value.data), value.requires_grad)
 
     with _replaced(places, copies):
         yield
@@ -153,20 +139,15 @@ def differing(draws: Sequence[Params]) -> frozenset[str]:
 def first_layer(model: nn.Module, names: frozenset[str]) -> tuple[nn.ModuleList, int] | None:
     """Return the list of layers that has the first differing parameter, and that layer's number.
 
-    Args:
-        model: A PEFT model.
-        names: The parameters that differ.
-
-    Returns:
-        None if it is the list's first layer, or in no list.
+    None if it is the list's first layer, or in no list.
     """
     peft = require_lora(model)
     wanted = {id(p) for name, p in lora_parameters(peft).items() if name in names}
     for module in peft.modules():  # the outermost list comes first
         if isinstance(module, nn.ModuleList) and len(module) > 1:
-            found = [i for i, layer in enumerate(module) if any(id(p) in wanted for p in layer.parameters())]
-            if found:
-                return (module, found[0]) if found[0] else None
+            numbers = [i for i, layer in enumerate(module) if any(id(p) in wanted for p in layer.parameters())]
+            if numbers:
+                return (module, numbers[0]) if numbers[0] else None
     return None
 
 
@@ -183,30 +164,21 @@ def stacks(
     share: bool = False,
     needed: bool = False,
 ) -> bool:
-    """Say whether draws that differ in some parameters can be stacked, by trying it on a few examples.
+    """Return whether two random draws that differ in some parameters, stacked, answer as in two plain passes.
 
-    Args:
-        model: A PEFT model.
-        names: The parameters that differ.
-        answers: Gives the examples' answers by the model as it is.
-        key: What the answers depend on besides the model.
-        share: Whether the layers before them are to see the batch once.
-        needed: Whether there is no other way to go on: a lack of memory is then raised; see `probes`.
-
-    Returns:
-        Whether two random draws, stacked, answer as in two plain passes.
+    ``key`` is what the answers to the few examples depend on besides the model; ``needed`` as in `tried`.
     """
 
     def trial() -> bool:
         """Look for what stands in the way, then compare."""
         if _places(model, lora_parameters(model), names) is None or (share and first_layer(model, names) is None):
             return False
-        return _same(model, names, answers, share)
+        return _answer_alike(model, names, answers, share)
 
     return tried(model, ("stacked", names, key, share), trial, needed=needed)
 
 
-def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:
+def _answer_alike(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:
     """Compare two stacked draws, large enough to tell apart, with two plain passes."""
     mean = read(model)
     draws = [
@@ -223,27 +195,24 @@ def _same(model: nn.Module, names: frozenset[str], answers: Answers, share: bool
         with swapped(model, draw):
             plain.append(answers(1, False)[0])
     with stacked(model, draws, share=share):
-        found = answers(2, share)
+        together = answers(2, share)
     wanted = torch.stack(plain)
-    there = torch.isfinite(wanted)
-    apart = (wanted[0] - wanted[1])[there[0]].abs().max()
-    return found.shape == wanted.shape and bool((found - wanted)[there].abs().max() <= _CLOSE * apart)
+    finite = torch.isfinite(wanted)
+    apart = (wanted[0] - wanted[1])[finite[0]].abs().max()
+    return together.shape == wanted.shape and bool((together - wanted)[finite].abs().max() <= _CLOSE * apart)
 
 
 Place = tuple[nn.Module, str, dict[str, str]]
 """A linear layer: its parent, its name there, and the names of its weight and bias in the adapter."""
 
 
-def _places(model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str]) -> list[Place] | None:
-    """Return the linear layers that hold some parameters.
-
-    None if some parameter belongs to anything else.
-    """
-    found: list[Place] = []
+def _places(model: nn.Module, parameters: Mapping[str, Tensor], names: frozenset[str]) -> list[Place] | None:
+    """Return the linear layers that hold some parameters; None if one belongs to anything else."""
+    places: list[Place] = []
     left = set(names)
     if not left:
-        return found
-    known = {id(p): name for name, p in own.items()}
+        return places
+    known = {id(p): name for name, p in parameters.items()}
     for parent in model.modules():
         for key, child in parent.named_children():
             if type(child) is not nn.Linear:
@@ -251,45 +220,39 @@ def _places(model: nn.Module, own: Mapping[str, Tensor], names: frozenset[str]) 
             mine = {leaf: known[id(p)] for leaf, p in child.named_parameters(recurse=False) if id(p) in known}
             if left.intersection(mine.values()):
                 leaves = {leaf: mine.get(leaf, "") for leaf, _ in child.named_parameters(recurse=False)}
-                found.append((parent, key, leaves))
+                places.append((parent, key, leaves))
                 left.difference_update(mine.values())
-    return None if left else found
+    return None if left else places
 
 
-def _widen(layers: nn.ModuleList, first: int, count: int) -> list[Any]:
+def _widen(layers: nn.ModuleList, first: int, count: int) -> list[RemovableHandle]:
     """Repeat the batch for each draw from a layer on, in all that the layers are given."""
     size = 0
-    kept: dict[int, tuple[Any, Any]] = {}
+    copies: Copies = {}
 
-    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Repeat whatever has the batch as its first axis."""
         nonlocal size
         if layer is layers[first]:
             size = len(args[0] if args else kwargs["hidden_states"])
-            kept.clear()
-        return with_copies(args, size, count, kept), with_copies(kwargs, size, count, kept)
+            copies.clear()
+        return with_copies(args, size, count, copies), with_copies(kwargs, size, count, copies)
 
     return [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers[first:]]
 
 
-def with_copies(value: Any, size: int, count: int, kept: dict[int, tuple[Any, Any]]) -> Any:
-    """Return what a model is given with its rows repeated, one copy after the other.
+Copies = dict[int, tuple[Tensor, Tensor]]
+"""Tensors that are repeated already, with what came of it, by the tensor's id; a mask that all layers share is once."""
 
-    Args:
-        value: Anything; tensors of two axes and more, with as many rows as the batch, are repeated.
-        size: Rows of the batch.
-        count: How many times.
-        kept: What was repeated already, by its id; a mask that all layers share is repeated once.
 
-    Returns:
-        The same, repeated.
-    """
+def with_copies(value: Any, size: int, count: int, copies: Copies) -> Any:
+    """Return what a model is given with each tensor of the batch's ``size`` rows, and two axes or more, repeated."""
     if isinstance(value, tuple | list):
-        return type(value)(with_copies(v, size, count, kept) for v in value)
+        return type(value)(with_copies(v, size, count, copies) for v in value)
     if isinstance(value, dict):
-        return {k: with_copies(v, size, count, kept) for k, v in value.items()}
+        return {k: with_copies(v, size, count, copies) for k, v in value.items()}
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
         return value
-    if id(value) not in kept:  # the value is held as well, so that its id is not given to another
-        kept[id(value)] = (value, value.repeat(count, *[1] * (value.ndim - 1)))
-    return kept[id(value)][1]
+    if id(value) not in copies:  # the value is held as well, so that its id is not given to another
+        copies[id(value)] = (value, value.repeat(count, *[1] * (value.ndim - 1)))
+    return copies[id(value)][1]

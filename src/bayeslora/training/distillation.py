@@ -22,8 +22,9 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.methods.regularisers import divided
 from bayeslora.params import Params, generator, read, write
-from bayeslora.posteriors import Point, Posterior, Sampling
+from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import origin_of, scored
+from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Split
 from bayeslora.training.trainer import run_trainer
@@ -31,16 +32,15 @@ from bayeslora.training.trainer import run_trainer
 logger = logging.getLogger(__name__)
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def distill(
     model: nn.Module,
     posterior: Posterior,
     rows: Split,
     args: TrainingArguments,
-    draws: int = 20,
+    draws: int | Draws = 20,
     *,
     held_out: float = 0.2,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     tokenizer: Any = None,
     token_budget: int | None = None,
 ) -> Point:
@@ -56,11 +56,9 @@ def distill(
         rows: Examples to learn from; their labels are not looked at. On rows that the posterior was trained on the
             draws are surer than on others, so others are better.
         args: Arguments of the Trainer.
-        draws: Draws of each example.
+        draws: Draws of each example: their number, or `Draws`.
         held_out: Share of the rows that choose what is kept, drawn with the seed of the arguments; 0 keeps the end of
             the training.
-        seed: Which stream of draws.
-        sampling: How the draws belong together.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a prediction batch; None for what fits.
 
@@ -80,10 +78,8 @@ def distill(
         raise InputError(
             f"{rows.name} has {len(rows)} examples, too few to hold out {held_out:g} of them; give more, or held_out=0"
         )
-    said = predict(
-        model, posterior, rows, draws, seed=seed, sampling=sampling, mean=bool(apart), tokenizer=tokenizer,
-        token_budget=token_budget,
-    )  # fmt: skip
+    draws = Draws.of(draws)
+    said = predict(model, posterior, rows, draws, mean=bool(apart), tokenizer=tokenizer, token_budget=token_budget)
     write(model, posterior.mean)
     readout = readout_for(model, rows, tokenizer)
     numbered = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
@@ -101,7 +97,7 @@ def distill(
         held_out=[numbered[i] for i in judges] or None,
     )  # fmt: skip
     made_of = posterior.origin.method if posterior.origin is not None else ""
-    settings: dict[str, Any] = {"draws": said.draws, "sampling": sampling, "of": made_of}
+    settings: dict[str, Any] = {"draws": said.draws, "sampling": draws.sampling, "of": made_of}
     if closest is not None:
         write(model, closest.params)
         settings |= {"held_out": apart, **closest.told()}

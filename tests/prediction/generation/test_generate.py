@@ -92,8 +92,8 @@ def test_batches_do_not_matter(size: int | None, model: Any, tokenizer: Any) -> 
 def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(model: Any, tokenizer: Any) -> None:
     def sampled(seed: int) -> list[tuple[int, ...]]:
         found = bl.generate(
-            model, gaussian(model), PROMPTS, DRAWS, tokenizer=tokenizer, max_new_tokens=8, seed=seed, do_sample=True,
-            temperature=1.5, num_return_sequences=2,
+            model, gaussian(model), PROMPTS, bl.Draws(DRAWS, seed), tokenizer=tokenizer, max_new_tokens=8,
+            do_sample=True, temperature=1.5, num_return_sequences=2,
         )  # fmt: skip
         return [a.token_ids for a in found]
 
@@ -280,6 +280,6 @@ def test_a_mixture_of_points(model: Any, tokenizer: Any) -> None:
 
 def test_antithetic_draws_come_in_pairs(tokenizer: Any) -> None:
     model = make_model("llama")
-    how: dict[str, Any] = {"sampling": "antithetic", "tokenizer": tokenizer, "max_new_tokens": 2}
-    each = bl.generate_each(model, gaussian(model), PROMPTS[:1], 3, **how)[0]
+    how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 2}
+    each = bl.generate_each(model, gaussian(model), PROMPTS[:1], bl.Draws(3, sampling="antithetic"), **how)[0]
     assert each.draws == (0, 1, 2, 3)

@@ -61,13 +61,12 @@ def run(options: Options) -> None:
     check_folder(out, options, resume=options.resume, free=("methods",))
     from bayeslora.cli.compare import finish
     from bayeslora.cli.progress import own_progress
-    from bayeslora.comparison.run import compare
     from bayeslora.comparison.verdict import guess, in_words, verdicts
 
     with own_progress():
         study, other = prepared(options, out)
         with opened(out, options):
-            found = finish(study, methods_of(options), [options.seed], "png", compare)
+            found = finish(study, methods_of(options), [options.seed], "png")
     test = study.task.test
     assert test is not None
     predictions = {name: by_seed[options.seed] for name, by_seed in found.predictions.items()}

@@ -62,13 +62,13 @@ class BlobLinear(nn.Linear):
         else:
             mean = self.weight
         with torch.autocast(place, enabled=False):
-            found: Tensor = _Flipout.apply(  # type: ignore[no-untyped-call]
-                rows, mean, noise, _sign_words(rows, self.in_features), _sign_words(rows, self.out_features)
+            found: Tensor = Flipout.apply(  # type: ignore[no-untyped-call]
+                rows, mean, noise, sign_words(rows, self.in_features), sign_words(rows, self.out_features)
             )
         return found.view(*input.shape[:-1], self.out_features)
 
 
-class _Flipout(torch.autograd.Function):
+class Flipout(torch.autograd.Function):
     """M x + r ⊙ N (s ⊙ x) for N = Ω ⊙ ε and random signs r and s of each token (Wen et al. 2018, arXiv 1803.04386).
 
     One function, so that the backward pass keeps x, which autograd would keep anyway, and one bit for each sign.
@@ -99,7 +99,7 @@ class _Flipout(torch.autograd.Function):
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
+def sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
     """Return random words that hold a sign for each of T rows and a number of columns, [⌈T/bits⌉, width]."""
     size = rows.element_size()
     shape = -(-len(rows) // (8 * size)), width

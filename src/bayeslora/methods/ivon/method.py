@@ -204,7 +204,7 @@ class Ivon(Method):
         sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": [sampler, MetricsCallback(self.name, sampler.figures)],
+            "callbacks": [sampler, MetricsCallback(self.name, sampler.metrics)],
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -213,6 +213,8 @@ class Ivon(Method):
         Raises:
             InputError: If the model was not trained with IVON.
         """
-        kept = require_record(model, self.name).kept
-        mean, variance = moments(read(model), kept.get("best") or learned(kept["optimizer"], model))
+        known = require_record(model, self.name).learned
+        if isinstance(known, IvonOptimizer):
+            known = learned(known, model)
+        mean, variance = moments(read(model), known)
         return DiagonalGaussian(mean, variance, origin_for(model, self))

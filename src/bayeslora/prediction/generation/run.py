@@ -9,8 +9,9 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, require_lora
-from bayeslora.posteriors import Posterior, Sampling
-from bayeslora.prediction.draws import Draws, kept_draw
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.prediction.draws import kept_draw, weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep
@@ -21,14 +22,13 @@ Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def generate(
     model: nn.Module,
     posterior: Posterior,
     prompts: Sequence[Prompt],
-    draws: int = 10,
+    draws: int | Draws = 10,
     *,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     tokenizer: Any = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
@@ -44,9 +44,7 @@ def generate(
         model: PEFT model, a causal language model. It is unchanged afterwards.
         posterior: What was learned.
         prompts: Texts, or messages with ``role`` and ``content``.
-        draws: Number S of draws; see `bayeslora.predict`.
-        seed: Which stream of draws, and of tokens where ``do_sample=True``.
-        sampling: How the draws belong together.
+        draws: Number S of draws, or `Draws`, whose seed is also that of the tokens where ``do_sample=True``.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts at once; None for as many as the token budget holds.
@@ -60,21 +58,21 @@ def generate(
     Raises:
         InputError: If a prompt is empty or too long, the posterior's draws are no weights, or a setting is unknown.
     """
-    drawn = draws_of(model, posterior, draws, seed, sampling)
+    draws = Draws.of(draws)
+    drawn = draws_of(model, posterior, draws)
     how = {"max_new_tokens": max_new_tokens, **settings}
-    decoder = Decoder(model, drawn, True, tokenizer or tokenizer_of(model), how, seed)
+    decoder = Decoder(model, drawn, True, tokenizer or tokenizer_of(model), how, draws.seed)
     groups = _grouped(decoder, prompts, max_new_tokens, batch_size)
     return [answer for group in groups for answer in decoder.answers(group, on_step=on_step)]
 
 
+@former_keywords("draws", Draws, seed="seed", sampling="sampling")
 def generate_each(
     model: nn.Module,
     posterior: Posterior,
     prompts: Sequence[Prompt],
-    draws: int = 10,
+    draws: int | Draws = 10,
     *,
-    seed: int = 0,
-    sampling: Sampling = "independent",
     tokenizer: Any = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
@@ -88,8 +86,6 @@ def generate_each(
         posterior: See `generate`.
         prompts: See `generate`.
         draws: See `generate`.
-        seed: See `generate`.
-        sampling: See `generate`.
         tokenizer: See `generate`.
         max_new_tokens: See `generate`.
         batch_size: See `generate`.
@@ -104,9 +100,10 @@ def generate_each(
     """
     if settings.get("num_beams", 1) > 1:
         raise InputError("beams keep the best text of the average; for one answer a draw leave num_beams at 1")
-    drawn = draws_of(model, posterior, draws, seed, sampling)
+    draws = Draws.of(draws)
+    drawn = draws_of(model, posterior, draws)
     how = {"max_new_tokens": max_new_tokens, **settings}
-    decoder = Decoder(model, drawn, False, tokenizer or tokenizer_of(model), how, seed)
+    decoder = Decoder(model, drawn, False, tokenizer or tokenizer_of(model), how, draws.seed)
     found = []
     each = settings.get("num_return_sequences", 1)
     numbers = tuple(k for k in range(len(drawn)) for _ in range(each))
@@ -118,18 +115,8 @@ def generate_each(
     return found
 
 
-def draws_of(model: nn.Module, posterior: Posterior, count: int, seed: int, sampling: Sampling) -> list[Params]:
+def draws_of(model: nn.Module, posterior: Posterior, draws: int | Draws) -> list[Params]:
     """Return draws of weights that a model can generate with.
-
-    Args:
-        model: PEFT model.
-        posterior: What was learned.
-        count: Number S of draws.
-        seed: Which stream.
-        sampling: How the draws belong together.
-
-    Returns:
-        The draws.
 
     Raises:
         InputError: If the model cannot generate, or the posterior's draws are no weights.
@@ -137,8 +124,8 @@ def draws_of(model: nn.Module, posterior: Posterior, count: int, seed: int, samp
     base = require_lora(model).get_base_model()
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
-    how = Draws.of_weights(model, posterior, count, seed, sampling)
-    return [kept_draw(posterior, k, seed, sampling) for k in range(how.count)]
+    draws = weight_draws(model, posterior, draws)
+    return [kept_draw(posterior, k, draws.seed, draws.sampling) for k in range(draws.count)]
 
 
 def _grouped(decoder: Decoder, prompts: Sequence[Prompt], longest: int, size: int | None) -> list[list[list[int]]]:
