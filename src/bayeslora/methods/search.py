@@ -34,7 +34,7 @@ def draws_nll(
         Nats per example; infinite where the draws are not finite.
     """
     prediction = predict(model, posterior, rows, Draws(draws, seed), tokenizer=tokenizer, token_budget=budget)
-    return nll(prediction.log_p, rows.labels)
+    return float(nll(prediction.log_p, rows.labels))
 
 
 def smallest(function: Callable[[float], float], low: float, high: float, *, points: int = 61) -> float:

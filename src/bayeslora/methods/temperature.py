@@ -136,7 +136,7 @@ def _inverse_temperature(log_probs: Float[Tensor, "S N C"], labels: Tensor) -> f
 
     def loss(exponent: float) -> float:
         """Return the negative log-likelihood with the logarithm of 1/T."""
-        return nll(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing)), labels)
+        return float(nll(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing)), labels))
 
     return math.exp(smallest(loss, -_WIDEST, _WIDEST))
 

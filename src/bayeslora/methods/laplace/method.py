@@ -177,7 +177,7 @@ class Laplace(PostHoc):
             with swapped(model, posteriors[0].mean), readout.attached(model):
                 logits, covariances = logit_moments(model, posteriors, batches, len(rows))
             scores = [
-                nll(average(logit_draws(logits, c, LOGIT_DRAWS, options["seed"]).log_softmax(-1)), rows.labels)
+                float(nll(average(logit_draws(logits, c, LOGIT_DRAWS, options["seed"]).log_softmax(-1)), rows.labels))
                 for c in covariances
             ]
         best = min(range(len(scores)), key=lambda k: (scores[k], k))
