@@ -17,7 +17,7 @@ from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.templates import default_normalisation, own_columns
+from bayeslora.tasks.templates import default_normalisation, template_columns
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"
@@ -113,7 +113,7 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: 
 def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     """Return the test split of one other data set."""
     path, most = Path(name), rows or options.test_rows or None
-    template = like.format.template if own_columns(like.format.template) else None  # so that its columns are read
+    template = like.format.template if template_columns(like.format.template) else None  # so that its columns are read
     own = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
     if own and like.classes is not None:
         file = path if path.is_file() else find_file(path, ("test",))

@@ -11,7 +11,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.rows import split_from_rows
-from bayeslora.tasks.templates import own_columns
+from bayeslora.tasks.templates import template_columns
 from bayeslora.tasks.types import Example, Split
 
 
@@ -32,7 +32,7 @@ def split_of(
     Raises:
         InputError: If a row lacks a column, or a text is given where the template names columns.
     """
-    named = own_columns(like.format.template)
+    named = template_columns(like.format.template)
     examples = []
     for number, row in enumerate(asked):
         if isinstance(row, str):
