@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, run_folder
+from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server import Served
 
 EXAMPLES = """examples:
   bayeslora serve run                     the page is at http://127.0.0.1:8000, the interface at /v1
@@ -48,7 +48,6 @@ def run(options: Options) -> None:
     """Serve until the process is told to stop."""
     if options.draws > options.most_draws:
         raise InputError(f"--draws is {options.draws}, more than --most-draws, {options.most_draws}")
-    posterior_name(options.run)
     try:
         import uvicorn
 
@@ -90,7 +89,7 @@ def _served(options: Options) -> Served:
     from bayeslora.cli.build import load_transformed, model_for
     from bayeslora.cli.data import given_format, kept_format
     from bayeslora.cli.progress import own_progress
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server import Served
 
     folder = run_folder(Path(options.run))
     with own_progress():

@@ -13,15 +13,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_command(origin: Origin, folders: Mapping[str, Path]) -> str:
-    """Return the line that starts vLLM with exported adapters, or the sentence why it would refuse them.
-
-    Args:
-        origin: Where the posterior comes from.
-        folders: The adapters' folders, by the names to serve them under.
-
-    Returns:
-        One line.
-    """
+    """Return the line that starts vLLM with adapters in folders, by name, or the sentence why it would refuse them."""
     config = origin.adapter_config
     reasons = []
     if config.get("modules_to_save"):
