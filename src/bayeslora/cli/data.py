@@ -17,7 +17,7 @@ from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.templates import default_normalisation, own_columns
+from bayeslora.tasks.templates import default_normalisation, template_columns
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"
@@ -97,7 +97,9 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     other = load_task(
         None if is_path else name,
         path if is_path else folder or None,
-        template=like.format.template if own_columns(like.format.template) else None,  # so that its columns are read
+        template=like.format.template
+        if template_columns(like.format.template)
+        else None,  # so that its columns are read
         test_rows=limit,
         seed=options.task_seed,
         columns=named_columns(options) or None if is_path else None,
