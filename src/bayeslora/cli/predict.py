@@ -108,11 +108,11 @@ def _target(path: Path, overwrite: bool) -> Path:
 
 def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     """Return the rows as examples of the task that was trained on."""
-    from bayeslora.cli.data import build_task, given_format, kept_format, scored_as, split_like
+    from bayeslora.cli.data import build_task, format_from_options, saved_format, scored_as, split_like
 
-    like, tasks = kept_format(run_folder(Path(options.run)), options), scored_as(options, origin)
+    like, tasks = saved_format(run_folder(Path(options.run)), options), scored_as(options, origin)
     if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
-        like = given_format(tasks, rows.name, origin)
+        like = format_from_options(tasks, rows.name, origin)
     if like is None:
         task = build_task(tasks)
         like = next((s for s in (task.train, task.test) if s is not None), None)

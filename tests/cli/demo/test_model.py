@@ -62,7 +62,7 @@ def test_of_the_encoders_package_only_the_files_of_the_model_are_copied(tmp_path
     for name in ("__init__.py", *(f"model/{name}" for name in (*NEEDED, "README.md", "vocab.txt"))):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(name)
-    module._copy(package, tmp_path / "made")
+    module.copy_package(package, tmp_path / "made")
     copied = {path.name: path.read_text() for path in (tmp_path / "made").iterdir()}
     assert copied == {name: f"model/{name}" for name in NEEDED}
 
@@ -73,7 +73,7 @@ def test_mending_splits_digits_that_the_merges_would_join():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert tokenizer.tokenize("a  12") == ["a", "Ġ", "Ġ", "12"]
-    module._mend_tokenizer(tokenizer)
+    module.mend_tokenizer(tokenizer)
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == ("<|im_end|>", "<|im_end|>", 8192)
 

