@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import PredictOptions, option, run_option
 from bayeslora.cli.runs import run_folder
@@ -69,9 +69,9 @@ def run(options: Options) -> None:
         write_text(target, text)
 
 
-def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, Any]]:
+def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, object]]:
     """Return each row with its answer and its uncertainty; a field that the row has already is ``predicted_``…."""
-    own = {key for row in rows for key in row}
+    columns = {key for row in rows for key in row}
     scores = {
         "confidence": prediction.confidence,
         "entropy": prediction.entropy,
@@ -82,7 +82,7 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
         scores["monte_carlo_error"] = prediction.monte_carlo_error
     counts = prediction.draws_taken.tolist()
     every, answers = prediction.probs, prediction.answer
-    found = []
+    answered_rows = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
         probs = every[i, : len(example.choices)].tolist()
         new = {
@@ -91,8 +91,8 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
             "draws": counts[i],
             "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
         }
-        found.append({**row, **{f"predicted_{k}" if k in own else k: v for k, v in new.items()}})
-    return found
+        answered_rows.append({**row, **{f"predicted_{k}" if k in columns else k: v for k, v in new.items()}})
+    return answered_rows
 
 
 def _target(path: Path, overwrite: bool) -> Path:
@@ -121,12 +121,12 @@ def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     return split_like(rows, like, tasks)
 
 
-def _jsonl(answers: Sequence[Mapping[str, Any]]) -> str:
+def _jsonl(answers: Sequence[Mapping[str, object]]) -> str:
     """Return answers as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answers)
 
 
-def _csv(answers: Sequence[Mapping[str, Any]]) -> str:
+def _csv(answers: Sequence[Mapping[str, object]]) -> str:
     """Return answers as CSV, lists and mappings as JSON in their cell."""
     buffer = io.StringIO()
     columns = list(dict.fromkeys(key for row in answers for key in row))
