@@ -124,8 +124,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         else:
             self._forget()
         self._draws += 1
-        head = self.param_groups[0]
-        trained = [(p, group) for group in self.param_groups for p in group["params"]]
+        head, trained = self.param_groups[0], [(p, g) for g in self.param_groups for p in g["params"]]
         for number, (p, group) in enumerate(trained):
             if p.requires_grad:
                 key = seed_of("ivon", head["seed"], head["steps"], self._draws, number)
