@@ -28,7 +28,6 @@ EXAMPLES = """examples:
 
 The result is an ordinary adapter whose probabilities are close to those of the draws, at the cost of one pass. What the
 draws disagree about (mutual information) is lost. Rows that were not trained on are the better ones to learn from."""
-FREE = ("token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
@@ -46,7 +45,7 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, Transform
 def run(options: Options) -> None:
     """Distil, keep the adapter, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    check_folder(out, options, resume=False, free=FREE)
+    check_folder(out, options, resume=False)
     from bayeslora.cli.build import build_arguments, draws_of, load_transformed, model_for, report_run, save_run
     from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
