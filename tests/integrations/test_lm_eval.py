@@ -216,8 +216,7 @@ def test_is_greedy_says_whether_the_average_of_the_draws_would_write_the_text(mo
     lm = ours(model, posterior, 4)
     ids = make_tokenizer()(prompt)["input_ids"]
     wrong = [*answer.token_ids[:-1], (answer.token_ids[-1] + 1) % 80]
-    asked = [(("", ""), ids, list(answer.token_ids)), (("", ""), ids, wrong)]
-    assert [g for _, g in lm._loglikelihood_tokens(asked)] == [True, False]
+    assert lm.draw_log_likelihoods([(ids, list(answer.token_ids)), (ids, wrong)])[1].tolist() == [True, False]
 
 
 def test_a_models_state_is_what_it_was(model, posterior):
@@ -403,8 +402,8 @@ def test_predict_agrees_where_its_choices_are_whole_texts(model, posterior):
     lm = ours(model, posterior, 3)
     for n, example in enumerate(task.test):
         asked = [(render(example, form), answer_text(example, c, "likelihood")) for c in range(len(example.choices))]
-        pairs = [lm._encode_pair(*pair) for pair in asked]
-        found, _ = lm._scored(pairs, True)
+        pairs = [(lm.tok_encode(context), lm.tok_encode(text)) for context, text in asked]
+        found, _ = lm.draw_log_likelihoods(pairs)
         wanted = prediction.log_probs[:, n, : len(asked)]
         assert torch.allclose(found.log_softmax(1).float(), wanted, atol=1e-4)
 
