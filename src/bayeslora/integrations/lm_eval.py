@@ -94,23 +94,10 @@ class PosteriorLM(HFLM):
         self.progress = progress
         self._likelihoods = Likelihoods(model, drawn, readout, token_budget or default_token_budget(model))
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score texts after their contexts.
-
-        Args:
-            requests: The harness's requests, each with a context and a text.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            The log of the draws' mean likelihood of each text, and whether the text is what the average of the draws
-            would have written.
-        """
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)
-
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Score texts that are tokens already, and keep the answers in the harness's cache."""
+        """Score texts by the log of the draws' mean likelihood, and keep the answers in the harness's cache."""
         log_p, greedy = self.draw_log_likelihoods([request[1:] for request in requests], disable_tqdm)
         answers = list(zip(_log_mean(log_p).tolist(), greedy.tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -170,19 +157,7 @@ class PosteriorLM(HFLM):
     def draw_log_likelihoods(
         self, pairs: Sequence[Pair], disable_tqdm: bool = False
     ) -> tuple[Float[Tensor, "S N"], Bool[Tensor, " N"]]:
-        """Score texts under each draw; contexts that are too long lose their beginning.
-
-        Args:
-            pairs: N contexts and texts, as token ids.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            Log-likelihoods, float64, and whether each text is what the average of the draws would have written. Draws
-            that are all the same count as one.
-
-        Raises:
-            InputError: If a text has no token, or more than the model reads.
-        """
+        """Return log-likelihoods, and whether the average would write a text; long contexts lose their beginning."""
         shortened = []
         for context, text in pairs:
             if not 0 < len(text) <= self.max_length:
