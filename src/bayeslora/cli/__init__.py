@@ -44,19 +44,7 @@ Set BAYESLORA_TRACEBACK=1 to see where an error came from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; None takes the process's.
-
-    Returns:
-        Exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C.
-
-    Raises:
-        InputError: With BAYESLORA_TRACEBACK set, instead of its message.
-        OSError: With BAYESLORA_TRACEBACK set, instead of its message.
-        RuntimeError: Of a library below, unless it is a lack of memory.
-    """
+    """Run the command line; return 0, 2 for input that cannot be used, or 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)

@@ -78,7 +78,7 @@ def run(options: Options) -> None:
     from bayeslora.comparison.cached_runs import Study
 
     with own_progress():
-        methods = _methods(options)
+        methods = build_methods(options)
         args = build_arguments(options, out / "training", 0, device=options.device)
         task = build_task(options)
         if task.test is None or task.train is None:
@@ -118,7 +118,7 @@ def finish(study: Study, methods: Mapping[str, Inference], seeds: Sequence[int],
     return comparison
 
 
-def _methods(options: Options) -> dict[str, Inference]:
+def build_methods(options: Options) -> dict[str, Inference]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.settings import build_method
 

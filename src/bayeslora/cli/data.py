@@ -24,18 +24,7 @@ _FILE = "task.json"
 
 
 def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test") -> Task:
-    """Return the task that the options describe.
-
-    Args:
-        options: The options.
-        file_as: What a single file is.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: If neither a task nor data are named.
-    """
+    """Return the task that the options describe; ``file_as`` says what a single file is."""
     if not options.task and not options.data:
         raise InputError("name a task (--task openbookqa) or give your own data (--data FILE --text-column …)")
     return load_task(
@@ -56,15 +45,7 @@ def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test")
 
 
 def scored_as(options: TaskOptions, origin: Origin | None) -> TaskOptions:
-    """Return options with the normalisation of a posterior, where they name none.
-
-    Args:
-        options: The options.
-        origin: The posterior's.
-
-    Returns:
-        The options.
-    """
+    """Return options with the normalisation of a posterior, where they name none."""
     known = None if origin is None else origin.normalisation
     if known is None or options.normalisation != "auto":
         return options
@@ -78,31 +59,21 @@ def written(template: str) -> str:
 
 def named_columns(options: TaskOptions) -> dict[str, object]:
     """Return the columns that the options name, as `load_task` takes them."""
-    columns: dict[str, object] = {}
-    if options.text_column:
-        columns["text"] = options.text_column
-    if options.label_column:
-        columns["label"] = options.label_column
-    if options.choice_columns:
-        several = len(options.choice_columns) > 1
-        columns["choices"] = tuple(options.choice_columns) if several else options.choice_columns[0]
-    if options.classes:
-        columns["classes"] = tuple(options.classes)
-    return columns
+    choices = tuple(options.choice_columns)
+    columns: dict[str, object] = {
+        "text": options.text_column,
+        "label": options.label_column,
+        "choices": choices if len(choices) > 1 else "".join(choices),
+        "classes": tuple(options.classes),
+    }
+    return {key: value for key, value in columns.items() if value}
 
 
 def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: int = 0) -> dict[str, Split]:
-    """Return other data, put to the model as the first task is, by short names.
+    """Return the test splits of other known tasks or paths by short names, put to the model as the first task's is.
 
-    Args:
-        names: Known tasks, or paths to data with the same columns; ``./trec`` is a folder even where ``trec`` is a
-            known task.
-        options: The first task's options; its data folder is looked in for known tasks.
-        like: The first task's test split; classes, readout, few-shot examples and limits are taken from it.
-        rows: Most rows of each; 0: as many as of the first task's test split.
-
-    Returns:
-        Name to split; a path's name is its last part, with its folder where that is not enough.
+    ``./trec`` is a folder even where ``trec`` is a known task. A path's short name is its last part, with its folder
+    where that is not enough. ``rows`` is the most of each; 0: as many as of the first task.
     """
     short = [Path(name).stem for name in names]
     clear = [Path(name).stem if short.count(Path(name).stem) == 1 else f"{Path(name).parent.name}-{Path(name).stem}"
@@ -139,26 +110,12 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
 
 
 def keep_format(folder: Path, split: Split) -> None:
-    """Write down how a split is put to the model, so that a run can answer without the data that it was trained on.
-
-    Args:
-        folder: The run's folder.
-        split: The split that is trained on.
-    """
+    """Write down how a split is put to the model, so that a run can answer without its data."""
     write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
 
 
 def given_format(options: TaskOptions, name: str, origin: Origin | None) -> Split:
-    """Return how the options alone say that examples are put to the model, as a split without examples.
-
-    Args:
-        options: The options.
-        name: Name of the split.
-        origin: That of the posterior, which says the normalisation if the options do not.
-
-    Returns:
-        The empty split.
-    """
+    """Return how the options alone put examples to the model, as a split without examples."""
     kind: TaskKind = "class" if options.classes else "question"
     named = scored_as(options, origin).normalisation
     normalisation = default_normalisation(options.readout) if named == "auto" else named
@@ -167,19 +124,7 @@ def given_format(options: TaskOptions, name: str, origin: Origin | None) -> Spli
 
 
 def kept_format(folder: Path, options: TaskOptions) -> Split | None:
-    """Return how a run puts examples to the model, as a split without examples.
-
-    Args:
-        folder: The run's folder.
-        options: Options, which may ask for another template, readout or limit, or for fewer few-shot examples.
-
-    Returns:
-        The empty split; None if the folder does not say.
-
-    Raises:
-        InputError: If the folder's file is damaged, or the options ask for more few-shot examples than are kept or for
-            another normalisation.
-    """
+    """Return how a run puts examples to the model, as a split without any; None if its folder does not say."""
     kept = read_json(folder / _FILE)
     if not kept:
         return None
@@ -208,19 +153,7 @@ def _example(kept: dict[str, Any]) -> Example:
 
 
 def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
-    """Return rows as examples without labels, of the format of another split.
-
-    Args:
-        rows: The rows, with the columns that the options name, those of the known task, or the usual ones.
-        like: The split whose format and classes they get.
-        options: The options.
-
-    Returns:
-        The split, in the order of the rows.
-
-    Raises:
-        InputError: If there are no rows, or no choices.
-    """
+    """Return rows as examples without labels, with the format and the classes of another split."""
     if not len(rows):
         raise InputError(f"{rows.name} has no rows to answer")
     known = find_task(options.task) or find_task(Path(options.data).stem)
@@ -247,19 +180,7 @@ def _has(rows: Rows, columns: Columns, like: Split) -> bool:
 
 
 def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:
-    """Return the test split of a run's task, put to the model as in training.
-
-    Args:
-        options: The options, completed by those of the run.
-        folder: The run's folder.
-        inherited: Whether the data are those that the run was trained on.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: If there are no test examples, or a label is not one of the run's classes.
-    """
+    """Return the test split of a run's task, or of other data unless ``inherited``, put to the model as in training."""
     if inherited and Path(options.data).is_file():
         raise InputError(f"the run was trained on all of {options.data}; give test rows with --data FILE")
     like = kept_format(folder, options)

@@ -15,7 +15,7 @@ from bayeslora.cli.options import (
     option,
     run_option,
 )
-from bayeslora.cli.runs import check_folder, opened, posterior_name
+from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, Transform
 def run(options: Options) -> None:
     """Distil, keep the adapter, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    posterior_name(options.run)
     check_folder(out, options, resume=False, free=FREE)
     from bayeslora.cli.build import build_arguments, draws_of, load_transformed, model_for, report_run, save_run
     from bayeslora.cli.data import build_task, scored_as

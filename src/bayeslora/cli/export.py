@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, read_options, run_folder
+from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class Options(TransformOptions):
 def run(options: Options) -> None:
     """Write the adapters, print their folders, and say how vLLM serves them."""
     out = Path(options.out)
-    posterior_name(options.run)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} is there already; choose another --out")
     from bayeslora.cli.build import load_transformed

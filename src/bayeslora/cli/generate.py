@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.options import ModelOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
 
 EXAMPLES = """examples:
@@ -43,7 +42,6 @@ class Options(ModelOptions, TransformOptions):
 def run(options: Options) -> None:
     """Print the answers."""
     prompts = _prompts(options)
-    posterior_name(options.run)
     from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.prediction.generation import generate, generate_each

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name
 from bayeslora.errors import InputError
 from bayeslora.files import write_json
 
@@ -43,7 +42,6 @@ def run(options: Options) -> None:
     """Run the tasks, print the harness's table and keep the numbers."""
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
-    posterior_name(options.run)
     from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched

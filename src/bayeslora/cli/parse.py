@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from bayeslora.cli.options import INHERITED
-from bayeslora.cli.runs import read_options, run_folder
+from bayeslora.cli.runs import posterior_name, read_options, run_folder
 from bayeslora.cli.values import close_matches, load_yaml, read
 from bayeslora.errors import InputError
 
@@ -34,11 +34,13 @@ def parse(kind: type[Options], argv: Sequence[str], *, verb: str, examples: str)
         values = _from_run(str(values["run"]), options, hints) | values
     for name, value in values.items():
         _check_limits(name, value, options[name])
-    found = kind(**values)
+    parsed = kind(**values)
     for name, f in options.items():
-        if f.metadata["required"] and not getattr(found, name):
+        if f.metadata["required"] and not getattr(parsed, name):
             raise InputError(f.metadata["required"])
-    return found
+    if "run" in options:
+        posterior_name(str(values["run"]))  # refuses an unfinished run before anything slow is imported
+    return parsed
 
 
 def _flag(name: str) -> str:

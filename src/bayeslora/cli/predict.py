@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.options import PredictOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, run_folder
+from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 from bayeslora.files import write_text
 
@@ -45,7 +45,6 @@ class Options(PredictOptions):
 def run(options: Options) -> None:
     """Read rows, answer them, and write them with their answers."""
     target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
-    posterior_name(options.run)
     from bayeslora.cli.build import load_transformed, model_for, predict_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
@@ -71,17 +70,7 @@ def run(options: Options) -> None:
 
 
 def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, Any]]:
-    """Return each row with its answer and its uncertainty.
-
-    Args:
-        rows: The rows as they were read.
-        split: The same rows as examples.
-        prediction: Their prediction.
-
-    Returns:
-        The row's own fields, then the answer's; where rows have a field of the same name, as data with an ``answer``
-        do, the new one is called ``predicted_`` and that name.
-    """
+    """Return each row with its answer and its uncertainty; a field that the row has already is ``predicted_``…."""
     own = {key for row in rows for key in row}
     scores = {
         "confidence": prediction.confidence,

@@ -18,11 +18,7 @@ from bayeslora.cli.terminal import say, watched
 
 @contextmanager
 def own_progress() -> Iterator[None]:
-    """Show our progress in the place of the Trainer's, and no bars for what takes a second.
-
-    Yields:
-        Nothing; afterwards the libraries show theirs as before.
-    """
+    """Show our progress in the place of the Trainer's, and no bars for what takes a second."""
     bars, mapping_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     shown, verbosity = trainer.DEFAULT_PROGRESS_CALLBACK, transformers_logging.get_verbosity()
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, run_folder
+from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def run(options: Options) -> None:
     """Serve until the process is told to stop."""
     if options.draws > options.most_draws:
         raise InputError(f"--draws is {options.draws}, more than --most-draws, {options.most_draws}")
-    posterior_name(options.run)
     try:
         import uvicorn
 

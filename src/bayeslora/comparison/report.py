@@ -37,7 +37,7 @@ def write_table(study: Study, comparison: Comparison) -> str:
     notes = [*failed, *warnings(comparison)]
     write_text(out / "results.md", "\n\n".join([text_table(rows, markdown=True), *notes]) + "\n")
     numbers = {
-        "rows": rows,
+        "rows": [row.to_dict() for row in rows],
         "temperatures": comparison.temperatures,
         "failures": comparison.failures,
         "evaluations": {m: {s: e.to_dict() for s, e in by.items()} for m, by in comparison.evaluations.items()},

@@ -56,7 +56,8 @@ def calibration(
         ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics.classification`.
     """
     log_p, labels = choice_log_probs(samples, normalisation, tokens)
-    return {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
+    scores = {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
+    return {name: float(score) for name, score in scores.items()}
 
 
 def add_calibration(

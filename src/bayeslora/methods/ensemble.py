@@ -80,12 +80,7 @@ class Ensemble(Method):
     together: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an empty ensemble and one inside another.
-
-        Raises:
-            InputError: If there is no member, or the member is an ensemble, or not a point while dropout is asked for,
-                or members are to be trained together that are not plain.
-        """
+        """Refuse an empty ensemble, one inside another, and options that the members' method does not serve."""
         if self.members < 1:
             raise InputError(f"an ensemble needs at least 1 member, and it has {self.members}")
         if isinstance(self.member, Ensemble):

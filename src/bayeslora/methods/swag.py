@@ -65,11 +65,7 @@ class Swag(Method):
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range; the message says which.
-        """
+        """Refuse settings that have no meaning."""
         if self.kind not in ("full", "diagonal", "swa"):
             raise InputError(f"kind must be full, diagonal or swa, and it is {self.kind!r}")
         if self.start < 0 or (isinstance(self.start, float) and self.start >= 1):
@@ -87,10 +83,10 @@ class Swag(Method):
         return {"callbacks": [collector, MetricsCallback(self.name, collector.metrics)]}
 
     def posterior(self, model: nn.Module) -> Posterior:
-        """Return the Gaussian over the collected path; a `Point` for ``swa``.
+        """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`.
 
         Raises:
-            InputError: If the model was not trained with SWAG, or too few snapshots were collected.
+            InputError: If too few snapshots were collected.
         """
         moments: Moments = require_record(model, self.name).learned
         needed = 1 if self.kind == "swa" else 2

@@ -57,7 +57,7 @@ def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
     return (torch.logsumexp(log_probs.double(), dim=0) - count.log()[:, None]).to(log_probs.dtype)
 
 
-def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch"]:
+def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
     """Compute the entropy H(p) = -Σ_c p_c log p_c, where 0 log 0 = 0.
 
     Args:

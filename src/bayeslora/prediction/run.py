@@ -103,17 +103,8 @@ def predict(
             disable=not options.progress,
         ) as bar,
     ):
-        passes = Passes(
-            model,
-            readout,
-            rows,
-            classes,
-            token_budget or default_token_budget(model),
-            bar.update,
-            options.stack,
-            options.share_prefix,
-            options.compile,
-        )
+        budget = token_budget or default_token_budget(model)
+        passes = Passes(model, readout, rows, classes, budget, bar.update, options)
         log_probs, at_mean = _answers(passes, posterior, draws, mean)
     components = members_of(posterior, len(log_probs))
     error = torch.zeros(len(split))

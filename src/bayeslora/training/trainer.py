@@ -25,7 +25,7 @@ from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.readouts import Readout
 from bayeslora.training.joint_ensemble import Lanes
 
-SCORES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
+SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": metrics.accuracy,
     "nll": metrics.nll,
     "ece": metrics.ece,
@@ -109,7 +109,7 @@ def scoring(choices: int) -> dict[str, Any]:
         log_p, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
         if bool(log_p.isnan().any()):
             return dict.fromkeys(SCORES, math.nan)
-        return {name: score(log_p, labels) for name, score in SCORES.items()}
+        return {name: float(score(log_p, labels)) for name, score in SCORES.items()}
 
     return {"compute_metrics": scores, "preprocess_logits_for_metrics": log_probs}
 

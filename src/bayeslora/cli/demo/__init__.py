@@ -49,14 +49,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Compare the methods on a small model, and say in words what came of it.
-
-    Args:
-        options: The options.
-
-    Raises:
-        InputError: If the task lacks a train or a test split.
-    """
+    """Compare the methods on a small model, and say in words what came of it."""
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("methods",))
     from bayeslora.cli.compare import finish
@@ -78,14 +71,7 @@ def run(options: Options) -> None:
 
 
 def methods_of(options: Options) -> dict[str, Inference]:
-    """Return the methods by their names.
-
-    Args:
-        options: The options.
-
-    Returns:
-        The methods; SWAG with its learning rate, BLoB on the evidence bound.
-    """
+    """Return the methods by their names; SWAG with its learning rate, BLoB on the evidence bound."""
     from bayeslora.cli.settings import build_method
 
     settings = _settings(options)
@@ -98,19 +84,7 @@ def _settings(options: Options) -> dict[str, list[str]]:
 
 
 def prepared(options: Options, out: Path, dtype: Any = None) -> tuple[Any, str]:
-    """Return what is the same for all methods of the demo.
-
-    Args:
-        options: The options.
-        out: Folder of the results.
-        dtype: Dtype of the base model; None for the machine's.
-
-    Returns:
-        The study, and the name of its other data.
-
-    Raises:
-        InputError: If the task lacks a train or a test split.
-    """
+    """Return what is the same for all methods, with its files in ``out``, and the name of the other data."""
     from bayeslora.cli.build import build_arguments
     from bayeslora.cli.terminal import say
     from bayeslora.comparison.cached_runs import Study

@@ -67,7 +67,7 @@ def reliability_diagram(curves: Curves, bins: int = 15) -> Figure:
 def risk_coverage_plot(curves: Curves) -> Figure:
     """Draw the error rate of the answers when the least confident are left out; the legend gives the areas (AURC)."""
     curves = _checked(curves)
-    areas = {name: aurc(log_p, labels) for name, (log_p, labels) in curves.items()}
+    areas = {name: float(aurc(log_p, labels)) for name, (log_p, labels) in curves.items()}
     with style.styled():
         from matplotlib.ticker import MaxNLocator
 

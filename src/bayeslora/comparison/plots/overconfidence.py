@@ -76,7 +76,7 @@ def overconfidence_picture(
 def _draw_confidence(column: style.Column, prediction: Prediction, labels: Tensor, bins: int, low: float) -> str:
     """Draw a reliability diagram; return in words what the predictor claims and what is true on average."""
     axes, log_p = column.panels["reliability"], prediction.log_p.detach()
-    says, right = float(log_p.double().amax(-1).exp().mean()), accuracy(log_p, labels)
+    says, right = float(log_p.double().amax(-1).exp().mean()), float(accuracy(log_p, labels))
     draw_reliability(axes, reliability(log_p, labels, bins), column.colour)
     axes.plot([says, says], [says, right], label="average", zorder=4, **AVERAGE)
     style.percent_axis(axes, "x", "confidence", low=low)

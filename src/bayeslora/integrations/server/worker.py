@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
@@ -21,6 +20,7 @@ from bayeslora.integrations.server.errors import busy
 from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.params import Params, evaluating, require_lora, swapped
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
+from bayeslora.prediction.memory import in_halves
 
 Result = TypeVar("Result")
 
@@ -121,15 +121,22 @@ class Worker:
         return batch
 
     def _generate(self, jobs: list[Generation]) -> None:
-        """Generate the rows of some requests in one batch."""
+        """Generate the rows of some requests in one batch, in halves where memory does not suffice."""
         rows = [row for job in jobs for row in job.rows]
         self.batches.append(len(rows))
-        self._decode(rows, self.served.draws_of(jobs[0].model, jobs[0].draws))
+        draws = self.served.draws_of(jobs[0].model, jobs[0].draws)
+
+        def untold(batch: Sequence[Row]) -> bool:
+            """Say whether a batch may start again: nobody has seen a token of it."""
+            return not any(row.notes for row in batch)
+
+        if in_halves(lambda batch: self._decode(batch, draws), [rows], untold):
+            raise InputError("the prompt does not fit into memory")
         for row in rows:
             row.on_token(None)
 
     def _decode(self, rows: Sequence[Row], draws: list[Params]) -> None:
-        """Generate rows; a batch too large for memory is halved if nothing of it is there yet."""
+        """Generate rows in one batch."""
         tokenizer = self.served.tokenizer
         ends = ends_of(require_lora(self.served.model).get_base_model(), {})
 
@@ -147,18 +154,7 @@ class Worker:
             "logits_processor": LogitsProcessorList([RowSampler(rows)]),
         }  # fmt: skip
         decoder = Decoder(self.served.model, draws, True, tokenizer, settings)
-        try:
-            decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or any(row.notes for row in rows):
-                raise
-            if len(rows) == 1:
-                raise InputError("the prompt does not fit into memory") from error
-        else:
-            return
-        clear_device_cache(garbage_collection=True)
-        for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            self._decode(part, draws)
+        decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
 
 
 @torch.inference_mode()

@@ -93,11 +93,7 @@ class Blob(Method):
     tokens_per_row: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range.
-        """
+        """Refuse settings that have no meaning."""
         if self.update not in ("paper", "elbo"):
             raise InputError(f"update must be paper or elbo, and it is {self.update!r}")
         if self.preset is not None and self.preset not in PRESETS:
@@ -113,34 +109,20 @@ class Blob(Method):
             raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
 
     def setting(self, key: Setting) -> float | None:
-        """Return a setting as it is used.
-
-        Args:
-            key: Its name.
-
-        Returns:
-            What is given, or the preset's, or the default; None where the matrix says it.
-        """
+        """Return a setting as it is used: as given, or the preset's, or the default; None where the matrix says it."""
         given: float | None = getattr(self, key)
         if given is None and key == "relative_prior":
             return self.setting("relative_spread")
         return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if given is None else given
 
     def number(self, key: Setting) -> float:
-        """Return a setting that always has a value.
-
-        Args:
-            key: Its name.
-
-        Returns:
-            The value.
-        """
+        """Return a setting that always has a value."""
         value = self.setting(key)
         assert value is not None
         return value
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
-        """Put the Gaussian layers into the model, so that its optimiser will know them.
+        """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`.
 
         Returns:
             The callback that trains them, and the one that logs how they do.
@@ -153,11 +135,7 @@ class Blob(Method):
         return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
-        """Return the Gaussian over A, with B at its mean.
-
-        Raises:
-            InputError: If the model was not trained with BLoB.
-        """
+        """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""
         spreads: Params = require_record(model, self.name).learned
         variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
         return DiagonalGaussian(read(model), variance, origin_for(model, self))
