@@ -17,8 +17,7 @@ from transformers import LogitsProcessorList
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.decoding import Choosing, Row
 from bayeslora.params import Params, evaluating, require_lora, swapped
-from bayeslora.posteriors import Point, Posterior
-from bayeslora.prediction.draws import kept_draw
+from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
 from bayeslora.tasks.types import Split
 
@@ -81,7 +80,7 @@ class Served:
         Args:
             index: Its number.
         """
-        return kept_draw(self.posterior, index, self.seed, "independent")
+        return self.posterior.cached_draw(index, Draws(seed=self.seed))
 
 
 @final

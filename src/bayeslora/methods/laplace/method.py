@@ -34,9 +34,10 @@ from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, lora_parameters, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
+from bayeslora.posteriors.linearised import LOGIT_DRAWS, Linearisable, logit_draws
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.prediction.jacobians import Site, linear_sites
-from bayeslora.prediction.linearised import LOGIT_DRAWS, Gaussian, gradient_budget, logit_draws, logit_moments
+from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split, Task, labelled
@@ -144,7 +145,7 @@ class Laplace(PostHoc):
         with swapped(model, mean), readout.attached(model):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
 
-        def around(precision: float) -> Gaussian:
+        def around(precision: float) -> KroneckerGaussian | DiagonalGaussian:
             """Return the posterior with a prior precision."""
             return curvature.posterior(mean, precision, origin)
 
@@ -165,7 +166,11 @@ class Laplace(PostHoc):
         return Linearised(found, origin) if self.predictive == "linearised" else found
 
     def _by_validation(
-        self, model: nn.Module, around: Callable[[float], Gaussian], rows: Split, options: dict[str, Any]
+        self,
+        model: nn.Module,
+        around: Callable[[float], Linearisable],
+        rows: Split,
+        options: dict[str, Any],
     ) -> float:
         """Return the candidate whose predictions have the lowest negative log-likelihood."""
         posteriors = [around(precision) for precision in CANDIDATES]
