@@ -46,7 +46,7 @@ def one(arguments: argparse.Namespace, seed: int, dtype: str, out: Path) -> None
     result = {
         "seconds": time.perf_counter() - began,
         "methods": {
-            v.name: {"ece": v.error, "kl": v.divergence, "accuracy": v.right, "says": v.says, "outcome": v.outcome}
+            v.name: {"ece": v.ece, "kl": v.kl, "accuracy": v.accuracy, "says": v.confidence, "outcome": v.outcome}
             for v in judged
         },
     }

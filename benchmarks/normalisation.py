@@ -31,7 +31,7 @@ def measured(model: Any, tokenizer: Any, task: Task, name: str) -> list[dict[str
     test = task.test
     assert test is not None
     log_p = bl.predict(model, Point(read(model)), test, 1, tokenizer=tokenizer).log_p
-    rows = [row(f"{name}: {measure}", score(log_p, test.labels), None, "") for measure, score in SCORES.items()]
+    rows = [row(f"{name}: {measure}", float(score(log_p, test.labels)), None, "") for measure, score in SCORES.items()]
     print("  " + ", ".join(f"{found['name']} {found['value']:.4f}" for found in rows), flush=True)
     return rows
 

@@ -32,13 +32,13 @@ def distance(name: str, prediction: Any, reference: Any, labels: torch.Tensor) -
     """Return how far a prediction's measures are from the reference's, in half-widths of its bootstrap interval."""
     found = []
     for measure, score in (("accuracy", accuracy), ("NLL", nll), ("ECE", ece)):
-        low, high = bootstrap(score, reference.log_p, labels, resamples=500)
-        value = score(prediction.log_p, labels)
+        low, high = bootstrap(score, (reference.log_p, labels), resamples=500)
+        value = float(score(prediction.log_p, labels))
         centre, half = (low + high) / 2, (high - low) / 2
         found.append(
             row(f"{name}: {measure}, distance in half intervals", abs(value - centre) / half, 1.0, "intervals")
         )
-        wanted = score(reference.log_p, labels)
+        wanted = float(score(reference.log_p, labels))
         print(f"  {name}: {measure} {value:.4f}, {MANY} draws {wanted:.4f} [{low:.4f}, {high:.4f}]")
     return found
 
@@ -64,13 +64,13 @@ def few_against_ten(ours: Any, reference: torch.Tensor, labels: torch.Tensor) ->
     for labels that follow them and has far less noise.
     """
     lost: dict[str, list[tuple[float, float]]] = {}
-    best = nll(reference, labels)
+    best = float(nll(reference, labels))
     for seed in range(SEEDS):
         for sampling, counts in FEW.items():
             found = ours(draws=bl.Draws(max(counts), seed, sampling)).log_probs
             for count in counts:
                 log_p = average(found[:count])
-                beyond = (nll(log_p, labels) - best, float(divergences(reference, log_p).mean()))
+                beyond = (float(nll(log_p, labels)) - best, float(divergences(reference, log_p).mean()))
                 lost.setdefault(f"{count} {sampling}", []).append(beyond)
     rows = []
     for number, measure in enumerate(("NLL", "divergence")):
@@ -105,7 +105,7 @@ def one_adapter(
         one = bl.distill(model, posterior, rows, args, bl.Draws(20, 100, "simplex"), tokenizer=tokenizer)
     answers = bl.predict(model, one, test, 1, tokenizer=tokenizer)
     for name, log_p in (("draws", said.log_p), ("mean", said.mean_log_probs), ("distilled", answers.log_p)):
-        measures = [score(log_p, test.labels) for score in (accuracy, nll, ece)]
+        measures = [float(score(log_p, test.labels)) for score in (accuracy, nll, ece)]
         print(f"  {name}: accuracy {measures[0]:.3f}, NLL {measures[1]:.3f}, ECE {measures[2]:.3f}")
     if one.origin is not None:
         print(f"  {one.origin.settings}")
@@ -117,7 +117,7 @@ def one_adapter(
         },
         rounds,
     )
-    gap = abs(ece(answers.log_p, test.labels) - ece(said.log_p, test.labels))
+    gap = abs(float(ece(answers.log_p, test.labels) - ece(said.log_p, test.labels)))
     return [
         row(f"distilled from {len(free)} rows: ECE's distance from the draws', {len(test)} rows", gap, 0.02, "ECE"),
         row("distilled / a point, time", ratio(took, "distilled", "MAP"), 1.1),

@@ -14,8 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bayeslora as bl
-from bayeslora.integrations.server import make_app
-from bayeslora.integrations.server.worker import Served
+from bayeslora.integrations.server import Served, make_app
 from bayeslora.params import read
 from bayeslora.tasks.types import Format, Split
 

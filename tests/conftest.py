@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 # among them, since it looks at shapes itself and refuses them in words
 SHAPE_CHECKED = (
     "metrics.classification",
-    "metrics.batched",
     "metrics.uncertainty",
     "prediction.batching",
     "prediction.readouts",

@@ -66,6 +66,20 @@ def read_object(path: Path, missing: str) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write JSON at once or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file at once or not at all; one that is there is replaced."""
+    try:
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def _take_place(work: Path, target: Path) -> None:
     """Move a folder into the place of the target; the old target goes after that, and stays if the move fails."""
     if not target.exists():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.cli_data import POINTS, QUICK, question_rows, write_rows
 
-from bayeslora.cli import main, runs
+from bayeslora import files
+from bayeslora.cli import main
 from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.methods import Map, Swag
@@ -134,7 +135,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(InputError, match="No space left"):
-        runs.write_json(target, {})
+        files.write_json(target, {})
     assert target.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
 

@@ -195,17 +195,17 @@ def test_a_folder_that_has_a_known_tasks_name_does_not_hide_the_task(refused, ba
     )
     from support.tiny import make_split
 
-    from bayeslora.cli.data import _other
+    from bayeslora.cli.data import other_splits
     from bayeslora.cli.options import TaskOptions
 
     with pytest.raises(InputError, match="openbookqa"):
-        _other("openbookqa", TaskOptions(), make_split("test", 3, 0, classes=False), 0)
+        other_splits(["openbookqa"], TaskOptions(), make_split("test", 3, 0, classes=False))
 
 
 def test_all_stands_for_every_method_and_labels_cannot_leave_the_folder(refused, home, tmp_path):
-    from bayeslora.cli.compare import EVERY, Options, _methods
+    from bayeslora.cli.compare import EVERY, Options, build_methods
     from bayeslora.methods import METHODS
 
     assert {name.partition(":")[0] for name in EVERY} == METHODS.keys()
-    assert list(_methods(Options(methods=["all", "elbo=blob"]))) == [*EVERY, "elbo"]
+    assert list(build_methods(Options(methods=["all", "elbo=blob"]))) == [*EVERY, "elbo"]
     assert "without a slash" in refused("compare", *home.marbles(), "--methods", "a/b=map", "--out", tmp_path / "b")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import gaussian, make_model
 
-from bayeslora.cli.export import serving
+from bayeslora.integrations.openai.serving import vllm_command
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.provenance import Origin
 
@@ -99,7 +99,7 @@ def test_names_of_several_exports_do_not_meet(tmp_path):
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (33, 64), (257, 320), (321, 512), (512, 512)])
 def test_the_rank_is_the_next_that_vllm_takes(rank, allowed):
-    words = shlex.split(serving(origin_with(r=rank), FOLDERS))
+    words = shlex.split(vllm_command(origin_with(r=rank), FOLDERS))
     assert words[words.index("--max-lora-rank") + 1] == str(allowed)
     assert words[2] == "org/base"
     assert words[-1] == "draw-001=/x y/draw-001"
@@ -116,14 +116,14 @@ def test_the_rank_is_the_next_that_vllm_takes(rank, allowed):
     ],
 )
 def test_what_vllm_does_not_serve_is_said(config, told):
-    said = serving(origin_with(**config), FOLDERS)
+    said = vllm_command(origin_with(**config), FOLDERS)
     assert told in said
     assert said.startswith("vLLM does not serve these adapters: ")
     assert "vllm serve" not in said
 
 
 def test_two_reasons_are_one_sentence():
-    assert "they are DoRA and they have biases" in serving(origin_with(use_dora=True, bias="all"), FOLDERS)
+    assert "they are DoRA and they have biases" in vllm_command(origin_with(use_dora=True, bias="all"), FOLDERS)
 
 
 def test_a_classification_head_is_exported_and_not_served(bay, bert_run, tmp_path):

@@ -172,11 +172,11 @@ def test_a_setting_that_is_given_twice_is_refused() -> None:
 
 
 def test_a_tuple_is_a_word_of_compare_and_a_list_of_a_file(refused: Any, home: Any, tmp_path: Path) -> None:
-    from bayeslora.cli.compare import Options, _methods
+    from bayeslora.cli.compare import Options, build_methods
     from bayeslora.cli.parse import parse
     from bayeslora.cli.train import Options as Train
 
-    made = _methods(Options(methods=["slow=ivon"], set=["slow.betas=[0.9,0.99999]"]))
+    made = build_methods(Options(methods=["slow=ivon"], set=["slow.betas=[0.9,0.99999]"]))
     assert made == {"slow": Ivon(betas=(0.9, 0.99999))}
     (tmp_path / "run.yaml").write_text("method: ivon\nset: {betas: [0.9, 0.99999], rescale_lr: true, preset: null}\n")
     options = parse(Train, ["--config", str(tmp_path / "run.yaml")], verb="train", examples="")

@@ -300,7 +300,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tm
         raise OSError(28, "No space left on device")
 
     figure = risk_coverage_plot(curves(1))
-    monkeypatch.setattr("bayeslora.comparison.plots.style.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match=r"cannot write the figure to .*figure\.svg \(No space left"):
         save(figure, path)
     assert path.read_text() == "old"

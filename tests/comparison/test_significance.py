@@ -45,7 +45,7 @@ def made() -> tuple[Comparison, Tensor]:
 
 def test_a_clearly_worse_row_has_no_mark_and_an_equal_one_is_tied(made: tuple[Comparison, Tensor]) -> None:
     found, labels = made
-    rows = {row["name"]: row["marks"] for row in marked(found, comparison_rows(found), labels, resamples=400)}
+    rows = {row.name: row.marks for row in marked(found, comparison_rows(found), labels, resamples=400)}
     for heading in ("accuracy", "NLL", "Brier", "AURC"):
         assert sorted(rows[f"{n}, 3 draws"][heading] for n in ("good", "alike")) == ["best", "tied"]
         assert heading not in rows["poor, 3 draws"]
@@ -66,7 +66,7 @@ def test_the_tie_of_a_row_with_itself_is_a_tie_whatever_the_order(made: tuple[Co
         },
     )
     rows = marked(twice, comparison_rows(twice), labels, resamples=50)
-    marks = [row["marks"]["NLL"] for row in rows if row["predictor"] == "draws"]
+    marks = [row.marks["NLL"] for row in rows if row.predictor == "draws"]
     assert marks == ["best", "tied"]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bayeslora.comparison.costs import Cost
 from bayeslora.comparison.run import Comparison
-from bayeslora.comparison.tables import comparison_rows, text_table
+from bayeslora.comparison.tables import Row, comparison_rows, text_table
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 
@@ -36,11 +36,11 @@ def comparison() -> Comparison:
 
 
 def test_a_point_has_one_row_and_every_other_posterior_one_for_its_mean_and_one_for_its_draws(comparison):
-    assert [row["name"] for row in comparison_rows(comparison)] == ["map", "swag, mean", "swag, 3 draws"]
+    assert [row.name for row in comparison_rows(comparison)] == ["map", "swag, mean", "swag, 3 draws"]
 
 
 def test_a_row_holds_one_number_per_seed_and_they_are_the_evaluations(comparison):
-    rows = {row["name"]: row for row in comparison_rows(comparison)}
+    rows = {row.name: row.numbers for row in comparison_rows(comparison)}
     for name, method, predictor in (("map", "map", "draws"), ("swag, mean", "swag", "mean")):
         wanted = [e.value(predictor, "nll") for e in comparison.evaluations[method].values()]
         assert rows[name]["NLL"] == wanted
@@ -51,8 +51,12 @@ def test_a_row_holds_one_number_per_seed_and_they_are_the_evaluations(comparison
 
 
 def test_cells_are_the_number_or_mean_and_sample_deviation_and_blank_where_there_is_none():
-    rows = [{"name": "a", "NLL": [1.0, 2.0], "train s": [3.0, 4.0]}, {"name": "b", "NLL": [0.5], "train s": [120.4]}]
-    rows.append({"name": "c", "NLL": [math.nan]})
+    numbers = {
+        "a": {"NLL": [1.0, 2.0], "train s": [3.0, 4.0]},
+        "b": {"NLL": [0.5], "train s": [120.4]},
+        "c": {"NLL": [math.nan]},
+    }
+    rows = [Row(name, name, "draws", of_row) for name, of_row in numbers.items()]
     lines = text_table(rows).splitlines()
     assert lines[2].split("  ")[-2:] == ["1.500 ± 0.707", "3.5 ± 0.7"]
     assert lines[3].split() == ["b", "0.500", "120"]

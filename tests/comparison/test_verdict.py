@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bayeslora.comparison.verdict import in_words, median_seed, verdicts
+from bayeslora.comparison.verdict import in_words, verdicts
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 
@@ -44,7 +44,7 @@ def test_where_the_truth_is_known_a_cure_is_closer_to_it_than_a_guess():
     truth = torch.tensor([0.3, 0.7]).expand(ROWS, 2)
     found = verdicts({"map": says(0.97), "exact": says(0.7), "shy": says(0.53)}, LABELS, None, truth)
     assert [v.outcome for v in found] == ["reference", "cured", "better"]
-    assert found[1].divergence == pytest.approx(0.0, abs=1e-6)
+    assert found[1].kl == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_sentences_say_what_cured_what_did_not_and_what_to_try_next():
@@ -78,13 +78,6 @@ def test_other_data_and_the_divergence_of_a_guess_are_named_where_they_are_known
     said = "\n".join(in_words(found, 0.08, "weather"))
     assert "KL 0.08" in said
     assert "weather: AUROC 0.50 by map, at best 1.00 by ivon" in said
-
-
-def test_the_median_seed_is_the_one_nearest_to_the_medians():
-    assert median_seed({0: [0.1, 0.9], 1: [0.2, 0.5], 2: [0.3, 0.4]}) == 1
-    assert median_seed({7: [1.0]}) == 7
-    with pytest.raises(InputError):
-        median_seed({})
 
 
 def test_nothing_to_judge_is_refused():

@@ -200,7 +200,7 @@ def test_each_evaluation_measures_the_adapter_as_it_is_then(
     log_p = predict(model, here, task.validation, 1, tokenizer=tokenizer).log_probs[0]
     tolerance = 0.05 if kind.dtype == torch.bfloat16 else 1e-4
     for score in ("accuracy", "nll", "brier", "ece"):
-        wanted = getattr(metrics, score)(log_p, task.validation.labels)
+        wanted = float(getattr(metrics, score)(log_p, task.validation.labels))
         if kind.dtype == torch.float32 or score in ("nll", "brier"):
             assert last[f"eval_{score}"] == pytest.approx(wanted, rel=tolerance, abs=tolerance)
     assert last["eval_nll"] == pytest.approx(last["eval_loss"], rel=1e-2)

@@ -207,17 +207,13 @@ def test_choices_of_a_question_share_its_context():
 
 
 def test_is_greedy_says_whether_the_average_of_the_draws_would_write_the_text(model, posterior):
-    prompt = "bag holds 3 red, 4 blue. Answer:"
-    answer = generate(model, posterior, [prompt], 4, tokenizer=make_tokenizer(), max_new_tokens=4)[0]
-    texts = ["".join(answer.tokens[: k + 1]) for k in range(len(answer.tokens))]
-    texts = [
-        t for t in texts if make_tokenizer()(prompt + t)["input_ids"][-1:] == make_tokenizer()(t)["input_ids"][-1:]
-    ]
-    lm = ours(model, posterior, 4)
-    ids = make_tokenizer()(prompt)["input_ids"]
-    wrong = [*answer.token_ids[:-1], (answer.token_ids[-1] + 1) % 80]
-    asked = [(("", ""), ids, list(answer.token_ids)), (("", ""), ids, wrong)]
-    assert [g for _, g in lm._loglikelihood_tokens(asked)] == [True, False]
+    tokenizer, prompt = make_tokenizer(), "bag holds 7 red, 4 blue. Answer:"
+    answer = generate(model, posterior, [prompt], 4, tokenizer=tokenizer, max_new_tokens=4)[0]
+    words = tokenizer.convert_ids_to_tokens(answer.token_ids)
+    text, wrong = "".join(words), "".join([*words[:-1], " red"])
+    assert tokenizer(prompt + text)["input_ids"] == [*tokenizer(prompt)["input_ids"], *answer.token_ids]
+    asked = requests("loglikelihood", [(prompt, text), (prompt, wrong)])
+    assert [g for _, g in ours(model, posterior, 4).loglikelihood(asked)] == [True, False]
 
 
 def test_a_models_state_is_what_it_was(model, posterior):

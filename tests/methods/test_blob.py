@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from bayeslora import fit
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Map
-from bayeslora.methods.blob.layer import BlobLinear, _Flipout, _sign_words, attach, begin, detach
+from bayeslora.methods.blob.layer import BlobLinear, Flipout, attach, begin, detach, sign_words
 from bayeslora.methods.blob.method import kl_divergence, kl_weight, paper_cycle
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, lora_parameters, read
@@ -94,8 +94,8 @@ def test_flipouts_output_has_mean_mx_and_the_variance_of_a_draw_per_token():
 
 def test_flipouts_gradients_are_those_of_finite_differences():
     x, mean, noise = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (70, 2, 2))
-    into, out = _sign_words(x, 3), _sign_words(x, 2)  # 70 rows: two words a column
-    assert torch.autograd.gradcheck(lambda *tensors: _Flipout.apply(*tensors, into, out), (x, mean, noise))
+    into, out = sign_words(x, 3), sign_words(x, 2)  # 70 rows: two words a column
+    assert torch.autograd.gradcheck(lambda *tensors: Flipout.apply(*tensors, into, out), (x, mean, noise))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -103,8 +103,8 @@ def test_flipouts_signs_are_of_size_one_and_half_of_them_minus(dtype):
     rows, width = 1000, 7
     one = torch.ones(rows, width, dtype=dtype)
     eye, nothing = torch.eye(width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
-    plus = _sign_words(one, width) * 0
-    signs = _Flipout.apply(one, nothing, eye, _sign_words(one, width), plus).double()
+    plus = sign_words(one, width) * 0
+    signs = Flipout.apply(one, nothing, eye, sign_words(one, width), plus).double()
     assert bool((signs.abs() == 1).all())
     assert bool((signs.mean(0).abs() < 5 / math.sqrt(rows)).all())  # 5 deviations
     assert float((signs.T @ signs / rows - torch.eye(width)).abs().max()) < 5 / math.sqrt(rows)

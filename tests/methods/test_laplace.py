@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Laplace
-from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated, ggn_root
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated, ggn_root
 from bayeslora.methods.laplace.method import log_occam_factor, maximise_marginal_likelihood
+from bayeslora.methods.laplace.sketch import Factor
 from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, Draws, KroneckerGaussian, Linearised
 from bayeslora.posteriors.linearised import LOGIT_DRAWS, logit_draws

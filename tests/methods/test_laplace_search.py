@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Laplace
-from bayeslora.methods.laplace.ggn import DiagonalCurvature, Factor, KroneckerCurvature, accumulated
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.laplace.method import CANDIDATES
+from bayeslora.methods.laplace.sketch import Factor
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.transforms import pruned

@@ -14,7 +14,7 @@ from torch import Tensor
 from bayeslora.errors import InputError
 from bayeslora.methods import Isotropic, Temperature
 from bayeslora.methods.isotropic import SIGMAS
-from bayeslora.methods.search import draws_nll, smallest
+from bayeslora.methods.search import Judge, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
@@ -129,8 +129,7 @@ def test_isotropic_noise_chosen_on_validation_rows_is_the_best_of_its_grid(token
     (sigma,) = {round(float(v.sqrt().max()), 6) for v in found.variance.values()}
     assert sigma in {round(s, 6) for s in SIGMAS}
     scores = {
-        s: draws_nll(model, Isotropic(s).fit(model, task), task.validation, 4, tokenizer=tokenizer, seed=1, budget=2048)
-        for s in SIGMAS
+        s: Judge(model, task.validation, tokenizer, 1, 2048).nll(Isotropic(s).fit(model, task), 4) for s in SIGMAS
     }
     assert sigma == pytest.approx(min(scores, key=lambda s: (scores[s], s)), abs=1e-6)
     with pytest.raises(InputError, match="validation"):

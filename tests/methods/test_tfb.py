@@ -13,7 +13,7 @@ from support.tiny import make_model, make_task, same_params
 from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.methods import Tfb
-from bayeslora.methods.search import draws_nll
+from bayeslora.methods.search import Judge
 from bayeslora.methods.tfb import anchored, answered, largest, reparametrised
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
@@ -93,28 +93,29 @@ def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_i
     anchors: Any, factor: float, tokenizer: Any
 ) -> None:
     model, task = sharper(make_model(), factor), unlabelled(make_task(readout="likelihood"))
-    start, options = Point(read(model)), {"tokenizer": tokenizer, "seed": 4, "budget": 2048}
+    start = Point(read(model))
     method = Tfb(tolerance=0.01, anchors=anchors, floor=0.3)
     found = method.fit(model, task, start=start, tokenizer=tokenizer, seed=4)
     rows = answered(model, start, getattr(task, anchors), tokenizer=tokenizer, budget=2048)
     assert rows.labels.tolist() == predict(model, start, rows, draws=1, tokenizer=tokenizer).answer.tolist()
-    own = draws_nll(model, start, rows, 1, **options)
+    judge = Judge(model, rows, tokenizer, 4, 2048)
+    own = judge.nll(start, 1)
     assert (own < 0.3) == (factor > 1)
     borne = 0.01 * max(own, 0.3)
-    assert abs(draws_nll(model, found, rows, method.draws, **options) - own) <= borne
+    assert abs(judge.nll(found, method.draws) - own) <= borne
     wider = DiagonalGaussian(found.mean, {n: v * 2 ** (2 / 2**method.steps) * 1.001 for n, v in found.variance.items()})
-    assert abs(draws_nll(model, wider, rows, method.draws, **options) - own) > borne
+    assert abs(judge.nll(wider, method.draws) - own) > borne
 
 
 def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true_labels(tokenizer: Any) -> None:
     model, task = sharper(make_model(), 400.0), make_task(readout="likelihood")
-    start, options = Point(read(model)), {"tokenizer": tokenizer, "seed": 4, "budget": 2048}
-    own = draws_nll(model, start, task.train, 1, **options)
+    start, judge = Point(read(model)), Judge(model, task.train, tokenizer, 4, 2048)
+    own = judge.nll(start, 1)
     assert own > 3.0  # it is wrong, and sure of it
     found = Tfb(tolerance=0.1, labels="true", floor=0.0).fit(model, task, tokenizer=tokenizer, seed=4)
-    assert 0 <= own - draws_nll(model, found, task.train, 10, **options) <= 0.1 * own  # the near side of the minimum
+    assert 0 <= own - judge.nll(found, 10) <= 0.1 * own  # the near side of the minimum
     wider = DiagonalGaussian(found.mean, {n: 1.1 * v for n, v in found.variance.items()})
-    assert own - draws_nll(model, wider, task.train, 10, **options) > 0.1 * own
+    assert own - judge.nll(wider, 10) > 0.1 * own
     method = build_method("tfb", ["labels=true"])  # the word, which JSON takes for a truth value
     assert method == Tfb(labels="true")
     with pytest.raises(InputError, match="has no label"):

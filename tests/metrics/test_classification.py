@@ -77,7 +77,7 @@ def test_ece_by_hand_with_two_examples_in_one_bin():
 
 def test_ece_with_one_bin_is_the_gap_between_mean_confidence_and_accuracy():
     log_p, labels = random_case()
-    gap = abs(log_p.max(-1).values.exp().mean().item() - accuracy(log_p, labels))
+    gap = abs(log_p.max(-1).values.exp().mean().item() - accuracy(log_p, labels).item())
     assert ece(log_p, labels, bins=1) == pytest.approx(gap, abs=1e-14)
     assert ece(log_p, labels, bins=1, binning="mass") == pytest.approx(gap, abs=1e-14)
 
@@ -184,20 +184,20 @@ def test_the_order_of_the_rows_does_not_matter(score):
     log_p, labels = random_case()
     log_p = log_p.mul(4).round().log_softmax(-1)  # many equal confidences
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
-    assert score(log_p[order], labels[order]) == pytest.approx(score(log_p, labels), abs=1e-12)
+    assert score(log_p[order], labels[order]) == pytest.approx(score(log_p, labels).item(), abs=1e-12)
 
 
 @labelled
 def test_the_names_of_the_choices_do_not_matter(score):
     log_p, labels = random_case()
-    assert score(log_p.flip(-1), 3 - labels) == pytest.approx(score(log_p, labels), abs=1e-12)
+    assert score(log_p.flip(-1), 3 - labels) == pytest.approx(score(log_p, labels).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(LABELLED.keys() - {"sce", "sce_mass"}))
 def test_a_choice_that_no_example_has_changes_nothing(name):
     log_p, labels = random_case()
     wider = torch.cat([log_p, torch.full((len(labels), 1), -math.inf)], -1)
-    assert LABELLED[name](wider, labels) == pytest.approx(LABELLED[name](log_p, labels), abs=1e-14)
+    assert LABELLED[name](wider, labels) == pytest.approx(LABELLED[name](log_p, labels).item(), abs=1e-14)
 
 
 def test_a_choice_that_no_example_has_is_a_perfectly_calibrated_class():
@@ -210,7 +210,7 @@ def test_a_choice_that_no_example_has_is_a_perfectly_calibrated_class():
 def test_float32_predictions_score_like_float64_ones(score):
     log_p, labels = random_case()
     single = log_p.float()
-    assert score(single, labels) == pytest.approx(score(single.double(), labels), rel=1e-12)
+    assert score(single, labels) == pytest.approx(score(single.double(), labels).item(), rel=1e-12)
 
 
 @labelled

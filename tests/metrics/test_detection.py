@@ -55,7 +55,7 @@ def test_risk_of_tied_examples_is_the_mean_over_their_orders():
 def test_aurc_of_a_score_that_says_nothing_is_the_error_rate():
     log_p, labels = random_case()
     constant = torch.zeros(len(labels))
-    assert aurc(log_p, labels, constant) == pytest.approx(1 - accuracy(log_p, labels), abs=1e-14)
+    assert aurc(log_p, labels, constant) == pytest.approx(1 - accuracy(log_p, labels).item(), abs=1e-14)
 
 
 def test_auroc_by_hand():
@@ -101,7 +101,7 @@ def test_detection_depends_only_on_the_ranks(score):
 def test_negating_the_scores_reverses_the_auroc():
     generator = torch.Generator().manual_seed(0)
     negative, positive = torch.randn(2, 50, generator=generator, dtype=torch.float64).mul(3).round()
-    assert auroc(-negative, -positive) == pytest.approx(1 - auroc(negative, positive), abs=1e-15)
+    assert auroc(-negative, -positive) == pytest.approx(1 - auroc(negative, positive).item(), abs=1e-15)
 
 
 @detection

@@ -10,7 +10,7 @@ import torch
 
 from bayeslora.errors import InputError
 from bayeslora.metrics import classification as metrics
-from bayeslora.metrics.bootstrap import bootstrap, bootstrap_two
+from bayeslora.metrics.bootstrap import bootstrap
 from bayeslora.metrics.detection import aupr_in, aupr_out, aurc, auroc, fpr95
 from bayeslora.metrics.evaluation import Estimate, Evaluation, evaluate
 from bayeslora.metrics.prediction import Prediction
@@ -63,9 +63,10 @@ def test_the_intervals_are_those_of_the_bootstrap_with_the_same_seed():
     other = random_prediction(rows=30, seed=1)
     result = evaluate(PREDICTION, LABELS, other, resamples=20, seed=3)
     nll = result.rows["draws"]["nll"]
-    assert (nll.low, nll.high) == bootstrap(metrics.nll, PREDICTION.log_p, LABELS, resamples=20, seed=3)
+    assert (nll.low, nll.high) == bootstrap(metrics.nll, (PREDICTION.log_p, LABELS), resamples=20, seed=3)
     area = result.rows["draws"]["ood/auroc_entropy"]
-    assert (area.low, area.high) == bootstrap_two(auroc, PREDICTION.entropy, other.entropy, resamples=20, seed=3)
+    samples = (PREDICTION.entropy,), (other.entropy,)
+    assert (area.low, area.high) == bootstrap(auroc, *samples, resamples=20, seed=3)
 
 
 def test_a_split_scores_like_its_labels():

@@ -16,7 +16,7 @@ from bayeslora.errors import InputError
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Draws, Mixture, Point, Scaled
 from bayeslora.posteriors.loading import export_draws
-from bayeslora.posteriors.sampling import _sobol_digits, former_keywords, noise, uniform
+from bayeslora.posteriors.sampling import former_keywords, noise, sobol_digits, uniform
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction.draws import rounds
@@ -99,7 +99,7 @@ def test_what_five_simplex_draws_are_worth() -> None:
 
 def test_sobol_points_are_those_of_torch() -> None:
     wanted = SobolEngine(5).draw(9, dtype=torch.float64)
-    assert torch.equal(torch.stack([_sobol_digits(k, 5) for k in range(9)]).double() / 2**30, wanted)
+    assert torch.equal(torch.stack([sobol_digits(k, 5) for k in range(9)]).double() / 2**30, wanted)
 
 
 def test_sobol_draws_fill_every_stratum_of_every_number_once() -> None:

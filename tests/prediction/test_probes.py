@@ -60,6 +60,24 @@ def test_a_lack_of_memory_is_not_remembered_as_a_trait_of_the_model(tokenizer: A
     torch.testing.assert_close(short, roomy, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("words", [
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "MPS backend out of memory (MPS allocated: 9 GB)",
+])  # fmt: skip
+def test_a_lack_of_memory_is_known_in_every_librarys_words(words: str) -> None:
+    model, made = torch.nn.Linear(1, 1), []
+
+    def trial() -> bool:
+        made.append(None)
+        if len(made) <= 2:
+            raise RuntimeError(words)
+        return True
+
+    assert not tried(model, "something", trial)
+    assert tried(model, "something", trial)
+
+
 def test_generation_that_runs_out_of_memory_does_not_blame_the_adapter() -> None:
     model = make_model()
     drawn = [gaussian(model).draw(k) for k in range(2)]

@@ -31,8 +31,8 @@ class Case:
 
 
 CASES = {
-    "model": Case(module.demo_model, "SMOLLM2", "_convert"),
-    "encoder": Case(module.demo_encoder, "MINILM", "_copy"),
+    "model": Case(module.demo_model, "SMOLLM2", "convert_package"),
+    "encoder": Case(module.demo_encoder, "MINILM", "copy_package"),
 }
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from bayeslora.integrations.server import Limits, make_app
-from bayeslora.integrations.server.worker import Served
+from bayeslora.integrations.server import Limits, Served, make_app
 from bayeslora.tasks.types import Format, Split
 from support.tiny import gaussian, make_model
 

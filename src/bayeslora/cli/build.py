@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bayeslora.cli.data import keep_format
+from bayeslora.cli.data import save_format
 from bayeslora.cli.options import (
+    BudgetOptions,
     DrawOptions,
     ModelOptions,
     PredictOptions,
@@ -19,10 +20,11 @@ from bayeslora.cli.options import (
     TrainOptions,
     TransformOptions,
 )
-from bayeslora.cli.runs import posterior_name, write_json
+from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
 from bayeslora.cli.values import close_matches
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
@@ -133,16 +135,23 @@ def load_transformed(run: str, options: TransformOptions) -> Posterior:
     return posterior if options.temperature == 1 else tempered(posterior, options.temperature)
 
 
+def draws_of(options: TransformOptions, count: int) -> Draws:
+    """Return the draws that the options ask for."""
+    draws = Draws(count, options.draw_seed, options.sampling)
+    if isinstance(options, BudgetOptions):
+        return dataclasses.replace(draws, tolerance=options.tolerance or None, minimum=options.min_draws)
+    return draws
+
+
 def predict_as(
     options: PredictOptions, model: PeftModel, tokenizer: Tokenizer, posterior: Posterior, split: Split
 ) -> Prediction:
     """Return the prediction that the options ask for, and say how many prompts were cut for it."""
-    draws = Draws(options.draws, options.draw_seed, options.sampling, options.tolerance or None, options.min_draws)
     prediction = predict(
         model,
         posterior,
         split,
-        draws,
+        draws_of(options, options.draws),
         tokenizer=tokenizer,
         token_budget=options.token_budget or None,
         options=PassOptions(compile=options.compile, progress=watched()),
@@ -155,7 +164,7 @@ def predict_as(
 def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
     """Keep a posterior in the folder of its run, and how the rows that it was trained on are put to the model."""
     if rows is not None:
-        keep_format(out, rows)
+        save_format(out, rows)
     posterior.save_pretrained(out / "posterior")
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from bayeslora.cli.options import TrainOptions, option
-from bayeslora.cli.runs import check_folder, opened, write_json, write_text
+from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
     from bayeslora.comparison.cached_runs import Study
     from bayeslora.comparison.run import Comparison
     from bayeslora.methods import Inference
-    from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
   bayeslora compare --model HuggingFaceTB/SmolLM2-135M --task openbookqa --readout likelihood --train-rows 500 \\
@@ -78,10 +76,9 @@ def run(options: Options) -> None:
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
     from bayeslora.comparison.cached_runs import Study
-    from bayeslora.comparison.run import compare
 
     with own_progress():
-        methods = _methods(options)
+        methods = build_methods(options)
         args = build_arguments(options, out / "training", 0, device=options.device)
         task = build_task(options)
         if task.test is None or task.train is None:
@@ -105,134 +102,43 @@ def run(options: Options) -> None:
             report=say,
         )
         with opened(out, options):
-            finish(study, methods, options.seeds, options.image, compare)
+            finish(study, methods, options.seeds, options.image)
 
 
-def finish(
-    study: Study, methods: Mapping[str, Inference], seeds: Sequence[int], image: str, compare: Any
-) -> Comparison:
-    """Make a comparison, print its table and write it, its numbers and its figures.
+def finish(study: Study, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
+    """Make a comparison, print its table and keep it with its numbers and pictures in the study's folder."""
+    from bayeslora.comparison.report import write_pictures, write_table
+    from bayeslora.comparison.run import compare
 
-    Args:
-        study: What is the same for all methods.
-        methods: The methods by name.
-        seeds: The seeds.
-        image: ``png`` or ``svg``.
-        compare: `bayeslora.comparison.run.compare`.
-
-    Returns:
-        The comparison.
-    """
-    from bayeslora.comparison.significance import marked
-    from bayeslora.comparison.tables import comparison_rows, text_table, warnings
-
-    found: Comparison = compare(study, methods, seeds)
-    out, task = study.out, study.task
-    rows = comparison_rows(found)
-    if study.resamples and task.test is not None:
-        rows = marked(found, rows, task.test.labels, bins=study.bins, resamples=study.resamples)
-    failed = [
-        f"no row for {name}: under seed {seed} {reason}"
-        for name, by_seed in found.failures.items()
-        for seed, reason in by_seed.items()
-    ]
-    notes = [*failed, *warnings(found)]
-    print("\n".join([text_table(rows), *notes]))
-    write_text(out / "results.md", "\n\n".join([text_table(rows, markdown=True), *notes]) + "\n")
-    numbers: dict[str, Any] = {
-        "rows": rows,
-        "temperatures": found.temperatures,
-        "failures": found.failures,
-        "evaluations": {m: {s: e.to_dict() for s, e in by.items()} for m, by in found.evaluations.items()},
-        "train_rows": len(task.train) if task.train is not None else 0,
-        "test_rows": len(task.test) if task.test is not None else 0,
-    }
-    write_json(out / "results.json", numbers)
-    figures = draw(found, task, out, image)
+    comparison = compare(study, methods, seeds)
+    print(write_table(study, comparison))
+    pictures = write_pictures(study, comparison, image)
     print()
-    print(f"results: {out / 'results.json'}, {', '.join(p.name for p in [out / 'results.md', *figures])}")
-    return found
+    print(f"results: {study.out / 'results.json'}, {', '.join(p.name for p in [study.out / 'results.md', *pictures])}")
+    return comparison
 
 
-def draw(found: Comparison, task: Task, out: Path, image: str) -> list[Path]:
-    """Draw a comparison's figures: the trade-off as the mean over the seeds, the others of the first seed.
-
-    Args:
-        found: The comparison.
-        task: The task it was made on.
-        out: Folder of the results.
-        image: ``png`` or ``svg``.
-
-    Returns:
-        The files; none where matplotlib is not installed.
-    """
-    from bayeslora.cli.terminal import say
-    from bayeslora.comparison.plots import (
-        overconfidence_picture,
-        reliability_diagram,
-        risk_coverage_plot,
-        save,
-        tradeoff_plot,
-    )
-
-    assert task.test is not None
-    seed = next(iter(next(iter(found.predictions.values()))))
-    predictions = {name: by_seed[seed] for name, by_seed in found.predictions.items()}
-    labels = task.test.labels
-    curves = {name: (p.log_p, labels) for name, p in predictions.items()}
-    ood = {name: list(found.ood[name][seed].values()) for name in predictions}
-    points = {
-        name: (
-            fmean(e.value("draws", "accuracy") for e in by_seed.values()),
-            fmean(e.value("draws", "ece") for e in by_seed.values()),
-            fmean(c.train_seconds + (c.predict_seconds or 0.0) for c in found.costs[name].values()),
-        )
-        for name, by_seed in found.evaluations.items()
-        if not name.endswith((" + T", " tuned"))
-    }
-    try:
-        figures = {
-            "reliability": reliability_diagram(curves),
-            "risk-coverage": risk_coverage_plot(curves),
-            "trade-off": tradeoff_plot(points),
-            "overconfidence": overconfidence_picture(
-                predictions, labels, {n: o[0] for n, o in ood.items() if o} or None, task.test.probs
-            ),
-        }
-    except InputError as error:
-        say(f"no figures: {error}")
-        return []
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"{name}.{image}")
-        save(figure, paths[-1])
-    return paths
-
-
-def _methods(options: Options) -> dict[str, Inference]:
+def build_methods(options: Options) -> dict[str, Inference]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.settings import build_method
 
-    words = [
-        name.rpartition("=")  # label, sign, method
-        for given in options.methods
-        for name in (EVERY if given == "all" else (given,))
-    ]
-    labels = [label or method.partition(":")[0] for label, _, method in words]
+    words = [word for name in options.methods for word in (EVERY if name == "all" else (name,))]
+    labelled = [(label, method) for label, _, method in (word.rpartition("=") for word in words)]
+    settings: dict[str, list[str]] = {label or method.partition(":")[0]: [] for label, method in labelled}
     for item in options.set:
-        method, dot, _ = item.partition("=")[0].partition(".")
-        if not dot or method not in labels:
+        label, dot, setting = item.partition(".")
+        if not dot or label not in settings:
             raise InputError(
-                f"--set {item!r} names none of the methods {', '.join(labels)}; write method.key=value, such as "
+                f"--set {item!r} names none of the methods {', '.join(settings)}; write method.key=value, such as "
                 "swag.rank=10"
             )
-    own = {label: [s.partition(".")[2] for s in options.set if s.partition(".")[0] == label] for label in labels}
-    found = {}
-    for (given, _, method), label in zip(words, labels, strict=True):
-        name = given or method
+        settings[label].append(setting)
+    methods: dict[str, Inference] = {}
+    for label, method in labelled:
+        name = label or method
         if "/" in name:
             raise InputError(f"a method's label names a file, and {name!r} cannot; write it without a slash")
-        if name in found:
+        if name in methods:
             raise InputError(f"two methods are called {name}; give each a label of its own, label={method}")
-        found[name] = build_method(method, own[label])
-    return found
+        methods[name] = build_method(method, settings[label or method.partition(":")[0]])
+    return methods

@@ -10,38 +10,28 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from bayeslora.cli.options import TaskOptions
-from bayeslora.cli.runs import read_json, write_json
+from bayeslora.cli.runs import read_json
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.templates import default_normalisation, own_columns
+from bayeslora.tasks.templates import default_normalisation, template_columns
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"
 
 
 def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test") -> Task:
-    """Return the task that the options describe.
-
-    Args:
-        options: The options.
-        file_as: What a single file is.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: If neither a task nor data are named.
-    """
+    """Return the task that the options describe; ``file_as`` says what a single file is."""
     if not options.task and not options.data:
         raise InputError("name a task (--task openbookqa) or give your own data (--data FILE --text-column …)")
     return load_task(
         options.task or None,
         options.data or None,
         readout=options.readout,
-        template=written(options.template) or None,
+        template=unescaped(options.template) or None,
         few_shot=options.few_shot,
         max_length=options.max_length or None,
         train_rows=options.train_rows or None,
@@ -55,53 +45,35 @@ def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test")
 
 
 def scored_as(options: TaskOptions, origin: Origin | None) -> TaskOptions:
-    """Return options with the normalisation of a posterior, where they name none.
-
-    Args:
-        options: The options.
-        origin: The posterior's.
-
-    Returns:
-        The options.
-    """
+    """Return options with the normalisation of a posterior, where they name none."""
     known = None if origin is None else origin.normalisation
     if known is None or options.normalisation != "auto":
         return options
     return replace(options, normalisation=cast(Normalisation, known))
 
 
-def written(template: str) -> str:
+def unescaped(template: str) -> str:
     r"""Return a template as it was meant where it was typed: ``\n`` is a new line, ``\\n`` these two signs."""
     return re.sub(r"\\(\\n|n)", lambda found: "\n" if found[1] == "n" else "\\n", template)
 
 
 def named_columns(options: TaskOptions) -> dict[str, object]:
     """Return the columns that the options name, as `load_task` takes them."""
-    columns: dict[str, object] = {}
-    if options.text_column:
-        columns["text"] = options.text_column
-    if options.label_column:
-        columns["label"] = options.label_column
-    if options.choice_columns:
-        several = len(options.choice_columns) > 1
-        columns["choices"] = tuple(options.choice_columns) if several else options.choice_columns[0]
-    if options.classes:
-        columns["classes"] = tuple(options.classes)
-    return columns
+    choices = tuple(options.choice_columns)
+    columns: dict[str, object] = {
+        "text": options.text_column,
+        "label": options.label_column,
+        "choices": choices if len(choices) > 1 else "".join(choices),
+        "classes": tuple(options.classes),
+    }
+    return {key: value for key, value in columns.items() if value}
 
 
 def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: int = 0) -> dict[str, Split]:
-    """Return other data, put to the model as the first task is, by short names.
+    """Return the test splits of other known tasks or paths by short names, put to the model as the first task's is.
 
-    Args:
-        names: Known tasks, or paths to data with the same columns; ``./trec`` is a folder even where ``trec`` is a
-            known task.
-        options: The first task's options; its data folder is looked in for known tasks.
-        like: The first task's test split; classes, readout, few-shot examples and limits are taken from it.
-        rows: Most rows of each; 0: as many as of the first task's test split.
-
-    Returns:
-        Name to split; a path's name is its last part, with its folder where that is not enough.
+    ``./trec`` is a folder even where ``trec`` is a known task. A path's short name is its last part, with its folder
+    where that is not enough. ``rows`` is the most of each; 0: as many as of the first task.
     """
     short = [Path(name).stem for name in names]
     clear = [Path(name).stem if short.count(Path(name).stem) == 1 else f"{Path(name).parent.name}-{Path(name).stem}"
@@ -111,23 +83,27 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: 
 
 def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     """Return the test split of one other data set."""
-    path, most = Path(name), rows or options.test_rows or None
-    template = like.format.template if own_columns(like.format.template) else None  # so that its columns are read
-    own = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
-    if own and like.classes is not None:
+    path, limit = Path(name), rows or options.test_rows or None
+    is_path = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
+    if is_path and like.classes is not None:
         file = path if path.is_file() else find_file(path, ("test",))
         if file is None:
             raise InputError(f"{name} has no test examples")
         table = read_rows(file)
         text = options.text_column or guess_columns(table.columns).text
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
-        return split.take(range(min(len(split), most or len(split))))
-    if own:
-        own_names = named_columns(options) or None
-        other = load_task(None, path, template=template, test_rows=most, seed=options.task_seed, columns=own_names)
-    else:
-        folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
-        other = load_task(name, folder or None, template=template, test_rows=most, seed=options.task_seed)
+        return split.take(range(min(len(split), limit or len(split))))
+    folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
+    other = load_task(
+        None if is_path else name,
+        path if is_path else folder or None,
+        template=like.format.template
+        if template_columns(like.format.template)
+        else None,  # so that its columns are read
+        test_rows=limit,
+        seed=options.task_seed,
+        columns=named_columns(options) or None if is_path else None,
+    )
     if other.test is None:
         raise InputError(f"{name} has no test examples")
     if like.classes is None:
@@ -137,56 +113,30 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     return replace(other.test, examples=examples, classes=like.classes, format=like.format)
 
 
-def keep_format(folder: Path, split: Split) -> None:
-    """Write down how a split is put to the model, so that a run can answer without the data that it was trained on.
-
-    Args:
-        folder: The run's folder.
-        split: The split that is trained on.
-    """
+def save_format(folder: Path, split: Split) -> None:
+    """Write down how a split is put to the model, so that a run can answer without its data."""
     write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
 
 
-def given_format(options: TaskOptions, name: str, origin: Origin | None) -> Split:
-    """Return how the options alone say that examples are put to the model, as a split without examples.
-
-    Args:
-        options: The options.
-        name: Name of the split.
-        origin: That of the posterior, which says the normalisation if the options do not.
-
-    Returns:
-        The empty split.
-    """
+def format_from_options(options: TaskOptions, name: str, origin: Origin | None) -> Split:
+    """Return how the options alone put examples to the model, as a split without examples."""
     kind: TaskKind = "class" if options.classes else "question"
     named = scored_as(options, origin).normalisation
     normalisation = default_normalisation(options.readout) if named == "auto" else named
-    form = Format(written(options.template), options.readout, (), options.max_length or None, kind, normalisation)
+    form = Format(unescaped(options.template), options.readout, (), options.max_length or None, kind, normalisation)
     return Split(name, (), form, tuple(options.classes) or None)
 
 
-def kept_format(folder: Path, options: TaskOptions) -> Split | None:
-    """Return how a run puts examples to the model, as a split without examples.
-
-    Args:
-        folder: The run's folder.
-        options: Options, which may ask for another template, readout or limit, or for fewer few-shot examples.
-
-    Returns:
-        The empty split; None if the folder does not say.
-
-    Raises:
-        InputError: If the folder's file is damaged, or the options ask for more few-shot examples than are kept or for
-            another normalisation.
-    """
-    kept = read_json(folder / _FILE)
-    if not kept:
+def saved_format(folder: Path, options: TaskOptions) -> Split | None:
+    """Return how a run puts examples to the model, as a split without any; None if its folder does not say."""
+    saved = read_json(folder / _FILE)
+    if not saved:
         return None
     try:
-        form, classes = kept["format"], kept["classes"]
+        form, classes = saved["format"], saved["classes"]
         shots = tuple(_example(shot) for shot in form["few_shot"])
         kind, normalisation = form["kind"], form.get("normalisation", "sum")
-        name = str(kept["name"])
+        name = str(saved["name"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
     if options.normalisation not in ("auto", normalisation):
@@ -195,73 +145,51 @@ def kept_format(folder: Path, options: TaskOptions) -> Split | None:
         )
     if options.few_shot > len(shots):
         raise InputError(f"the run keeps {len(shots)} solved examples, and --few-shot asks for {options.few_shot}")
-    template, longest = written(options.template), options.max_length or None
+    template, longest = unescaped(options.template), options.max_length or None
     form = Format(template, options.readout, shots[: options.few_shot], longest, kind, normalisation)
     return Split(name, (), form, tuple(classes) if classes else None)
 
 
-def _example(kept: dict[str, Any]) -> Example:
+def _example(saved: dict[str, Any]) -> Example:
     """Return a solved example as it was before it was written down."""
-    columns = tuple((name, text) for name, text in kept.get("columns", ()))
-    return Example(**(kept | {"choices": tuple(kept["choices"]), "probs": None, "columns": columns}))
+    columns = tuple((name, text) for name, text in saved.get("columns", ()))
+    return Example(**(saved | {"choices": tuple(saved["choices"]), "probs": None, "columns": columns}))
 
 
 def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
-    """Return rows as examples without labels, of the format of another split.
-
-    Args:
-        rows: The rows, with the columns that the options name, those of the known task, or the usual ones.
-        like: The split whose format and classes they get.
-        options: The options.
-
-    Returns:
-        The split, in the order of the rows.
-
-    Raises:
-        InputError: If there are no rows, or no choices.
-    """
+    """Return rows as examples without labels, with the format and the classes of another split."""
     if not len(rows):
         raise InputError(f"{rows.name} has no rows to answer")
     known = find_task(options.task) or find_task(Path(options.data).stem)
     layouts = [*((known.hub, known.local) if known is not None else ()), guess_columns(rows.columns)]
     columns = next((c for c in layouts if _has(rows, c, like)), layouts[-1])
     named = {k: v for k, v in named_columns(options).items() if k in ("text", "choices")}
-    columns = replace(make_columns(named, replace(columns, label=None)) if named else columns, label=None)
-    if like.classes is None and columns.choices is None:
+    columns = make_columns(named, replace(columns, label=None)) if named else columns
+    if like.classes is not None:
+        columns = Columns(columns.text, None, context=columns.context)
+    elif columns.choices is None:
         raise InputError(
             f"{rows.name} has no column of choices (its columns are {', '.join(rows.columns)}); name it with "
             "--choice-columns"
         )
-    if like.classes is not None:
-        columns = Columns(columns.text, None, context=columns.context)
+    columns = replace(columns, label=None)
     return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
 
 
 def _has(rows: Rows, columns: Columns, like: Split) -> bool:
     """Say whether rows have the columns of text and, unless there are classes, of choices."""
+    if like.classes is None and columns.choices is None:
+        return False
     choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
-    needed = [columns.text, columns.context] if like.classes is not None else [columns.text, columns.context, *choices]
-    asked = like.classes is not None or columns.choices is not None
-    return asked and all(column is None or column in rows.columns for column in needed)
+    needed = {columns.text, columns.context, *(choices if like.classes is None else ())} - {None}
+    return needed <= set(rows.columns)
 
 
 def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:
-    """Return the test split of a run's task, put to the model as in training.
-
-    Args:
-        options: The options, completed by those of the run.
-        folder: The run's folder.
-        inherited: Whether the data are those that the run was trained on.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: If there are no test examples, or a label is not one of the run's classes.
-    """
+    """Return the test split of a run's task, or of other data unless ``inherited``, put to the model as in training."""
     if inherited and Path(options.data).is_file():
         raise InputError(f"the run was trained on all of {options.data}; give test rows with --data FILE")
-    like = kept_format(folder, options)
+    like = saved_format(folder, options)
     task = build_task(replace(options, few_shot=0) if like is not None else options)
     if task.test is None:
         raise InputError(f"the task {task.name} has no test examples; give some with --data FILE")

@@ -15,7 +15,7 @@ from bayeslora.cli.options import (
     option,
     run_option,
 )
-from bayeslora.cli.runs import check_folder, opened, posterior_name
+from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ EXAMPLES = """examples:
 
 The result is an ordinary adapter whose probabilities are close to those of the draws, at the cost of one pass. What the
 draws disagree about (mutual information) is lost. Rows that were not trained on are the better ones to learn from."""
-FREE = ("token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
@@ -46,13 +45,11 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, Transform
 def run(options: Options) -> None:
     """Distil, keep the adapter, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    posterior_name(options.run)
-    check_folder(out, options, resume=False, free=FREE)
-    from bayeslora.cli.build import build_arguments, load_transformed, model_for, report_run, save_run
+    check_folder(out, options, resume=False)
+    from bayeslora.cli.build import build_arguments, draws_of, load_transformed, model_for, report_run, save_run
     from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.posteriors import Draws
     from bayeslora.training.distillation import distill
 
     with own_progress():
@@ -64,7 +61,7 @@ def run(options: Options) -> None:
         say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
             point = distill(
-                model, posterior, rows, args, Draws(options.draws, options.draw_seed, options.sampling),
+                model, posterior, rows, args, draws_of(options, options.draws),
                 held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             save_run(out, point, rows)

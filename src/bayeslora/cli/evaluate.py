@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from bayeslora.cli.options import PredictOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, read_options, run_folder, write_json
+from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora evaluate run                                    the test split of the task it was trained on
@@ -38,7 +39,6 @@ def run(options: Options) -> None:
     if options.json and Path(options.json).exists() and not options.overwrite:
         raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
     folder = run_folder(Path(options.run))
-    posterior_name(options.run)
     from bayeslora.cli.build import load_transformed, model_for, predict_as
     from bayeslora.cli.data import other_splits, scored_as, test_of
     from bayeslora.cli.progress import own_progress

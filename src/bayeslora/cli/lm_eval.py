@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, write_json
 from bayeslora.errors import InputError
+from bayeslora.files import write_json
 
 EXAMPLES = """examples:
   bayeslora lm-eval run --tasks arc_easy hellaswag --draws 10       with the calibration of their answers
@@ -42,12 +42,11 @@ def run(options: Options) -> None:
     """Run the tasks, print the harness's table and keep the numbers."""
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
-    posterior_name(options.run)
-    from bayeslora.cli.build import load_transformed, model_for
+    from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import watched
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
-    from bayeslora.posteriors import Draws, Point
+    from bayeslora.posteriors import Point
 
     with own_progress():
         tasks, manager = find_tasks(options.tasks, options.include_path)
@@ -55,7 +54,7 @@ def run(options: Options) -> None:
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
         model, tokenizer = model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, Draws(options.draws, options.draw_seed, options.sampling), tokenizer=tokenizer,
+            model, posterior, draws_of(options, options.draws), tokenizer=tokenizer,
             token_budget=options.token_budget or None, progress=watched(),
         )  # fmt: skip
         results = evaluate_tasks(
@@ -64,9 +63,9 @@ def run(options: Options) -> None:
         )  # fmt: skip
     _show(results)
     if options.out:
-        said = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
-        kept = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": said}
-        write_json(Path(options.out), json.loads(json.dumps(kept, default=_plain)))
+        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
+        numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
+        write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
         print(f"numbers: {options.out}")
 
 
@@ -81,6 +80,6 @@ def _show(results: dict[str, Any]) -> None:
         print(f"no calibration of {task}: {reason}")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a number of numpy's as Python's, and anything else that JSON does not know as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    return getattr(value, "item", lambda: str(value))()

@@ -10,27 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_file
+from bayeslora.files import write_json
 
 _FILE = "options.json"
 _PATHS = ("model", "data")
 
 
-def check_folder(folder: Path, options: Any, *, resume: bool, free: tuple[str, ...] = ()) -> None:
-    """Refuse a folder that is there, unless it was begun with the same options and is to be gone on with.
-
-    Args:
-        folder: The folder.
-        options: The verb's options.
-        resume: Whether to go on if the folder is there.
-        free: Options that may differ when it is taken up.
-
-    Raises:
-        InputError: If the folder is there and is not to be gone on with, or was begun with other options.
-    """
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if not folder.exists():
+def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str, ...] = ()) -> None:
+    """Refuse a folder that is there, unless it is to be gone on with, with the same options but the ``free`` ones."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.is_file() or not (folder / _FILE).exists():
         raise InputError(f"{folder} holds other files; choose another --out")
@@ -47,20 +35,8 @@ def check_folder(folder: Path, options: Any, *, resume: bool, free: tuple[str, .
 
 
 @contextmanager
-def opened(folder: Path, options: Any) -> Iterator[None]:
-    """Keep the options in a folder of results for the length of a ``with`` block, and beyond it.
-
-    Args:
-        folder: The folder; it is made if it is not there.
-        options: The verb's options.
-
-    Yields:
-        Nothing. A folder that was new and in which nothing was trained is cleared away on an `InputError`, so that the
-        same command can be given again when its cause is mended.
-
-    Raises:
-        InputError: If the folder cannot be written, and what the block raises.
-    """
+def opened(folder: Path, options: object) -> Iterator[None]:
+    """Keep a verb's options in its folder of results; on an `InputError` a new folder without weights goes."""
     fresh = not folder.exists() or not any(folder.iterdir())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,14 +52,7 @@ def opened(folder: Path, options: Any) -> Iterator[None]:
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """Return the options that a folder of results was made with.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Option to value; empty if the folder has none.
-    """
+    """Return the options that a folder of results was made with; none if it has none."""
     return read_json(folder / _FILE)
 
 
@@ -94,17 +63,7 @@ def run_folder(path: Path) -> Path:
 
 
 def posterior_name(name: str) -> str:
-    """Return what to load a posterior from: the one inside a run's folder, else the folder or repository itself.
-
-    Args:
-        name: What the user named.
-
-    Returns:
-        Folder or repository.
-
-    Raises:
-        InputError: If the folder is a run's that has not come to its end.
-    """
+    """Return what to load a posterior from: the one inside a run's folder, else the folder or repository itself."""
     folder = Path(name)
     if (folder / "posterior").is_dir():
         return str(folder / "posterior")
@@ -114,17 +73,7 @@ def posterior_name(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object; empty if there is no such file.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
+    """Read a JSON object; an empty one if there is no such file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -133,37 +82,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON at once or not at all.
-
-    Args:
-        path: The file.
-        value: What to write.
-    """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file at once or not at all.
-
-    Args:
-        path: The file; one that is there is replaced.
-        text: What to write.
-
-    Raises:
-        InputError: If it cannot be written.
-    """
-    try:
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _recorded(options: Any) -> dict[str, Any]:
+def _recorded(options: object) -> dict[str, object]:
     """Return options as they are kept: ready for JSON, local paths in full so that they hold from anywhere."""
-    found: dict[str, Any] = json.loads(json.dumps(vars(options)))
+    recorded: dict[str, object] = json.loads(json.dumps(vars(options)))
     for key in _PATHS:
-        if found.get(key) and Path(found[key]).exists():
-            found[key] = str(Path(found[key]).resolve())
-    return found
+        if recorded.get(key) and Path(str(recorded[key])).exists():
+            recorded[key] = str(Path(str(recorded[key])).resolve())
+    return recorded

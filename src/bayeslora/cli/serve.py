@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
-from bayeslora.cli.runs import posterior_name, run_folder
+from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server import Served
 
 EXAMPLES = """examples:
   bayeslora serve run                     the page is at http://127.0.0.1:8000, the interface at /v1
@@ -48,7 +48,6 @@ def run(options: Options) -> None:
     """Serve until the process is told to stop."""
     if options.draws > options.most_draws:
         raise InputError(f"--draws is {options.draws}, more than --most-draws, {options.most_draws}")
-    posterior_name(options.run)
     try:
         import uvicorn
 
@@ -88,16 +87,16 @@ def _listening(host: str, port: int) -> socket.socket:
 def _served(options: Options) -> Served:
     """Load what answers."""
     from bayeslora.cli.build import load_transformed, model_for
-    from bayeslora.cli.data import given_format, kept_format
+    from bayeslora.cli.data import format_from_options, saved_format
     from bayeslora.cli.progress import own_progress
-    from bayeslora.integrations.server.worker import Served
+    from bayeslora.integrations.server import Served
 
     folder = run_folder(Path(options.run))
     with own_progress():
         posterior = load_transformed(options.run, options)
-        like = kept_format(folder, options)
+        like = saved_format(folder, options)
         if like is None:
-            like = given_format(options, "input", posterior.origin)
+            like = format_from_options(options, "input", posterior.origin)
         model, tokenizer = model_for(posterior, options, like.classes)
     return Served(
         options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,

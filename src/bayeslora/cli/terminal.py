@@ -24,11 +24,7 @@ def watched() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show what this library says and errors only of others, for the length of a ``with`` block.
-
-    Yields:
-        Nothing; afterwards the libraries speak as before. They need not be imported yet.
-    """
+    """Show this library's messages and only errors of others, which need not be imported yet."""
     own, handler = logging.getLogger("bayeslora"), logging.StreamHandler()
     before = own.level
     levels = {name: logging.getLogger(name).level for name in NOISY}

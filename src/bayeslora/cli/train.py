@@ -5,11 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainingArguments
+
+    from bayeslora._typing import Tokenizer
+    from bayeslora.methods import Inference
+    from bayeslora.posteriors import Posterior
+    from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
   bayeslora train --model HuggingFaceTB/SmolLM2-135M --task openbookqa --method swag --out run
@@ -19,7 +28,6 @@ EXAMPLES = """examples:
 
 --data is a folder with train, test and, if there is one, validation files, or one file to train on. Methods and their
 settings (--set key=value): docs/methods. The run folder then serves evaluate, predict and export."""
-FREE = ("draws", "token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
@@ -48,7 +56,7 @@ class Options(TrainOptions):
 def run(options: Options) -> None:
     """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    check_folder(out, options, resume=options.resume, free=FREE)
+    check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples"))
     from bayeslora.cli.build import build_arguments, build_model, report_run, save_run
     from bayeslora.cli.data import build_task
     from bayeslora.cli.progress import own_progress
@@ -74,7 +82,7 @@ def run(options: Options) -> None:
         report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
 
 
-def _of_member(args: Any, method: Any, options: Options) -> Any:
+def _of_member(args: TrainingArguments, method: Inference, options: Options) -> TrainingArguments:
     """Return the Trainer's arguments with the seeds of the member that is trained alone."""
     from bayeslora.methods.ensemble import Ensemble, seeded
 
@@ -86,7 +94,9 @@ def _of_member(args: Any, method: Any, options: Options) -> Any:
     return seeded(args, options.member)
 
 
-def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
+def _trained(
+    options: Options, model: PeftModel, tokenizer: Tokenizer, task: Task, method: Inference, args: TrainingArguments
+) -> Posterior:
     """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
     from bayeslora.cli.terminal import say
     from bayeslora.params import device_of, initialise, lora_parameters

@@ -2,119 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from bayeslora._typing import Float, Int
 from bayeslora.comparison.run import Comparison
-from bayeslora.metrics import batched as scoring
-from bayeslora.metrics import uncertainty
-from bayeslora.metrics.bootstrap import interval, resampled, resampled_two
-from bayeslora.metrics.prediction import Prediction
-
-Mark = Literal["best", "tied"]
-_SCORES: dict[str, Callable[..., Tensor]] = {
-    "accuracy": scoring.accuracy,
-    "NLL": scoring.nll,
-    "ECE": scoring.ece,
-    "Brier": scoring.brier,
-    "AURC": scoring.aurc,
-}
-_UNCERTAINTY: dict[str, Callable[[Prediction], Tensor]] = {
-    "AUROC H": lambda p: p.entropy,
-    "AUROC MI": lambda p: p.mutual_information,
-}
+from bayeslora.comparison.tables import Column, Mark, Row, columns
+from bayeslora.metrics.bootstrap import Sample, Score, interval, resampled
+from bayeslora.metrics.evaluation import predictors, uncertainties
+from bayeslora.metrics.measures import measures
 
 
 def marked(
-    comparison: Comparison, rows: Sequence[dict[str, Any]], labels: Tensor, *, bins: int = 15, resamples: int = 1000
-) -> list[dict[str, Any]]:
-    """Return a table's rows with ``marks``: by heading, ``best`` or ``tied``.
+    comparison: Comparison, rows: Sequence[Row], labels: Int[Tensor, " N"], *, bins: int = 15, resamples: int = 1000
+) -> list[Row]:
+    """Return the rows of `bayeslora.comparison.tables.comparison_rows` of the same comparison with their marks.
 
     A row is tied with the best of a column if the 95 % paired bootstrap interval of their difference holds 0: test rows
     are drawn, the same for both, and scores averaged over the seeds. It says nothing on other seeds or training rows.
-
-    Args:
-        comparison: What was found.
-        rows: Rows of `bayeslora.comparison.tables.comparison_rows`, of the same comparison.
-        labels: Index of the right choice of each test row, [N].
-        bins: Bins of the calibration error.
-        resamples: Bootstrap resamples.
-
-    Returns:
-        Copies of the rows.
     """
-    found = [{**row, "marks": dict[str, Mark]()} for row in rows]
-    for heading in dict.fromkeys(key for row in rows for key in row):
-        there = [row for row in found if isinstance(row.get(heading), list) and len(row[heading])]
-        score = _resampled(comparison, heading, labels, bins, resamples)
-        if score is None or len(there) < 2:
+    table = measures(bins)
+    all_marks: list[dict[str, Mark]] = [{} for _ in rows]
+    for column in columns(next(iter(next(iter(comparison.evaluations.values())).values()))):
+        measure, heading = table[column.measure], column.heading
+        means = {i: fmean(row.numbers[heading]) for i, row in enumerate(rows) if row.numbers.get(heading)}
+        if measure.needs == "probs" or len(means) < 2:
             continue
-        higher = heading == "accuracy" or heading.startswith("AUROC")
-        best = (max if higher else min)(there, key=lambda row: sum(row[heading]) / len(row[heading]))
-        best["marks"][heading] = "best"
-        reference = score(best)
-        for row in there:
-            if row is not best:
-                low, high = interval([a - b for a, b in zip(score(row), reference, strict=True)])
-                if not (low > 0 or high < 0):
-                    row["marks"][heading] = "tied"
-    return found
+        best = (max if measure.higher_is_better else min)(means, key=means.__getitem__)
+        all_marks[best][heading] = "best"
+        scores = {i: _resampled(measure.score, _samples(comparison, rows[i], column, labels), resamples) for i in means}
+        for i in means.keys() - {best}:
+            low, high = interval(scores[i] - scores[best])
+            if not (low > 0 or high < 0):
+                all_marks[i][heading] = "tied"
+    return [replace(row, marks=marks) for row, marks in zip(rows, all_marks, strict=True)]
 
 
-def _resampled(
-    comparison: Comparison, heading: str, labels: Tensor, bins: int, resamples: int
-) -> Callable[[dict[str, Any]], list[float]] | None:
-    """Return a function from a row to its scores on the resampled test sets; None for columns without one."""
-    if heading in _SCORES:
-        score = partial(scoring.ece, bins=bins) if heading == "ECE" else _SCORES[heading]
-        return lambda row: resampled(
-            partial(_over_seeds, score), _stacked(comparison, row), labels, resamples=resamples, batched=True
-        )
-    kind = next((k for k in _UNCERTAINTY if heading.startswith(k)), None)
-    if kind is None:
-        return None
-    name = heading.removeprefix(kind).strip()
-    return lambda row: resampled_two(
-        _areas,
-        _uncertain(comparison, row, kind, name, False),
-        _uncertain(comparison, row, kind, name, True),
-        resamples=resamples,
-        batched=True,
-    )
+def _resampled(score: Score, samples: Sequence[Sequence[Sample]], resamples: int) -> Float[Tensor, " R"]:
+    """Return a score on each resampled test set, averaged over the seeds, whose samples are given."""
+    return torch.stack([resampled(score, *of_seed, resamples=resamples) for of_seed in samples]).mean(0)
 
 
-def _stacked(comparison: Comparison, row: dict[str, Any]) -> Tensor:
-    """Return a row's log-probabilities [N K C] under its K seeds."""
-    return torch.stack([_log_p(p, row["predictor"]) for p in comparison.predictions[row["method"]].values()], 1)
-
-
-def _log_p(prediction: Prediction, predictor: str) -> Tensor:
-    """Return the log-probabilities [N C] of a predictor."""
-    mean = prediction.mean_log_probs
-    return prediction.log_p if predictor == "draws" or mean is None else mean
-
-
-def _uncertain(comparison: Comparison, row: dict[str, Any], kind: str, name: str, outside: bool) -> Tensor:
-    """Return a row's uncertainties [N K] on the test rows, or on another data set."""
-    method, columns = row["method"], []
-    for seed, prediction in comparison.predictions[method].items():
-        others = comparison.ood[method][seed]
-        p = (others[name] if name in others else next(iter(others.values()))) if outside else prediction
-        mean = row["predictor"] == "mean" and p.mean_log_probs is not None
-        columns.append(uncertainty.entropy(_log_p(p, "mean")) if mean else _UNCERTAINTY[kind](p))
-    return torch.stack([c.double() for c in columns], 1)
-
-
-def _over_seeds(score: Callable[..., Tensor], log_p: Tensor, labels: Tensor) -> Tensor:
-    """Return the scores [R] of log-probabilities [R N K C], averaged over the K seeds."""
-    return torch.stack([score(log_p[:, :, k], labels) for k in range(log_p.shape[2])]).mean(0)
-
-
-def _areas(known: Tensor, unknown: Tensor) -> Tensor:
-    """Return the areas [R] under the ROC curves of uncertainties [R N K], averaged over the K seeds."""
-    areas = [scoring.auroc(known[..., k].contiguous(), unknown[..., k].contiguous()) for k in range(known.shape[-1])]
-    return torch.stack(areas).mean(0)
+def _samples(comparison: Comparison, row: Row, column: Column, labels: Int[Tensor, " N"]) -> list[list[Sample]]:
+    """Return what a column's measure takes for a row, under each seed."""
+    by_seed = comparison.predictions[row.method]
+    if not column.ood:
+        return [[(predictors(p)[row.predictor], labels)] for p in by_seed.values()]
+    pairs = [(p, comparison.ood[row.method][seed][column.ood]) for seed, p in by_seed.items()]
+    return [[(uncertainties(p, row.predictor)[column.uncertainty],) for p in pair] for pair in pairs]

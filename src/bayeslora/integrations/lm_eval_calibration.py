@@ -16,7 +16,7 @@ from torch import Tensor
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics.classification import brier, ece, nll
-from bayeslora.tasks.templates import CHARACTERS
+from bayeslora.tasks.templates import CHARACTERS_PER_TOKEN
 
 BINS = 15
 """Bins of equal width of the ECE."""
@@ -67,7 +67,8 @@ def calibration(
         ``ece``, ``nll`` and ``brier``; see `bayeslora.metrics.classification`.
     """
     log_p, labels = choice_log_probs(samples, normalisation, tokens)
-    return {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
+    scores = {"ece": ece(log_p, labels, bins), "nll": nll(log_p, labels), "brier": brier(log_p, labels)}
+    return {name: float(score) for name, score in scores.items()}
 
 
 def add_calibration(
@@ -119,7 +120,7 @@ def _scores(number: int, sample: Mapping[str, Any], normalisation: str, tokens: 
         return [score - less for score, less in zip(found, alone, strict=True)]
     if normalisation == "characters":
         texts = _texts(sample)[: len(found)]
-        return [score * CHARACTERS / max(1, len(text)) for score, text in zip(found, texts, strict=True)]
+        return [score * CHARACTERS_PER_TOKEN / max(1, len(text)) for score, text in zip(found, texts, strict=True)]
     if normalisation == "tokens" and tokens is not None:
         pairs = _pairs(sample)[: len(found)]
         return [score / max(1, tokens(*pair)) for score, pair in zip(found, pairs, strict=True)]

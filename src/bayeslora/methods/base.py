@@ -57,6 +57,9 @@ class Method(Inference):
 
         Returns:
             The posterior over its active adapter.
+
+        Raises:
+            InputError: If the model was not trained with the method.
         """
 
 

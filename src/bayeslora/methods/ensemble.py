@@ -24,9 +24,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
 from bayeslora.methods.base import Inference, Method, PostHoc, TrainerKwargs, origin_for
+from bayeslora.methods.callback import checkpoint_file
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
-from bayeslora.methods.records import Record, check_num_data, checkpoint_file, recall, remember, require_record
+from bayeslora.methods.records import Record, check_num_data, recall, remember, require_record
 from bayeslora.methods.swag import Swag
 from bayeslora.params import initialise, require_lora, seed_of
 from bayeslora.posteriors import Mixture, Posterior
@@ -35,35 +36,21 @@ _STATE_FILE = "bayeslora_member.json"
 
 
 def member_seed(seed: int, member: int) -> int:
-    """Return the seed of an ensemble's member: its start and its order of the data.
+    """Return the seed of an ensemble's member, from 0: its start and its order of the data.
 
-    Ensembles of different seeds share no member, so that they can be compared as independent repetitions.
-
-    Args:
-        seed: The ensemble's seed.
-        member: Number of the member, from 0.
-
-    Returns:
-        The ensemble's own for member 0, which is then the single run with that seed; else a hash of both from 2³⁰ to
-        2³¹ − 1, where no one numbers seeds by hand.
+    It is the ensemble's for member 0, which is then the single run with that seed; else a hash of both from 2³⁰ to
+    2³¹ − 1, where no one numbers seeds by hand. So ensembles of different seeds share no member, and can be compared as
+    independent repetitions.
     """
     return seed if member == 0 else 2**30 + seed_of("member", seed, member) % 2**30
 
 
 def seeded(args: TrainingArguments, member: int) -> TrainingArguments:
-    """Return the Trainer's arguments with a member's seeds.
-
-    Args:
-        args: Arguments with the ensemble's seeds.
-        member: Number of the member, from 0.
-
-    Returns:
-        A changed copy.
-    """
-    own = copy.copy(args)
-    own.seed = member_seed(args.seed, member)
-    own.data_seed = None if args.data_seed is None else member_seed(args.data_seed, member)
-    return own
+    """Return a copy of the Trainer's arguments, which have the ensemble's seeds, with those of a member."""
+    changed = copy.copy(args)
+    changed.seed = member_seed(args.seed, member)
+    changed.data_seed = None if args.data_seed is None else member_seed(args.data_seed, member)
+    return changed
 
 
 @final
@@ -93,12 +80,7 @@ class Ensemble(Method):
     together: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an empty ensemble and one inside another.
-
-        Raises:
-            InputError: If there is no member, or the member is an ensemble, or not a point while dropout is asked for,
-                or members are to be trained together that are not plain.
-        """
+        """Refuse an empty ensemble, one inside another, and options that the members' method does not serve."""
         if self.members < 1:
             raise InputError(f"an ensemble needs at least 1 member, and it has {self.members}")
         if isinstance(self.member, Ensemble):
@@ -120,9 +102,9 @@ class Ensemble(Method):
         Returns:
             A changed copy.
         """
-        own = seeded(args, member)
-        own.output_dir = str(Path(args.output_dir) / f"member-{member}")
-        return own
+        changed = seeded(args, member)
+        changed.output_dir = str(Path(args.output_dir) / f"member-{member}")
+        return changed
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the member's arguments, with the callback that gives it its start and keeps its posterior.
@@ -147,13 +129,13 @@ class Ensemble(Method):
         Raises:
             InputError: If fewer were trained than the ensemble has.
         """
-        kept: dict[int, Posterior] = require_record(model, self.name).kept
-        if len(kept) < self.members:
+        by_seed: dict[int, Posterior] = require_record(model, self.name).learned
+        if len(by_seed) < self.members:
             raise InputError(
-                f"{len(kept)} of the ensemble's {self.members} members are trained; call trainer.train() for each, "
+                f"{len(by_seed)} of the ensemble's {self.members} members are trained; call trainer.train() for each, "
                 "with method.member_arguments(args, member)"
             )
-        return self.mixture(_in_order(kept)[: self.members], model)
+        return self.mixture(_in_order(by_seed)[: self.members], model)
 
     def mixture(self, members: list[Posterior], model: nn.Module) -> Mixture:
         """Return the ensemble of members that were trained one by one.
@@ -183,13 +165,13 @@ def multi_swag(members: int = 3, **settings: Any) -> Ensemble:
     return Ensemble(members, Swag(**settings))
 
 
-def _in_order(kept: Mapping[int, Posterior]) -> list[Posterior]:
+def _in_order(by_seed: Mapping[int, Posterior]) -> list[Posterior]:
     """Return posteriors by the numbers that their seeds stand for; with other seeds, as they were trained."""
-    for seed in kept:  # one of them is the ensemble's own, member 0's
-        numbers = [member_seed(seed, k) for k in range(len(kept))]
-        if kept.keys() == set(numbers):
-            return [kept[number] for number in numbers]
-    return list(kept.values())
+    for seed in by_seed:  # one of them is the ensemble's own, member 0's
+        seeds = [member_seed(seed, k) for k in range(len(by_seed))]
+        if by_seed.keys() == set(seeds):
+            return [by_seed[each] for each in seeds]
+    return list(by_seed.values())
 
 
 @final
@@ -202,28 +184,24 @@ class _Start(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw the start, unless the run is resumed.
-
-        Raises:
-            InputError: If an earlier member had the same seed, or the run that is resumed another one.
-        """
+        """Draw the start, unless the run is resumed, and refuse the seed of an earlier member."""
         model, name = require_lora(kwargs["model"]), self.ensemble.name
         record = recall(model, name)
         begins = state.global_step == 0  # else it is resumed, and what was kept of it when it stopped is replaced
-        if record is None or (begins and len(record.kept) >= self.ensemble.members):
-            record = Record(name, self.num_data)
+        if record is None or (begins and len(record.learned) >= self.ensemble.members):
+            record = Record(name, self.num_data, {})
             remember(model, record)
         if not begins:
             _check_seed(checkpoint_file(args, state, _STATE_FILE), args.seed)
             return
-        if args.seed in record.kept:
+        if args.seed in record.learned:
             raise InputError(
                 f"an earlier member was trained with seed {args.seed} already; give each member its own arguments, "
                 "method.member_arguments(args, member)"
             )
         initialise(model, args.seed)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the member's seed into the checkpoint."""
         if state.is_world_process_zero:
             with atomic_file(checkpoint_file(args, state, _STATE_FILE)) as partial:
@@ -255,4 +233,4 @@ class _Keep(TrainerCallback):
         model = kwargs["model"]
         member = self.ensemble.member
         assert isinstance(member, Method)  # `Ensemble.trainer_kwargs` refuses others
-        require_record(model, self.ensemble.name).kept[args.seed] = member.posterior(model)
+        require_record(model, self.ensemble.name).learned[args.seed] = member.posterior(model)

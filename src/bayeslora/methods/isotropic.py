@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, fit_start
-from bayeslora.methods.search import draws_nll
+from bayeslora.methods.search import Judge
 from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, Posterior
 from bayeslora.tasks.types import Task, labelled
@@ -40,11 +41,7 @@ class Isotropic(PostHoc):
     draws: int = 10
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If σ is negative or not finite, or there are no draws.
-        """
+        """Refuse settings that have no meaning."""
         if isinstance(self.sigma, str):
             if self.sigma != "validation":
                 raise InputError(f"sigma must be a number or 'validation', and it is {self.sigma!r}")
@@ -64,7 +61,7 @@ class Isotropic(PostHoc):
         task: Task,
         *,
         start: Posterior | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
     ) -> DiagonalGaussian:
@@ -74,14 +71,15 @@ class Isotropic(PostHoc):
         if not isinstance(self.sigma, str):
             return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
         assert task.validation is not None
-        rows, found = task.validation, {}
+        judge = Judge(model, task.validation, tokenizer, seed, token_budget)
+        by_score = {}
         for sigma in SIGMAS:
             posterior = DiagonalGaussian(mean, _variance(mean, sigma), origin)
-            score = draws_nll(model, posterior, rows, self.draws, tokenizer=tokenizer, seed=seed, budget=token_budget)
-            found[score, sigma] = posterior
-            if score > 2 * min(found)[0] + 1:  # far beyond the best: larger noise only loses more
+            score = judge.nll(posterior, self.draws)
+            by_score[score, sigma] = posterior
+            if score > 2 * min(by_score)[0] + 1:  # far beyond the best: larger noise only loses more
                 break
-        return found[min(found)]
+        return by_score[min(by_score)]
 
 
 def _variance(mean: Params, sigma: float) -> Params:

@@ -48,11 +48,7 @@ class Map(Method):
     early_stopping: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse negative weights.
-
-        Raises:
-            InputError: If one is negative.
-        """
+        """Refuse settings that have no meaning."""
         for field in ("weight_decay", "weight_decay_b", "kl"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"{field} must be finite and not negative, and it is {getattr(self, field)}")

@@ -8,10 +8,11 @@ draw: then a draw is an adapter that can be exported, generates coherently and c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.guards import plain_layers
@@ -36,11 +37,7 @@ class McDropout(PostHoc):
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If the kind is unknown or the rate not in (0, 1).
-        """
+        """Refuse settings that have no meaning."""
         if self.kind not in ("tokens", "columns"):
             raise InputError(f"MC dropout has the kinds 'columns' and 'tokens', and not {self.kind!r}")
         if self.rate is not None and not 0 < self.rate < 1:
@@ -60,7 +57,7 @@ class McDropout(PostHoc):
         task: Task,
         *,
         start: Posterior | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
     ) -> TokenDropout | ColumnDropout:
@@ -73,20 +70,7 @@ class McDropout(PostHoc):
 
 
 def column_dropout(model: nn.Module, mean: Params, origin: Origin | None, rate: float | None = None) -> ColumnDropout:
-    """Return the adapters that dropping columns of A makes of one.
-
-    Args:
-        model: PEFT model, for its dropout rate.
-        mean: The adapter.
-        origin: Its origin.
-        rate: The rate; None for the model's.
-
-    Returns:
-        The posterior.
-
-    Raises:
-        InputError: For DoRA, without dropout, or if there is no A on a linear layer.
-    """
+    """Return the adapters that dropping columns of A makes of one; ``rate`` is None for the model's dropout."""
     _check_columns(model)
     strength = {name: 1.0 for name in mean if name.endswith("lora_A.weight")}
     if not strength:

@@ -1,18 +1,17 @@
-"""What a run remembers between its training and its posterior, kept per model and in the run's checkpoints."""
+"""What a run remembers between its training and its posterior, kept per model for as long as the model lives."""
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, final
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.guards import unpack_for_training
 from bayeslora.params import require_lora
 
 
@@ -20,16 +19,12 @@ from bayeslora.params import require_lora
 class Record:
     """What a training run leaves behind for `Method.posterior`.
 
-    Attributes:
-        method: Name of the method that trained.
-        num_data: Number of training examples N.
-        kept: What the method needs, in its own type.
-        undo: Takes out what the run put into the model; None if it put nothing there.
+    ``learned`` is what the method needs, in its own type; ``undo`` takes out what the run put into the model.
     """
 
     method: str
     num_data: int
-    kept: dict[Any, Any] = field(default_factory=dict)
+    learned: Any = None
     undo: Callable[[], None] | None = None
 
     def clear(self) -> None:
@@ -43,15 +38,11 @@ _RECORDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.Weak
 
 
 def remember(model: nn.Module, record: Record) -> None:
-    """Keep the record of a run that begins for as long as the model lives, and make the model ready for it.
+    """Keep the record of a run that begins, in the place of an earlier one of its method, and make the model ready.
 
     What earlier runs left that broke off is cleared, and a 4-bit base that was packed for inference is unpacked.
-
-    Args:
-        model: The model in training.
-        record: What to keep; it replaces an earlier record of the same method.
     """
-    unpack_for_training(model)
+    _unpack_for_training(model)
     records = _RECORDS.setdefault(model, {})
     for earlier in records.values():
         if earlier is not record:
@@ -60,31 +51,12 @@ def remember(model: nn.Module, record: Record) -> None:
 
 
 def recall(model: nn.Module, method: str) -> Record | None:
-    """Return the record of the last run of a method on a model.
-
-    Args:
-        model: The model that was trained.
-        method: Name of the method.
-
-    Returns:
-        The record; None if there was no run.
-    """
+    """Return the record of the last run of a method on a model; None if there was no run."""
     return _RECORDS.get(model, {}).get(method)
 
 
 def require_record(model: nn.Module, method: str) -> Record:
-    """Return the record of the last run of a method on a model, or refuse.
-
-    Args:
-        model: The model that was trained.
-        method: Name of the method.
-
-    Returns:
-        The record.
-
-    Raises:
-        InputError: If there was no run.
-    """
+    """Return the record of the last run of a method on a model, or refuse."""
     record = recall(model, method)
     if record is None:
         raise InputError(
@@ -95,30 +67,31 @@ def require_record(model: nn.Module, method: str) -> Record:
 
 
 def check_num_data(num_data: int) -> int:
-    """Return the number of training examples, or refuse it.
-
-    Args:
-        num_data: Number of training examples N.
-
-    Returns:
-        The same number.
-
-    Raises:
-        InputError: If it is not a positive whole number.
-    """
+    """Return the number of training examples N, or refuse what is not a positive whole number."""
     if not isinstance(num_data, int) or num_data < 1:
         raise InputError(f"num_data must be the number of training examples, at least 1, and it is {num_data!r}")
     return num_data
 
 
+def _unpack_for_training(model: nn.Module) -> None:
+    """Undo bitsandbytes' packing of 4-bit weights on the CPU, and keep it from packing them again.
+
+    On CPUs with bfloat16 instructions ``Linear4bit`` packs its weight at the first pass in evaluation mode, and the
+    product with a packed weight has no gradient: after an evaluation the layers below would silently stop learning.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.support_avx512bf16_for_cpu:
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # saving unpacks in place
+
+
 @final
 class Recorder(TrainerCallback):
-    """Puts a run on record when it begins, under the model that the Trainer really trains.
-
-    Args:
-        method: Name of the method.
-        num_data: Number of training examples N.
-    """
+    """Puts a run on record when it begins, under the model that the Trainer really trains."""
 
     def __init__(self, method: str, num_data: int) -> None:
         self.record = Record(method, check_num_data(num_data))
@@ -128,17 +101,3 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Check that the model has a LoRA adapter, and keep the record."""
         remember(require_lora(kwargs["model"]), self.record)
-
-
-def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
-    """Return a file of a method's own in the checkpoint of the present step.
-
-    Args:
-        args: The Trainer's arguments.
-        state: The Trainer's state.
-        name: Name of the file.
-
-    Returns:
-        Its path; the checkpoint's folder is there while it is saved or resumed.
-    """
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name

@@ -21,29 +21,15 @@ from bayeslora.params import evaluating, lora_parameters, require_lora
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
     """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer.
 
-    Args:
-        outputs: The model's outputs; ``logits`` are [B C], or [B T V] for a language model.
-        labels: [B], or [B T] with -100 where nothing is predicted.
-        num_items_in_batch: What to divide the sum by; None for the mean.
-
-    Returns:
-        The loss.
+    Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted. The sum is
+    divided by ``num_items_in_batch``; None for the mean.
     """
     logits, targets = _flat(outputs["logits"], labels)
     return divided(functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch, len(targets))
 
 
 def divided(total: Tensor, num_items_in_batch: Tensor | int | None, count: int) -> Float[Tensor, ""]:
-    """Return a sum over items divided by their number, wherever that number is.
-
-    Args:
-        total: The sum.
-        num_items_in_batch: What to divide by; None for the items of the sum itself.
-        count: How many these are.
-
-    Returns:
-        The quotient, on the sum's device.
-    """
+    """Return a sum over ``count`` items divided by the number of items in the batch, wherever that number is."""
     number = count if num_items_in_batch is None else num_items_in_batch
     return total / (number.to(total.device) if isinstance(number, Tensor) else number)
 
@@ -59,12 +45,9 @@ def _flat(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "P C"], Int[Ten
 
 @final
 class KlToBase(TrainerCallback):
-    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1).
+    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1); ``weight`` is β.
 
     The base model is the same model with its adapter off and without dropout, one more forward pass without gradient.
-
-    Args:
-        weight: β.
     """
 
     def __init__(self, weight: float) -> None:
@@ -77,11 +60,7 @@ class KlToBase(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start to keep each training batch for the second pass.
-
-        Raises:
-            InputError: If the model's answers come from a head that is new, so that the base model has none.
-        """
+        """Start to keep each training batch for the second pass; refuse a model with a new head."""
         model = require_lora(kwargs["model"])
         if model.active_peft_config.modules_to_save:
             raise InputError(
@@ -102,11 +81,7 @@ class KlToBase(TrainerCallback):
         self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse a Trainer that has taken a step without asking for the loss.
-
-        Raises:
-            InputError: If it has.
-        """
+        """Refuse a Trainer that has taken a step without asking for the loss."""
         if not self._asked:
             raise InputError(
                 "the Trainer does not call compute_loss_func, so that the KL term would be left out; use kl=0"
@@ -121,16 +96,7 @@ class KlToBase(TrainerCallback):
         self._detach = self._model = self._inputs = None
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
-        """Return the cross-entropy, in training with the divergence added.
-
-        Args:
-            outputs: The model's outputs with ``logits``.
-            labels: See `answer_loss`.
-            num_items_in_batch: See `answer_loss`.
-
-        Returns:
-            The loss.
-        """
+        """Return the cross-entropy (see `answer_loss`), in training with the divergence added."""
         self._asked = True
         loss = answer_loss(outputs, labels, num_items_in_batch)
         if self._inputs is None or self._model is None or not torch.is_grad_enabled():
@@ -152,9 +118,7 @@ class KlToBase(TrainerCallback):
 class DecoupledDecay(TrainerCallback):
     """Multiplies parameters by 1 − η·λ before each optimiser step, as AdamW does (Loshchilov and Hutter 2019).
 
-    Args:
-        everything: λ for all adapter parameters.
-        b: λ for the matrices B alone, in addition.
+    ``everything`` is λ for all adapter parameters, ``b`` is added for the matrices B.
     """
 
     def __init__(self, everything: float, b: float) -> None:
@@ -164,11 +128,7 @@ class DecoupledDecay(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note which parameter decays how fast.
-
-        Raises:
-            InputError: If a step would turn a parameter's sign.
-        """
+        """Note which parameter decays how fast; refuse a rate at which a step would turn its sign."""
         rates = {name: self.everything + self.b * ("lora_B" in name) for name in lora_parameters(kwargs["model"])}
         if max(rates.values()) * args.learning_rate >= 1:
             raise InputError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.metrics.classification import nll
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.prediction import predict
@@ -16,39 +17,27 @@ from bayeslora.tasks.types import Split
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def draws_nll(
-    model: nn.Module, posterior: Posterior, rows: Split, draws: int, *, tokenizer: Any, seed: int, budget: int | None
-) -> float:
-    """Return the negative log-likelihood of the draws' average probabilities.
+@dataclass(frozen=True)
+class Judge:
+    """Labelled rows by which posteriors are judged, with what `predict` is given; all by the same stream of draws."""
 
-    Args:
-        model: PEFT model of the posterior.
-        posterior: The posterior.
-        rows: Labelled rows.
-        draws: Number of draws.
-        tokenizer: The model's tokenizer, or None.
-        seed: Which stream of draws; the same one makes posteriors comparable.
-        budget: Most tokens of a batch; None for what fits.
+    model: nn.Module
+    rows: Split
+    tokenizer: Tokenizer | None = None
+    seed: int = 0
+    token_budget: int | None = None
 
-    Returns:
-        Nats per example; infinite where the draws are not finite.
-    """
-    prediction = predict(model, posterior, rows, Draws(draws, seed), tokenizer=tokenizer, token_budget=budget)
-    return nll(prediction.log_p, rows.labels)
+    def nll(self, posterior: Posterior, draws: int) -> float:
+        """Return the negative log-likelihood of the draws' mean probabilities, nats a row; infinite if not finite."""
+        draw = Draws(draws, self.seed)
+        prediction = predict(
+            self.model, posterior, self.rows, draw, tokenizer=self.tokenizer, token_budget=self.token_budget
+        )
+        return float(nll(prediction.log_p, self.rows.labels))
 
 
 def smallest(function: Callable[[float], float], low: float, high: float, *, points: int = 61) -> float:
-    """Return where a function of one variable is smallest, by a grid and golden sections around its best point.
-
-    Args:
-        function: The function; it need not have one minimum only, if the grid is fine enough.
-        low: Lower end.
-        high: Upper end.
-        points: Points of the grid.
-
-    Returns:
-        The place, to a millionth of the interval; an end of the interval if the function is smallest there.
-    """
+    """Return where a function is smallest, to a millionth, by a grid and golden sections; or an end of the interval."""
     grid = [low + (high - low) * k / (points - 1) for k in range(points)]
     values = [function(x) for x in grid]
     best = min(range(points), key=lambda k: (values[k], k))

@@ -16,29 +16,27 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_file
-from bayeslora.methods.base import Method, origin_for
-from bayeslora.methods.precision import HALF, widen
-from bayeslora.methods.records import Record, check_num_data, checkpoint_file, remember, require_record
+from bayeslora.methods.base import Method, TrainerKwargs, origin_for
+from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
+from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, lora_parameters, require_lora
+from bayeslora.params import Params, lora_parameters
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 logger = logging.getLogger(__name__)
 
-_STATE_FILE = "bayeslora_swag.safetensors"
 _STILL = 0.5
 """Share of numbers without any variance from which on it is worth a warning."""
 
@@ -67,11 +65,7 @@ class Swag(Method):
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range; the message says which.
-        """
+        """Refuse settings that have no meaning."""
         if self.kind not in ("full", "diagonal", "swa"):
             raise InputError(f"kind must be full, diagonal or swa, and it is {self.kind!r}")
         if self.start < 0 or (isinstance(self.start, float) and self.start >= 1):
@@ -83,18 +77,18 @@ class Swag(Method):
         if not (self.learning_rate is None or 0 < self.learning_rate < math.inf):
             raise InputError(f"learning_rate must be finite and positive, and it is {self.learning_rate}")
 
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
-        collector = _Collector(self, check_num_data(num_data))
-        return {"callbacks": [collector, MetricsCallback(self.name, collector.figures)]}
+        collector = Collector(self, num_data)
+        return {"callbacks": [collector, MetricsCallback(self.name, collector.metrics)]}
 
     def posterior(self, model: nn.Module) -> Posterior:
-        """Return the Gaussian over the collected path; a `Point` for ``swa``.
+        """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`.
 
         Raises:
-            InputError: If the model was not trained with SWAG, or too few snapshots were collected.
+            InputError: If too few snapshots were collected.
         """
-        moments: Moments = require_record(model, self.name).kept["moments"]
+        moments: Moments = require_record(model, self.name).learned
         needed = 1 if self.kind == "swa" else 2
         if moments.count < needed:
             raise InputError(
@@ -129,14 +123,7 @@ class Swag(Method):
 class Moments:
     """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots, all on the CPU.
 
-    Args:
-        rank: How many snapshots to keep.
-
-    Attributes:
-        count: Number of collections.
-        mean: Mean of each parameter.
-        squares: Sum of squared deviations from the mean.
-        snapshots: The last raw values, oldest first.
+    ``squares`` is the sum of squared deviations from the mean, and ``snapshots`` the last raw values, oldest first.
     """
 
     def __init__(self, rank: int) -> None:
@@ -146,11 +133,7 @@ class Moments:
         self.snapshots: deque[Params] = deque(maxlen=rank)
 
     def add(self, params: Params) -> None:
-        """Collect one value of every parameter.
-
-        Args:
-            params: The values, of any type on any device; they are copied.
-        """
+        """Collect one value of every parameter, of any type on any device; it is copied."""
         self.count += 1
         copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in params.items()}
         for name, value in copies.items():
@@ -167,61 +150,41 @@ class Moments:
         return sum(int((m == 0).sum()) for m in self.squares.values()) / total if self.count > 1 and total else 0.0
 
     def save(self, path: Path) -> None:
-        """Write the moments to a safetensors file, at once or not at all."""
+        """Write the moments to a safetensors file."""
         tensors = {f"mean/{n}": t for n, t in self.mean.items()} | {f"squares/{n}": t for n, t in self.squares.items()}
         for i, snapshot in enumerate(self.snapshots):
             tensors |= {f"{i}/{n}": t for n, t in snapshot.items()}
-        with atomic_file(path) as partial:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"count": str(self.count)})
+        write_tensors(path, tensors, {"count": str(self.count)})
 
     def load(self, path: Path) -> None:
-        """Read the moments back.
-
-        Args:
-            path: A file that `save` wrote.
-
-        Raises:
-            InputError: If the file is missing or damaged.
-        """
-        try:
-            with safe_open(path, "pt") as file:
-                self.count = int(file.metadata()["count"])
-                snapshots: dict[int, Params] = {}
-                for key in file.keys():  # noqa: SIM118
-                    part, _, name = key.partition("/")
-                    home = {"mean": self.mean, "squares": self.squares}.get(part)
-                    (snapshots.setdefault(int(part), {}) if home is None else home)[name] = file.get_tensor(key)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"the checkpoint has no readable {path}, which SWAG needs to go on; resume from an earlier checkpoint"
-            ) from error
+        """Read the moments back."""
+        with safe_open(path, "pt") as file:
+            self.count = int(file.metadata()["count"])
+            snapshots: dict[int, Params] = {}
+            for key in file.keys():  # noqa: SIM118
+                part, _, name = key.partition("/")
+                home = {"mean": self.mean, "squares": self.squares}.get(part)
+                (snapshots.setdefault(int(part), {}) if home is None else home)[name] = file.get_tensor(key)
         self.snapshots.extend(snapshots[i] for i in sorted(snapshots))
 
 
 @final
-class _Collector(TrainerCallback):
+class Collector(MethodCallback):
     """Holds the learning rate from the start step on, and collects every so many steps."""
 
+    name, title, file = Swag.name, "SWAG", "bayeslora_swag.safetensors"
+
     def __init__(self, method: Swag, num_data: int) -> None:
-        self.method, self.num_data = method, num_data
+        super().__init__(num_data)
+        self.method = method
         self.moments = Moments(method.rank)
         self.start = self.interval = 0
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the adapter into float32, before an optimiser knows it or a checkpoint is read into it."""
-        widen(kwargs.get("model"), kwargs.get("optimizer"))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Plan the collections, hold the schedule, and take up the moments of a checkpoint.
-
-        Raises:
-            InputError: If too few snapshots would be collected.
-        """
-        model, method = require_lora(kwargs["model"]), self.method
+    def begin(self, run: Run) -> Record:
+        """Plan the collections, hold the schedule, and take up the moments of a checkpoint."""
+        args, state, method = run.args, run.state, self.method
         if args.world_size == 1 and not args.deepspeed:  # what wraps the model for several processes has noted the type
-            widen(model, kwargs["optimizer"])
+            widen(run.model, run.optimizer)
         start = method.start
         self.start = round(start * state.max_steps) if isinstance(start, float) else start
         left = state.max_steps - self.start
@@ -235,9 +198,9 @@ class _Collector(TrainerCallback):
             logger.warning("SWAG sums up the whole path: load_best_model_at_end changes the model, not its posterior")
         self.moments = Moments(method.rank)
         if state.global_step > self.start:
-            self.moments.load(checkpoint_file(args, state, _STATE_FILE))
-        remember(model, Record(method.name, self.num_data, {"moments": self.moments}))
-        hold(kwargs["lr_scheduler"], self.start, method.learning_rate or args.learning_rate / 10)
+            self.resume(run, self.moments.load)
+        hold(run.scheduler, self.start, method.learning_rate or args.learning_rate / 10)
+        return Record(self.name, self.num_data, self.moments)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Collect if it is time."""
@@ -245,27 +208,23 @@ class _Collector(TrainerCallback):
         if since > 0 and since % self.interval == 0:
             self.moments.add({name: p for name, p in lora_parameters(kwargs["model"]).items() if p.requires_grad})
 
-    def figures(self, state: TrainerState) -> dict[str, float]:
+    def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return how many snapshots were collected and are kept, and the path's deviations √Σ_d, for the log."""
-        count, kept = self.moments.count, len(self.moments.snapshots)
+        count, rank = self.moments.count, len(self.moments.snapshots)
         squares = self.moments.squares.values() if count > 1 else ()
-        return {"snapshots": count, "rank": kept, **spread((m / count).sqrt() for m in squares)}
+        return {"snapshots": count, "rank": rank, **spread((m / count).sqrt() for m in squares)}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the moments into the checkpoint."""
-        if state.is_world_process_zero and state.global_step > self.start:
-            self.moments.save(checkpoint_file(args, state, _STATE_FILE))
+    def save(self, path: Path, run: Run) -> None:
+        """Write the moments, once there may be some."""
+        if run.state.global_step > self.start:
+            self.moments.save(path)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say so if most of the adapter did not move, for then it has no variance."""
+    def end(self, run: Run) -> None:
+        """Warn if most of the adapter did not move, for then it has no variance."""
         share = self.moments.still()
         if self.method.kind == "swa" or share < _STILL:
             return
-        half = next(
-            (p.dtype for p in lora_parameters(kwargs["model"]).values() if p.requires_grad and p.dtype in HALF), None
-        )
+        half = next((p.dtype for p in lora_parameters(run.model).values() if p.requires_grad and p.dtype in HALF), None)
         advice = "raise SWAG's learning_rate, or take snapshots further apart (interval)"
         if half is not None:
             advice = f"the adapter is in {half}, in which small steps are lost: train it in float32"
@@ -275,25 +234,15 @@ class _Collector(TrainerCallback):
         )  # fmt: skip
 
 
-def hold(scheduler: Any, start: int, rate: float) -> None:
-    """Make a schedule constant from a step on.
-
-    Args:
-        scheduler: The Trainer's schedule: a function of the step, as all of transformers' are but
-            ``reduce_lr_on_plateau``.
-        start: First step at the constant rate.
-        rate: The constant rate.
-
-    Raises:
-        InputError: If the schedule is not a function of the step.
-    """
+def hold(scheduler: object, start: int, rate: float) -> None:
+    """Make a schedule constant from a step on; it must be a function of the step, as transformers' are but one."""
     inner = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(inner, LambdaLR):
         raise InputError(
             f"SWAG cannot hold the learning rate of a {type(inner).__name__}; use lr_scheduler_type='linear'"
         )
 
-    def held(before: Any, base: float) -> Any:
+    def held(before: Callable[[int], float], base: float) -> Callable[[int], float]:
         """Return the schedule that is constant from the start of the phase on."""
         return lambda step: rate / base if step >= start else before(step)
 

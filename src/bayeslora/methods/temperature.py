@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.search import smallest
@@ -49,11 +49,7 @@ class Temperature(PostHoc):
     draws: int = 10
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If the kind is unknown, or there are no draws.
-        """
+        """Refuse settings that have no meaning."""
         if self.kind not in ("temperature", "vector"):
             raise InputError(f"scaling has the kinds 'temperature' and 'vector', and not {self.kind!r}")
         if self.draws < 1:
@@ -69,7 +65,7 @@ class Temperature(PostHoc):
         task: Task,
         *,
         start: Posterior | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
     ) -> Scaled:
@@ -136,7 +132,7 @@ def _inverse_temperature(log_probs: Float[Tensor, "S N C"], labels: Tensor) -> f
 
     def loss(exponent: float) -> float:
         """Return the negative log-likelihood with the logarithm of 1/T."""
-        return nll(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing)), labels)
+        return float(nll(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing)), labels))
 
     return math.exp(smallest(loss, -_WIDEST, _WIDEST))
 

@@ -1,4 +1,4 @@
-"""TFB, training-free Bayesianisation: the largest noise that an adapter bears (Shi et al. 2024, arXiv 2412.05723).
+"""Training-Free Bayesianization: the largest noise scale within a loss tolerance (Shi et al. 2024, arXiv 2412.05723).
 
 B = U diag(d) Vᵀ, B' = U diag(d), A' = VᵀA, so that B'A' = BA; A' ~ N(VᵀA, Ω²) with Ω_ij = σ/d_i. The update BA then has
 the covariance σ² I ⊗ UUᵀ: isotropic noise in the column space of B. σ is the largest with
@@ -21,18 +21,21 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, fit_start
 from bayeslora.methods.guards import plain_layers
-from bayeslora.methods.search import draws_nll
+from bayeslora.methods.search import Judge
 from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
+from bayeslora.posteriors.provenance import Origin
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task, labelled
 
@@ -46,7 +49,7 @@ _FIRST = {"pseudo": 1e-2, "true": 1e-4}
 @final
 @dataclass(frozen=True)
 class Tfb(PostHoc):
-    """The largest isotropic noise on BA that the loss bears.
+    """The largest isotropic noise on BA within a tolerance of the loss.
 
     Attributes:
         tolerance: Relative change of the anchors' loss that is borne; .003 in the paper.
@@ -72,11 +75,7 @@ class Tfb(PostHoc):
     floor: float = math.log(2)
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range.
-        """
+        """Refuse settings that have no meaning."""
         if self.anchors not in ("train", "validation"):
             raise InputError(f"TFB's anchors are 'train' or 'validation' rows, and not {self.anchors!r}")
         if self.labels not in _FIRST:
@@ -113,7 +112,7 @@ class Tfb(PostHoc):
         task: Task,
         *,
         start: Posterior | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
     ) -> DiagonalGaussian:
@@ -128,72 +127,41 @@ class Tfb(PostHoc):
         mean, unit = reparametrised(adapter)
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)
-        options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
         point = Point(mean, origin)
         rows = anchored(self._rows(task), self.most_anchors, seed)
         if self.labels == "pseudo":
             rows = answered(model, point, rows, tokenizer=tokenizer, budget=token_budget)
-        own = draws_nll(model, point, rows, 1, **options)
-        change = self.tolerance * max(own, self.floor)
+        judge = Judge(model, rows, tokenizer, seed, token_budget)
+        loss = judge.nll(point, 1)
+        change = self.tolerance * max(loss, self.floor)
 
         def within(sigma: float) -> bool:
             """Return whether the loss stays within what is borne."""
-            found = draws_nll(model, _noisy(mean, unit, sigma, origin), rows, self.draws, **options)
-            return abs(found - own) <= change
+            return abs(judge.nll(_noisy(mean, unit, sigma, origin), self.draws) - loss) <= change
 
         sigma = largest(within, self.steps, _FIRST[self.labels])
-        logger.info("TFB: sigma %.4g with %d anchors, loss %.4g, change at most %.4g.", sigma, len(rows), own, change)
+        logger.info("TFB: sigma %.4g with %d anchors, loss %.4g, change at most %.4g.", sigma, len(rows), loss, change)
         return _noisy(mean, unit, sigma, origin)
 
 
 def anchored(rows: Split, most: int, seed: int) -> Split:
-    """Return rows sampled without replacement, in their order.
-
-    Args:
-        rows: The rows.
-        most: Most rows to take.
-        seed: Decides which.
-
-    Returns:
-        All rows if there are no more than that.
-    """
+    """Return at most so many rows, sampled without replacement by the seed, in their order."""
     if len(rows) <= most:
         return rows
     picked = torch.randperm(len(rows), generator=generator("anchors", seed))[:most]
     return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {most} anchors")
 
 
-def answered(model: nn.Module, posterior: Posterior, rows: Split, *, tokenizer: Any, budget: int | None) -> Split:
-    """Return rows with a posterior's answers as their labels.
-
-    Args:
-        model: PEFT model of the posterior.
-        posterior: The posterior, asked for one draw.
-        rows: The rows; their own labels do not matter.
-        tokenizer: The model's tokenizer, or None.
-        budget: Most tokens of a batch; None for what fits.
-
-    Returns:
-        The rows, each with its most probable choice.
-    """
-    said = predict(model, posterior, rows, 1, tokenizer=tokenizer, token_budget=budget).answer.tolist()
-    return replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows, said, strict=True)))
+def answered(
+    model: nn.Module, posterior: Posterior, rows: Split, *, tokenizer: Tokenizer | None, budget: int | None
+) -> Split:
+    """Return rows with a posterior's most probable choices, of one draw, as their labels."""
+    choices = predict(model, posterior, rows, 1, tokenizer=tokenizer, token_budget=budget).answer.tolist()
+    return replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows, choices, strict=True)))
 
 
-def largest(within: Any, steps: int, first: float = 0.01) -> float:
-    """Return the largest σ that serves, from a first guess by doubling or halving and then bisection of its logarithm.
-
-    Args:
-        within: Whether a σ serves; taken to be true below some σ and false above.
-        steps: Bisections.
-        first: First guess.
-
-    Returns:
-        A σ that serves, at most a factor of 2^(1/2^steps) below one that does not.
-
-    Raises:
-        InputError: If every σ serves, or none.
-    """
+def largest(within: Callable[[float], bool], steps: int, first: float = 0.01) -> float:
+    """Return the largest σ that serves: by doubling or halving a first guess, then bisecting its logarithm."""
     low = high = first
     if within(first):
         while within(high := 2 * low):
@@ -212,17 +180,7 @@ def largest(within: Any, steps: int, first: float = 0.01) -> float:
 
 
 def reparametrised(params: Params) -> tuple[Params, Params]:
-    """Return the adapter with B = U diag(d), and the standard deviations 1/d_i of A for σ = 1.
-
-    Args:
-        params: The adapter.
-
-    Returns:
-        The same adapter in other parameters, and Ω/σ for each A.
-
-    Raises:
-        InputError: If every B is zero.
-    """
+    """Return the adapter with B = U diag(d) and A = VᵀA, and for each A the deviations 1/d_i that σ = 1 gives."""
     mean, unit = dict(params), {}
     for name in params:
         if not name.endswith("lora_A.weight"):
@@ -242,6 +200,6 @@ def reparametrised(params: Params) -> tuple[Params, Params]:
     return mean, unit
 
 
-def _noisy(mean: Params, unit: Params, sigma: float, origin: Any) -> DiagonalGaussian:
+def _noisy(mean: Params, unit: Params, sigma: float, origin: Origin) -> DiagonalGaussian:
     """Return the posterior with a σ."""
     return DiagonalGaussian(mean, {name: (sigma * v).square() for name, v in unit.items()}, origin)

@@ -1,20 +1,16 @@
-"""Figures of a method for the Trainer's log and its trackers; and whether IVON learned its variance."""
+"""A method's metrics for the Trainer's log and its trackers."""
 
 from __future__ import annotations
 
-import logging
+import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
-
-logger = logging.getLogger(__name__)
-
 
 SAMPLE = 2**17
 """Most coordinates of which a median is taken."""
@@ -22,63 +18,67 @@ SAMPLE = 2**17
 
 @final
 class MetricsCallback(TrainerCallback):
-    """Adds a method's figures to the losses that the Trainer logs, before its trackers see them.
-
-    The Trainer calls its trackers (``report_to``) before the callbacks that it is given, and tells no callback where
-    the others are. So this one looks up who calls it, and goes to the front. It has no other part in training.
+    """Adds a method's metrics to the losses that the Trainer logs, before its trackers see them.
 
     Args:
-        method: Name of the method, which the figures' names begin with.
-        figures: Returns the figures at the Trainer's state; what it returns is logged as ``<method>_<name>``.
+        method: Name of the method, which the metrics' names begin with.
+        metrics: Returns the metrics at the Trainer's state; what it returns is logged as ``<method>_<name>``.
     """
 
-    def __init__(self, method: str, figures: Callable[[TrainerState], dict[str, float]]) -> None:
-        self.method, self.figures = method, figures
+    def __init__(self, method: str, metrics: Callable[[TrainerState], dict[str, float]]) -> None:
+        self.method, self.metrics = method, metrics
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Go to the front."""
-        self._go_first(sys._getframe(1).f_locals.get("self"))
+        self._go_first()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Go to the front, also of trackers that were added to a Trainer that was there."""
-        self._go_first(sys._getframe(1).f_locals.get("self"))
+        self._go_first()
 
-    def _go_first(self, handler: object) -> None:
-        """Give the one who calls the callbacks a list that begins with this one; it is going through the old list."""
+    def _go_first(self) -> None:
+        """Put this callback before the trackers, which the Trainer calls before the callbacks that it is given.
+
+        Each event hands the callbacks the arguments, the state and the model, and `Trainer.log` makes the dictionary
+        anew: nothing that a callback is given, or that a Trainer takes beside callbacks, leads to the list of callbacks
+        or to that dictionary. Whoever calls this one has the list, so it is taken from the caller, if that is a
+        `CallbackHandler`; else the metrics come after the trackers, and are in the log alone.
+        """
+        frame = inspect.currentframe()
+        event = frame.f_back if frame is not None else None
+        caller = event.f_back if event is not None else None
+        handler = None if caller is None else caller.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and any(one is self for one in handler.callbacks):
             handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the figures to what is logged while training."""
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Add the metrics to what is logged while training."""
         logs = kwargs.get("logs")
         if isinstance(logs, dict) and "loss" in logs:
-            found = {f"{self.method}_{name}": value for name, value in self.figures(state).items()}
-            logs.update(found)
+            metrics = {f"{self.method}_{name}": value for name, value in self.metrics(state).items()}
+            logs.update(metrics)
             if state.log_history:
-                state.log_history[-1].update(found)
+                state.log_history[-1].update(metrics)
 
 
 @torch.no_grad()
 def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
-    """Return how far parameters may be from their mean.
+    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ, which are read one at a time.
 
-    Args:
-        deviations: Standard deviations σ; they are looked at one at a time, on their own devices.
-
-    Returns:
-        ``sigma``: median σ, where there are more than `SAMPLE` coordinates of every 3rd, 9th, 27th … of each tensor, so
-        that at most that many are sorted; ``sigma_mean``: mean σ of all. Empty if there is none.
+    The median is that of a `Summary`; both are missing if there is no deviation.
     """
-    summary = _Summary()
+    summary = Summary()
     for one in deviations:
         summary.add(one)
     return summary.averages("sigma_mean")
 
 
 @final
-class _Summary:
+class Summary:
     """Averages over tensors that are looked at one at a time, and a bounded sample of the first of each for a median.
 
     The sample is every k-th coordinate of each tensor. k is tripled when there are too many: an odd k meets all rows
@@ -109,7 +109,7 @@ class _Summary:
         median = torch.cat([one.to(place) for one in self.sample]).median()
         numbers = torch.cat([median[None], *(one.to(place) for one in self.means)]).tolist()
         rows = [numbers[at : at + len(names)] for at in range(1, len(numbers), len(names))]
-        found = {
+        averages = {
             name: math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) for k, name in enumerate(names)
         }
-        return {"sigma": numbers[0], **found}
+        return {"sigma": numbers[0], **averages}

@@ -1,8 +1,9 @@
 """How well a score separates what to trust from what not: selective answering and out-of-distribution detection.
 
-Detection functions take ``(negative_scores [N], positive_scores [M])``, where a higher score says more
+Detection measures take ``(negative_scores [*B N], positive_scores [*B M])``, where a higher score says more
 out-of-distribution: the negatives are the in-distribution (ID) examples, the positives the out-of-distribution (OOD)
-ones. Equal scores are one threshold, so no result depends on the order of the rows.
+ones. They return one float64 number for each of the *B pairs of sets. Equal scores are one threshold, so no result
+depends on the order of the rows.
 """
 
 from __future__ import annotations
@@ -12,116 +13,85 @@ from torch import Tensor
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.metrics import batched as scoring
 from bayeslora.metrics.classification import check_labels
 
 
 def risk_coverage(
-    log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"], score: Float[Tensor, " N"] | None = None
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Compute the error rate among the most confident k examples, for k = 1 ... N.
-
-    Examples of equal score are one block: within it the errors are spread evenly, which is the expectation over the
-    orders that the block could be answered in.
-
-    Args:
-        log_p: Predicted log-probabilities.
-        labels: Index of the right choice.
-        score: Higher for the examples to answer first; None: the probability of the most probable choice.
-
-    Returns:
-        ``(coverage, risk)`` in float64: coverage k/N ascending, and the error rate at that coverage.
-
-    Raises:
-        InputError: If ``score`` is not one number per example.
-    """
+    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], score: Float[Tensor, "*B N"] | None = None
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "*B N"]]:
+    """Compute ``(coverage, risk)``: k/N, and the error rate of the k examples of highest score, for k = 1 ... N."""
     labels = check_labels(log_p, labels)
     ranking = log_p.amax(-1) if score is None else score.to(log_p.device)
+    rows = labels.shape[-1]
     if ranking.shape != labels.shape or bool(ranking.isnan().any()):
-        raise InputError(
-            f"score has shape {list(ranking.shape)} or a NaN; give one number for each of {len(labels)} rows."
-        )
-    risk = scoring.risk(log_p[None], labels[None], ranking[None])[0]
-    return torch.arange(1, len(labels) + 1, dtype=torch.float64, device=log_p.device) / len(labels), risk
+        raise InputError(f"score has shape {list(ranking.shape)} or a NaN; give one number for each of {rows} rows.")
+    # Examples of equal score are one block: within it the errors are spread evenly, which is the expectation over the
+    # orders that it could be answered in.
+    ordered, order = ranking.neg().sort(-1)
+    wrong = (log_p.argmax(-1) != labels).gather(-1, order).double()
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    block = starts.long().cumsum(-1) - 1
+    errors = torch.zeros_like(wrong).scatter_add_(-1, block, wrong)
+    sizes = torch.zeros_like(wrong).scatter_add_(-1, block, torch.ones_like(wrong))
+    spread = (errors / sizes.clamp_min(1)).gather(-1, block)
+    count = torch.arange(1, rows + 1, dtype=torch.float64, device=wrong.device)
+    return count / rows, spread.cumsum(-1) / count
 
 
-def aurc(log_p: Float[Tensor, "N C"], labels: Int[Tensor, " N"], score: Float[Tensor, " N"] | None = None) -> float:
-    """Compute the area under the risk-coverage curve, (1/N) Σ_k risk_k (Geifman et al., 2019, eq. 4).
+def aurc(
+    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], score: Float[Tensor, "*B N"] | None = None
+) -> Float[Tensor, " *B"]:
+    """Return the area under the risk-coverage curve, (1/N) Σ_k risk_k (Geifman et al., 2019, eq. 4).
 
-    Args:
-        log_p: Predicted log-probabilities.
-        labels: Index of the right choice.
-        score: Higher for the examples to answer first; None: the probability of the most probable choice.
-
-    Returns:
-        Area between 0 and 1, lower is better; the error rate if the order says nothing.
+    Between 0 and 1, lower is better; the error rate if the order says nothing.
     """
-    return float(risk_coverage(log_p, labels, score)[1].mean())
+    return risk_coverage(log_p, labels, score)[1].mean(-1)
 
 
-def auroc(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, " M"]) -> float:
-    """Compute the area under the ROC curve, P(positive > negative) + P(positive = negative) / 2 (Mann-Whitney).
+def auroc(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
+    """Compute the area under the ROC curve, P(positive > negative) + P(positive = negative) / 2 (Mann-Whitney)."""
+    negative, positive = _ascending(negative_scores, positive_scores)
+    below = torch.searchsorted(negative, positive)
+    not_above = torch.searchsorted(negative, positive, right=True)
+    return (below + not_above).double().mean(-1) / (2 * negative.shape[-1])
 
-    Args:
-        negative_scores: Scores of the in-distribution examples.
-        positive_scores: Scores of the out-of-distribution examples.
 
-    Returns:
-        Area between 0 and 1; 0.5 if the score says nothing.
+def aupr_out(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
+    """Return the average precision of finding the out-of-distribution examples, Σ_t (R_t - R_{t-1}) P_t.
+
+    M/(N+M) if the score says nothing. The recall rises by 1/M at each positive, so the sum over thresholds is the mean
+    precision over positives.
     """
-    return float(scoring.auroc(*_checked(negative_scores, positive_scores)))
+    negative, positive = _ascending(negative_scores, positive_scores)
+    true = positive.shape[-1] - torch.searchsorted(positive, positive)
+    false = negative.shape[-1] - torch.searchsorted(negative, positive)
+    return (true.double() / (true + false)).mean(-1)
 
 
-def aupr_out(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, " M"]) -> float:
-    """Compute the average precision of finding the out-of-distribution examples, Σ_t (R_t - R_{t-1}) P_t.
-
-    Args:
-        negative_scores: Scores of the in-distribution examples.
-        positive_scores: Scores of the out-of-distribution examples.
-
-    Returns:
-        Average precision with OOD as the positive class; its share M/(N+M) if the score says nothing.
-    """
-    return float(scoring.aupr_out(*_checked(negative_scores, positive_scores)))
-
-
-def aupr_in(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, " M"]) -> float:
-    """Compute the average precision of finding the in-distribution examples by the negated score.
-
-    Args:
-        negative_scores: Scores of the in-distribution examples.
-        positive_scores: Scores of the out-of-distribution examples.
-
-    Returns:
-        Average precision with ID as the positive class; its share N/(N+M) if the score says nothing.
-    """
+def aupr_in(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
+    """Compute the average precision of finding the in-distribution examples by the negated score; at chance N/(N+M)."""
     return aupr_out(-positive_scores, -negative_scores)
 
 
-def fpr95(negative_scores: Float[Tensor, " N"], positive_scores: Float[Tensor, " M"]) -> float:
-    """Compute the share of ID examples flagged when at least 95 % of the OOD examples are flagged (OOD positive).
+def fpr95(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
+    """Return the share of ID examples flagged when at least 95 % of the OOD examples are flagged (OOD positive).
 
     The threshold is the highest score t for which the share of OOD scores >= t is at least 0.95.
-
-    Args:
-        negative_scores: Scores of the in-distribution examples.
-        positive_scores: Scores of the out-of-distribution examples.
-
-    Returns:
-        False positive rate at 95 % true positive rate, lower is better.
     """
-    return float(scoring.fpr95(*_checked(negative_scores, positive_scores)))
+    negative, positive = _ascending(negative_scores, positive_scores)
+    rows = positive.shape[-1]
+    first_flagged = rows - -(-95 * rows // 100)
+    threshold = positive[..., first_flagged, None].contiguous()
+    return 1 - torch.searchsorted(negative, threshold)[..., 0].double() / negative.shape[-1]
 
 
-def _checked(negative: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both samples with a leading axis of one.
-
-    Raises:
-        InputError: If a sample is empty, has more than one axis or a NaN.
-    """
+def _ascending(negative: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both samples in float64, each set sorted, or refuse an empty sample, other sets or a NaN."""
     for name, scores in (("negative_scores", negative), ("positive_scores", positive)):
-        if scores.ndim != 1 or len(scores) == 0:
+        if scores.ndim == 0 or scores.shape[-1] == 0 or scores.ndim > min(negative.ndim, positive.ndim):
             raise InputError(f"{name} has shape {list(scores.shape)}; give one score for each of at least one example.")
         if bool(scores.isnan().any()):
-            raise InputError(f"{name}: row {int(scores.isnan().nonzero()[0])} is NaN; a score must be a number.")
-    return negative[None], positive.to(negative.device)[None]
+            row = int(scores.isnan().nonzero()[0, -1])
+            raise InputError(f"{name}: row {row} is NaN; a score must be a number.")
+    return negative.double().sort(-1).values, positive.to(negative.device).double().sort(-1).values

@@ -8,33 +8,22 @@ is accuracy lost, a warning says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.metrics import batched as scoring
-from bayeslora.metrics import classification as metrics
-from bayeslora.metrics import detection, uncertainty
-from bayeslora.metrics.bootstrap import bootstrap, bootstrap_two
+from bayeslora.metrics import uncertainty
+from bayeslora.metrics.bootstrap import Sample, interval, resampled
 from bayeslora.metrics.classification import Binning, check_labels
-from bayeslora.metrics.paired import lost_by_draws
+from bayeslora.metrics.mcnemar import lost_by_draws
+from bayeslora.metrics.measures import Measure, measures
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.types import Split
-
-Score = tuple[Callable[..., float], Callable[..., Tensor]]
-"""A score of one set of examples, which checks what it is given, and the same of many sets."""
-
-_DETECTION: dict[str, Score] = {
-    "auroc": (detection.auroc, scoring.auroc),
-    "aupr_out": (detection.aupr_out, scoring.aupr_out),
-    "aupr_in": (detection.aupr_in, scoring.aupr_in),
-    "fpr95": (detection.fpr95, scoring.fpr95),
-}
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ class Evaluation:
             )
         return self.rows[predictor][metric].value
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Convert to what JSON can hold.
 
         Returns:
@@ -164,19 +153,21 @@ def evaluate(
         raise InputError(f"resamples is {resamples}; give a number >= 0, where 0 means no intervals.")
     labels, truth = _answers(prediction, labels_or_split)
     sets = {"ood": ood} if isinstance(ood, Prediction) else dict(ood or {})
-    table = _scores(bins, binning)
+    table = measures(bins, binning)
+    by_need = {need: {k: m for k, m in table.items() if m.needs == need} for need in ("labels", "probs", "ood")}
+    estimates = partial(_estimates, resamples=resamples, seed=seed)
     rows: dict[str, dict[str, Estimate]] = {}
-    predictors = _predictors(prediction)
-    for predictor, log_p in predictors.items():
-        row = {name: _estimate(score, log_p, labels, resamples, seed) for name, score in table.items()}
+    log_ps = predictors(prediction)
+    for predictor, log_p in log_ps.items():
+        row = estimates(by_need["labels"], [log_p, labels])
         if truth is not None:
-            row["kl_to_truth"] = _estimate((metrics.kl_to_truth, scoring.kl_to_truth), log_p, truth, resamples, seed)
-        known = _uncertainties(prediction, predictor)
+            row |= estimates(by_need["probs"], [log_p, truth])
+        known = uncertainties(prediction, predictor)
         for set_name, other in sets.items():
-            unknown = _uncertainties(other, predictor)
+            unknown = uncertainties(other, predictor)
             for kind in (kind for kind in known if kind in unknown):
-                for name, detect in _DETECTION.items():
-                    row[f"{set_name}/{name}_{kind}"] = _separation(detect, known[kind], unknown[kind], resamples, seed)
+                separations = estimates(by_need["ood"], [known[kind]], [unknown[kind]])
+                row |= {f"{set_name}/{name}_{kind}": estimate for name, estimate in separations.items()}
         rows[predictor] = row
     return Evaluation(
         rows=rows,
@@ -186,92 +177,61 @@ def evaluate(
         binning=binning,
         resamples=resamples,
         ood={name: other.log_probs.shape[1] for name, other in sets.items()},
-        warning=lost_by_draws(**predictors, labels=labels) if "mean" in predictors else None,
+        warning=lost_by_draws(**log_ps, labels=labels) if "mean" in log_ps else None,
     )
 
 
-def _scores(bins: int, binning: Binning) -> dict[str, Score]:
-    """Return the scores of (log_p, labels) by name."""
-    return {
-        "accuracy": (metrics.accuracy, scoring.accuracy),
-        "nll": (metrics.nll, scoring.nll),
-        "brier": (metrics.brier, scoring.brier),
-        "ece": (
-            partial(metrics.ece, bins=bins, binning=binning),
-            partial(scoring.ece, bins=bins, binning=binning),
-        ),
-        "ece_mass": (
-            partial(metrics.ece, bins=bins, binning="mass"),
-            partial(scoring.ece, bins=bins, binning="mass"),
-        ),
-        "sce": (
-            partial(metrics.static_calibration_error, bins=bins, binning=binning),
-            partial(scoring.static_calibration_error, bins=bins, binning=binning),
-        ),
-        "aurc": (detection.aurc, scoring.aurc),
-    }
+def predictors(prediction: Prediction) -> dict[str, Float[Tensor, "N C"]]:
+    """Return the log-probabilities of ``mean``, where the prediction has it, and ``draws``, on the CPU."""
+    mean = prediction.mean_log_probs
+    draws = {"draws": prediction.log_p.cpu()}
+    return draws if mean is None else {"mean": mean.cpu()} | draws
 
 
-def _answers(prediction: Prediction, given: Tensor | Split) -> tuple[Tensor, Tensor | None]:
-    """Return the labels [N] and, where every example has them, the true probabilities [N C], on the CPU.
+def uncertainties(prediction: Prediction, predictor: str) -> dict[str, Float[Tensor, " N"]]:
+    """Return the scores by which a predictor tells out-of-distribution examples; none where it is missing."""
+    if predictor == "draws":
+        return {"entropy": prediction.entropy.cpu(), "mutual_information": prediction.mutual_information.cpu()}
+    mean = prediction.mean_log_probs
+    return {} if mean is None else {"entropy": uncertainty.entropy(mean.cpu())}
 
-    Raises:
-        InputError: If an example has more true probabilities than there are choices.
-    """
+
+def _answers(prediction: Prediction, answers: Tensor | Split) -> tuple[Int[Tensor, " N"], Float[Tensor, "N C"] | None]:
+    """Return the labels and, where every example has them, the true probabilities, on the CPU."""
     log_p = prediction.log_probs[0].cpu()
-    if isinstance(given, Tensor):
-        return check_labels(log_p, given.cpu()), None
-    labels = check_labels(log_p, given.labels, f"the labels of {given.name}")
+    if isinstance(answers, Tensor):
+        return check_labels(log_p, answers.cpu()), None
+    labels = check_labels(log_p, answers.labels, f"the labels of {answers.name}")
     truth = torch.zeros(log_p.shape, dtype=torch.float64)
-    for row, example in enumerate(given.examples):
+    for row, example in enumerate(answers.examples):
         if example.probs is None:
             return labels, None
         if len(example.probs) > log_p.shape[1]:
             raise InputError(
-                f"{given.name}: row {row} has {len(example.probs)} true probabilities, "
+                f"{answers.name}: row {row} has {len(example.probs)} true probabilities, "
                 f"but the prediction has {log_p.shape[1]} choices."
             )
         truth[row, : len(example.probs)] = torch.tensor(example.probs, dtype=torch.float64)
     return labels, truth
 
 
-def _predictors(prediction: Prediction) -> dict[str, Tensor]:
-    """Return the log-probabilities [N C] of each predictor."""
-    mean = prediction.mean_log_probs
-    draws = {"draws": prediction.log_p.cpu()}
-    return draws if mean is None else {"mean": mean.cpu()} | draws
+def _estimates(table: Mapping[str, Measure], *samples: Sample, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Return measures of the same samples with their intervals; every measure sees the same resamples."""
 
+    def scores(*arrays: Tensor) -> Float[Tensor, "*B measures"]:
+        return torch.stack([measure.score(*arrays) for measure in table.values()], -1)
 
-def _uncertainties(prediction: Prediction, predictor: str) -> dict[str, Tensor]:
-    """Return the scores [N] by which a predictor tells out-of-distribution examples; none where it is not there."""
-    if predictor == "draws":
-        return {
-            "entropy": prediction.entropy.cpu(),
-            "mutual_information": prediction.mutual_information.cpu(),
-        }
-    mean = prediction.mean_log_probs
-    return {} if mean is None else {"entropy": uncertainty.entropy(mean.cpu())}
-
-
-def _estimate(score: Score, log_p: Tensor, answers: Tensor, resamples: int, seed: int) -> Estimate:
-    """Return a score of predictions and its interval."""
-    value = score[0](log_p, answers)
-    if not resamples:
-        return Estimate(value, math.nan, math.nan)
-    return Estimate(value, *bootstrap(score[1], log_p, answers, resamples=resamples, seed=seed, batched=True))
-
-
-def _separation(score: Score, known: Tensor, unknown: Tensor, resamples: int, seed: int) -> Estimate:
-    """Return a score of two samples and its interval."""
-    value = score[0](known, unknown)
-    if not resamples:
-        return Estimate(value, math.nan, math.nan)
-    return Estimate(value, *bootstrap_two(score[1], known, unknown, resamples=resamples, seed=seed, batched=True))
+    values = scores(*(array for sample in samples for array in sample))
+    low = high = torch.full_like(values, math.nan)
+    if resamples:
+        low, high = interval(resampled(scores, *samples, resamples=resamples, seed=seed))
+    numbers = zip(values.tolist(), low.tolist(), high.tolist(), strict=True)
+    return {name: Estimate(*three) for name, three in zip(table, numbers, strict=True)}
 
 
 def _cell(estimate: Estimate | None) -> str:
     """Return an estimate as text, empty where there is none."""
     if estimate is None:
         return ""
-    interval = "" if math.isnan(estimate.low) else f" [{estimate.low:.4f}, {estimate.high:.4f}]"
-    return f"{estimate.value:.4f}{interval}"
+    ends = "" if math.isnan(estimate.low) else f" [{estimate.low:.4f}, {estimate.high:.4f}]"
+    return f"{estimate.value:.4f}{ends}"

@@ -163,14 +163,14 @@ def _sobol(seed: int, index: int, name: str, like: Tensor) -> Tensor:
 
     A parameter with more numbers than the sequence has dimensions takes it several times, with other shifts.
     """
-    point = _sobol_digits(index, min(like.numel(), SobolEngine.MAXDIM))
+    point = sobol_digits(index, min(like.numel(), SobolEngine.MAXDIM))
     shift = torch.randint(0, 2**_BITS, (like.numel(),), generator=generator(seed, "sobol", name))
     digits = point.repeat(-(-like.numel() // len(point)))[: like.numel()] ^ shift
     return ((digits.double() + 0.5) / 2**_BITS).view(like.shape)
 
 
 @lru_cache(maxsize=128)
-def _sobol_digits(index: int, dimensions: int) -> Tensor:
+def sobol_digits(index: int, dimensions: int) -> Tensor:
     """Return the digits of a point of Sobol's sequence as integers."""
     engine = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
     point = cast(Tensor, engine.fast_forward(index).draw(1, dtype=torch.float64)[0])  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -37,21 +37,14 @@ class Site:
 
 
 def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: True) -> list[Site]:
-    """Return the linear layers' parameters of the active adapter.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-        names: Which of the adapter's parameters are wanted.
-
-    Returns:
-        A site for each wanted parameter, in the adapter's order.
+    """Return a site for each wanted parameter of the active adapter, in the adapter's order.
 
     Raises:
         InputError: If a wanted parameter is not one of a linear layer that is called (DoRA's magnitudes, adapted
             embeddings and bare parameters).
     """
     peft = require_lora(model)
-    wrappers: list[Any] = [m for m in peft.modules() if type(m).__name__ == "ParamWrapper"]
+    wrappers = [m for m in peft.modules() if type(m).__name__ == "ParamWrapper"]  # adapts a parameter, calls no layer
     uncalled = {m for wrapper in wrappers for side in (wrapper.lora_A, wrapper.lora_B) for m in side.values()}
     owners = {
         p: (module, leaf == "bias")
@@ -59,7 +52,7 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
         if isinstance(module, nn.Linear) and module not in uncalled
         for leaf, p in module.named_parameters(recurse=False)
     }
-    found = []
+    sites = []
     for name, p in lora_parameters(model).items():
         if not names(name):
             continue
@@ -68,8 +61,8 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
                 f"{name} is not a weight of a linear layer that is called, and only those can be linearised; use plain "
                 "LoRA on linear layers, or swag or an ensemble, which serve every kind"
             )
-        found.append(Site(name, *owners[p]))
-    return found
+        sites.append(Site(name, *owners[p]))
+    return sites
 
 
 @final
@@ -90,30 +83,18 @@ class Gradients:
     owners: dict[nn.Module, Int[Tensor, " R"]]
 
     def jacobian(self, site: Site) -> Float[Tensor, "C N O I"]:
-        """Return the derivative of each example's logits by one parameter.
-
-        Args:
-            site: The parameter.
-
-        Returns:
-            A bias has one column.
-        """
+        """Return the derivative of each example's logits by one parameter; a bias has one column."""
         x, g, owner = self.inputs[site.module], self.outputs[site.module], self.owners[site.module]
-        own = g.sum(2)[..., None] if site.bias else torch.einsum("crto,rti->croi", g, x)
-        total = own.new_zeros(own.shape[0], len(self.logits), *own.shape[2:])
-        return total.index_add_(1, owner.to(own.device), own)
+        rows = g.sum(2)[..., None] if site.bias else torch.einsum("crto,rti->croi", g, x)
+        total = rows.new_zeros(rows.shape[0], len(self.logits), *rows.shape[2:])
+        return total.index_add_(1, owner.to(rows.device), rows)
 
 
 @contextmanager
 def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[dict[str, Tensor]], Gradients]]:
-    """Give a function that runs a batch and differentiates its logits, for the length of a ``with`` block.
+    """Yield a function that runs a batch and differentiates its logits [N C] at the sites' layers.
 
-    Args:
-        model: PEFT model with a readout attached, so that its logits [N C] are the choices'.
-        sites: The parameters; the gradients cover their layers.
-
-    Yields:
-        A function from a batch to its `Gradients`. Afterwards the model is as before.
+    The model has a readout attached, and is as before after the ``with`` block.
     """
     modules = list(dict.fromkeys(site.module for site in sites))
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -126,8 +107,8 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
     def _gradients(batch: dict[str, Tensor]) -> Gradients:
         seen.clear()
         with torch.inference_mode(False), torch.enable_grad():
-            own = {key: value.clone() for key, value in batch.items()}  # tensors of inference mode cannot be saved
-            logits = require_lora(model)(**own).logits.float()
+            tensors = {key: value.clone() for key, value in batch.items()}  # inference mode's cannot be saved
+            logits = require_lora(model)(**tensors).logits.float()
             if idle := [site.name for site in sites if site.module not in seen]:
                 raise InputError(f"{idle[0]} took no part in a pass, and cannot be linearised; adapt other layers")
             ends = [seen[m][1] for m in modules]
@@ -138,24 +119,24 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
                     torch.autograd.grad(logits[:, c].sum(), ends, retain_graph=not last, materialize_grads=True)
                 )
         inputs, outputs, owners = {}, {}, {}
-        belongs = _owners(batch, *logits.shape)
+        examples = _owners(batch, *logits.shape)
         for k, module in enumerate(modules):
             x, g = seen[module][0].float(), torch.stack([row[k] for row in rows]).float()
-            inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, belongs)
+            inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, examples)
         seen.clear()
         return Gradients(logits.detach(), inputs, outputs, owners)
 
-    asked = {p: p.requires_grad for p in lora_parameters(model).values()}
-    handles: list[Any] = [module.register_forward_hook(_note) for module in modules]
+    required = {p: p.requires_grad for p in lora_parameters(model).values()}
+    handles = [module.register_forward_hook(_note) for module in modules]
     try:
-        for p in asked:
+        for p in required:
             p.requires_grad_(True)
         with evaluating(model):
             yield _gradients
     finally:
         for handle in handles:
             handle.remove()
-        for p, before in asked.items():
+        for p, before in required.items():
             p.requires_grad_(before)
 
 

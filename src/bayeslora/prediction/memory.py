@@ -38,12 +38,14 @@ def lacks_memory(error: Exception) -> bool:
     )
 
 
-def fits(run: Callable[[Sequence[Item]], object], batch: Sequence[Item]) -> bool:
+def fits(
+    run: Callable[[Sequence[Item]], object], batch: Sequence[Item], again: Callable[[Sequence[Item]], bool]
+) -> bool:
     """Run a batch, and say whether memory sufficed; if not, the device's cache is cleared."""
     try:
         run(batch)
     except RuntimeError as error:
-        if not lacks_memory(error):
+        if not lacks_memory(error) or not again(batch):
             raise
     else:
         return True
@@ -51,13 +53,20 @@ def fits(run: Callable[[Sequence[Item]], object], batch: Sequence[Item]) -> bool
     return False
 
 
-def in_halves(run: Callable[[Sequence[Item]], object], batches: Iterable[Sequence[Item]]) -> list[Item]:
-    """Run batches in order, each in halves where memory does not suffice; return the items that do not fit alone."""
+def in_halves(
+    run: Callable[[Sequence[Item]], object],
+    batches: Iterable[Sequence[Item]],
+    again: Callable[[Sequence[Item]], bool] = lambda batch: True,
+) -> list[Item]:
+    """Return the items that do not fit into memory alone, having run batches in order, in halves where necessary.
+
+    The error goes on where ``again`` says that the batch must not be run again.
+    """
     waiting = deque(batches)
     too_large: list[Item] = []
     while waiting:
         batch = waiting.popleft()
-        if fits(run, batch):
+        if fits(run, batch, again):
             continue
         if len(batch) == 1:
             too_large += batch

@@ -25,6 +25,7 @@ from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.memory import in_halves, max_stacked
 from bayeslora.prediction.neutral import AT_ONCE, neutral_rows
+from bayeslora.prediction.options import PassOptions
 from bayeslora.prediction.prefix_cache import WORTHWHILE, Inputs, common_prefix, continued, prefix_cache, without_prefix
 from bayeslora.prediction.probes import tried
 from bayeslora.prediction.readouts import Readout
@@ -83,9 +84,7 @@ class Passes:
         classes: Number C of answers of the example that has most.
         token_budget: Most tokens of a batch, over all draws in it.
         done: Told how many examples have passed, each counted once for every draw.
-        stack: Whether several draws may share a pass, where the model allows it.
-        share_prefix: Whether a prefix that all prompts have in common may be run by itself, where the model allows it.
-        compile: Whether the model's layers are compiled.
+        options: How the passes are run.
         reading: What is read from a pass.
     """
 
@@ -95,9 +94,7 @@ class Passes:
     classes: int
     token_budget: int
     done: Callable[[int], object] = lambda count: None
-    stack: bool = True
-    share_prefix: bool = True
-    compile: bool = False
+    options: PassOptions = PassOptions()
     reading: Reading = LOG_PROBS
 
     def run(
@@ -116,7 +113,7 @@ class Passes:
         start = 0
         while start < count:
             first = draw(start)
-            most = max_stacked(self.model, first) if self.stack else 1
+            most = max_stacked(self.model, first) if self.options.stack else 1
             stop = count if self.reading.across_draws else min(start + most, count)
             draws = [first, *(draw(k) for k in range(start + 1, stop))]
             self._run_draws(_Job(draws, prefix, False, numbers, answers[start:stop]), most)
@@ -145,10 +142,8 @@ class Passes:
         bare = [replace(row, neutral=(), neutral_answers=()) for row in self.rows]
         log_probs = replace(self, rows=bare).run(draw, count, numbers)
         rows, places = neutral_rows([self.rows[i] for i in numbers])
-        once = Passes(
-            self.model, self.readout, rows, AT_ONCE, self.token_budget, stack=self.stack, share_prefix=False,
-            compile=self.compile, reading=SCORES,
-        )  # fmt: skip
+        options = replace(self.options, share_prefix=False)
+        once = Passes(self.model, self.readout, rows, AT_ONCE, self.token_budget, options=options, reading=SCORES)
         index = torch.tensor([row + [0] * (self.classes - len(row)) for row in places])
         return (log_probs - once.run(draw, count).flatten(1)[:, index]).log_softmax(-1)
 
@@ -173,7 +168,7 @@ class Passes:
     @torch.inference_mode()
     def _prefix(self, rows: Sequence[Encoded]) -> tuple[int, ...]:
         """Return the tokens that all prompts begin with, if they are many and the model can go on from them."""
-        tokens = () if self.readout.name == "head" or not self.share_prefix else common_prefix(rows)
+        tokens = () if self.readout.name == "head" or not self.options.share_prefix else common_prefix(rows)
 
         def goes_on() -> bool:
             """Compare going on from four tokens with whole prompts."""
@@ -192,7 +187,7 @@ class Passes:
     def _fill(self, job: _Job, batches: Sequence[Sequence[int]]) -> None:
         """Fill in the answers to batches of places; what is too large for memory is halved, examples before draws."""
         count = len(job.draws)
-        layers = compiled(self.model) if self.compile else nullcontext()
+        layers = compiled(self.model) if self.options.compile else nullcontext()
         with stacked(self.model, job.draws, share=job.share), layers:
             cache = prefix_cache(self.model, job.prefix, 1 if job.share else count) if job.prefix else None
 

@@ -8,12 +8,11 @@ rewards have no zero: two draws that agree on every preference may differ by a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, require_lora
 from bayeslora.posteriors import Draws, Posterior
@@ -21,6 +20,7 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.options import PassOptions
 from bayeslora.prediction.passes import REWARDS, Passes
 from bayeslora.prediction.readouts import Readout, head_readout
 
@@ -35,7 +35,7 @@ def predict_rewards(
     texts: Sequence[Text],
     draws: int | Draws = 10,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     token_budget: int | None = None,
     stack: bool = True,
 ) -> Float[Tensor, "S N"]:
@@ -66,7 +66,7 @@ def predict_rewards(
     draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
     budget = token_budget or default_token_budget(model)
-    passes = Passes(model, readout, rows, 1, budget, stack=stack, reading=REWARDS)
+    passes = Passes(model, readout, rows, 1, budget, options=PassOptions(stack=stack), reading=REWARDS)
     with evaluating(model):
         return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
@@ -121,7 +121,7 @@ def penalised_rewards(
     return rewards.mean(0) - weight * rewards.std(0, correction=min(1, len(rewards) - 1))
 
 
-def _readout(model: nn.Module, tokenizer: Any) -> Readout:
+def _readout(model: nn.Module, tokenizer: Tokenizer | None) -> Readout:
     """Return how texts are put to a model with a scalar head, or refuse the model."""
     peft = require_lora(model)
     base = peft.get_base_model()

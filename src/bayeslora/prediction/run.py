@@ -85,17 +85,8 @@ def predict(
         readout.attached(model),
         tqdm(total=most, desc="predict", unit="row", disable=not options.progress) as bar,
     ):
-        passes = Passes(
-            model,
-            readout,
-            rows,
-            max(len(example.choices) for example in split),
-            token_budget or default_token_budget(model),
-            bar.update,
-            options.stack,
-            options.share_prefix,
-            options.compile,
-        )
+        budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
+        passes = Passes(model, readout, rows, classes, budget, bar.update, options)
         engine = _Engine(passes, mean, gradient_budget(model, token_budget, split))
         log_probs, at_mean = posterior.answers(engine, draws)
     components = posterior.components(len(log_probs))

@@ -151,14 +151,14 @@ def first_layer(model: nn.Module, names: frozenset[str]) -> tuple[nn.ModuleList,
     return None
 
 
-Answers = Callable[[int, bool], Tensor]
+FewAnswers = Callable[[int, bool], Tensor]
 """Answers to a few examples: the number of stacked draws and whether they share layers go in, [S B C] comes out."""
 
 
 def stacks(
     model: nn.Module,
     names: frozenset[str],
-    answers: Answers,
+    answers: FewAnswers,
     key: Hashable,
     *,
     share: bool = False,
@@ -178,7 +178,7 @@ def stacks(
     return tried(model, ("stacked", names, key, share), trial, needed=needed)
 
 
-def _answer_alike(model: nn.Module, names: frozenset[str], answers: Answers, share: bool) -> bool:
+def _answer_alike(model: nn.Module, names: frozenset[str], answers: FewAnswers, share: bool) -> bool:
     """Compare two stacked draws, large enough to tell apart, with two plain passes."""
     mean = read(model)
     draws = [

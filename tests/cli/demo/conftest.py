@@ -29,7 +29,7 @@ def case(request, monkeypatch):
     )
     monkeypatch.setattr(module, case.constant, tiny)
     monkeypatch.setattr(
-        module, "_convert", lambda package, folder: write_model(folder, (package / tiny.source).read_bytes())
+        module, "convert_package", lambda package, folder: write_model(folder, (package / tiny.source).read_bytes())
     )
     specs = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tiny.module else specs(name))

@@ -49,7 +49,7 @@ def test_a_missing_gguf_is_named_before_anything_is_fetched(tmp_path, monkeypatc
 def test_the_encoder_needs_no_gguf(tmp_path, monkeypatch):
     specs = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: forbidden() if name == "gguf" else specs(name))
-    monkeypatch.setattr(module, "made", lambda published, root, make: root / published.folder)
+    monkeypatch.setattr(module, "from_package", lambda published, root, make: root / published.folder)
     assert demo_encoder(tmp_path) == tmp_path / MINILM.folder
 
 
@@ -62,7 +62,7 @@ def test_of_the_encoders_package_only_the_files_of_the_model_are_copied(tmp_path
     for name in ("__init__.py", *(f"model/{name}" for name in (*NEEDED, "README.md", "vocab.txt"))):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(name)
-    module._copy(package, tmp_path / "made")
+    module.copy_package(package, tmp_path / "made")
     copied = {path.name: path.read_text() for path in (tmp_path / "made").iterdir()}
     assert copied == {name: f"model/{name}" for name in NEEDED}
 
@@ -73,7 +73,7 @@ def test_mending_splits_digits_that_the_merges_would_join():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert tokenizer.tokenize("a  12") == ["a", "Ġ", "Ġ", "12"]
-    module._mend_tokenizer(tokenizer)
+    module.mend_tokenizer(tokenizer)
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == ("<|im_end|>", "<|im_end|>", 8192)
 
@@ -114,7 +114,7 @@ def test_an_encoder_in_the_cache_whose_weights_are_not_the_published_ones_is_not
     tampered(tmp_path / MINILM.folder)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "nothing"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    monkeypatch.setattr(module, "made", lambda published, root, make: root / "made again")
+    monkeypatch.setattr(module, "from_package", lambda published, root, make: root / "made again")
     assert demo_encoder(tmp_path) == tmp_path / "made again"
 
 
@@ -124,7 +124,7 @@ def test_a_snapshot_whose_weights_are_not_the_published_ones_is_passed_over_with
     snapshot = tampered(tmp_path / "snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    monkeypatch.setattr(module, "made", lambda published, root, make: root / "made")
+    monkeypatch.setattr(module, "from_package", lambda published, root, make: root / "made")
     assert demo_encoder(tmp_path) == tmp_path / "made"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "is not the published model" in caplog.messages[0]

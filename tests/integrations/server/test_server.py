@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,8 @@ from support.serving import running, served
 from support.tiny import gaussian, make_model
 
 import bayeslora as bl
-from bayeslora.integrations.server import Limits
+from bayeslora.integrations.server import Limits, Served
+from bayeslora.integrations.server.worker import Call
 from bayeslora.params import swapped
 from bayeslora.tasks.types import Example, Format, Split
 
@@ -214,7 +214,6 @@ def test_a_key(tokenizer: Any) -> None:
 def test_a_full_queue_and_a_late_answer(tokenizer: Any) -> None:
     with running(served(tokenizer), Limits(waiting=1, rows=1, timeout=0.4)) as (address, worker):
         begun, go = threading.Event(), threading.Event()
-        from bayeslora.integrations.server.worker import Call
 
         def hold() -> None:
             begun.set()
@@ -225,7 +224,7 @@ def test_a_full_queue_and_a_late_answer(tokenizer: Any) -> None:
         body = {"model": "tiny", "prompt": "bag", "max_tokens": 3}
         with ThreadPoolExecutor(2) as pool:
             waits = pool.submit(lambda: httpx.post(f"{address}/v1/completions", json=body, timeout=60))
-            while not worker._waiting:
+            while not worker.queue:
                 time.sleep(0.01)
             full = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
             assert full.status_code == 429
@@ -242,14 +241,12 @@ def test_a_client_that_goes_away_ends_its_row(tokenizer: Any) -> None:
             next(found.iter_lines())
         after = {"model": "tiny", "prompt": "bag", "max_tokens": 2, "temperature": 0}
         assert httpx.post(f"{address}/v1/completions", json=after, timeout=60).status_code == 200
-        assert worker._thread.is_alive()
+        assert worker.thread.is_alive()
 
 
 def test_an_encoder_only_classifies(tokenizer: Any) -> None:
     model = make_model("bert")
     like = Split("input", (), Format("", "head", (), None, "class"), ("red", "blue", "green"))
-    from bayeslora.integrations.server.worker import Served
-
     what = Served("bert", model, tokenizer, gaussian(model), 3, 4, like)
     with running(what) as (address, _):
         body = {"model": "bert", "prompt": "x"}

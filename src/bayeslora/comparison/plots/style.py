@@ -1,7 +1,7 @@
-"""What all figures share: a colour and a dash pattern for each method, the page, and the file.
+"""What all plots share: a colour and a dash pattern for each method, the figure with its panels, and the file.
 
-Nothing here touches matplotlib's global state: figures are made without ``pyplot`` and settings hold inside
-`styled` only. matplotlib is imported when a figure is asked for.
+The settings are those of ``bayeslora.mplstyle``. matplotlib is imported when a plot is asked for, and its global state
+stays as it is: figures are made without ``pyplot``, and settings hold inside `styled` only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,60 +19,27 @@ from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+Settings = dict[str, Any]
+"""Keyword arguments of matplotlib's artists."""
 
 INK = "#222222"
 QUIET = "#767676"
-RULE = "#C8C8C8"
 SMALL = 8.5
 
 _WIDTHS = {1: 4.4, 2: 6.6}
 _LENGTHS = {1: 30, 2: 22, 3: 22}
-_SETTINGS: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.usetex": False,
-    "axes.facecolor": "white",
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9.5,
-    "axes.titlesize": 9.5,
-    "axes.titlepad": 5.0,
-    "axes.linewidth": 0.7,
-    "axes.grid": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "xtick.major.size": 3.0,
-    "ytick.major.size": 3.0,
-    "legend.frameon": False,
-    "legend.fontsize": SMALL,
-    "figure.facecolor": "white",
-    "hatch.linewidth": 0.6,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "bayeslora",
-}
+_GAP = 0.16
+"""Height in inches between the rows of predictors."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one predictor is drawn in every figure.
-
-    Attributes:
-        colour: Hexadecimal colour.
-        dash: matplotlib's dash pattern, which tells lines apart without colour.
-    """
+    """How one predictor is drawn in every plot: a hexadecimal colour, and a dash pattern that serves without colour."""
 
     colour: str
     dash: tuple[float, tuple[float, ...]]
@@ -105,22 +72,23 @@ _ALIASES = {
 }
 
 
+@dataclass(frozen=True)
+class Column:
+    """The panels of one predictor, one above the other, by their kind; ``first`` says whether it is the leftmost."""
+
+    name: str
+    colour: str
+    first: bool
+    panels: Mapping[str, Axes]
+
+
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """Choose how each predictor of a figure is drawn; a method looks the same in every figure.
-
-    A name that is a method, or begins with one as in ``swag (10 draws)``, gets the look of that method; the first such
-    name where there are several; ``map + T`` gets that of ``temperature``. All others get the looks that are left, in
-    order.
-
-    Args:
-        names: Names of the predictors, in the order of the figure.
-
-    Returns:
-        Name -> look, in the same order.
-    """
+    """Choose how each predictor of a plot is drawn; a method looks the same in every plot."""
+    # A name that is a method, or begins with one as in "swag (10 draws)", has the look of that method; the first such
+    # name where there are several. All others have the looks that are left, in order.
     wanted = list(names)
     chosen: dict[str, Look] = {}
-    for method_of in (_named, _prefixed):
+    for method_of in (_method, _prefix):
         for name in wanted:
             look = _METHODS.get(method_of(name))
             if name not in chosen and look is not None and look not in chosen.values():
@@ -133,62 +101,56 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Apply matplotlib's defaults and the settings of all figures inside the block; the caller's come back after it.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: If matplotlib is not installed.
-    """
+    """Apply matplotlib's defaults and our style file inside the block; the caller's settings come back after it."""
     try:
         import matplotlib.style
     except ModuleNotFoundError as error:
         raise InputError("plots need matplotlib: pip install 'bayeslora[plot]'") from error
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", "bayeslora.comparison.plots.bayeslora"]):
         yield
 
 
 def grid(panels: int) -> tuple[int, int]:
-    """Choose rows and columns for a number of panels: at most four columns, the rows as even as can be.
-
-    Args:
-        panels: Number of panels, at least 1.
-
-    Returns:
-        ``(rows, columns)``.
-    """
+    """Choose rows and columns for a number of panels: at most four columns, the rows as even as can be."""
     rows = math.ceil(panels / 4)
     return rows, math.ceil(panels / rows)
 
 
-def page(columns: int, height: float) -> Figure:
-    """Make an empty figure as wide as its columns need, at most 9 inches (100 pixels an inch at 900 pixels).
+def side(columns: int) -> float:
+    """Return the side of a square panel in inches."""
+    return 7.4 / columns if columns > 2 else 2.9
 
-    Args:
-        columns: Number of panels side by side.
-        height: Height in inches.
 
-    Returns:
-        The figure, which belongs to no window and no ``pyplot`` state.
-    """
+def new_figure(columns: int, height: float) -> Figure:
+    """Make an empty figure of a height in inches, as wide as its columns need: at most 9 inches."""
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.03)
-    return Figure(figsize=(_WIDTHS.get(columns, 9.0), height), layout=layout)
+    return Figure(figsize=(_WIDTHS.get(columns, 9.0), height))
+
+
+def new_columns(
+    names: Sequence[str], heights: Mapping[str, float], row_margin: float, margin: float
+) -> tuple[Figure, list[Column]]:
+    """Make panels ``KIND NAME`` for each predictor, of heights by kind, with margins for words, all in inches."""
+    rows, columns = grid(len(names))
+    figure = new_figure(columns, rows * (sum(heights.values()) + row_margin) + (rows - 1) * _GAP + margin)
+    stride = len(heights) + 1
+    ratios = [*heights.values(), _GAP] * rows
+    cells = figure.add_gridspec(stride * rows - 1, columns, height_ratios=ratios[:-1])
+    by_name = []
+    for place, (name, look) in enumerate(looks(names).items()):
+        row, column = divmod(place, columns)
+        panels = {
+            kind: figure.add_subplot(cells[row * stride + step, column], label=f"{kind} {name}")
+            for step, kind in enumerate(heights)
+        }
+        by_name.append(Column(name, look.colour, column == 0, panels))
+    return figure, by_name
 
 
 def headline(axes: Axes, name: str, columns: int, words: str) -> None:
-    """Write a predictor's name over a panel, cut to the panel's width, and a line of words under it.
-
-    Args:
-        axes: Axes of the panel.
-        name: Name of the predictor.
-        columns: Number of panels side by side.
-        words: The line between the name and the panel.
-    """
-    axes.set_title(words, loc="left")
+    """Write a predictor's name over a panel, cut to the width of one of so many columns, and words under the name."""
+    axes.set_title(words)
     axes.annotate(
         shortened(name, _LENGTHS.get(columns, 16)),
         (0, 1),
@@ -200,89 +162,62 @@ def headline(axes: Axes, name: str, columns: int, words: str) -> None:
     )
 
 
-def shortened(name: str, limit: int) -> str:
-    """Cut a name to a number of characters.
-
-    Args:
-        name: The name.
-        limit: Most characters.
-
-    Returns:
-        The name, or its beginning and an ellipsis.
-    """
+def shortened(name: str, limit: int = 24) -> str:
+    """Cut a name to a number of characters, the last of which is then an ellipsis."""
     return name if len(name) <= limit else name[: limit - 1].rstrip() + "…"
 
 
-def percent_axis(axes: Axes, which: Literal["x", "y"], labels: bool = True, low: float = 0.0) -> None:
-    """Let an axis run to 100 %, with ticks at every quarter and words at every half; at all if it begins at half.
+def percent(value: float, _: float) -> str:
+    """Return a share as a tick's label."""
+    return f"{100 * value:.3g} %" if value else "0"
 
-    Args:
-        axes: Axes to change.
-        which: ``x`` or ``y``.
-        labels: Whether the ticks are labelled.
-        low: Where the axis begins, as a share.
-    """
+
+def percent_axis(axes: Axes, which: Literal["x", "y"], label: str, *, labels: bool = True, low: float = 0.0) -> None:
+    """Let an axis run from ``low`` (0 or a half) to 100 %, with ticks at every quarter, labelled or bare."""
     words = {0.0: "0", 0.25: "", 0.5: "50 %", 0.75: "75 %" if low else "", 1.0: "100 %"}
     ticks = [tick for tick in words if tick >= low]
     shown = [words[tick] if labels else "" for tick in ticks]
-    if which == "x":
-        axes.set_xlim(low, 1)
-        axes.set_xticks(ticks, shown)
-    else:
-        axes.set_ylim(low, 1)
-        axes.set_yticks(ticks, shown)
+    settings: Settings = {"lim": (low, 1), "ticks": ticks, "ticklabels": shown, "label": label if labels else ""}
+    axes.set(**{f"{which}{name}": value for name, value in settings.items()})
+
+
+def legend_beside(axes: Axes, title: str, handles: Sequence[Artist], words: Sequence[str], **settings: float) -> Legend:
+    """Put a legend to the right of the axes."""
+    place: Settings = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "alignment": "left"}
+    return axes.legend(handles, words, title=title, **place, **settings)
 
 
 def render(figure: Figure, suffix: Literal["png", "svg"]) -> bytes:
-    """Draw a figure on white; the same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-        suffix: ``png`` (150 dots an inch) or ``svg`` (text as outlines, no date).
-
-    Returns:
-        Content of the file.
-    """
+    """Return a figure as ``png`` (150 dots an inch) or ``svg`` (text as outlines); each time the same bytes."""
     content = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
     with styled():
-        figure.savefig(content, format=suffix, dpi=150, facecolor="white", metadata=metadata)
+        figure.savefig(content, format=suffix, metadata=metadata)
     return content.getvalue()
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure to a file, whole or not at all.
-
-    Args:
-        figure: The figure.
-        path: A ``.png`` or ``.svg`` file; missing folders are made, an existing file is replaced.
-
-    Raises:
-        InputError: If the suffix is another, or the file cannot be written there.
-    """
+    """Write a figure to a ``.png`` or ``.svg`` file, whole or not at all, in place of a file that is there."""
     target = Path(path)
-    match target.suffix.lower():
-        case ".png":
-            content = render(figure, "png")
-        case ".svg":
-            content = render(figure, "svg")
-        case _:
-            raise InputError(f"cannot write a figure to {target}; give a path that ends in .png or .svg.")
+    suffix = target.suffix.lower()
+    if suffix not in (".png", ".svg"):
+        raise InputError(f"cannot write a figure to {target}; give a path that ends in .png or .svg")
+    content = render(figure, "png" if suffix == ".png" else "svg")
     try:
         with atomic_file(target) as partial:
             partial.write_bytes(content)
     except OSError as error:
-        raise InputError(f"cannot write the figure to {target} ({error.strerror}); choose another path.") from error
+        raise InputError(f"cannot write the figure to {target} ({error.strerror}); choose another path") from error
 
 
-def _named(name: str) -> str:
+def _method(name: str) -> str:
     """Return a predictor's name as the methods are written: lower case, joined by hyphens."""
     plain = "-".join(name.lower().replace("_", " ").split())
     return _ALIASES.get(plain, plain)
 
 
-def _prefixed(name: str) -> str:
+def _prefix(name: str) -> str:
     """Return the longest method that a name begins with, followed by no letter or digit; empty if there is none."""
-    plain = _named(name)
+    plain = _method(name)
     fits = [m for m in (*_METHODS, *_ALIASES) if plain.startswith(m) and not plain[len(m) : len(m) + 1].isalnum()]
-    return _named(max(fits, key=len, default=""))
+    return _method(max(fits, key=len, default=""))

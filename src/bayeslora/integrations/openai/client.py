@@ -25,7 +25,7 @@ from bayeslora.integrations.openai.echo import Query, queries_of_split, query_of
 from bayeslora.integrations.openai.session import Connection, Session
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.prediction.generation.answers import Answers
-from bayeslora.prediction.generation.semantic import Same
+from bayeslora.prediction.generation.semantic import Equivalence
 from bayeslora.tasks.types import Split
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Adapters:
         temperature: float = 1.0,
         n: int = 1,
         seed: int | None = None,
-        same: Same | None = None,
+        same: Equivalence | None = None,
         **settings: object,
     ) -> list[Answers]:
         """Return answers of each adapter to each prompt, and which of them say the same.

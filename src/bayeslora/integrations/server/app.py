@@ -5,45 +5,23 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, final
+from typing import final
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bayeslora.errors import InputError
-from bayeslora.integrations.server.handlers import Answering
-from bayeslora.integrations.server.requests import ApiError, ChatRequest, ClassifyRequest, CompletionRequest
-from bayeslora.integrations.server.worker import BusyError, Served, Worker
+from bayeslora.integrations.server.errors import ApiError, add_error_handlers
+from bayeslora.integrations.server.handlers import Handler
+from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest
+from bayeslora.integrations.server.responses import Json
+from bayeslora.integrations.server.served import Limits, Served
+from bayeslora.integrations.server.worker import Worker
 
-Scope = dict[str, Any]
-
-
-@final
-@dataclass(frozen=True)
-class Limits:
-    """What a server allows.
-
-    Attributes:
-        waiting: Most requests in the queue; more are told to come again.
-        rows: Most rows of a batch.
-        tokens: Most new tokens of an answer.
-        timeout: Most seconds of a request, in the queue and in the model.
-        body: Most bytes of a request.
-        api_key: What clients have to send as ``Authorization: Bearer``; empty for nothing.
-    """
-
-    waiting: int = 64
-    rows: int = 16
-    tokens: int = 1024
-    timeout: float = 120.0
-    body: int = 2**20
-    api_key: str = ""
+_POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
 
 def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
@@ -56,9 +34,8 @@ def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
     Returns:
         An ASGI application.
     """
-    own = limits or Limits()
-    worker = Worker(served, own.waiting, own.rows)
-    answering = Answering(served, worker, own.tokens, own.timeout)
+    limits = limits or Limits()
+    worker = Worker(served, limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -68,29 +45,21 @@ def make_app(served: Served, limits: Limits | None = None) -> FastAPI:
 
     app = FastAPI(title="bayeslora", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    app.add_middleware(_Bounded, most=own.body)
-    _errors(app)
-
-    async def allowed(request: Request) -> None:
-        """Refuse a request without the key."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if own.api_key and not secrets.compare_digest(_digest(given), _digest(own.api_key)):
-            raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
-
-    _pages(app)
-    _interface(app, served, answering, allowed)
+    app.add_middleware(_BodyLimit, max_bytes=limits.body)
+    add_error_handlers(app)
+    _add_page(app)
+    _add_interface(app, worker)
     return app
 
 
-def _pages(app: FastAPI) -> None:
+def _add_page(app: FastAPI) -> None:
     """Add what is open to everybody: the page, and whether the server is there."""
     page = files("bayeslora.integrations.server").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
         """Return the page."""
-        policy = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -98,43 +67,51 @@ def _pages(app: FastAPI) -> None:
         return {"status": "ok"}
 
 
-def _interface(
-    app: FastAPI, served: Served, answering: Answering, allowed: Callable[[Request], Awaitable[None]]
-) -> None:
-    """Add OpenAI's interface and classification."""
-    began = int(time.time())
+def _add_interface(app: FastAPI, worker: Worker) -> None:
+    """Add OpenAI's interface and classification, for clients that have the key."""
+    served, handler, created = worker.served, Handler(worker), int(time.time())
+    expected = worker.limits.api_key
 
-    def described(name: str) -> dict[str, Any]:
+    async def check_key(request: Request) -> None:
+        """Refuse a request without the key."""
+        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if expected and not secrets.compare_digest(_digest(key), _digest(expected)):
+            raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
+
+    def described(name: str) -> Json:
         """Return what is said of a model."""
-        info = {"id": name, "object": "model", "created": began, "owned_by": "bayeslora"}
-        own_draws = served.draws if name == served.name else 1
-        most = served.most_draws if name == served.name else 1
-        return {**info, "root": served.name, "draws": own_draws, "most_draws": most, "generates": served.generates}
+        draws, most = (served.draws, served.most_draws) if name == served.name else (1, 1)
+        info: Json = {"id": name, "object": "model", "created": created, "owned_by": "bayeslora"}
+        return {**info, "root": served.name, "draws": draws, "most_draws": most, "generates": served.generates}
 
-    @app.get("/v1/models", dependencies=[Depends(allowed)])
-    async def models() -> dict[str, Any]:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+
+    @router.get("/models")
+    async def models() -> Json:
         """List the models."""
         return {"object": "list", "data": [described(name) for name in served.names]}
 
-    @app.get("/v1/models/{name:path}", dependencies=[Depends(allowed)])
-    async def one_model(name: str) -> dict[str, Any]:
+    @router.get("/models/{name:path}")
+    async def one_model(name: str) -> Json:
         """Describe a model."""
-        return described(answering.known(name))
+        return described(handler.known(name))
 
-    @app.post("/v1/completions", dependencies=[Depends(allowed)])
+    @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text."""
-        return await answering.completion(body, request)
+        return await handler.completion(body, request)
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
+    @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer in a chat."""
-        return await answering.chat(body, request)
+        return await handler.chat(body, request)
 
-    @app.post("/v1/classify", dependencies=[Depends(allowed)])
+    @router.post("/classify")
     async def classify(body: ClassifyRequest) -> Response:
         """Choose among choices."""
-        return await answering.classify(body)
+        return await handler.classify(body)
+
+    app.include_router(router)
 
 
 def _digest(text: str) -> bytes:
@@ -142,85 +119,24 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _errors(app: FastAPI) -> None:
-    """Give every error the shape that OpenAI's clients read."""
-
-    async def own(_: Request, error: Exception) -> JSONResponse:
-        """Say what this server refused."""
-        assert isinstance(error, ApiError)
-        return JSONResponse(error.body, error.status)
-
-    async def malformed(_: Request, error: Exception) -> JSONResponse:
-        """Say which field is wrong."""
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        said = ApiError(400, f"{'.'.join(place) or 'the body'}: {first['msg']}", param=place[0] if place else None)
-        return JSONResponse(said.body, said.status)
-
-    async def unknown(_: Request, error: Exception) -> JSONResponse:
-        """Say that there is no such address."""
-        assert isinstance(error, HTTPException)
-        said = ApiError(error.status_code, str(error.detail))
-        return JSONResponse(said.body, said.status)
-
-    async def busy(_: Request, error: Exception) -> JSONResponse:
-        """Say that the queue is full."""
-        said = ApiError(429, "the server is busy; try again soon", "server_busy", kind="rate_limit_error")
-        return JSONResponse(said.body, said.status, headers={"Retry-After": "1"})
-
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        """Say what the library refused."""
-        said = ApiError(400, str(error))
-        return JSONResponse(said.body, said.status)
-
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        """Say that something went wrong here."""
-        said = ApiError(500, f"the server failed: {type(error).__name__}", kind="server_error")
-        return JSONResponse(said.body, said.status)
-
-    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[JSONResponse]]] = {
-        ApiError: own, RequestValidationError: malformed, HTTPException: unknown, BusyError: busy,
-        InputError: refused, Exception: broken,
-    }  # fmt: skip
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
-
-
 @final
-class _Bounded:
-    """Refuses requests with too large a body, announced or not.
+class _BodyLimit:
+    """Refuses a request once more of its body has come than is allowed."""
 
-    Args:
-        app: The application.
-        most: Most bytes.
-    """
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
 
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and count the bytes of its body as they are read."""
+        seen = 0
 
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Read the body, up to the limit, and pass it on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        parts: list[Any] = []
-        seen = int(announced) if announced.isdigit() else 0
-        more = seen <= self.most
-        while more:
-            parts.append(await receive())
-            more = parts[-1].get("more_body", False)
-            if sum(len(part.get("body", b"")) for part in parts) > self.most:
-                seen, more = self.most + 1, False
-        if seen > self.most:
-            said = ApiError(413, f"the request has more than {self.most} bytes; send less", "request_too_large")
-            await JSONResponse(said.body, said.status)(scope, receive, send)
-            return
-        waiting = iter(parts)
+        async def counted() -> Message:
+            """Return what comes next."""
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_bytes:
+                raise ApiError(413, f"the request has more than {self.max_bytes} bytes; send less", "request_too_large")
+            return message
 
-        async def again() -> Any:
-            """Return what came in, then what comes."""
-            return next(waiting, None) or await receive()
-
-        await self.app(scope, again, send)
+        await self.app(scope, counted, send)

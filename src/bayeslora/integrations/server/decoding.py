@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from bayeslora._typing import Tokenizer
 from bayeslora.params import generator
 from bayeslora.prediction.generation.decoding import Step, alternatives
 
@@ -22,15 +23,15 @@ Finish = Literal["stop", "length", "timeout", "cancelled"]
 @final
 @dataclass(frozen=True)
 class TokenNote:
-    """One token of an answer.
+    """One token of an answer: nats where nothing else is said.
 
     Attributes:
         id: The token.
         token: Its text by itself.
         text: What it adds to the answer's text; empty while a letter or a stop string is not complete.
-        log_prob: log p̄, nats.
-        entropy: H(p̄), nats.
-        mutual_information: What the draws disagree about, nats.
+        log_prob: log p̄.
+        entropy: H(p̄).
+        mutual_information: What the draws disagree about.
         alternatives: The most probable tokens in its place, with their p̄.
         draw_log_probs: Each draw's log-probability of it.
     """
@@ -44,7 +45,7 @@ class TokenNote:
     alternatives: tuple[tuple[str, float], ...]
     draw_log_probs: tuple[float, ...]
 
-    def uncertainty(self) -> dict[str, Any]:
+    def uncertainty(self) -> dict[str, object]:
         """Return what OpenAI's interface has no field for."""
         return {
             "token": self.token,
@@ -58,68 +59,61 @@ class TokenNote:
 @final
 @dataclass
 class Row:
-    """One answer that is asked for, and what there is of it.
+    """One answer, as it is requested and as far as it is written.
 
     Attributes:
         ids: The prompt's tokens.
-        longest: Most new tokens.
+        max_tokens: Most new tokens.
         temperature: Of the averaged distribution; 0 takes the most probable token.
         top_p: Smallest set of tokens with this much probability; 1 for all.
         seed: Of the row's own stream of random numbers.
         stops: Texts that end it.
         deadline: Time (`time.monotonic`) at which it ends whatever there is.
-        told: Called with each token when it is there, and with None at the end.
+        on_token: Called with each token when it is there, and with None at the end.
         notes: The tokens so far.
         finish: Why it ended; None while it goes on.
         cancelled: Set when nobody waits for it any more.
     """
 
     ids: list[int]
-    longest: int
+    max_tokens: int
     temperature: float
     top_p: float
     seed: int
     stops: tuple[str, ...]
     deadline: float
-    told: Callable[[TokenNote | None], None] = lambda note: None
+    on_token: Callable[[TokenNote | None], None] = lambda note: None
     notes: list[TokenNote] = field(default_factory=list)
     finish: Finish | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
-    _whole: str = ""
-    _given: int = 0
+    _decoded: str = ""
+    _settled: int = 0  # characters of the text that cannot change any more
 
     @property
     def text(self) -> str:
         """The answer's text as far as it is certain."""
-        return self._whole[: self._given]
+        return self._decoded[: self._settled]
 
-    def take(self, tokenizer: Any, step: Step, row: int, ends: set[int]) -> None:
-        """Note the row's next token, and end the row where it ends.
-
-        Args:
-            tokenizer: The model's tokenizer.
-            step: What was said of the tokens of all rows.
-            row: The row's number in its batch.
-            ends: Tokens that end a text.
-        """
+    def take(self, tokenizer: Tokenizer, step: Step, row: int, ends: set[int]) -> None:
+        """Note the next token, that of a step's row, and end the answer where it ends, as with one of ``ends``."""
         token = int(step.token_ids[row])
-        self._whole = tokenizer.decode([*(n.id for n in self.notes), token], skip_special_tokens=True)
-        places = [self._whole.find(stop) for stop in self.stops if stop in self._whole]
+        self._decoded = tokenizer.decode([*(note.id for note in self.notes), token], skip_special_tokens=True)
+        places = [self._decoded.find(stop) for stop in self.stops if stop in self._decoded]
         if places or token in ends:
             self.finish = "stop"
-            self._whole = self._whole[: min(places, default=len(self._whole))]
-        elif len(self.notes) + 1 >= self.longest:
+            self._decoded = self._decoded[: min(places, default=len(self._decoded))]
+        elif len(self.notes) + 1 >= self.max_tokens:
             self.finish = "length"
         elif self.cancelled.is_set():
             self.finish = "cancelled"
         elif time.monotonic() > self.deadline:
             self.finish = "timeout"
-        sure = len(self._whole) if self.finish else self._sure()
-        added, self._given = self._whole[self._given : sure], max(self._given, sure)
+        before = self._settled
+        self._settled = max(before, len(self._decoded) if self.finish else self._settled_length())
         note = TokenNote(
             id=token,
             token=tokenizer.decode([token]),
-            text=added,
+            text=self._decoded[before : self._settled],
             log_prob=float(step.log_probs[row]),
             entropy=float(step.entropy[row]),
             mutual_information=max(0.0, float(step.entropy[row] - step.expected_entropy[row])),
@@ -127,24 +121,20 @@ class Row:
             draw_log_probs=tuple(step.draw_log_probs[:, row].tolist()),
         )
         self.notes.append(note)
-        self.told(note)
+        self.on_token(note)
 
-    def _sure(self) -> int:
+    def _settled_length(self) -> int:
         """Return how much of the text cannot change: no half letter, and no beginning of a stop string."""
-        whole = self._whole
-        if whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            return self._given
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if whole.endswith(stop[:n])]
-        return max(self._given, len(whole) - max(begun, default=0))
+        text = self._decoded
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return self._settled
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return len(text) - max(begun, default=0)
 
 
 @final
-class Choosing(LogitsProcessor):
-    """Chooses each row's next token by the row's own temperature, share and stream.
-
-    Args:
-        rows: The rows of the batch.
-    """
+class RowSampler(LogitsProcessor):
+    """Chooses each row's next token by the row's own temperature, nucleus and stream of random numbers."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows

@@ -4,107 +4,79 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, final
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar, final
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bayeslora.errors import InputError
-from bayeslora.integrations.server.asked import answers, split_of
+from bayeslora.integrations.server.classification import prediction_json, split_of
 from bayeslora.integrations.server.decoding import Row, TokenNote
-from bayeslora.integrations.server.requests import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Sampled
-from bayeslora.integrations.server.responses import Chat, Shape, Text, echoed, placed
-from bayeslora.integrations.server.worker import Call, Generation, Served, Worker, prompt_log_probs
-from bayeslora.params import Params
+from bayeslora.integrations.server.errors import ApiError, api_error, late
+from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
+from bayeslora.integrations.server.responses import ChatCompletion, Completion, Echo, TextCompletion, echo_of
+from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation.run import prompt_ids
 
-LOOK = 0.5
-"""Seconds between two looks whether the client is still there."""
+Result = TypeVar("Result")
+POLL = 0.5
+"""Seconds between two checks whether the client is still there."""
 
 
 @final
-class Answering:
-    """Answers requests.
+class Handler:
+    """Answers requests by jobs for the worker."""
 
-    Args:
-        served: What answers.
-        worker: The thread that has the model.
-        most_tokens: Most new tokens of an answer.
-        timeout: Most seconds of a request.
-    """
-
-    def __init__(self, served: Served, worker: Worker, most_tokens: int, timeout: float) -> None:
-        self.served, self.worker, self.most_tokens, self.timeout = served, worker, most_tokens, timeout
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.served, self.limits = worker, worker.served, worker.limits
 
     def known(self, name: str) -> str:
-        """Return a model's name, or refuse it.
-
-        Args:
-            name: What the client asked for.
-
-        Raises:
-            ApiError: If there is no such model.
-        """
+        """Return a model's name, or refuse it."""
         if name not in self.served.names:
             raise ApiError(404, f"there is no model {name!r}; GET /v1/models lists them", "model_not_found", "model")
         return name
 
-    def draws(self, name: str, asked: int | None) -> tuple[tuple[str, int], Callable[[], list[Params]]]:
-        """Return what a request's draws are known by, and how to get them.
-
-        Args:
-            name: Name of the model.
-            asked: Number of draws that the client asked for; None for the server's.
-
-        Raises:
-            ApiError: If there are too many.
-        """
-        served = self.served
-        if asked is not None and asked > served.most_draws:
-            raise ApiError(400, f"draws is {asked}, and this server has at most {served.most_draws}", param="draws")
-        if self.known(name) != served.name:
-            return (name, 1), lambda: [served.posterior_of(name).mean]
-        distinct = served.posterior.distinct
-        count = min(asked or served.draws, distinct if distinct is not None else served.most_draws)
-        return (name, count), lambda: [served.drawn(k) for k in range(count)]
+    def draw_count(self, name: str, requested: int | None) -> int:
+        """Return how many draws a request averages, or refuse it."""
+        if requested is not None and requested > self.served.most_draws:
+            raise ApiError(
+                400, f"draws is {requested}, and this server has at most {self.served.most_draws}", param="draws"
+            )
+        return self.served.draw_count(self.known(name), requested)
 
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``/v1/completions``."""
-        best_of = body.best_of if body.best_of != body.n else None
-        body.refuse({"suffix": body.suffix, "best_of": best_of if best_of not in (None, 1) else None})
-        if body.echo and body.stream:
-            raise ApiError(400, "echo cannot be streamed; leave out one of the two", param="echo")
-        prompts = [self._prompt(p, body.max_tokens) for p in body.prompts]
+        prompts = [self._prompt_ids(prompt, body.max_tokens) for prompt in body.prompts]
         if not prompts:
             raise ApiError(400, "prompt is empty; give at least one", param="prompt")
-        shape = Text(body.model, body.logprobs)
         rows = self._rows(body, prompts, body.max_tokens)
-        before: list[dict[str, Any]] | None = None
+        shape = TextCompletion(body.model, self.draw_count(body.model, body.draws), body.logprobs)
+        echoes = [Echo() for _ in rows]
         if body.echo:
-            given = zip(body.prompts, prompts, strict=True)
-            before = [await self._echo(body, prompt, ids) for prompt, ids in given for _ in range(body.n)]
-        return await self._respond(body, shape, rows, request, before)
+            pairs = zip(body.prompts, prompts, strict=True)
+            echoes = [await self._echo(shape, body, prompt, ids) for prompt, ids in pairs for _ in range(body.n)]
+        return await self._respond(body, shape, rows, echoes, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer ``/v1/chat/completions``."""
-        kind = (body.response_format or {}).get("type", "text")
-        body.refuse({"tools": body.tools, "response_format": None if kind == "text" else kind})
-        longest = body.max_completion_tokens or body.max_tokens or min(256, self.most_tokens)
-        messages = [{"role": m.role, "content": m.text} for m in body.messages]
-        ids = self._prompt(messages, longest)
-        shape = Chat(body.model, (body.top_logprobs or 0) if body.logprobs else None)
-        return await self._respond(body, shape, self._rows(body, [ids], longest), request, None)
+        max_tokens = body.max_completion_tokens or body.max_tokens or min(256, self.limits.tokens)
+        ids = self._prompt_ids(
+            [{"role": message.role, "content": message.text} for message in body.messages], max_tokens
+        )
+        rows = self._rows(body, [ids], max_tokens)
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        shape = ChatCompletion(body.model, self.draw_count(body.model, body.draws), top)
+        return await self._respond(body, shape, rows, [Echo() for _ in rows], request)
 
     async def classify(self, body: ClassifyRequest) -> Response:
         """Answer ``/v1/classify``."""
-        served, (key, _) = self.served, self.draws(body.model, body.draws)
+        served, draws = self.served, self.draw_count(body.model, body.draws)
         classes = served.like.classes
         if classes is not None and body.choices is not None and tuple(body.choices) != classes:
             raise ApiError(
@@ -119,174 +91,151 @@ class Answering:
             split = split_of(served.like, body.rows, choices, served.text_column)
         except InputError as error:
             raise ApiError(400, str(error), param="input") from error
-
-        def work() -> Any:
-            """Predict."""
-            posterior = served.posterior_of(body.model)
-            return predict(
-                served.model, posterior, split, Draws(key[1], served.seed), tokenizer=served.tokenizer, mean=False
+        prediction = await self._call(
+            lambda: predict(
+                served.model, served.posterior_of(body.model), split, Draws(draws, served.seed),
+                tokenizer=served.tokenizer, mean=False,
             )
+        )  # fmt: skip
+        data = prediction_json(prediction, choices)
+        return JSONResponse({"object": "list", "model": body.model, "draws": prediction.draws, "data": data})
 
-        found = await self._call(work)
-        return JSONResponse(
-            {"object": "list", "model": body.model, "draws": found.draws, "data": answers(found, choices)}
-        )
-
-    def _prompt(self, prompt: str | list[int] | list[dict[str, str]], longest: int) -> list[int]:
+    def _prompt_ids(self, prompt: str | list[int] | list[dict[str, str]], max_tokens: int) -> list[int]:
         """Return a prompt's tokens, or refuse it."""
         served = self.served
         if not served.generates:
             raise ApiError(400, "this model classifies and cannot generate; use /v1/classify", param="model")
-        if longest > self.most_tokens:
+        if max_tokens > self.limits.tokens:
             raise ApiError(
-                400, f"{longest} new tokens are more than this server's {self.most_tokens}; ask for fewer",
+                400, f"{max_tokens} new tokens are more than this server's {self.limits.tokens}; ask for fewer",
                 param="max_tokens",
             )  # fmt: skip
         try:
-            if isinstance(prompt, list) and all(isinstance(p, int) for p in prompt):
-                ids = [p for p in prompt if isinstance(p, int)]
-                size = len(served.tokenizer)
-                if not ids:
-                    raise InputError("is empty; give it at least one token")
-                if min(ids) < 0 or max(ids) >= size:
-                    raise InputError(f"must have tokens from 0 to {size - 1}")
-                return ids
-            chat = [p for p in prompt if isinstance(p, dict)]
-            return prompt_ids(served.model, served.tokenizer, prompt if isinstance(prompt, str) else chat, longest)
+            if isinstance(prompt, str):
+                return prompt_ids(served.model, served.tokenizer, prompt, max_tokens)
+            messages = [part for part in prompt if isinstance(part, dict)]
+            if messages:
+                return prompt_ids(served.model, served.tokenizer, messages, max_tokens)
+            tokens = [part for part in prompt if isinstance(part, int)]
+            if not tokens:
+                raise InputError("is empty; give it at least one token")
+            if min(tokens) < 0 or max(tokens) >= len(served.tokenizer):
+                raise InputError(f"must have tokens from 0 to {len(served.tokenizer) - 1}")
+            return tokens
         except InputError as error:
             code = "context_length_exceeded" if "more than the model's" in str(error) else None
             raise ApiError(400, f"the prompt {error}", code, "prompt") from error
 
-    def _rows(self, body: Sampled, prompts: Sequence[list[int]], longest: int) -> list[Row]:
-        """Return the rows that a request asks for."""
-        if len(prompts) * body.n > self.worker.most_rows:
+    def _rows(self, body: Sampled, prompts: Sequence[list[int]], max_tokens: int) -> list[Row]:
+        """Return the rows that a request wants, n for each prompt."""
+        count = len(prompts) * body.n
+        if count > self.limits.rows:
             raise ApiError(
-                400, f"{len(prompts) * body.n} answers are more than this server gives at once, "
-                f"{self.worker.most_rows}; ask for fewer", param="n",
+                400, f"{count} answers are more than this server gives at once, {self.limits.rows}; ask for fewer",
+                param="n",
             )  # fmt: skip
         seed = random.getrandbits(31) if body.seed is None else body.seed
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.limits.timeout
         return [
-            Row(ids, longest, body.temperature, body.top_p, 1000 * seed + p * body.n + i, body.stops, deadline)
+            Row(ids, max_tokens, body.temperature, body.top_p, 1000 * seed + p * body.n + i, body.stops, deadline)
             for p, ids in enumerate(prompts)
             for i in range(body.n)
         ]
 
-    async def _call(self, work: Callable[[], Any]) -> Any:
+    async def _call(self, work: Callable[[], Result]) -> Result:
         """Do something in the model's thread."""
         job = Call(work)
         self.worker.submit(job)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(job.result), self.timeout)
+            return await asyncio.wait_for(asyncio.wrap_future(job.result), self.limits.timeout)
         except TimeoutError as error:
-            raise _late() from error
+            raise late() from error
 
-    async def _echo(self, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> dict[str, Any]:
-        """Return a prompt with the log-probabilities of its tokens."""
-        _, drawn = self.draws(body.model, body.draws)
-        text, starts = placed(self.served.tokenizer, prompt, ids)
-        if body.logprobs is None:
-            return {"text": text, "logprobs": None}
-        log_p = await self._call(lambda: prompt_log_probs(self.served.model, drawn(), ids))
-        return {"text": text, "logprobs": echoed(self.served.tokenizer, ids, starts, log_p, body.logprobs)}
+    async def _echo(
+        self, shape: TextCompletion, body: CompletionRequest, prompt: str | list[int], ids: list[int]
+    ) -> Echo:
+        """Return a prompt, with the log-probabilities of its tokens where they are wanted."""
+        served, log_p = self.served, None
+        if body.logprobs is not None:
+            log_p = await self._call(
+                lambda: prompt_log_probs(served.model, served.draws_of(body.model, shape.draws), ids)
+            )
+        return echo_of(served.tokenizer, prompt, ids, log_p, body.logprobs or 0)
 
     async def _respond(
-        self, body: Sampled, shape: Shape, rows: list[Row], request: Request, before: list[dict[str, Any]] | None
+        self, body: Sampled, shape: Completion, rows: list[Row], echoes: Sequence[Echo], request: Request
     ) -> Response:
         """Put rows into the queue, and return the answer or the stream."""
-        key, drawn = self.draws(body.model, body.draws)
-        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[tuple[int, TokenNote | None]]()
+        loop = asyncio.get_running_loop()
+        tokens: asyncio.Queue[tuple[int, TokenNote | None]] = asyncio.Queue()
 
-        def teller(number: int) -> Callable[[TokenNote | None], None]:
-            """Return what passes a row's tokens from the model's thread to this one."""
-
-            def told(note: TokenNote | None) -> None:
-                """Pass it on, if there is still somebody to take it."""
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(tokens.put_nowait, (number, note))
-
-            return told
+        def pass_on(number: int, note: TokenNote | None) -> None:
+            """Take a token from the model's thread to this one, if there is still somebody to read it."""
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(tokens.put_nowait, (number, note))
 
         for number, row in enumerate(rows):
-            row.told = teller(number)
-        job = Generation(drawn, key, rows)
-        numbers = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
-        if rows[0].longest:
+            row.on_token = partial(pass_on, number)
+        job = Generation(body.model, shape.draws, rows)
+        if rows[0].max_tokens:
             self.worker.submit(job)
         else:
             for row in rows:
                 row.finish = "length"
-                row.told(None)
-        arriving = self._arriving(rows, job, tokens, request)
+                row.on_token(None)
+        arriving = self._arriving(job, tokens, request)
         if body.stream:
-            usage = bool((body.stream_options or {}).get("include_usage"))
-            stream = _streamed(shape, numbers, rows, arriving, key[1], usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            with_usage = bool((body.stream_options or {}).get("include_usage"))
+            events = _events(shape, rows, arriving, with_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async for _ in arriving:
             pass
-        return JSONResponse(shape.whole(numbers, rows, before, key[1]))
+        return JSONResponse(shape.whole(rows, echoes))
 
     async def _arriving(
-        self, rows: list[Row], job: Generation, tokens: asyncio.Queue[tuple[int, TokenNote | None]], request: Request
+        self, job: Generation, tokens: asyncio.Queue[tuple[int, TokenNote | None]], request: Request
     ) -> AsyncIterator[tuple[int, TokenNote]]:
         """Yield tokens until all rows have ended; whoever stops listening ends the rows."""
-        left, deadline = len(rows), rows[0].deadline + LOOK
+        left, deadline = len(job.rows), job.rows[0].deadline + POLL
         try:
             while left:
                 try:
-                    number, note = await asyncio.wait_for(tokens.get(), LOOK)
+                    number, note = await asyncio.wait_for(tokens.get(), POLL)
                 except TimeoutError:
                     if time.monotonic() > deadline or await request.is_disconnected():
-                        raise _late() from None
+                        raise late() from None
                     continue
                 if note is None:
                     left -= 1
                 else:
                     yield number, note
         finally:
-            for row in rows:
+            for row in job.rows:
                 row.cancelled.set()
         if job.error is not None:
             raise job.error
-        if any(row.finish == "timeout" for row in rows):
-            raise _late()
+        if any(row.finish == "timeout" for row in job.rows):
+            raise late()
 
 
-def _late() -> ApiError:
-    """Return what is said when the time is over."""
-    return ApiError(504, "the answer took too long; ask for fewer tokens or draws", "timeout", kind="server_error")
-
-
-async def _streamed(
-    shape: Shape,
-    numbers: dict[str, Any],
-    rows: list[Row],
-    arriving: AsyncIterator[tuple[int, TokenNote]],
-    draws: int,
-    usage: bool,
+async def _events(
+    shape: Completion, rows: list[Row], arriving: AsyncIterator[tuple[int, TokenNote]], with_usage: bool
 ) -> AsyncIterator[str]:
     """Yield the events of a stream."""
     try:
         for number in range(len(rows)):
-            first = shape.opening(numbers, number, draws)
-            if first is not None:
-                yield _event(first)
+            opening = shape.opening(number)
+            if opening is not None:
+                yield _event(opening)
         async for number, note in arriving:
-            yield _event(shape.piece(numbers, number, note, rows[number].finish))
-        if usage:
-            yield _event(shape.closing(numbers, rows))
+            yield _event(shape.piece(number, note, rows[number].finish))
+        if with_usage:
+            yield _event(shape.closing(rows))
         yield "data: [DONE]\n\n"
-    except ApiError as error:
-        yield _event(error.body)
-    except InputError as error:
-        yield _event(ApiError(400, str(error)).body)
+    except (ApiError, InputError) as error:
+        yield _event(api_error(error).body)
 
 
-def _event(value: dict[str, Any]) -> str:
+def _event(value: Mapping[str, object]) -> str:
     """Return a server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False, default=_plain)}\n\n"
-
-
-def _plain(value: Any) -> float | None:
-    """Return a number that JSON has."""
-    return None if math.isnan(value) or math.isinf(value) else float(value)
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

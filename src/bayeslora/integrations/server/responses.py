@@ -1,229 +1,203 @@
-"""The answers' shapes: OpenAI's fields, and ``uncertainty`` beside them."""
+"""Answers with OpenAI's fields, and ``uncertainty`` beside them."""
 
 from __future__ import annotations
 
 import math
+import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.integrations.server.decoding import Row, TokenNote
 
-
-def summary(notes: Sequence[TokenNote], draws: int) -> dict[str, Any]:
-    """Return what is uncertain about a whole answer.
-
-    Args:
-        notes: Its tokens.
-        draws: Number of draws.
-
-    Returns:
-        Nats; ``log_mean_likelihood`` is the log of the draws' mean likelihood of the whole answer.
-    """
-    count = max(1, len(notes))
-    whole = torch.tensor([note.draw_log_probs for note in notes]).sum(0) if notes else torch.zeros(1)
-    return {
-        "draws": draws,
-        "log_likelihood": sum(note.log_prob for note in notes),
-        "log_mean_likelihood": float(whole.logsumexp(0)) - math.log(len(whole)),
-        "mean_entropy": sum(note.entropy for note in notes) / count,
-        "mean_mutual_information": sum(note.mutual_information for note in notes) / count,
-        "max_mutual_information": max((note.mutual_information for note in notes), default=0.0),
-    }
+Json = dict[str, object]
+"""A JSON object that this server writes."""
+LogProbs = dict[str, list[object]]
+"""Log-probabilities in the form of ``/v1/completions``: a list of each field, one entry a token."""
 
 
-def used(rows: Sequence[Row]) -> dict[str, int]:
-    """Return the tokens of a request.
+@final
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is given back before its answer."""
 
-    Args:
-        rows: Its rows.
-    """
-    given = sum({id(row.ids): len(row.ids) for row in rows}.values())
-    made = sum(len(row.notes) for row in rows)
-    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+    text: str = ""
+    log_probs: LogProbs | None = None
 
 
-class Shape(ABC):
-    """How answers look.
+class Completion(ABC):
+    """One answer to a request, whole or as the pieces of a stream.
 
-    Args:
-        model: Name of the model.
-        top: How many alternatives are reported with each token's log-probability; None for no log-probabilities.
+    ``top`` is how many alternatives are reported with each token's log-probability; None for no log-probabilities.
     """
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
     piece_kind: ClassVar[str]
 
-    def __init__(self, model: str, top: int | None) -> None:
-        self.model, self.top = model, top
+    def __init__(self, model: str, draws: int, top: int | None) -> None:
+        self.draws, self.top = draws, top
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(
-        self, numbers: dict[str, Any], rows: Sequence[Row], before: list[dict[str, Any]] | None, draws: int
-    ) -> dict[str, Any]:
-        """Return a whole answer.
+    def whole(self, rows: Sequence[Row], echoes: Sequence[Echo]) -> Json:
+        """Return a whole answer out of rows that have ended, each after its echo."""
+        choices = [
+            {
+                "index": index,
+                "finish_reason": row.finish,
+                "uncertainty": {**summary(row.notes, self.draws), "tokens": [note.uncertainty() for note in row.notes]},
+                **self.choice(row, echo),
+            }
+            for index, (row, echo) in enumerate(zip(rows, echoes, strict=True))
+        ]
+        return {**self.head, "object": self.kind, "choices": choices, "usage": usage(rows)}
 
-        Args:
-            numbers: ``id`` and ``created``.
-            rows: The rows, ended.
-            before: The prompts with their log-probabilities, where they are echoed.
-            draws: Number of draws.
-        """
-        choices = []
-        for index, row in enumerate(rows):
-            extra = {**summary(row.notes, draws), "tokens": [note.uncertainty() for note in row.notes]}
-            own = self.choice(row, None if before is None else before[index])
-            choices.append({"index": index, "finish_reason": row.finish, "uncertainty": extra, **own})
-        return {**numbers, "object": self.kind, "model": self.model, "choices": choices, "usage": used(rows)}
+    def piece(self, index: int, note: TokenNote, finish: str | None) -> Json:
+        """Return one token of a choice, and why the choice ends with it, if it does."""
+        choice = {"index": index, "finish_reason": finish, "uncertainty": note.uncertainty(), **self.part(note)}
+        return {**self.head, "object": self.piece_kind, "choices": [choice]}
 
-    def piece(self, numbers: dict[str, Any], index: int, note: TokenNote, finish: str | None) -> dict[str, Any]:
-        """Return one token of a stream.
+    def closing(self, rows: Sequence[Row]) -> Json:
+        """Return a stream's last piece, the tokens used."""
+        return {**self.head, "object": self.piece_kind, "choices": [], "usage": usage(rows)}
 
-        Args:
-            numbers: ``id`` and ``created``.
-            index: Number of the choice.
-            note: The token.
-            finish: Why the choice ends with it, if it does.
-        """
-        own = {"index": index, "finish_reason": finish, "uncertainty": note.uncertainty(), **self.part(note)}
-        return {**numbers, "object": self.piece_kind, "model": self.model, "choices": [own]}
-
-    def closing(self, numbers: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-        """Return a stream's last piece, the tokens used.
-
-        Args:
-            numbers: ``id`` and ``created``.
-            rows: The rows.
-        """
-        return {**numbers, "object": self.piece_kind, "model": self.model, "choices": [], "usage": used(rows)}
-
-    def opening(self, numbers: dict[str, Any], index: int, draws: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> Json | None:
         """Return what comes before a choice's first token, if anything does."""
         return None
 
     @abstractmethod
-    def choice(self, row: Row, before: dict[str, Any] | None) -> dict[str, Any]:
+    def choice(self, row: Row, echo: Echo) -> Json:
         """Return the text and the log-probabilities of a whole choice."""
 
     @abstractmethod
-    def part(self, note: TokenNote) -> dict[str, Any]:
+    def part(self, note: TokenNote) -> Json:
         """Return the text and the log-probabilities of a token."""
 
 
 @final
-class Text(Shape):
+class TextCompletion(Completion):
     """``/v1/completions``."""
 
     prefix = "cmpl"
     kind = piece_kind = "text_completion"
 
-    def choice(self, row: Row, before: dict[str, Any] | None) -> dict[str, Any]:
+    def choice(self, row: Row, echo: Echo) -> Json:
         """Return the text, after the prompt where that is echoed."""
-        start = "" if before is None else before["text"]
-        found: dict[str, Any] = {"text": start + row.text, "logprobs": None}
-        if self.top is not None:
-            own = self._log_probs(row.notes, len(start))
-            echo = (before or {}).get("logprobs") or {}
-            found["logprobs"] = {key: [*echo.get(key, ()), *values] for key, values in own.items()}
-        return found
+        log_probs = self._log_probs(row.notes, len(echo.text))
+        if log_probs is not None and echo.log_probs is not None:
+            log_probs = {key: [*echo.log_probs[key], *values] for key, values in log_probs.items()}
+        return {"text": echo.text + row.text, "logprobs": log_probs}
 
-    def part(self, note: TokenNote) -> dict[str, Any]:
+    def part(self, note: TokenNote) -> Json:
         """Return one token's text."""
-        return {"text": note.text, "logprobs": None if self.top is None else self._log_probs([note], 0)}
+        return {"text": note.text, "logprobs": self._log_probs([note], 0)}
 
-    def _log_probs(self, notes: Sequence[TokenNote], offset: int) -> dict[str, list[Any]]:
-        """Return the log-probabilities in the shape of old completions."""
-        offsets = []
+    def _log_probs(self, notes: Sequence[TokenNote], offset: int) -> LogProbs | None:
+        """Return the log-probabilities, for a text that begins at an offset."""
+        if self.top is None:
+            return None
+        offsets: list[object] = []
         for note in notes:
             offsets.append(offset)
             offset += len(note.text)
         return {
             "tokens": [note.token for note in notes],
             "token_logprobs": [note.log_prob for note in notes],
-            "top_logprobs": [{t: math.log(max(p, 1e-45)) for t, p in note.alternatives[: self.top]} for note in notes],
+            "top_logprobs": [dict(_top(note, self.top)) for note in notes],
             "text_offset": offsets,
         }
 
 
 @final
-class Chat(Shape):
+class ChatCompletion(Completion):
     """``/v1/chat/completions``."""
 
     prefix = "chatcmpl"
     kind, piece_kind = "chat.completion", "chat.completion.chunk"
 
-    def opening(self, numbers: dict[str, Any], index: int, draws: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> Json | None:
         """Return the role."""
-        own = {"index": index, "finish_reason": None, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return {**numbers, "object": self.piece_kind, "model": self.model, "draws": draws, "choices": [own]}
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "finish_reason": None, "delta": delta, "logprobs": None}
+        return {**self.head, "object": self.piece_kind, "draws": self.draws, "choices": [choice]}
 
-    def choice(self, row: Row, before: dict[str, Any] | None) -> dict[str, Any]:
+    def choice(self, row: Row, echo: Echo) -> Json:
         """Return the message."""
         message = {"role": "assistant", "content": row.text, "refusal": None}
         return {"message": message, "logprobs": self._log_probs(row.notes)}
 
-    def part(self, note: TokenNote) -> dict[str, Any]:
+    def part(self, note: TokenNote) -> Json:
         """Return what the message grows by."""
         return {"delta": {"content": note.text}, "logprobs": self._log_probs([note])}
 
-    def _log_probs(self, notes: Sequence[TokenNote]) -> dict[str, Any] | None:
-        """Return the log-probabilities in the shape of chats."""
+    def _log_probs(self, notes: Sequence[TokenNote]) -> Json | None:
+        """Return the log-probabilities in the form of chats."""
         if self.top is None:
             return None
 
-        def entry(token: str, log_p: float) -> dict[str, Any]:
+        def entry(token: str, log_p: float) -> Json:
             """Return one token."""
             return {"token": token, "logprob": log_p, "bytes": list(token.encode())}
 
-        content = []
-        for note in notes:
-            top = [entry(t, math.log(max(p, 1e-45))) for t, p in note.alternatives[: self.top]]
-            content.append({**entry(note.token, note.log_prob), "top_logprobs": top})
+        content = [
+            {**entry(note.token, note.log_prob), "top_logprobs": [entry(*pair) for pair in _top(note, self.top)]}
+            for note in notes
+        ]
         return {"content": content, "refusal": None}
 
 
-def placed(tokenizer: Any, prompt: str | list[int], ids: Sequence[int]) -> tuple[str, list[int]]:
-    """Return a prompt's text, and where each of its tokens begins in it.
+def summary(notes: Sequence[TokenNote], draws: int) -> Json:
+    """Return what is uncertain about a whole answer, in nats; its mean likelihood is the draws'."""
+    count = max(1, len(notes))
+    by_draw = torch.tensor([note.draw_log_probs for note in notes]).sum(0) if notes else torch.zeros(1)
+    return {
+        "draws": draws,
+        "log_likelihood": sum(note.log_prob for note in notes),
+        "log_mean_likelihood": float(by_draw.logsumexp(0)) - math.log(len(by_draw)),
+        "mean_entropy": sum(note.entropy for note in notes) / count,
+        "mean_mutual_information": sum(note.mutual_information for note in notes) / count,
+        "max_mutual_information": max((note.mutual_information for note in notes), default=0.0),
+    }
 
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The prompt as it was given.
-        ids: Its tokens.
 
-    Returns:
-        The text and the places.
-    """
+def usage(rows: Sequence[Row]) -> dict[str, int]:
+    """Return the tokens of a request; rows that share a prompt count it once."""
+    prompt = sum({id(row.ids): len(row.ids) for row in rows}.values())
+    completion = sum(len(row.notes) for row in rows)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def echo_of(
+    tokenizer: Tokenizer, prompt: str | list[int], ids: Sequence[int], log_p: Float[Tensor, "T-1 V"] | None, top: int
+) -> Echo:
+    """Return a prompt's text and, with log p̄ of what follows each token but the last, its log-probabilities."""
     if isinstance(prompt, str) and tokenizer.is_fast:
         spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-        return prompt, [start for start, _ in spans[: len(ids)]]
-    starts = [tokenizer.decode(list(ids[:k]), skip_special_tokens=True) for k in range(len(ids) + 1)]
-    return starts[-1], [len(text) for text in starts[:-1]]
-
-
-def echoed(
-    tokenizer: Any, ids: Sequence[int], starts: Sequence[int], log_p: torch.Tensor, top: int
-) -> dict[str, list[Any]]:
-    """Return the log-probabilities of a prompt's tokens in the shape of old completions.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        ids: The prompt's T tokens.
-        starts: Where each begins in the text.
-        log_p: log p̄ of what follows each token but the last [T-1 V].
-        top: How many alternatives.
-
-    Returns:
-        The fields; the first token has no log-probability.
-    """
-    own = log_p.gather(1, torch.tensor(list(ids[1:]), dtype=torch.long)[:, None])[:, 0].tolist()
+        text, starts = prompt, [start for start, _ in spans[: len(ids)]]
+    else:
+        texts = [tokenizer.decode(list(ids[:k]), skip_special_tokens=True) for k in range(len(ids) + 1)]
+        text, starts = texts[-1], [len(before) for before in texts[:-1]]
+    if log_p is None:
+        return Echo(text)
+    values = log_p.gather(1, torch.tensor(list(ids[1:]), dtype=torch.long)[:, None])[:, 0].tolist()
     best = log_p.topk(top)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     tops = [{tokenizer.decode([i]): p for i, p in zip(*pair, strict=True)} for pair in pairs]
-    return {
+    log_probs: LogProbs = {
         "tokens": [tokenizer.decode([i]) for i in ids],
-        "token_logprobs": [None, *own],
+        "token_logprobs": [None, *values],
         "top_logprobs": [None, *tops],
         "text_offset": list(starts),
     }
+    return Echo(text, log_probs)
+
+
+def _top(note: TokenNote, count: int) -> list[tuple[str, float]]:
+    """Return the alternatives of a token that are reported, with their log-probabilities."""
+    return [(token, math.log(max(p, 1e-45))) for token, p in note.alternatives[:count]]

@@ -7,198 +7,136 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import nn
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
+from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.integrations.server.decoding import Choosing, Row
+from bayeslora.integrations.server.decoding import Row, RowSampler
+from bayeslora.integrations.server.errors import busy
+from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.params import Params, evaluating, require_lora, swapped
-from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
-from bayeslora.tasks.types import Split
+from bayeslora.prediction.memory import in_halves
 
-
-class BusyError(Exception):
-    """The queue is full."""
-
-
-@final
-@dataclass(frozen=True)
-class Served:
-    """What a server answers with.
-
-    Attributes:
-        name: Name of the model that averages the draws; ``name/mean`` and ``name/draw-000`` … are its parts.
-        model: PEFT model.
-        tokenizer: Its tokenizer.
-        posterior: What was learned.
-        draws: Draws unless a request says otherwise.
-        most_draws: Most draws of a request.
-        like: An empty split with the task's format and classes, for `/v1/classify`.
-        seed: Which stream of draws.
-        text_column: Column of the text in rows that `/v1/classify` is given; empty: the usual names.
-    """
-
-    name: str
-    model: nn.Module
-    tokenizer: Any
-    posterior: Posterior
-    draws: int
-    most_draws: int
-    like: Split
-    seed: int = 0
-    text_column: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the models, the average first."""
-        return [self.name, f"{self.name}/mean", *(f"{self.name}/draw-{k:03d}" for k in range(self.most_draws))]
-
-    @property
-    def generates(self) -> bool:
-        """Whether the model is a language model."""
-        return require_lora(self.model).get_base_model().get_output_embeddings() is not None
-
-    def posterior_of(self, name: str) -> Posterior:
-        """Return the posterior that a model's name stands for.
-
-        Args:
-            name: One of ``names``.
-        """
-        part = name.removeprefix(self.name).lstrip("/")
-        if not part:
-            return self.posterior
-        return Point(self.posterior.mean if part == "mean" else self.drawn(int(part.removeprefix("draw-"))))
-
-    def drawn(self, index: int) -> Params:
-        """Return a draw.
-
-        Args:
-            index: Its number.
-        """
-        return self.posterior.cached_draw(index, Draws(seed=self.seed))
+Result = TypeVar("Result")
 
 
 @final
 @dataclass
 class Generation:
-    """Rows of one request.
+    """The rows of one request; only requests for the same model's same number of draws share a batch."""
 
-    Attributes:
-        drawn: The draws that are averaged.
-        key: What the draws are known by; only requests with the same share a batch.
-        rows: The rows.
-        error: What went wrong.
-    """
-
-    drawn: Callable[[], list[Params]]
-    key: tuple[str, int]
+    model: str
+    draws: int
     rows: list[Row]
     error: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Note what went wrong, and tell whoever waits."""
+        self.error = error
+        for row in self.rows:
+            row.on_token(None)
 
 
 @final
 @dataclass
-class Call:
-    """Anything else that needs the model.
+class Call(Generic[Result]):
+    """Anything else that needs the model."""
 
-    Attributes:
-        work: What to do.
-        result: What it gave.
-    """
+    work: Callable[[], Result]
+    result: Future[Result] = field(default_factory=Future)
 
-    work: Callable[[], Any]
-    result: Future[Any] = field(default_factory=Future)
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits what went wrong."""
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+Job = Generation | Call[Any]
 
 
 @final
 class Worker:
-    """The thread.
+    """The thread, its queue, and the sizes of its last batches."""
 
-    Args:
-        served: What answers.
-        most_waiting: Most requests in the queue.
-        most_rows: Most rows of a batch.
-    """
-
-    def __init__(self, served: Served, most_waiting: int, most_rows: int) -> None:
-        self.served, self.most_waiting, self.most_rows = served, most_waiting, most_rows
-        self._waiting: deque[Generation | Call] = deque()
+    def __init__(self, served: Served, limits: Limits) -> None:
+        self.served, self.limits = served, limits
+        self.queue: deque[Job] = deque()
+        self.batches: deque[int] = deque(maxlen=100)
         self._changed = threading.Condition()
         self._closed = False
-        self.batches: list[int] = []
-        self._thread = threading.Thread(target=self._work, name="bayeslora-model", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._work, name="bayeslora-model", daemon=True)
+        self.thread.start()
 
-    def submit(self, job: Generation | Call) -> None:
-        """Put a job into the queue.
-
-        Args:
-            job: The job.
-
-        Raises:
-            BusyError: If the queue is full, or the server is stopping.
-        """
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue; a full queue, or a server that is stopping, is busy."""
         with self._changed:
-            if self._closed or len(self._waiting) >= self.most_waiting:
-                raise BusyError
-            self._waiting.append(job)
+            if self._closed or len(self.queue) >= self.limits.waiting:
+                raise busy()
+            self.queue.append(job)
             self._changed.notify()
 
     def close(self) -> None:
         """End the thread: what waits is refused, what runs comes to its next token."""
         with self._changed:
             self._closed = True
-            left, self._waiting = list(self._waiting), deque()
+            left, self.queue = self.queue, deque()
             self._changed.notify()
         for job in left:
-            _failed(job, BusyError())
-        self._thread.join(timeout=10)
+            job.fail(busy())
+        self.thread.join(timeout=10)
 
     def _work(self) -> None:
         """Do jobs until the end."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
+                self._changed.wait_for(lambda: self._closed or self.queue)
                 if self._closed:
                     return
-                first = self._waiting.popleft()
-                together = [first]
-                if isinstance(first, Generation):
-                    self._gather(first, together)
+                first = self.queue.popleft()
+                batch = self._batch(first) if isinstance(first, Generation) else []
             try:
                 if isinstance(first, Call):
                     first.result.set_result(first.work())
                 else:
-                    self._generate([job for job in together if isinstance(job, Generation)])
+                    self._generate(batch)
             except Exception as error:  # the thread lives on; the request is told
-                for job in together:
-                    _failed(job, error)
+                failed: Sequence[Job] = batch or (first,)
+                for job in failed:
+                    job.fail(error)
 
-    def _gather(self, first: Generation, together: list[Generation | Call]) -> None:
+    def _batch(self, first: Generation) -> list[Generation]:
         """Take out of the queue what fits into a batch with the first."""
-        count = len(first.rows)
-        for job in list(self._waiting):
-            if isinstance(job, Generation) and job.key == first.key and count + len(job.rows) <= self.most_rows:
-                self._waiting.remove(job)
-                together.append(job)
+        batch, count = [first], len(first.rows)
+        for job in list(self.queue):
+            same = isinstance(job, Generation) and (job.model, job.draws) == (first.model, first.draws)
+            if isinstance(job, Generation) and same and count + len(job.rows) <= self.limits.rows:
+                self.queue.remove(job)
+                batch.append(job)
                 count += len(job.rows)
+        return batch
 
     def _generate(self, jobs: list[Generation]) -> None:
-        """Generate the rows of some requests in one batch."""
+        """Generate the rows of some requests in one batch, in halves where memory does not suffice."""
         rows = [row for job in jobs for row in job.rows]
         self.batches.append(len(rows))
-        del self.batches[:-100]
-        self._decode(rows, jobs[0].drawn())
-        for row in rows:
-            row.told(None)
+        draws = self.served.draws_of(jobs[0].model, jobs[0].draws)
 
-    def _decode(self, rows: Sequence[Row], drawn: list[Params]) -> None:
-        """Generate rows; a batch too large for memory is halved if nothing of it is there yet."""
+        def untold(batch: Sequence[Row]) -> bool:
+            """Say whether a batch may start again: nobody has seen a token of it."""
+            return not any(row.notes for row in batch)
+
+        if in_halves(lambda batch: self._decode(batch, draws), [rows], untold):
+            raise InputError("the prompt does not fit into memory")
+        for row in rows:
+            row.on_token(None)
+
+    def _decode(self, rows: Sequence[Row], draws: list[Params]) -> None:
+        """Generate rows in one batch."""
         tokenizer = self.served.tokenizer
         ends = ends_of(require_lora(self.served.model).get_base_model(), {})
 
@@ -212,54 +150,23 @@ class Worker:
             return all(row.finish is not None for row in rows)
 
         settings = {
-            "max_new_tokens": max(row.longest for row in rows), "do_sample": False,
-            "logits_processor": LogitsProcessorList([Choosing(rows)]),
+            "max_new_tokens": max(row.max_tokens for row in rows), "do_sample": False,
+            "logits_processor": LogitsProcessorList([RowSampler(rows)]),
         }  # fmt: skip
-        decoder = Decoder(self.served.model, drawn, True, tokenizer, settings)
-        try:
-            decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or any(row.notes for row in rows):
-                raise
-            if len(rows) == 1:
-                raise InputError("the prompt does not fit into memory") from error
-        else:
-            return
-        clear_device_cache(garbage_collection=True)
-        for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            self._decode(part, drawn)
-
-
-def _failed(job: Generation | Call, error: Exception) -> None:
-    """Tell whoever waits for a job that it failed."""
-    if isinstance(job, Call):
-        if not job.result.done():
-            job.result.set_exception(error)
-        return
-    job.error = error
-    for row in job.rows:
-        row.told(None)
+        decoder = Decoder(self.served.model, draws, True, tokenizer, settings)
+        decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
 
 
 @torch.inference_mode()
-def prompt_log_probs(model: nn.Module, drawn: Sequence[Params], ids: Sequence[int]) -> torch.Tensor:
-    """Return log p̄ of what follows each token but the last of a prompt, averaged over draws at each token.
-
-    Args:
-        model: PEFT model, a causal language model.
-        drawn: The draws.
-        ids: The T tokens of the prompt.
-
-    Returns:
-        Float32 [T-1 V] on the CPU.
-    """
+def prompt_log_probs(model: nn.Module, draws: Sequence[Params], ids: Sequence[int]) -> Float[Tensor, "T-1 V"]:
+    """Return log p̄ of what follows each token but the last of a prompt, averaged over draws at each token."""
     base = require_lora(model).get_base_model()
-    given = torch.tensor([list(ids)], device=base.get_input_embeddings().weight.device)
+    prompt = torch.tensor([list(ids)], device=base.get_input_embeddings().weight.device)
     total = None
     with evaluating(model):
-        for draw in drawn:
+        for draw in draws:
             with swapped(model, draw):
-                log_p = base(input_ids=given, use_cache=False).logits[0, :-1].float().log_softmax(-1).cpu()
+                log_p = base(input_ids=prompt, use_cache=False).logits[0, :-1].float().log_softmax(-1).cpu()
             total = log_p if total is None else torch.logaddexp(total, log_p)
     assert total is not None
-    return total - torch.tensor(float(len(drawn))).log()
+    return total - torch.tensor(float(len(draws))).log()

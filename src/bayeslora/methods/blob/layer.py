@@ -26,14 +26,10 @@ _HIGH = (5 * (1 - math.sqrt(0.5)) / (1 - 0.5**2.5)) ** 0.25
 
 @final
 class BlobLinear(nn.Linear):
-    """A LoRA matrix A with a Gaussian over it; the mean is ``weight``, as in the layer that it takes the place of.
+    """A LoRA matrix A with a Gaussian over it: ``weight`` is the mean M, [R I], and G², [R I], the deviation Ω.
 
     Noise is added in training mode, while ``noisy`` is set. It comes from the global generator, which is what gradient
     checkpointing replays. G belongs to the PEFT model, not to the adapter.
-
-    Args:
-        plain: The layer whose weight is the mean M, [R I]; the parameter itself is taken over.
-        spread: G, [R I]; the deviation Ω is its square.
     """
 
     def __init__(self, plain: nn.Linear, spread: nn.Parameter) -> None:
@@ -62,13 +58,13 @@ class BlobLinear(nn.Linear):
         else:
             mean = self.weight
         with torch.autocast(place, enabled=False):
-            found: Tensor = _Flipout.apply(  # type: ignore[no-untyped-call]
-                rows, mean, noise, _sign_words(rows, self.in_features), _sign_words(rows, self.out_features)
+            found: Tensor = Flipout.apply(  # type: ignore[no-untyped-call]
+                rows, mean, noise, sign_words(rows, self.in_features), sign_words(rows, self.out_features)
             )
         return found.view(*input.shape[:-1], self.out_features)
 
 
-class _Flipout(torch.autograd.Function):
+class Flipout(torch.autograd.Function):
     """M x + r ⊙ N (s ⊙ x) for N = Ω ⊙ ε and random signs r and s of each token (Wen et al. 2018, arXiv 1803.04386).
 
     One function, so that the backward pass keeps x, which autograd would keep anyway, and one bit for each sign.
@@ -99,7 +95,7 @@ class _Flipout(torch.autograd.Function):
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
+def sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
     """Return random words that hold a sign for each of T rows and a number of columns, [⌈T/bits⌉, width]."""
     size = rows.element_size()
     shape = -(-len(rows) // (8 * size)), width
@@ -124,20 +120,7 @@ def _flipped(rows: Float[Tensor, "T W"], words: Tensor) -> Float[Tensor, "T W"]:
 def attach(
     model: nn.Module, init_spread: float | None, seed: int = 0, *, relative: float = 1.0
 ) -> dict[str, BlobLinear]:
-    """Put a `BlobLinear` in the place of every A of the active adapter.
-
-    Args:
-        model: A PEFT model with a LoRA adapter; layers that were put in earlier are replaced.
-        init_spread: ε, as for `begin`.
-        seed: Which start.
-        relative: As for `begin`.
-
-    Returns:
-        The layers, by the names that A has on disk.
-
-    Raises:
-        InputError: If the adapter is not plain LoRA on linear layers.
-    """
+    """Put a `BlobLinear` in the place of every A of the active adapter; return the layers by A's names on disk."""
     adapter = require_lora(model).active_adapter
     layers = plain_layers(model, "BLoB")
     for path, layer in layers.items():
@@ -159,28 +142,14 @@ def attach(
 
 @torch.no_grad()
 def sizes(layers: Mapping[str, BlobLinear]) -> dict[str, float]:
-    """Return the root mean square of each M: 1/√(3·in) as PEFT starts A.
-
-    Args:
-        layers: The layers by name.
-
-    Returns:
-        The sizes; PEFT's start where a matrix is zero.
-    """
+    """Return the root mean square of each M, or 1/√(3·in), as PEFT starts A, where a matrix is zero."""
     found = {name: float(layer.weight.float().square().mean().sqrt()) for name, layer in layers.items()}
     return {name: size or 1 / math.sqrt(3 * layers[name].in_features) for name, size in found.items()}
 
 
 @torch.no_grad()
 def begin(layers: Mapping[str, BlobLinear], init_spread: float | None, seed: int, *, relative: float = 1.0) -> None:
-    """Draw the start of G, uniform on [ε/√2, ε].
-
-    Args:
-        layers: The layers by name.
-        init_spread: ε of all; None for one of each matrix, by which Ω has `relative` times its root mean square.
-        seed: Which start.
-        relative: The noise in units of the matrix, where ε is None.
-    """
+    """Draw G uniform on [ε/√2, ε]; ε is ``init_spread``, or such that Ω has ``relative`` times the size of M."""
     for name, size in sizes(layers).items():
         high = _HIGH * math.sqrt(relative * size) if init_spread is None else init_spread
         low, spread = high / math.sqrt(2), layers[name].spread
@@ -189,12 +158,7 @@ def begin(layers: Mapping[str, BlobLinear], init_spread: float | None, seed: int
 
 
 def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> None:
-    """Put plain linear layers back in the place of `BlobLinear`; their weights are the means.
-
-    Args:
-        model: A PEFT model.
-        layers: Which; None for all.
-    """
+    """Put plain linear layers, whose weights are the means, back in the place of these layers, or of all."""
     gone = []
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
         for adapter, inner in layer.lora_A.items():
@@ -208,16 +172,7 @@ def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> No
 
 
 def taking_out(model: nn.Module, layers: Collection[BlobLinear], end: Callable[[], None]) -> Callable[[], None]:
-    """Return what puts plain layers back; it does not keep the model alive, for a model's record is kept as long.
-
-    Args:
-        model: A PEFT model.
-        layers: The layers to take out.
-        end: What else is to be called then.
-
-    Returns:
-        A function without arguments.
-    """
+    """Return what puts plain layers back and calls ``end``; it does not keep the model alive, whose record has it."""
     there = weakref.ref(model)
 
     def undo() -> None:

@@ -21,19 +21,18 @@ sees ∇NLL alone; and L is never longer than the run, since otherwise the prior
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, origin_for
-from bayeslora.methods.best_checkpoint import best_checkpoint, read_best, write_tensors
+from bayeslora.methods.base import Method, TrainerKwargs, origin_for
 from bayeslora.methods.blob.layer import BlobLinear, attach, begin, sizes, taking_out
 from bayeslora.methods.blob.terms import (
     DEFAULTS,
@@ -47,17 +46,16 @@ from bayeslora.methods.blob.terms import (
     scales,
     spread_gradient,
 )
+from bayeslora.methods.blob.token_count import TokenCount
+from bayeslora.methods.callback import MethodCallback, Run, write_tensors
 from bayeslora.methods.guards import check_training
-from bayeslora.methods.precision import widen
-from bayeslora.methods.records import Record, check_num_data, checkpoint_file, remember, require_record
-from bayeslora.methods.token_loss import TokenCount
+from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, read, require_lora
+from bayeslora.params import Params, read
 from bayeslora.posteriors import DiagonalGaussian
 
 __all__ = ["DEFAULTS", "PRESETS", "Blob", "kl_divergence", "kl_weight", "paper_cycle"]
 
-_STATE_FILE = "bayeslora_blob.safetensors"
 _SIZE, _TOKENS = ".size", "tokens"
 
 
@@ -95,11 +93,7 @@ class Blob(Method):
     tokens_per_row: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range.
-        """
+        """Refuse settings that have no meaning."""
         if self.update not in ("paper", "elbo"):
             raise InputError(f"update must be paper or elbo, and it is {self.update!r}")
         if self.preset is not None and self.preset not in PRESETS:
@@ -115,34 +109,20 @@ class Blob(Method):
             raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
 
     def setting(self, key: Setting) -> float | None:
-        """Return a setting as it is used.
-
-        Args:
-            key: Its name.
-
-        Returns:
-            What is given, or the preset's, or the default; None where the matrix says it.
-        """
+        """Return a setting as it is used: as given, or the preset's, or the default; None where the matrix says it."""
         given: float | None = getattr(self, key)
         if given is None and key == "relative_prior":
             return self.setting("relative_spread")
         return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if given is None else given
 
     def number(self, key: Setting) -> float:
-        """Return a setting that always has a value.
-
-        Args:
-            key: Its name.
-
-        Returns:
-            The value.
-        """
+        """Return a setting that always has a value."""
         value = self.setting(key)
         assert value is not None
         return value
 
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
-        """Put the Gaussian layers into the model, so that its optimiser will know them.
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
+        """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`.
 
         Returns:
             The callback that trains them, and the one that logs how they do.
@@ -151,26 +131,25 @@ class Blob(Method):
             InputError: If the adapter is not plain LoRA on linear layers.
         """
         layers = attach(model, self.setting("init_spread"), relative=self.number("relative_spread"))
-        trainer = _Trainer(self, check_num_data(num_data), layers)
-        return {"callbacks": [trainer, MetricsCallback(self.name, trainer.figures)]}
+        learner = BlobCallback(self, num_data, layers)
+        return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
-        """Return the Gaussian over A, with B at its mean.
-
-        Raises:
-            InputError: If the model was not trained with BLoB.
-        """
-        spread: dict[str, Tensor] = require_record(model, self.name).kept
-        variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spread.items()}
+        """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""
+        spreads: Params = require_record(model, self.name).learned
+        variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
         return DiagonalGaussian(read(model), variance, origin_for(model, self))
 
 
 @final
-class _Trainer(TrainerCallback):
+class BlobCallback(MethodCallback):
     """Adds ∇KL to the Trainer's gradients, or takes the released algorithm's second step."""
 
+    name, title, file = Blob.name, "BLoB", "bayeslora_blob.safetensors"
+
     def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
-        self.method, self.num_data, self.layers = method, num_data, layers
+        super().__init__(num_data)
+        self.method, self.layers = method, layers
         self.temperature, self.rate = method.number("temperature"), method.number("kl_rate")
         self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
@@ -178,20 +157,10 @@ class _Trainer(TrainerCallback):
         self.scales: dict[str, Scale] = {}
         self.cycle = 1
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the adapter into float32, in which the small steps towards the prior are not lost."""
-        widen(kwargs.get("model"), kwargs.get("optimizer"))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw the start of G or read it from the checkpoint, and switch the noise on.
-
-        Raises:
-            InputError: If the Trainer or its arguments do not serve, or the checkpoint lacks G.
-        """
-        model, method = require_lora(kwargs["model"]), self.method
-        check_training(args, kwargs["optimizer"], "BLoB")
+    def begin(self, run: Run) -> Record:
+        """Draw the start of G or read it from the checkpoint, and switch the noise on."""
+        args, state, model, method = run.args, run.state, run.model, self.method
+        check_training(args, run.optimizer, self.title)
         there = {id(m) for m in model.modules()}
         if not all(id(layer) in there for layer in self.layers.values()):
             raise InputError(
@@ -207,19 +176,22 @@ class _Trainer(TrainerCallback):
             self.sizes = sizes(self.layers)
             begin(self.layers, method.setting("init_spread"), args.seed, relative=method.number("relative_spread"))
         else:
-            self._load(checkpoint_file(args, state, _STATE_FILE))
+            self.resume(run, self._load)
         self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
-        self.tokens.begin(model, kwargs.get("train_dataloader"), args.world_size)
-        spread: Params = {name: layer.spread for name, layer in self.layers.items()}
+        self.tokens.begin(model, run.loader, args.world_size)
         undo = taking_out(model, list(self.layers.values()), self.tokens.end)
-        remember(model, Record(method.name, self.num_data, dict(spread), undo))
+        return Record(self.name, self.num_data, self._spreads(), undo)
+
+    def _spreads(self) -> Params:
+        """Return G of each layer, the parameter itself."""
+        return {name: layer.spread for name, layer in self.layers.items()}
 
     def weight(self, step: int) -> float:
         """Return the weight of the divergence beside the Trainer's loss in a step."""
         return self.temperature * kl_weight(step, self.cycle) / self.tokens.per_row
 
     @torch.no_grad()
-    def figures(self, state: TrainerState) -> dict[str, float]:
+    def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return the divergence from the prior, its weight in the last step, and the deviations, for the log."""
         kl = sum(
             float(kl_divergence(layer.weight.float(), layer.spread, self.scales[name].sigma))
@@ -230,7 +202,7 @@ class _Trainer(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Add Tπ∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
         self.tokens.note()
@@ -261,40 +233,30 @@ class _Trainer(TrainerCallback):
         for name, gradient in gradients.items():
             paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write G, and what the weight of the divergence depends on, into the checkpoint."""
-        if state.is_world_process_zero:
-            kept: Params = {name: layer.spread for name, layer in self.layers.items()}
-            kept |= {n + _SIZE: torch.tensor(size, dtype=torch.float64) for n, size in self.sizes.items()}
-            write_tensors(checkpoint_file(args, state, _STATE_FILE), {**kept, _TOKENS: self.tokens.state()})
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put plain layers back, and take G from where the adapter comes from: the best checkpoint, if it is used."""
-        require_record(require_lora(kwargs["model"]), self.method.name).clear()
-        best = best_checkpoint(args, state)
-        if best is not None:
-            self._take(read_best(best / _STATE_FILE, "BLoB"))
+    def save(self, path: Path, run: Run) -> None:
+        """Write G, and what the weight of the divergence depends on."""
+        tensors = {name + _SIZE: torch.tensor(size, dtype=torch.float64) for name, size in self.sizes.items()}
+        write_tensors(path, {**self._spreads(), **tensors, _TOKENS: self.tokens.noted})
 
     def _load(self, path: Path) -> None:
-        """Read from a checkpoint what `on_save` wrote; one of an earlier version has G alone, for an absolute prior."""
-        try:
-            kept = load_file(path)
-            self._take(kept)
-            if self.method.setting("prior_sigma") is None:
-                self.sizes = {name: float(kept[name + _SIZE]) for name in self.layers}
-            else:
-                self.sizes = sizes(self.layers)
-            if _TOKENS in kept:
-                self.tokens.restore(kept[_TOKENS])
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise InputError(
-                f"the checkpoint has no readable {path}, which BLoB needs to go on; resume from an earlier checkpoint"
-            ) from error
+        """Read what `save` wrote; a checkpoint of an earlier version has G alone, for an absolute prior."""
+        tensors = load_file(path)
+        self._take(tensors)
+        if self.method.setting("prior_sigma") is None:
+            self.sizes = {name: float(tensors[name + _SIZE]) for name in self.layers}
+        else:
+            self.sizes = sizes(self.layers)
+        if _TOKENS in tensors:
+            self.tokens.noted = tensors[_TOKENS]
+
+    def end(self, run: Run) -> None:
+        """Take G from where the adapter comes from: the best checkpoint, if it is used."""
+        best = self.read_best(run)
+        if best is not None:
+            self._take(best)
 
     @torch.no_grad()
-    def _take(self, kept: Params) -> None:
+    def _take(self, spreads: Mapping[str, Tensor]) -> None:
         """Write G into the layers."""
         for name, layer in self.layers.items():
-            layer.spread.copy_(kept[name])
+            layer.spread.copy_(spreads[name])

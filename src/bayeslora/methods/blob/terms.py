@@ -34,85 +34,38 @@ Setting = Literal["init_spread", "prior_sigma", "kl_rate", "temperature", "relat
 
 
 def kl_weight(step: int, cycle: int) -> float:
-    """Return π_i = 2^i/(2^{L+1}−1) of an optimiser step.
-
-    Args:
-        step: Number of the step, from 0; i = step mod L + 1.
-        cycle: L.
-
-    Returns:
-        The weight; over a cycle the weights add up to 1 − 1/(2^{L+1}−1).
-    """
+    """Return π_i = 2^i/(2^{L+1}−1) of an optimiser step from 0, i = step mod L + 1; a cycle L adds up to nearly 1."""
     i = step % cycle + 1
     return math.ldexp(1.0, i - cycle - 1) / (1 - math.ldexp(1.0, -cycle - 1))
 
 
 def paper_cycle(num_data: int, batch: int) -> int:
-    """Return L = ⌊100·N^{π/8} / batch⌋.
-
-    Args:
-        num_data: Number of training examples N.
-        batch: Examples of an optimiser step, over all processes.
-
-    Returns:
-        L, at least 1.
-    """
+    """Return L = ⌊100·N^{π/8} / batch⌋, at least 1; the batch is all examples of an optimiser step."""
     return max(1, int(100 * num_data ** (math.pi / 8) / batch))
 
 
 def kl_divergence(mean: Float[Tensor, "R I"], spread: Float[Tensor, "R I"], prior_sigma: float) -> Float[Tensor, ""]:
-    """Return KL[N(M, G⁴) ‖ N(0, σ_p²)], summed over the elements.
-
-    Args:
-        mean: M.
-        spread: G; the deviation is its square.
-        prior_sigma: σ_p.
-
-    Returns:
-        The divergence in nats.
-    """
+    """Return KL[N(M, G⁴) ‖ N(0, σ_p²)] in nats, summed over the elements; the deviation is G²."""
     variance = spread.pow(4)
     log_ratio = math.log(prior_sigma) - spread.square().log()
     return (log_ratio + (variance + mean.square()) / (2 * prior_sigma**2) - 0.5).sum()
 
 
 def spread_gradient(spread: Tensor, prior_sigma: float) -> Tensor:
-    """Return dKL/dG = −2/G + 2G³/σ_p².
-
-    Args:
-        spread: G.
-        prior_sigma: σ_p.
-
-    Returns:
-        The gradient, of G's shape.
-    """
+    """Return dKL/dG = −2/G + 2G³/σ_p²."""
     return spread.pow(3).mul_(2 / prior_sigma**2).sub_(2 / spread)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the prior of one matrix is.
-
-    Attributes:
-        sigma: σ_p.
-        unit: Length in which ``kl_rate`` is read: 1, or σ_p/0.2 where the prior follows the matrix.
-    """
+    """The prior of one matrix: σ_p, and the length that ``kl_rate`` is read in: 1, or σ_p/0.2 if it follows M."""
 
     sigma: float
     unit: float
 
 
 def scales(sizes: Mapping[str, float], prior_sigma: float | None, relative: float) -> dict[str, Scale]:
-    """Return each matrix's prior.
-
-    Args:
-        sizes: Root mean square of each A where training begins.
-        prior_sigma: σ_p of all; None for one that follows the matrix.
-        relative: σ_p in units of the matrix's size, where it follows.
-
-    Returns:
-        The priors by the same names.
-    """
+    """Return each matrix's prior: σ_p of all, or ``relative`` times its root mean square where training begins."""
     if prior_sigma is not None:
         return dict.fromkeys(sizes, Scale(prior_sigma, 1.0))
     return {name: Scale(relative * size, relative * size / PAPER_PRIOR) for name, size in sizes.items()}
@@ -122,14 +75,7 @@ def paper_step(layer: BlobLinear, gradient: Tensor, scale: Scale, weight: float,
     """Take the released algorithm's second step: G by ∇NLL + w∇KL and M by w∇KL, plain gradient descent.
 
     In lengths of ``scale.unit`` it is the step of the paper at σ_p/unit: A → A/u turns a rate κ into κu for G, whose
-    square is a length, and κu² for M.
-
-    Args:
-        layer: The layer.
-        gradient: ∇NLL of G; it is used up.
-        scale: The matrix's prior.
-        weight: w.
-        rate: κ.
+    square is a length, and κu² for M. ``gradient`` is ∇NLL of G, and is used up.
     """
     gradient.add_(spread_gradient(layer.spread, scale.sigma), alpha=weight)
     layer.spread.sub_(gradient, alpha=rate * scale.unit)

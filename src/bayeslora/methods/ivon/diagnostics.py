@@ -1,7 +1,8 @@
-"""Whether IVON learned its variance: figures for the Trainer's log and a report at the end."""
+"""Whether IVON learned its variance: metrics for the Trainer's log and a report at the end."""
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import from_prior, pull_weight
-from bayeslora.methods.trainer_log import _Summary, logger
+from bayeslora.methods.trainer_log import Summary
 from bayeslora.params import lora_parameters
+
+logger = logging.getLogger(__name__)
 
 LEARNED = 0.5
 """The variance counts as learned if at least this share of h+δ is more than 10 % off what it would be without data."""
@@ -18,19 +21,13 @@ LEARNED = 0.5
 
 @torch.no_grad()
 def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
-    """Return what tells whether the variance was learned.
+    """Return what tells whether the variance was learned; empty before the first step.
 
-    Tensors are looked at one at a time, and the device is waited for once.
-
-    Args:
-        optimizer: The optimiser.
-
-    Returns:
-        ``hess_moved``: share of coordinates whose h+δ is more than 10 % off what it would be without data, h₀β₂ᵗ + δ;
-        ``clipped``: share whose update is at the clip radius; ``ess``: λ, how many examples the data count for;
-        ``sigma`` and ``sigma_mean``: median and mean σ, the median as in `spread`. Empty before the first step.
+    ``hess_moved``: share of coordinates whose h+δ is more than 10 % off what it would be without data, h₀β₂ᵗ + δ;
+    ``clipped``: share whose update is at the clip radius; ``ess``: λ, how many examples the data count for; ``sigma``
+    and ``sigma_mean``: median and mean σ, the median as in `spread`. The device is waited for once.
     """
-    summary = _Summary()
+    summary = Summary()
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)
@@ -43,19 +40,14 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
             moved = (precision / untaught - 1).abs() > 0.1
             clipped = (update / precision).abs() >= group["clip_radius"]
             summary.add((group["ess"] * precision).rsqrt(), moved, clipped)
-    found = summary.averages("sigma_mean", "hess_moved", "clipped")
-    return found and {**found, "ess": float(optimizer.param_groups[0]["ess"])}
+    averages = summary.averages("sigma_mean", "hess_moved", "clipped")
+    return averages and {**averages, "ess": float(optimizer.param_groups[0]["ess"])}
 
 
 def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
-    """Log what came of the variance, and warn if it was hardly learned.
-
-    Args:
-        optimizer: The optimiser.
-        model: The model that it trained.
-    """
-    found = diagnostics(optimizer)
-    if not found:
+    """Log what came of the variance, and warn if it was hardly learned."""
+    metrics = diagnostics(optimizer)
+    if not metrics:
         return
     sizes = {}
     for part in ("lora_A", "lora_B"):
@@ -64,15 +56,15 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
     logger.info(
         "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "
         "would be without data; %.0f %% of the last update was at the clip radius.",
-        found["sigma"],
+        metrics["sigma"],
         sizes["lora_A"],
         sizes["lora_B"],
-        100 * found["hess_moved"],
-        100 * found["clipped"],
+        100 * metrics["hess_moved"],
+        100 * metrics["clipped"],
     )
-    if found["hess_moved"] < LEARNED:
+    if metrics["hess_moved"] < LEARNED:
         logger.warning(
             "IVON's variance was hardly learned (%.0f %% of h is other than without data), so sigma is about what it "
             "was set to: compare with isotropic noise of that size. More draws a step or a longer run teach it more.",
-            100 * found["hess_moved"],
+            100 * metrics["hess_moved"],
         )

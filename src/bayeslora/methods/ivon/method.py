@@ -87,11 +87,7 @@ class Ivon(Method):
     draws_per_step: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range, or settings of both kinds are given.
-        """
+        """Refuse settings that have no meaning."""
         seen = [k for k in ("sigma0", "prior_sigma", "max_step", "temperature") if getattr(self, k) is not None]
         paper = [key for key in ("preset", "ess", "hess_init", "learning_rate") if getattr(self, key) is not None]
         if seen and paper:
@@ -191,7 +187,7 @@ class Ivon(Method):
         return {"hess_init": max(0.0, total - delta), "weight_decay": delta}
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
-        """Return the optimiser, and the callback that draws and adds the noise.
+        """Return the optimiser, and the callback that draws and adds the noise; see `Method.trainer_kwargs`.
 
         Raises:
             InputError: If the adapter is not plain LoRA (DoRA and other variants read their matrices elsewhere).
@@ -204,15 +200,13 @@ class Ivon(Method):
         sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": [sampler, MetricsCallback(self.name, sampler.figures)],
+            "callbacks": [sampler, MetricsCallback(self.name, sampler.metrics)],
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
-        """Return the Gaussian that the optimiser holds.
-
-        Raises:
-            InputError: If the model was not trained with IVON.
-        """
-        kept = require_record(model, self.name).kept
-        mean, variance = moments(read(model), kept.get("best") or learned(kept["optimizer"], model))
+        """Return the Gaussian that the optimiser holds; see `Method.posterior`."""
+        known = require_record(model, self.name).learned
+        if isinstance(known, IvonOptimizer):
+            known = learned(known, model)
+        mean, variance = moments(read(model), known)
         return DiagonalGaussian(mean, variance, origin_for(model, self))

@@ -118,7 +118,7 @@ class IvonOptimizer(torch.optim.Optimizer):
     def draw(self) -> None:
         """Draw the noise of this step, or another draw of the same step; the parameters are left alone.
 
-        A training loop of one's own uses `sampled`, which calls this. It is for those who add `noise` themselves.
+        For those who add `noise` themselves; a training loop of one's own uses `sampled`, which calls this.
         """
         grads = self._grads()
         if self._draws and grads:

@@ -52,28 +52,12 @@ _PRIOR_MEMORY = 0.99
 
 
 def default_ess(num_data: int, num_parameters: int) -> float:
-    """Return λ if neither it nor the temperature is given.
-
-    Args:
-        num_data: Number of training examples N.
-        num_parameters: Number of trained parameters P.
-
-    Returns:
-        P·√N/50, and N at least.
-    """
+    """Return λ if neither it nor the temperature is given: P·√N/50 for P parameters, and N at least."""
     return max(float(num_data), num_parameters * math.sqrt(num_data) / 50)
 
 
 def default_sigma(shape: torch.Size, of_b: tuple[float, int, int] | None = None) -> float:
-    """Return σ₀ of a parameter if it is not given.
-
-    Args:
-        shape: The parameter's shape, outputs first.
-        of_b: For a matrix B, LoRA's scaling s, the rank r and the number M of adapted modules.
-
-    Returns:
-        The first standard deviation, which is the prior's too.
-    """
+    """Return σ₀, also the prior's, of a shape [O, I]; of a B with its scaling s, rank r and number M of modules."""
     if of_b is not None:
         scaling, rank, modules = of_b
         return NOISE_B * math.sqrt(3 / (rank * modules)) / abs(scaling)
@@ -81,14 +65,7 @@ def default_sigma(shape: torch.Size, of_b: tuple[float, int, int] | None = None)
 
 
 def check_ivon(group: dict[str, Any]) -> None:
-    """Refuse settings that have no meaning.
-
-    Args:
-        group: Settings by the names that `IvonOptimizer` has for them.
-
-    Raises:
-        InputError: Which one, and why.
-    """
+    """Refuse settings, by the names that `IvonOptimizer` has for them, that have no meaning."""
     beta1, beta2 = group["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise InputError(f"both of IVON's betas must be in [0, 1), and they are {beta1} and {beta2}")
@@ -110,16 +87,7 @@ def check_ivon(group: dict[str, Any]) -> None:
 
 
 def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: list[Tensor]) -> list[float]:
-    """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance.
-
-    Args:
-        group: Settings of the parameters.
-        states: The optimiser's state of each parameter; ``delta`` is changed.
-        means: The mean m of each.
-
-    Returns:
-        The new δ of each.
-    """
+    """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance."""
     ess = group["ess"]
     second = [
         m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean() for s, m in zip(states, means, strict=True)
@@ -131,27 +99,14 @@ def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: l
 
 
 def clamp(tensors: list[Tensor] | tuple[Tensor, ...], bound: float) -> None:
-    """Keep all numbers within ±bound, in place.
-
-    Args:
-        tensors: The tensors.
-        bound: The bound; infinite for none.
-    """
+    """Keep all numbers within ±bound, in place."""
     if math.isfinite(bound):
         torch._foreach_clamp_max_(tensors, bound)
         torch._foreach_clamp_min_(tensors, -bound)
 
 
 def pull_weight(group: dict[str, Any], state: dict[str, Any]) -> float:
-    """Return what m's distance from the mean of its prior is multiplied by in the update.
-
-    Args:
-        group: Settings of the parameter.
-        state: The optimiser's state of it.
-
-    Returns:
-        δ, times 1 − e^{−t/warmup} where it grows in; 0 where δ is estimated.
-    """
+    """Return the weight of m's distance from its prior: δ, growing in as 1 − e^{−t/warmup}; 0 if δ is estimated."""
     if group["prior"] == "empirical":
         return 0.0
     warmup = group["prior_warmup"]
@@ -159,13 +114,5 @@ def pull_weight(group: dict[str, Any], state: dict[str, Any]) -> float:
 
 
 def from_prior(means: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
-    """Return how far each m is from the mean of its prior.
-
-    Args:
-        means: The mean m of each parameter.
-        states: The optimiser's state of each; ``start`` is the prior's mean, or it is zero.
-
-    Returns:
-        The differences.
-    """
+    """Return how far each m is from the mean of its prior: ``start``, or zero."""
     return [m - s["start"] if "start" in s else m for m, s in zip(means, states, strict=True)]

@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
-from torch import Tensor, nn
+from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, fit_start
-from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, accumulated
-from bayeslora.methods.search import draws_nll, smallest
+from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
+from bayeslora.methods.search import Judge, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, lora_parameters, swapped
@@ -40,7 +41,7 @@ from bayeslora.prediction.jacobians import Site, linear_sites
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
-from bayeslora.tasks.types import Split, Task, labelled
+from bayeslora.tasks.types import Task, labelled
 
 logger = logging.getLogger(__name__)
 LOG_PRECISIONS = (-14.0, 23.0)
@@ -77,11 +78,7 @@ class Laplace(PostHoc):
     draws: int = 10
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputError: If a setting is out of range.
-        """
+        """Refuse settings that have no meaning."""
         for key, known in (
             ("structure", ("kron", "diag")),
             ("predictive", ("linearised", "draws")),
@@ -121,7 +118,7 @@ class Laplace(PostHoc):
         task: Task,
         *,
         start: Posterior | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
     ) -> Linearised | KroneckerGaussian | DiagonalGaussian:
@@ -144,15 +141,14 @@ class Laplace(PostHoc):
             curvature = KroneckerCurvature(sites, self.rank, self.tokens)
         with swapped(model, mean), readout.attached(model):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
-
-        def around(precision: float) -> KroneckerGaussian | DiagonalGaussian:
-            """Return the posterior with a prior precision."""
-            return curvature.posterior(mean, precision, origin)
-
         if self.prior == "validation":
             assert task.validation is not None
-            options = {"tokenizer": tokenizer, "seed": seed, "budget": token_budget}
-            precision = self._by_validation(model, around, task.validation, options)
+            candidates = [curvature.posterior(mean, precision, origin) for precision in CANDIDATES]
+            judge = Judge(model, task.validation, tokenizer, seed, token_budget)
+            if self.predictive == "draws":
+                precision = _best([judge.nll(posterior, self.draws) for posterior in candidates])
+            else:
+                precision = _best(_linearised_nlls(judge, candidates))
         elif self.prior == "marginal":
             precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
@@ -162,45 +158,35 @@ class Laplace(PostHoc):
             precision,
             log_likelihood + log_occam_factor(curvature.spectra(), mean, precision),
         )
-        found = around(precision)
-        return Linearised(found, origin) if self.predictive == "linearised" else found
-
-    def _by_validation(
-        self,
-        model: nn.Module,
-        around: Callable[[float], Linearisable],
-        rows: Split,
-        options: dict[str, Any],
-    ) -> float:
-        """Return the candidate whose predictions have the lowest negative log-likelihood."""
-        posteriors = [around(precision) for precision in CANDIDATES]
-        if self.predictive == "draws":
-            scores = [draws_nll(model, p, rows, self.draws, **options) for p in posteriors]
-        else:
-            readout = readout_for(model, rows, options["tokenizer"])
-            batches = batched(model, readout, readout.encode(rows)[0], gradient_budget(model, options["budget"], rows))
-            with swapped(model, posteriors[0].mean), readout.attached(model):
-                logits, covariances = logit_moments(model, posteriors, batches, len(rows))
-            scores = [
-                nll(average(logit_draws(logits, c, LOGIT_DRAWS, options["seed"]).log_softmax(-1)), rows.labels)
-                for c in covariances
-            ]
-        best = min(range(len(scores)), key=lambda k: (scores[k], k))
-        if not math.isfinite(scores[best]):
-            raise InputError("no prior precision gives finite predictions; the model's output overflows")
-        return CANDIDATES[best]
+        posterior = curvature.posterior(mean, precision, origin)
+        return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
 
 
-def log_occam_factor(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params, precision: float) -> float:
-    """Return what the evidence takes off the log-likelihood: log Z − log p(D|θ̂), in Laplace's approximation.
+def _linearised_nlls(judge: Judge, candidates: Sequence[Linearisable]) -> list[float]:
+    """Return the negative log-likelihood by the linearised model of each candidate, in one pass."""
+    model, rows = judge.model, judge.rows
+    readout = readout_for(model, rows, judge.tokenizer)
+    budget = gradient_budget(model, judge.token_budget, rows)
+    batches = batched(model, readout, readout.encode(rows)[0], budget)
+    with swapped(model, candidates[0].mean), readout.attached(model):
+        logits, covariances = logit_moments(model, candidates, batches, len(rows))
+    draws = (logit_draws(logits, covariance, LOGIT_DRAWS, judge.seed) for covariance in covariances)
+    return [float(nll(average(each.log_softmax(-1)), rows.labels)) for each in draws]
 
-    Args:
-        spectra: Eigenvalues of H by parameter, and how often each occurs.
-        mean: θ̂; parameters without curvature do not count.
-        precision: Prior precision λ.
 
-    Returns:
-        −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI), in nats.
+def _best(scores: Sequence[float]) -> float:
+    """Return the one of `CANDIDATES` with the lowest score, the first of several."""
+    best = min(range(len(scores)), key=lambda k: (scores[k], k))
+    if not math.isfinite(scores[best]):
+        raise InputError("no prior precision gives finite predictions; the model's output overflows")
+    return CANDIDATES[best]
+
+
+def log_occam_factor(spectra: Spectra, mean: Params, precision: float) -> float:
+    """Return what the evidence takes off the log-likelihood, in nats: log Z − log p(D|θ̂), in Laplace's approximation.
+
+    It is −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI). ``spectra`` has the eigenvalues of H by parameter and how often
+    each occurs; parameters without curvature do not count.
     """
     log_det = sum(float((often * (values + precision).log()).sum()) for values, often in spectra.values())
     square = sum(float(mean[name].double().square().sum()) for name in spectra)
@@ -208,25 +194,14 @@ def log_occam_factor(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params,
     return 0.5 * (size * math.log(precision) - precision * square - log_det)
 
 
-def maximise_marginal_likelihood(spectra: Mapping[str, tuple[Tensor, Tensor]], mean: Params) -> float:
-    """Return the prior precision with the largest evidence.
-
-    Args:
-        spectra: Eigenvalues of H by parameter, and how often each occurs.
-        mean: θ̂.
-
-    Returns:
-        λ.
-
-    Raises:
-        InputError: If the evidence has no maximum: the loss has no curvature, or every parameter is zero.
-    """
+def maximise_marginal_likelihood(spectra: Spectra, mean: Params) -> float:
+    """Return the prior precision λ with the largest evidence; see `log_occam_factor`."""
     low, high = LOG_PRECISIONS
-    found = smallest(lambda x: -log_occam_factor(spectra, mean, math.exp(x)), low, high)
-    if found in (low, high):
+    log_precision = smallest(lambda x: -log_occam_factor(spectra, mean, math.exp(x)), low, high)
+    if log_precision in (low, high):
+        reason = "the loss has no curvature" if log_precision == low else "every parameter is zero"
         raise InputError(
-            "the evidence has no maximum at a positive and finite prior precision "
-            f"({'the loss has no curvature' if found == low else 'every parameter is zero'}); train longer, or give "
+            f"the evidence has no maximum at a positive and finite prior precision ({reason}); train longer, or give "
             "Laplace(prior=...) a number or 'validation'"
         )
-    return math.exp(found)
+    return math.exp(log_precision)

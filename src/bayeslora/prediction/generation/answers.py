@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from bayeslora._typing import Float
-from bayeslora.prediction.generation.semantic import Same, entropy_of, exactly, grouped, overlap
+from bayeslora.prediction.generation.semantic import Equivalence, entropy_of, exactly, overlap, semantic_clusters
 
 
 @final
@@ -61,7 +61,7 @@ class Answer:
         """Exp of the mean of −log p̄ over the tokens; not a number for an empty text."""
         return math.exp(-self.log_likelihood / len(self.token_ids)) if self.token_ids else math.nan
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return everything as JSON holds it; one entry a token."""
         return {
             "text": self.text,
@@ -90,7 +90,7 @@ class Answers:
     Attributes:
         answers: The N answers; each one's log-probabilities are those of its own draw.
         draws: Number of the draw of each.
-        groups: Number of each answer's group of answers that say the same; 0 is the first answer's.
+        groups: Number of each answer's semantic cluster, the answers that mean the same; 0 is the first answer's.
     """
 
     answers: tuple[Answer, ...]
@@ -98,24 +98,24 @@ class Answers:
     groups: tuple[int, ...]
 
     @classmethod
-    def of(cls, answers: tuple[Answer, ...], draws: tuple[int, ...], same: Same | None = None) -> Answers:
-        """Return answers in groups.
+    def of(cls, answers: tuple[Answer, ...], draws: tuple[int, ...], same: Equivalence | None = None) -> Answers:
+        """Return answers in semantic clusters.
 
         Args:
             answers: The answers.
             draws: Number of the draw of each.
-            same: Whether two texts say the same; None for equality after case, articles and signs are dropped.
+            same: Whether two texts mean the same; None for equality after case, articles and signs are dropped.
         """
-        return cls(answers, draws, grouped([a.text for a in answers], same or exactly))
+        return cls(answers, draws, semantic_clusters([a.text for a in answers], same or exactly))
 
     @property
     def shares(self) -> Float[Tensor, " G"]:
-        """Share of the answers in each group."""
+        """Share of the answers in each semantic cluster."""
         return torch.bincount(torch.tensor(self.groups)).float() / len(self.groups)
 
     @property
     def semantic_entropy(self) -> float:
-        """Entropy of the groups' shares, in nats (Farquhar et al. 2024, the discrete estimate)."""
+        """Entropy of the clusters' shares, in nats (Farquhar et al. 2024, the discrete estimate)."""
         return entropy_of(self.shares)
 
     @property

@@ -14,24 +14,20 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
-from bayeslora.prediction.stacking import differing, stacked, stacks, with_copies
+from bayeslora.prediction.stacking import Copies, FewAnswers, differing, stacked, stacks, with_copies
 
 
 @final
 class DrawsCache(DynamicCache):
-    """Keys and values of every row under every draw, draw after draw.
+    """Keys and values of every row under each of S draws, draw after draw."""
 
-    Args:
-        draws: Number S of draws.
-        config: The model's configuration.
-    """
-
-    def __init__(self, draws: int, config: Any) -> None:
+    def __init__(self, draws: int, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.draws = draws
 
@@ -43,10 +39,7 @@ class DrawsCache(DynamicCache):
 
 @final
 class Averager:
-    """What the model said last.
-
-    Args:
-        draws: Number S of draws whose answers are averaged; 1 where every row has a draw of its own.
+    """The distributions of the last position, and their average over S draws (1 where every row has its own draw).
 
     Attributes:
         log_probs: Log-probabilities [S R V] of the R rows' next token under each draw, float32.
@@ -59,7 +52,7 @@ class Averager:
         self.average = torch.empty(0)
 
     def take(self, logits: Float[Tensor, "SR T V"]) -> Float[Tensor, "R 1 V"]:
-        """Keep the last position's logits, and return their average over the draws."""
+        """Keep the last position's log-probabilities, and return their average over the draws."""
         self.log_probs = logits[:, -1].float().log_softmax(-1).view(self.draws, -1, logits.shape[-1])
         self.average = self.log_probs[0] if self.draws == 1 else self.log_probs.logsumexp(0) - math.log(self.draws)
         return self.average[:, None]
@@ -71,16 +64,9 @@ class Averager:
 
 @contextmanager
 def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> Iterator[Averager]:
-    """Let a model answer under several draws for the length of a ``with`` block.
+    """Yield the averager of a causal language model that answers under S draws for the length of a ``with`` block.
 
-    Args:
-        model: PEFT model, a causal language model.
-        draws: S draws.
-        average: Whether each row is answered by the average of all draws; else the rows belong to the draws in S equal
-            parts.
-
-    Yields:
-        What the model said last.
+    Each row is answered by the average of all draws, or the rows belong to the draws in S equal parts.
 
     Raises:
         InputError: If the draws cannot share a pass.
@@ -94,11 +80,25 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
                 "model cannot generate from several at once; use draws=1"
             )
         averager = Averager(len(draws) if average else 1)
+
+        def before(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            """Give the model every row once for each draw, in whatever has the batch as its first axis."""
+            if averager.draws == 1:
+                return args, kwargs
+            first = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
+            copies: Copies = {}
+            size = len(first)
+            return with_copies(args, size, averager.draws, copies), with_copies(kwargs, size, averager.draws, copies)
+
+        def after(_: nn.Module, args: tuple[object, ...], outputs: ModelOutput) -> ModelOutput:
+            """Put the average in the place of the model's logits."""
+            outputs.logits = averager.take(outputs.logits)
+            return outputs
+
         with stacked(model, list(draws) if names else [draws[0]]):
-            hooks = [
-                base.register_forward_pre_hook(_repeating(averager.draws), with_kwargs=True),
-                base.register_forward_hook(lambda _, args, outputs: _averaged(averager, outputs)),
-            ]
+            hooks = [base.register_forward_pre_hook(before, with_kwargs=True), base.register_forward_hook(after)]
             try:
                 yield averager
             finally:
@@ -106,28 +106,8 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
                     hook.remove()
 
 
-def _averaged(averager: Averager, outputs: Any) -> Any:
-    """Put the average in the place of the model's logits."""
-    outputs.logits = averager.take(outputs.logits)
-    return outputs
-
-
-def _repeating(count: int) -> Any:
-    """Return a hook that gives the model every row several times, one copy after the other."""
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Repeat whatever has the batch as its first axis."""
-        if count == 1:
-            return args, kwargs
-        first = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
-        kept: dict[int, tuple[Any, Any]] = {}
-        return with_copies(args, len(first), count, kept), with_copies(kwargs, len(first), count, kept)
-
-    return before
-
-
-def _few_answers(base: Any) -> Any:
-    """Return what tells a model's answers to two short texts, once for each stacked draw."""
+def _few_answers(base: PreTrainedModel) -> FewAnswers:
+    """Return what gives a model's log-probabilities of what comes after two short texts, once for each draw."""
     size = min(len(base.get_input_embeddings().weight), 1000)
     ids = torch.randint(0, size, (2, 5), generator=generator("generation"))
 

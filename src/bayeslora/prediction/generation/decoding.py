@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from bayeslora._typing import Float, Int
+from bayeslora._typing import Float, Int, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora, seed_of
 from bayeslora.prediction.generation.answers import Answer
 from bayeslora.prediction.generation.averaging import Averager, DrawsCache, answering
+from bayeslora.prediction.memory import in_halves
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept in the place of each."""
@@ -45,6 +47,8 @@ class Step:
     best_log_probs: Float[Tensor, "R A"]
 
 
+Settings = dict[str, Any]
+"""Arguments of transformers' ``generate``."""
 OnStep = Callable[[Step], bool | None]
 """Told of each step as it happens; True ends the generation."""
 Ended = Callable[[int, list[int]], bool]
@@ -54,11 +58,11 @@ Ended = Callable[[int, list[int]], bool]
 @final
 @dataclass(frozen=True)
 class Decoder:
-    """A model under some draws, ready for batches.
+    """A causal language model under S draws, ready for batches of prompts.
 
     Attributes:
-        model: PEFT model, a causal language model.
-        drawn: The S draws.
+        model: PEFT model.
+        draws: The S draws.
         average: Whether they are averaged at each token; else the rows belong to them in S equal parts.
         tokenizer: The model's tokenizer.
         settings: Arguments of transformers' ``generate``; ``max_new_tokens`` is among them.
@@ -66,24 +70,55 @@ class Decoder:
     """
 
     model: nn.Module
-    drawn: Sequence[Params]
+    draws: Sequence[Params]
     average: bool
-    tokenizer: Any
-    settings: dict[str, Any]
+    tokenizer: Tokenizer
+    settings: Settings
     seed: int = 0
+
+    def in_batches(
+        self, prompts: Sequence[Sequence[int]], size: int, on_step: OnStep | None = None
+    ) -> list[list[Answer]]:
+        """Return the answers to each of the prompts, so many at once, draw after draw where each draw has its own.
+
+        A batch that is too large for memory is halved, unless somebody was told of its tokens.
+
+        Raises:
+            InputError: If a prompt does not fit into memory by itself, or transformers refuses a setting.
+        """
+        answers: list[list[Answer]] = [[] for _ in prompts]
+        started = False
+
+        def note(step: Step) -> bool | None:
+            """Tell of a step."""
+            nonlocal started
+            started = True
+            return on_step(step) if on_step is not None else None
+
+        def run(numbers: Sequence[int]) -> None:
+            """Generate for one batch."""
+            nonlocal started
+            started = False
+            rows = self.answers([prompts[n] for n in numbers], on_step=None if on_step is None else note)
+            each = len(rows) // (len(numbers) * (1 if self.average else len(self.draws)))  # answers of a draw
+            for place, answer in enumerate(rows):
+                answers[numbers[place // each % len(numbers)]].append(answer)
+
+        batches = [range(at, min(at + size, len(prompts))) for at in range(0, len(prompts), size)]
+        for number in in_halves(run, batches, lambda _: not started):
+            raise InputError(
+                f"prompt {number} has {len(prompts[number])} tokens and does not fit into memory with its answer; "
+                "lower max_new_tokens or draws"
+            )
+        return answers
 
     def answers(
         self, prompts: Sequence[Sequence[int]], ended: Ended | None = None, on_step: OnStep | None = None
     ) -> list[Answer]:
-        """Generate for one batch of prompts.
+        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``.
 
-        Args:
-            prompts: Token ids of each.
-            ended: Says which rows end; None where only the model and ``stop_strings`` do.
-            on_step: Told of each step; not with beams.
-
-        Returns:
-            The rows' answers, in the order of transformers' ``generate``.
+        ``ended`` says which rows end, None where only the model and ``stop_strings`` do; ``on_step`` is told of each
+        step, not with beams.
 
         Raises:
             InputError: If transformers refuses a setting.
@@ -95,11 +130,9 @@ class Decoder:
         ids = torch.tensor([[padding] * (width - len(own)) + [*own] for own in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts], device=device)
         if not self.average:
-            ids, mask = (value.repeat(len(self.drawn), 1) for value in (ids, mask))
+            ids, mask = (value.repeat(len(self.draws), 1) for value in (ids, mask))
         beams = self.settings.get("num_beams", 1) > 1
-        cuda = [device] if device.type == "cuda" else []
-        with answering(self.model, self.drawn, average=self.average) as averager, torch.random.fork_rng(cuda):
-            torch.manual_seed(seed_of("tokens", self.seed))
+        with answering(self.model, self.draws, average=self.average) as averager, _own_stream(device, self.seed):
             notes = _Notes(averager, on_step, ended or self._stops, width)
             settings = {
                 "pad_token_id": padding, "num_beams": 1, **self.settings,
@@ -109,10 +142,10 @@ class Decoder:
                 criteria = [notes, *self.settings.get("stopping_criteria", ())]
                 settings = {**settings, "stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}
             try:
-                found = base.generate(input_ids=ids, attention_mask=mask, **settings)
+                tokens = base.generate(input_ids=ids, attention_mask=mask, **settings)
             except ValueError as error:
                 raise InputError(f"transformers' generate refuses: {' '.join(str(error).split())}") from error
-            new = found[:, width:].cpu()
+            new = tokens[:, width:].cpu()
             ends = ends_of(base, self.settings)
             lengths = [_length(row[: notes.lengths.get(r)], ends) for r, row in enumerate(new.tolist())]
             steps = _scored(averager, base, ids, mask, new) if beams else notes.steps
@@ -120,31 +153,27 @@ class Decoder:
 
     def _answer(self, ids: list[int], done: bool, steps: list[Step], row: int) -> Answer:
         """Return what was noted of one row."""
-        own = steps[: len(ids)]
+        noted = steps[: len(ids)]
         text, place = self.stopped(ids)
 
         def column(name: str) -> Tensor:
             """Return one number of each step."""
-            return torch.stack([getattr(s, name)[..., row] for s in own], -1) if own else torch.zeros(0)
+            return torch.stack([getattr(s, name)[..., row] for s in noted], -1) if noted else torch.zeros(0)
 
         return Answer(
             text=text[:place],
             token_ids=tuple(ids),
             tokens=tuple(self.tokenizer.decode([i]) for i in ids),
             log_probs=column("log_probs"),
-            draw_log_probs=column("draw_log_probs") if own else torch.zeros(len(self.drawn), 0),
+            draw_log_probs=column("draw_log_probs") if noted else torch.zeros(len(self.draws), 0),
             entropy=column("entropy"),
             expected_entropy=column("expected_entropy"),
-            alternatives=tuple(alternatives(self.tokenizer, s, row) for s in own),
+            alternatives=tuple(alternatives(self.tokenizer, s, row) for s in noted),
             finished="stop" if done or place is not None else "length",
         )
 
     def stopped(self, ids: list[int]) -> tuple[str, int | None]:
-        """Return the text of some tokens, and where its first stop string begins.
-
-        Args:
-            ids: New tokens of a row.
-        """
+        """Return the text of a row's new tokens, and where its first stop string starts."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         stops = self.settings.get("stop_strings") or ()
         places = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text]
@@ -155,25 +184,25 @@ class Decoder:
         return bool(self.settings.get("stop_strings")) and self.stopped(ids)[1] is not None
 
 
-def alternatives(tokenizer: Any, step: Step, row: int) -> tuple[tuple[str, float], ...]:
-    """Return the most probable tokens in the place of one, with their p̄.
+@contextmanager
+def _own_stream(device: torch.device, seed: int) -> Iterator[None]:
+    """Sample tokens from a stream of their own for the length of a ``with`` block.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        step: The step.
-        row: The row.
+    transformers samples from torch's default generators and takes no other, so these are forked, seeded and put back.
     """
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        torch.manual_seed(seed_of("tokens", seed))
+        yield
+
+
+def alternatives(tokenizer: Tokenizer, step: Step, row: int) -> tuple[tuple[str, float], ...]:
+    """Return the most probable tokens in the place of a row's, with their p̄."""
     pairs = zip(step.best[row].tolist(), step.best_log_probs[row].tolist(), strict=True)
     return tuple((tokenizer.decode([i]), math.exp(p)) for i, p in pairs)
 
 
-def ends_of(base: Any, settings: dict[str, Any]) -> set[int]:
-    """Return the tokens that end a text.
-
-    Args:
-        base: The base model.
-        settings: Arguments of ``generate``.
-    """
+def ends_of(base: PreTrainedModel, settings: Settings) -> set[int]:
+    """Return the tokens that end a text."""
     config = settings.get("generation_config") or base.generation_config
     end = settings.get("eos_token_id", config.eos_token_id)
     return set() if end is None else {int(end)} if isinstance(end, int) else {int(e) for e in end}
@@ -181,26 +210,15 @@ def ends_of(base: Any, settings: dict[str, Any]) -> set[int]:
 
 @final
 class _Notes(StoppingCriteria):
-    """Notes what the draws said of each token when it is chosen.
-
-    Args:
-        averager: What the model said last.
-        on_step: Told of each step.
-        ended: Says which rows end.
-        width: Tokens of the prompts.
-
-    Attributes:
-        steps: What was noted.
-        lengths: Tokens of the rows that have ended by ``ended``.
-    """
+    """Notes a step for each token when it is chosen, and the lengths of the rows that ``ended`` has ended."""
 
     def __init__(self, averager: Averager, on_step: OnStep | None, ended: Ended, width: int) -> None:
         self.averager, self.on_step, self.ended, self.width = averager, on_step, ended, width
         self.steps: list[Step] = []
         self.lengths: dict[int, int] = {}
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Note a step; say which rows are to end."""
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """Note a step, and return which rows are to end."""
         self.steps.append(_step(self.averager, input_ids[:, -1]))
         stop = self.on_step is not None and bool(self.on_step(self.steps[-1]))
         for row, ids in enumerate(input_ids[:, self.width :].tolist()):
@@ -211,7 +229,7 @@ class _Notes(StoppingCriteria):
 
 
 def _step(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
-    """Return what was said of the tokens that were chosen."""
+    """Return the draws' distributions at the tokens that were chosen."""
     entropy, expected = averager.entropies()
     best = averager.average.topk(min(ALTERNATIVES, averager.average.shape[-1]))
     pick = chosen[:, None]
@@ -227,8 +245,8 @@ def _step(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
 
 
 @torch.inference_mode()
-def _scored(averager: Averager, base: Any, ids: Tensor, mask: Tensor, new: Tensor) -> list[Step]:
-    """Return the steps of texts that beams have found: they are passed once more, token by token."""
+def _scored(averager: Averager, base: PreTrainedModel, ids: Tensor, mask: Tensor, new: Tensor) -> list[Step]:
+    """Return the steps of texts that beams ended with: they are passed once more, token by token."""
     each = len(new) // len(ids)
     seen, cache = mask.repeat_interleave(each, 0), DrawsCache(averager.draws, base.config)
     tokens, steps = ids.repeat_interleave(each, 0), []

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import Draws, Posterior
@@ -15,7 +16,7 @@ from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep
-from bayeslora.prediction.generation.semantic import Same
+from bayeslora.prediction.generation.semantic import Equivalence
 from bayeslora.prediction.memory import default_token_budget
 
 Prompt = str | Sequence[dict[str, str]]
@@ -29,7 +30,7 @@ def generate(
     prompts: Sequence[Prompt],
     draws: int | Draws = 10,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
     on_step: OnStep | None = None,
@@ -59,11 +60,10 @@ def generate(
         InputError: If a prompt is empty or too long, the posterior's draws are no weights, or a setting is unknown.
     """
     draws = Draws.of(draws)
-    drawn = draws_of(model, posterior, draws)
-    how = {"max_new_tokens": max_new_tokens, **settings}
-    decoder = Decoder(model, drawn, True, tokenizer or tokenizer_of(model), how, draws.seed)
-    groups = _grouped(decoder, prompts, max_new_tokens, batch_size)
-    return [answer for group in groups for answer in decoder.answers(group, on_step=on_step)]
+    weights = draws_of(model, posterior, draws)
+    settings = {"max_new_tokens": max_new_tokens, **settings}
+    decoder = Decoder(model, weights, True, tokenizer or tokenizer_of(model), settings, draws.seed)
+    return [answer for answers in _answered(decoder, prompts, batch_size, on_step) for answer in answers]
 
 
 @former_keywords("draws", Draws, seed="seed", sampling="sampling")
@@ -73,13 +73,13 @@ def generate_each(
     prompts: Sequence[Prompt],
     draws: int | Draws = 10,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
-    same: Same | None = None,
+    same: Equivalence | None = None,
     **settings: Any,
 ) -> list[Answers]:
-    """Return one answer a draw to each prompt, and which of them say the same.
+    """Return one answer a draw to each prompt, and which of them mean the same.
 
     Args:
         model: See `generate`.
@@ -89,7 +89,7 @@ def generate_each(
         tokenizer: See `generate`.
         max_new_tokens: See `generate`.
         batch_size: See `generate`.
-        same: Whether two texts say the same: `by_entailment`, `by_embedding`, or any function; None for word for word.
+        same: Whether two texts mean the same: `by_entailment`, `by_embedding`, or any function; None for word for word.
         **settings: See `generate`; beams are not for answers that belong to draws.
 
     Returns:
@@ -101,18 +101,11 @@ def generate_each(
     if settings.get("num_beams", 1) > 1:
         raise InputError("beams keep the best text of the average; for one answer a draw leave num_beams at 1")
     draws = Draws.of(draws)
-    drawn = draws_of(model, posterior, draws)
-    how = {"max_new_tokens": max_new_tokens, **settings}
-    decoder = Decoder(model, drawn, False, tokenizer or tokenizer_of(model), how, draws.seed)
-    found = []
-    each = settings.get("num_return_sequences", 1)
-    numbers = tuple(k for k in range(len(drawn)) for _ in range(each))
-    for group in _grouped(decoder, prompts, max_new_tokens, batch_size):
-        rows = decoder.answers(group)
-        for b in range(len(group)):
-            own = tuple(rows[(k * len(group) + b) * each + i] for k in range(len(drawn)) for i in range(each))
-            found.append(Answers.of(own, numbers, same))
-    return found
+    weights = draws_of(model, posterior, draws)
+    settings = {"max_new_tokens": max_new_tokens, **settings}
+    decoder = Decoder(model, weights, False, tokenizer or tokenizer_of(model), settings, draws.seed)
+    numbers = tuple(k for k in range(len(weights)) for _ in range(settings.get("num_return_sequences", 1)))
+    return [Answers.of(tuple(answers), numbers, same) for answers in _answered(decoder, prompts, batch_size)]
 
 
 def draws_of(model: nn.Module, posterior: Posterior, draws: int | Draws) -> list[Params]:
@@ -128,8 +121,11 @@ def draws_of(model: nn.Module, posterior: Posterior, draws: int | Draws) -> list
     return [posterior.cached_draw(k, draws) for k in range(draws.count)]
 
 
-def _grouped(decoder: Decoder, prompts: Sequence[Prompt], longest: int, size: int | None) -> list[list[list[int]]]:
-    """Return the prompts' token ids in batches, in order."""
+def _answered(
+    decoder: Decoder, prompts: Sequence[Prompt], size: int | None, on_step: OnStep | None = None
+) -> list[list[Answer]]:
+    """Return the answers to each prompt, generated in batches of a size, or of what the token budget holds."""
+    longest = decoder.settings["max_new_tokens"]
     if longest < 1:
         raise InputError(f"max_new_tokens must be at least 1, and it is {longest}")
     if size is not None and size < 1:
@@ -141,23 +137,14 @@ def _grouped(decoder: Decoder, prompts: Sequence[Prompt], longest: int, size: in
         except InputError as error:
             raise InputError(f"prompt {number} {error}") from error
     if size is None:
-        rows = len(decoder.drawn) * max(1, int(decoder.settings.get("num_beams", 1)))
+        rows = len(decoder.draws) * max(1, int(decoder.settings.get("num_beams", 1)))
         tokens = max((len(ids) for ids in encoded), default=0) + longest
         size = max(1, default_token_budget(decoder.model) // (rows * tokens))
-    return [encoded[at : at + size] for at in range(0, len(encoded), size)]
+    return decoder.in_batches(encoded, size, on_step)
 
 
-def prompt_ids(model: nn.Module, tokenizer: Any, prompt: Prompt, longest: int) -> list[int]:
-    """Return a prompt's token ids.
-
-    Args:
-        model: PEFT model.
-        tokenizer: Its tokenizer.
-        prompt: A text, or messages.
-        longest: Most new tokens.
-
-    Returns:
-        The ids.
+def prompt_ids(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: int) -> list[int]:
+    """Return a prompt's token ids, which leave room for the longest answer.
 
     Raises:
         InputError: If the prompt is empty or too long, or the tokenizer has no chat template. The sentence lacks its

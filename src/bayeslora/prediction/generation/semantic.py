@@ -1,56 +1,36 @@
-"""Which of several texts say the same, and how far apart they are."""
+"""Semantic clusters of texts: which of them mean the same, and how far apart they are."""
 
 from __future__ import annotations
 
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 
-Same = Callable[[str, str], bool]
+Equivalence = Callable[[str, str], bool]
 """Says whether two texts mean the same."""
 _SIGNS = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _ARTICLES = {"a", "an", "the"}
 
 
 def words(text: str) -> list[str]:
-    """Return a text's words in lower case, without articles and signs.
-
-    Args:
-        text: Any text.
-    """
+    """Return a text's words in lower case, without articles and signs."""
     return [word for word in text.lower().translate(_SIGNS).split() if word not in _ARTICLES]
 
 
 def exactly(one: str, other: str) -> bool:
-    """Say whether two texts are equal word for word, case, articles and signs aside.
-
-    Args:
-        one: A text.
-        other: Another.
-
-    Returns:
-        Whether they are.
-    """
+    """Say whether two texts are equal word for word, case, articles and signs aside."""
     return words(one) == words(other)
 
 
 def overlap(one: str, other: str) -> float:
-    """Return the F1 of two texts' words, as question answering is scored.
-
-    Args:
-        one: A text.
-        other: Another.
-
-    Returns:
-        0 to 1; 1 for two empty texts.
-    """
+    """Return the F1 of two texts' words, 0 to 1, as question answering is scored; 1 for two empty texts."""
     first, second = Counter(words(one)), Counter(words(other))
     if not first or not second:
         return float(first == second)
@@ -58,33 +38,24 @@ def overlap(one: str, other: str) -> float:
     return 2 * common / (sum(first.values()) + sum(second.values()))
 
 
-def grouped(texts: Sequence[str], same: Same) -> tuple[int, ...]:
-    """Return the number of each text's group: that of the first group whose first text says the same.
-
-    Args:
-        texts: The texts.
-        same: Whether two say the same.
-    """
+def semantic_clusters(texts: Sequence[str], equivalent: Equivalence) -> tuple[int, ...]:
+    """Return the number of each text's cluster: that of the first cluster whose first text means the same."""
     firsts: list[str] = []
-    found = []
+    clusters = []
     for text in texts:
-        number = next((g for g, first in enumerate(firsts) if same(first, text)), len(firsts))
+        number = next((g for g, first in enumerate(firsts) if equivalent(first, text)), len(firsts))
         if number == len(firsts):
             firsts.append(text)
-        found.append(number)
-    return tuple(found)
+        clusters.append(number)
+    return tuple(clusters)
 
 
 def entropy_of(shares: Float[Tensor, " G"]) -> float:
-    """Return the entropy of a distribution in nats.
-
-    Args:
-        shares: Probabilities that sum to one.
-    """
+    """Return the entropy of a distribution in nats."""
     return float(torch.special.entr(shares).sum())
 
 
-def by_entailment(model: Any, tokenizer: Any, context: str = "") -> Same:
+def by_entailment(model: PreTrainedModel, tokenizer: Tokenizer, context: str = "") -> Equivalence:
     """Return a judge of meaning: two texts say the same if each entails the other (Kuhn et al. 2023, section 3.2).
 
     Args:
@@ -112,7 +83,7 @@ def by_entailment(model: Any, tokenizer: Any, context: str = "") -> Same:
     return same
 
 
-def by_embedding(model: Any, tokenizer: Any, threshold: float = 0.85) -> Same:
+def by_embedding(model: PreTrainedModel, tokenizer: Tokenizer, threshold: float = 0.85) -> Equivalence:
     """Return a judge of meaning: two texts say the same if their embeddings are close.
 
     Args:

@@ -6,37 +6,22 @@ import math
 
 from torch import Tensor
 
+from bayeslora._typing import Float, Int
+
 LEVEL = 0.95
 """Two-sided level of the test."""
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return how likely so uneven a split is if both predictors are right equally often.
-
-    Args:
-        only_one: Examples that one predictor alone gets right.
-        only_other: Examples that the other alone gets right.
-
-    Returns:
-        The two-sided p-value, of a binomial distribution with a half.
-    """
+    """Return the two-sided p-value of how many examples each predictor alone gets right: binomial with a half."""
     differing, fewer = only_one + only_other, min(only_one, only_other)
     tail = sum(math.comb(differing, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**differing)
 
 
-def lost_by_draws(mean: Tensor, draws: Tensor, labels: Tensor) -> str | None:
-    """Say so if the average of the draws is right less often than the mean, by more than chance allows.
-
-    Args:
-        mean: Log-probabilities of the mean, [N C].
-        draws: Log-probabilities of the draws' average, [N C].
-        labels: Index of the right choice of each example, [N].
-
-    Returns:
-        One sentence with advice; None if the examples do not tell it.
-    """
-    by_mean, by_draws = (p.argmax(-1) == labels for p in (mean, draws))
+def lost_by_draws(mean: Float[Tensor, "N C"], draws: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> str | None:
+    """Say so, with advice, if the draws' average is right less often than the mean, by more than chance allows."""
+    by_mean, by_draws = (log_p.argmax(-1) == labels for log_p in (mean, draws))
     lost, won = int((by_mean & ~by_draws).sum()), int((by_draws & ~by_mean).sum())
     if lost <= won or mcnemar(lost, won) >= 1 - LEVEL:
         return None

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from bayeslora.comparison.run import Comparison
 from bayeslora.comparison.tables import warnings
 from bayeslora.metrics.evaluation import evaluate
-from bayeslora.metrics.paired import mcnemar
+from bayeslora.metrics.mcnemar import mcnemar
 from bayeslora.metrics.prediction import Prediction
 
 ROWS = 200

@@ -7,7 +7,8 @@ of their whole loss. What is weighed against the loss of examples, as KL is, is 
 
 from __future__ import annotations
 
-from typing import Any, final
+from collections.abc import Mapping, Sized
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +24,25 @@ class TokenCount:
     batches the examples are the rows. A loss outside the model (``compute_loss_func``, preferences) gives it no labels,
     and labels of one dimension are those of whole examples: then an example counts once.
 
-    Args:
-        num_data: Number of training examples N.
-        given: Tokens of an example, where they are known; nothing is counted then.
+    Where the tokens of an example are known (``tokens_per_row``) nothing is counted.
     """
 
-    def __init__(self, num_data: int, given: float | None) -> None:
-        self.num_data, self.given = num_data, given
+    def __init__(self, num_data: int, tokens_per_row: float | None) -> None:
+        self.num_data, self.tokens_per_row = num_data, tokens_per_row
         self.batches: int | None = None
         self.noted = torch.zeros(3, dtype=torch.float64)  # batches, rows, tokens
         self.fresh: list[tuple[int, Tensor]] = []  # rows and tokens of the batches since the last step
         self._world = 1
         self._handle: RemovableHandle | None = None
 
-    def begin(self, model: nn.Module, loader: Any, world: int) -> None:
-        """Look at what the model is given.
-
-        Args:
-            model: The model that is trained.
-            loader: The Trainer's training batches, of one process.
-            world: Number of processes.
-        """
+    def begin(self, model: nn.Module, loader: object, world: int) -> None:
+        """Look at what the model is given; ``loader`` has the batches of one of ``world`` processes."""
         self._world = world
         try:
-            self.batches = len(loader) * world
+            self.batches = len(cast(Sized, loader)) * world
         except TypeError:  # a stream of rows
             self.batches = None
-        if self.given is None:
+        if self.tokens_per_row is None:
             self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def end(self) -> None:
@@ -58,7 +51,7 @@ class TokenCount:
             self._handle.remove()
             self._handle = None
 
-    def _look(self, model: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+    def _look(self, model: nn.Module, inputs: object, kwargs: Mapping[str, object]) -> None:
         """Count a batch; a causal model predicts each token but the first."""
         labels = kwargs.get("labels")
         if not (model.training and isinstance(labels, Tensor)) or labels.ndim != 2 or labels.is_floating_point():
@@ -80,21 +73,9 @@ class TokenCount:
     @property
     def per_row(self) -> float:
         """Tokens that stand for an example; 1 where the loss is not a mean over tokens."""
-        if self.given is not None:
-            return self.given
+        if self.tokens_per_row is not None:
+            return self.tokens_per_row
         batches, rows, tokens = self.noted.tolist()
         if not batches or not tokens:
             return 1.0
         return float(tokens / rows if self.batches is None else tokens / batches * self.batches / self.num_data)
-
-    def state(self) -> Tensor:
-        """Return what was counted, for a checkpoint."""
-        return self.noted.clone()
-
-    def restore(self, state: Tensor) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: What `state` returned.
-        """
-        self.noted = state.clone()

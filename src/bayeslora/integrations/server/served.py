@@ -1,0 +1,97 @@
+"""What a server answers with, and what it allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import nn
+
+from bayeslora._typing import Tokenizer
+from bayeslora.params import Params, require_lora
+from bayeslora.posteriors import Draws, Point, Posterior
+from bayeslora.tasks.types import Split
+
+
+@final
+@dataclass(frozen=True)
+class Limits:
+    """What a server allows.
+
+    Attributes:
+        waiting: Most requests in the queue; further requests get HTTP 429.
+        rows: Most rows of a batch.
+        tokens: Most new tokens of an answer.
+        timeout: Most seconds of a request, in the queue and in the model.
+        body: Most bytes of a request.
+        api_key: What clients have to send as ``Authorization: Bearer``; empty for nothing.
+    """
+
+    waiting: int = 64
+    rows: int = 16
+    tokens: int = 1024
+    timeout: float = 120.0
+    body: int = 2**20
+    api_key: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Served:
+    """What a server answers with.
+
+    Attributes:
+        name: Name of the model that averages the draws; ``name/mean`` and ``name/draw-000`` … are its parts.
+        model: PEFT model.
+        tokenizer: Its tokenizer.
+        posterior: What was learned.
+        draws: Draws unless a request says otherwise.
+        most_draws: Most draws of a request.
+        like: An empty split with the task's format and classes, for `/v1/classify`.
+        seed: Which stream of draws.
+        text_column: Column of the text in rows that `/v1/classify` is given; empty: the usual names.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Tokenizer
+    posterior: Posterior
+    draws: int
+    most_draws: int
+    like: Split
+    seed: int = 0
+    text_column: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the models, the average first."""
+        return [self.name, f"{self.name}/mean", *(f"{self.name}/draw-{k:03d}" for k in range(self.most_draws))]
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model is a language model."""
+        return require_lora(self.model).get_base_model().get_output_embeddings() is not None
+
+    def draw_count(self, name: str, requested: int | None) -> int:
+        """Return how many draws a model of this name averages where a request wants so many."""
+        if name != self.name:
+            return 1
+        distinct = self.posterior.distinct
+        return min(requested or self.draws, distinct if distinct is not None else self.most_draws)
+
+    def posterior_of(self, name: str) -> Posterior:
+        """Return the posterior that a model's name stands for."""
+        part = name.removeprefix(self.name).lstrip("/")
+        if not part:
+            return self.posterior
+        return Point(self.posterior.mean if part == "mean" else self._draw(int(part.removeprefix("draw-"))))
+
+    def draws_of(self, name: str, count: int) -> list[Params]:
+        """Return the draws that a model of this name averages."""
+        if name != self.name:
+            return [self.posterior_of(name).mean]
+        return [self._draw(k) for k in range(count)]
+
+    def _draw(self, index: int) -> Params:
+        """Return a draw."""
+        return self.posterior.cached_draw(index, Draws(seed=self.seed))

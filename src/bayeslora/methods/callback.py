@@ -1,0 +1,168 @@
+"""The base of the callbacks by which a method learns a spread: float32, a record of the run, a file in checkpoints.
+
+A step of AdamW is about as large as the learning rate. A number in bfloat16 with eight binary digits swallows what is
+below a five-hundredth of it, so that at the small rates at which a spread is learned most of A never moves. PEFT keeps
+adapters in float32 for that reason, beside a base in any precision; TRL casts those of 8- and 4-bit bases to bfloat16.
+When PEFT reads a checkpoint into such an adapter it puts new parameters in float32 in its place, which an optimiser
+that is there does not know. So the adapter is put into float32 when the Trainer is made.
+
+With ``load_best_model_at_end`` the Trainer puts the adapter of its best checkpoint into the model before it ends. What
+a method has learned besides is then of a later step, and is read from the same checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora.errors import InputError
+from bayeslora.files import atomic_file
+from bayeslora.methods.records import Record, check_num_data, remember, require_record
+from bayeslora.params import Params, lora_parameters, require_lora
+
+HALF = (torch.float16, torch.bfloat16)
+"""Types that are put into float32."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a Trainer tells its callbacks: its arguments, its state, and the objects that it trains with."""
+
+    args: TrainingArguments
+    state: TrainerState
+    model: PeftModel
+    optimizer: Any
+    scheduler: object
+    loader: object
+
+    @classmethod
+    def of(cls, args: TrainingArguments, state: TrainerState, told: Mapping[str, Any]) -> Run:
+        """Return the run that an event belongs to, or refuse a model without a LoRA adapter."""
+        model = require_lora(told["model"])
+        return cls(args, state, model, told.get("optimizer"), told.get("lr_scheduler"), told.get("train_dataloader"))
+
+
+class MethodCallback(TrainerCallback, ABC):
+    """What a method does inside a Trainer.
+
+    ``name`` is the method's, ``title`` its name in messages, and ``file`` the one that it writes into checkpoints.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    file: ClassVar[str]
+
+    def __init__(self, num_data: int) -> None:
+        self.num_data = check_num_data(num_data)
+
+    @abstractmethod
+    def begin(self, run: Run) -> Record:
+        """Make the model ready, go on from a checkpoint if the run does (`resume`), and return the run's record."""
+
+    @abstractmethod
+    def save(self, path: Path, run: Run) -> None:
+        """Write what was learned beside the adapter into a checkpoint, where the run needs it."""
+
+    @abstractmethod
+    def end(self, run: Run) -> None:
+        """Do what comes after the last step, when nothing of the method is in the model any more."""
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the adapter into float32, before an optimiser knows it or a checkpoint is read into it."""
+        widen(kwargs.get("model"), kwargs.get("optimizer"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin, and put the run on record under the model that the Trainer really trains."""
+        run = Run.of(args, state, kwargs)
+        remember(run.model, self.begin(run))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write into the checkpoint, from the first process."""
+        if state.is_world_process_zero:
+            self.save(checkpoint_file(args, state, self.file), Run.of(args, state, kwargs))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take out of the model what the run put there, and end."""
+        run = Run.of(args, state, kwargs)
+        require_record(run.model, self.name).clear()
+        self.end(run)
+
+    def resume(self, run: Run, load: Callable[[Path], None]) -> None:
+        """Load what `save` wrote into the checkpoint that the run goes on from, or refuse."""
+        path = checkpoint_file(run.args, run.state, self.file)
+        try:
+            load(path)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint has no readable {path}, which {self.title} needs to go on; resume from an earlier "
+                "checkpoint"
+            ) from error
+
+    def read_best(self, run: Run) -> Params | None:
+        """Return what was learned where the adapter comes from: in the best checkpoint; None for the last step."""
+        folder = best_checkpoint(run.args, run.state)
+        if folder is None:
+            return None
+        path = folder / self.file
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"the best checkpoint has no readable {path}, which holds the spread that {self.title} had learned "
+                "there; train with load_best_model_at_end=False, or from the start"
+            ) from error
+
+
+def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
+    """Return a method's file in the present step's checkpoint, whose folder is there while it is saved or resumed."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
+
+
+def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """Return the checkpoint whose adapter the Trainer has put into the model; to be asked when training ends.
+
+    None if the model is in its last state: where that was not asked for, nothing was evaluated, or the checkpoint is
+    gone, which the Trainer says in its log.
+    """
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    PartialState().wait_for_everyone()  # the first process may still be writing
+    folder = Path(state.best_model_checkpoint)
+    return folder if any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)) else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, at once or not at all."""
+    with atomic_file(path) as partial:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, metadata)
+
+
+def widen(model: nn.Module | None, optimizer: object = None) -> None:
+    """Put the trained LoRA parameters of a model into float32, in place, if no step was taken with them yet.
+
+    PEFT's layers take their input into the type of A and bring their result back into that of the base. Whole modules
+    that are trained (a head) do not, and stay as they are, as does a model without an adapter.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    if getattr(getattr(optimizer, "optimizer", optimizer), "state", None):
+        return
+    for name, p in lora_parameters(model).items():
+        if "lora_" in name and p.requires_grad and p.dtype in HALF and type(p) in (nn.Parameter, Tensor):
+            p.data = p.data.float()
