@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics.classification import brier, ece, nll
-from bayeslora.tasks.templates import CHARACTERS
+from bayeslora.tasks.templates import CHARACTERS_PER_TOKEN
 
 BINS = 15
 """Bins of equal width of the ECE."""
@@ -112,7 +112,7 @@ def _scores(number: int, sample: Sample, normalisation: str, tokens: TokenCounte
             return [score - less for score, less in zip(scores, unconditional, strict=True)]
         case "characters":
             texts = _texts(sample)[: len(scores)]
-            return [score * CHARACTERS / max(1, len(text)) for score, text in zip(scores, texts, strict=True)]
+            return [score * CHARACTERS_PER_TOKEN / max(1, len(text)) for score, text in zip(scores, texts, strict=True)]
         case "tokens" if tokens is not None:
             pairs = _pairs(sample)[: len(scores)]
             return [score / max(1, tokens(*pair)) for score, pair in zip(scores, pairs, strict=True)]
