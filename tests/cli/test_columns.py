@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support.cli_data import POINTS, QUICK, write_rows
 
-from bayeslora.cli.data import given_format, kept_format, scored_as, split_like, written
+from bayeslora.cli.data import format_from_options, saved_format, scored_as, split_like, unescaped
 from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.parse import parse
 from bayeslora.cli.predict import EXAMPLES, Options
@@ -44,10 +44,10 @@ def options_of(run):
 
 
 def test_a_backslash_and_n_in_a_typed_template_are_a_new_line():
-    assert written(r"{a}\nQ: {b}") == "{a}\nQ: {b}"
-    assert written("{a}\nQ") == "{a}\nQ"
-    assert written(r"{a}\\n") == r"{a}\n"
-    assert written(r"{a}\times") == r"{a}\times"
+    assert unescaped(r"{a}\nQ: {b}") == "{a}\nQ: {b}"
+    assert unescaped("{a}\nQ") == "{a}\nQ"
+    assert unescaped(r"{a}\\n") == r"{a}\n"
+    assert unescaped(r"{a}\times") == r"{a}\times"
 
 
 def test_a_run_keeps_columns_and_normalisation_and_predicts_from_rows_without_labels(bay, nli_run, tmp_path):
@@ -55,7 +55,7 @@ def test_a_run_keeps_columns_and_normalisation_and_predicts_from_rows_without_la
     said = bay("predict", nli_run, "--input", rows)
     assert said.status == 0, said.err
     assert [json.loads(line)["id"] for line in said.out.splitlines()] == [0, 1, 2, 3]
-    like = kept_format(nli_run, options_of(nli_run))
+    like = saved_format(nli_run, options_of(nli_run))
     split = split_like(read_rows(rows), like, options_of(nli_run))
     prompt = render(split.examples[1], resolve_format(split, "likelihood"))
     assert prompt.endswith("\n\nbag holds 1 red.\nQuestion: holds 1 blue.\nAnswer:")
@@ -89,7 +89,7 @@ def test_files_of_earlier_versions_mean_sums(swag_run, tmp_path):
     task = json.loads((swag_run / "task.json").read_text())
     del task["format"]["normalisation"]
     write_rows(tmp_path / "task.json", [task])
-    assert kept_format(tmp_path, TaskOptions()).format.normalisation == "sum"
+    assert saved_format(tmp_path, TaskOptions()).format.normalisation == "sum"
     copy = tmp_path / "posterior"
     copy.mkdir()
     for file in (swag_run / "posterior").iterdir():
@@ -101,5 +101,5 @@ def test_files_of_earlier_versions_mean_sums(swag_run, tmp_path):
     origin = load_posterior(copy).origin
     assert origin.normalisation == "sum"
     assert scored_as(TaskOptions(), origin).normalisation == "sum"
-    assert given_format(TaskOptions(readout="likelihood"), "rows", origin).format.normalisation == "sum"
-    assert given_format(TaskOptions(readout="likelihood"), "rows", None).format.normalisation == "tokens"
+    assert format_from_options(TaskOptions(readout="likelihood"), "rows", origin).format.normalisation == "sum"
+    assert format_from_options(TaskOptions(readout="likelihood"), "rows", None).format.normalisation == "tokens"

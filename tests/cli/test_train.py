@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.cli_data import POINTS, QUICK, class_rows, question_rows, write_rows
 from support.tiny import make_base
 
-from bayeslora.cli.data import kept_format, split_like
+from bayeslora.cli.data import saved_format, split_like
 from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.terminal import NOISY
 from bayeslora.posteriors.loading import load_posterior
@@ -187,7 +187,7 @@ def test_choices_in_columns_of_their_own_and_passages_before_yes_no_questions(ba
     path = write_rows(tmp_path / "asked.jsonl", [{"passage": "bag holds 9 red.", "question": "red"}])
     assert list(lines(bay("predict", tmp_path / "boolq-run", "--input", path).out)[0]["probs"]) == ["no", "yes"]
     options = TaskOptions(task="boolq")
-    like = kept_format(tmp_path / "boolq-run", options)
+    like = saved_format(tmp_path / "boolq-run", options)
     assert split_like(read_rows(path), like, options).examples[0].text == "bag holds 9 red.\nred"
 
 

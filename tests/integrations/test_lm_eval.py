@@ -399,8 +399,8 @@ def test_predict_agrees_where_its_choices_are_whole_texts(model, posterior):
     lm = ours(model, posterior, 3)
     for n, example in enumerate(task.test):
         asked = [(render(example, form), answer_text(example, c, "likelihood")) for c in range(len(example.choices))]
-        pairs = [lm._encode_pair(*pair) for pair in asked]
-        found, _ = lm._scored(pairs, True)
+        pairs = [(lm.tok_encode(context), lm.tok_encode(text)) for context, text in asked]
+        found, _ = lm.draw_log_likelihoods(pairs)
         wanted = prediction.log_probs[:, n, : len(asked)]
         assert torch.allclose(found.log_softmax(1).float(), wanted, atol=1e-4)
 

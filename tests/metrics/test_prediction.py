@@ -243,7 +243,7 @@ def metadata(**changes):
 )
 def test_damaged_metadata_are_refused_in_words_that_name_the_file(fields, message, tmp_path):
     path = tmp_path / "p.safetensors"
-    save_file({"log_probs": random_prediction().log_probs}, path, metadata={"bayeslora.metrics.prediction": fields})
+    save_file({"log_probs": random_prediction().log_probs}, path, metadata={"bayeslora.prediction": fields})
     with pytest.raises(InputError, match=message) as raised:
         Prediction.load(path)
     assert str(path) in str(raised.value)
@@ -251,6 +251,6 @@ def test_damaged_metadata_are_refused_in_words_that_name_the_file(fields, messag
 
 def test_tensors_that_are_not_those_of_a_prediction_are_refused(tmp_path):
     path = tmp_path / "p.safetensors"
-    save_file({"logits": torch.zeros(1, 2, 3)}, path, metadata={"bayeslora.metrics.prediction": metadata()})
+    save_file({"logits": torch.zeros(1, 2, 3)}, path, metadata={"bayeslora.prediction": metadata()})
     with pytest.raises(InputError, match=r"holds the tensors \['logits'\]"):
         Prediction.load(path)

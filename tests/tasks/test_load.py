@@ -313,7 +313,7 @@ def test_a_template_takes_any_column_of_the_data_and_no_text_is_needed(tmp_path:
     ("template", "said"),
     [
         ("{premise} {hypotesis}", "train.jsonl line 1 has no column 'hypotesis', which the template names: its columns "
-         "are premise, hypothesis, note, label."),
+         "are premise, hypothesis, note, label"),
         ("{premise} {label}", "{label}, which is the column of the label"),
         ("{premise} {text}", "no column 'text'"),
     ],

@@ -1,7 +1,6 @@
 """The command line: one verb, one file.
 
-A verb's module has ``Options`` (a dataclass whose docstring is the verb's help), ``EXAMPLES`` and ``run(options)``. It
-imports what is slow inside its functions, so that help and refusals are there at once.
+A verb's module is a `Verb`. It imports what is slow inside its functions, so that help and refusals are there at once.
 """
 
 from __future__ import annotations
@@ -10,12 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
 
 from bayeslora.cli.parse import parse
 from bayeslora.cli.terminal import quiet
 from bayeslora.cli.values import close_matches
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 VERBS = {
     "train": "fine-tune a model by a method and keep its posterior",
@@ -43,29 +46,39 @@ Your own data: bayeslora train --model MODEL --data rows.csv --text-column revie
 Set BAYESLORA_TRACEBACK=1 to see where an error came from."""
 
 
+class Verb(Protocol):
+    """What the module of a verb has; ``Options`` is a dataclass whose docstring is the verb's help."""
+
+    Options: type[DataclassInstance]
+    EXAMPLES: str
+
+    def run(self, options: DataclassInstance) -> None:
+        """Do what the verb is for."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 2 for input that cannot be used, or 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
+    typed = list(sys.argv[1:] if argv is None else argv)
+    if not typed or typed[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
-    if words[0] in ("-V", "--version"):
+    if typed[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    verb, *rest = words
+    verb, *rest = typed
     if verb not in VERBS:
-        return _said(f"unknown verb {verb!r}, {close_matches(verb, VERBS)}")
+        return _refuse(f"unknown verb {verb!r}, {close_matches(verb, VERBS)}")
     try:
-        module = import_module(f"bayeslora.cli.{verb.replace('-', '_')}")
+        module = cast(Verb, import_module(f"bayeslora.cli.{verb.replace('-', '_')}"))
         options = parse(module.Options, rest, verb=verb, examples=module.EXAMPLES)
         with quiet():
             module.run(options)
     except SystemExit as left:
         return int(left.code or 0)
     except KeyboardInterrupt as stop:
-        what = str(stop) if isinstance(stop, Interrupted) else "stopped"
+        words = str(stop) if isinstance(stop, Interrupted) else "stopped"
         hint = "; the same command with --resume goes on from there" if verb in RESUMABLE else ""
-        return _said(what + hint, 130)
+        return _refuse(words + hint, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -73,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _message(error)
         if message is None or os.environ.get("BAYESLORA_TRACEBACK"):
             raise
-        return _said(message)
+        return _refuse(message)
     return 0
 
 
-def _said(message: str, status: int = 2) -> int:
+def _refuse(message: str, status: int = 2) -> int:
     """Print a sentence on standard error, and return the exit status."""
     print(f"bayeslora: {message}", file=sys.stderr)
     return status

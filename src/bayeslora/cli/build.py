@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bayeslora.cli.data import keep_format
+from bayeslora.cli.data import save_format
 from bayeslora.cli.options import (
     BudgetOptions,
     DrawOptions,
@@ -164,7 +164,7 @@ def predict_as(
 def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
     """Keep a posterior in the folder of its run, and how the rows that it was trained on are put to the model."""
     if rows is not None:
-        keep_format(out, rows)
+        save_format(out, rows)
     posterior.save_pretrained(out / "posterior")
 
 

@@ -122,26 +122,23 @@ def build_methods(options: Options) -> dict[str, Inference]:
     """Return the methods, each with its settings."""
     from bayeslora.cli.settings import build_method
 
-    words = [
-        name.rpartition("=")  # label, sign, method
-        for given in options.methods
-        for name in (EVERY if given == "all" else (given,))
-    ]
-    labels = [label or method.partition(":")[0] for label, _, method in words]
+    words = [word for name in options.methods for word in (EVERY if name == "all" else (name,))]
+    labelled = [(label, method) for label, _, method in (word.rpartition("=") for word in words)]
+    settings: dict[str, list[str]] = {label or method.partition(":")[0]: [] for label, method in labelled}
     for item in options.set:
-        method, dot, _ = item.partition("=")[0].partition(".")
-        if not dot or method not in labels:
+        label, dot, setting = item.partition(".")
+        if not dot or label not in settings:
             raise InputError(
-                f"--set {item!r} names none of the methods {', '.join(labels)}; write method.key=value, such as "
+                f"--set {item!r} names none of the methods {', '.join(settings)}; write method.key=value, such as "
                 "swag.rank=10"
             )
-    own = {label: [s.partition(".")[2] for s in options.set if s.partition(".")[0] == label] for label in labels}
-    found = {}
-    for (given, _, method), label in zip(words, labels, strict=True):
-        name = given or method
+        settings[label].append(setting)
+    methods: dict[str, Inference] = {}
+    for label, method in labelled:
+        name = label or method
         if "/" in name:
             raise InputError(f"a method's label names a file, and {name!r} cannot; write it without a slash")
-        if name in found:
+        if name in methods:
             raise InputError(f"two methods are called {name}; give each a label of its own, label={method}")
-        found[name] = build_method(method, own[label])
-    return found
+        methods[name] = build_method(method, settings[label or method.partition(":")[0]])
+    return methods

@@ -17,7 +17,7 @@ from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
 from bayeslora.tasks.files import find_file
-from bayeslora.tasks.templates import default_normalisation, own_columns
+from bayeslora.tasks.templates import default_normalisation, template_columns
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, Task, TaskKind
 
 _FILE = "task.json"
@@ -31,7 +31,7 @@ def build_task(options: TaskOptions, file_as: Literal["train", "test"] = "test")
         options.task or None,
         options.data or None,
         readout=options.readout,
-        template=written(options.template) or None,
+        template=unescaped(options.template) or None,
         few_shot=options.few_shot,
         max_length=options.max_length or None,
         train_rows=options.train_rows or None,
@@ -52,7 +52,7 @@ def scored_as(options: TaskOptions, origin: Origin | None) -> TaskOptions:
     return replace(options, normalisation=cast(Normalisation, known))
 
 
-def written(template: str) -> str:
+def unescaped(template: str) -> str:
     r"""Return a template as it was meant where it was typed: ``\n`` is a new line, ``\\n`` these two signs."""
     return re.sub(r"\\(\\n|n)", lambda found: "\n" if found[1] == "n" else "\\n", template)
 
@@ -83,23 +83,26 @@ def other_splits(names: Sequence[str], options: TaskOptions, like: Split, rows: 
 
 def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     """Return the test split of one other data set."""
-    path, most = Path(name), rows or options.test_rows or None
-    template = like.format.template if own_columns(like.format.template) else None  # so that its columns are read
-    own = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
-    if own and like.classes is not None:
+    path, limit = Path(name), rows or options.test_rows or None
+    is_path = path.exists() and (find_task(name) is None or os.sep in name)  # a run's folder may be called trec too
+    if is_path and like.classes is not None:
         file = path if path.is_file() else find_file(path, ("test",))
         if file is None:
             raise InputError(f"{name} has no test examples")
         table = read_rows(file)
         text = options.text_column or guess_columns(table.columns).text
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
-        return split.take(range(min(len(split), most or len(split))))
-    if own:
-        own_names = named_columns(options) or None
-        other = load_task(None, path, template=template, test_rows=most, seed=options.task_seed, columns=own_names)
-    else:
-        folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
-        other = load_task(name, folder or None, template=template, test_rows=most, seed=options.task_seed)
+        return split.take(range(min(len(split), limit or len(split))))
+    folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
+    template = like.format.template if template_columns(like.format.template) else None  # so that its columns are read
+    other = load_task(
+        None if is_path else name,
+        path if is_path else folder or None,
+        template=template,
+        test_rows=limit,
+        seed=options.task_seed,
+        columns=named_columns(options) or None if is_path else None,
+    )
     if other.test is None:
         raise InputError(f"{name} has no test examples")
     if like.classes is None:
@@ -109,30 +112,30 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     return replace(other.test, examples=examples, classes=like.classes, format=like.format)
 
 
-def keep_format(folder: Path, split: Split) -> None:
+def save_format(folder: Path, split: Split) -> None:
     """Write down how a split is put to the model, so that a run can answer without its data."""
     write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
 
 
-def given_format(options: TaskOptions, name: str, origin: Origin | None) -> Split:
+def format_from_options(options: TaskOptions, name: str, origin: Origin | None) -> Split:
     """Return how the options alone put examples to the model, as a split without examples."""
     kind: TaskKind = "class" if options.classes else "question"
     named = scored_as(options, origin).normalisation
     normalisation = default_normalisation(options.readout) if named == "auto" else named
-    form = Format(written(options.template), options.readout, (), options.max_length or None, kind, normalisation)
+    form = Format(unescaped(options.template), options.readout, (), options.max_length or None, kind, normalisation)
     return Split(name, (), form, tuple(options.classes) or None)
 
 
-def kept_format(folder: Path, options: TaskOptions) -> Split | None:
+def saved_format(folder: Path, options: TaskOptions) -> Split | None:
     """Return how a run puts examples to the model, as a split without any; None if its folder does not say."""
-    kept = read_json(folder / _FILE)
-    if not kept:
+    saved = read_json(folder / _FILE)
+    if not saved:
         return None
     try:
-        form, classes = kept["format"], kept["classes"]
+        form, classes = saved["format"], saved["classes"]
         shots = tuple(_example(shot) for shot in form["few_shot"])
         kind, normalisation = form["kind"], form.get("normalisation", "sum")
-        name = str(kept["name"])
+        name = str(saved["name"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
     if options.normalisation not in ("auto", normalisation):
@@ -141,15 +144,15 @@ def kept_format(folder: Path, options: TaskOptions) -> Split | None:
         )
     if options.few_shot > len(shots):
         raise InputError(f"the run keeps {len(shots)} solved examples, and --few-shot asks for {options.few_shot}")
-    template, longest = written(options.template), options.max_length or None
+    template, longest = unescaped(options.template), options.max_length or None
     form = Format(template, options.readout, shots[: options.few_shot], longest, kind, normalisation)
     return Split(name, (), form, tuple(classes) if classes else None)
 
 
-def _example(kept: dict[str, Any]) -> Example:
+def _example(saved: dict[str, Any]) -> Example:
     """Return a solved example as it was before it was written down."""
-    columns = tuple((name, text) for name, text in kept.get("columns", ()))
-    return Example(**(kept | {"choices": tuple(kept["choices"]), "probs": None, "columns": columns}))
+    columns = tuple((name, text) for name, text in saved.get("columns", ()))
+    return Example(**(saved | {"choices": tuple(saved["choices"]), "probs": None, "columns": columns}))
 
 
 def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
@@ -160,30 +163,31 @@ def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
     layouts = [*((known.hub, known.local) if known is not None else ()), guess_columns(rows.columns)]
     columns = next((c for c in layouts if _has(rows, c, like)), layouts[-1])
     named = {k: v for k, v in named_columns(options).items() if k in ("text", "choices")}
-    columns = replace(make_columns(named, replace(columns, label=None)) if named else columns, label=None)
-    if like.classes is None and columns.choices is None:
+    columns = make_columns(named, replace(columns, label=None)) if named else columns
+    if like.classes is not None:
+        columns = Columns(columns.text, None, context=columns.context)
+    elif columns.choices is None:
         raise InputError(
             f"{rows.name} has no column of choices (its columns are {', '.join(rows.columns)}); name it with "
             "--choice-columns"
         )
-    if like.classes is not None:
-        columns = Columns(columns.text, None, context=columns.context)
+    columns = replace(columns, label=None)
     return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
 
 
 def _has(rows: Rows, columns: Columns, like: Split) -> bool:
     """Say whether rows have the columns of text and, unless there are classes, of choices."""
-    choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
-    needed = [columns.text, columns.context] if like.classes is not None else [columns.text, columns.context, *choices]
-    asked = like.classes is not None or columns.choices is not None
-    return asked and all(column is None or column in rows.columns for column in needed)
+    if like.classes is None and columns.choices is None:
+        return False
+    read = columns if like.classes is None else replace(columns, choices=None)
+    return read.needed(label=False) <= set(rows.columns)
 
 
 def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:
     """Return the test split of a run's task, or of other data unless ``inherited``, put to the model as in training."""
     if inherited and Path(options.data).is_file():
         raise InputError(f"the run was trained on all of {options.data}; give test rows with --data FILE")
-    like = kept_format(folder, options)
+    like = saved_format(folder, options)
     task = build_task(replace(options, few_shot=0) if like is not None else options)
     if task.test is None:
         raise InputError(f"the task {task.name} has no test examples; give some with --data FILE")

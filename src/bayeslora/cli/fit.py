@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option, run_option
 from bayeslora.cli.runs import check_folder, opened, posterior_name
@@ -17,7 +16,6 @@ EXAMPLES = """examples:
 
 Methods: laplace, mc-dropout, tfb, temperature, isotropic. temperature scales whatever posterior RUN is; the others go
 around its mean. Rows to fit on are the task's train and, for what is chosen on them, validation rows."""
-FREE = ("draws", "token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +38,7 @@ class Options(ModelOptions, TaskOptions, DrawOptions):
 def run(options: Options) -> None:
     """Fit, keep the posterior, and measure it on the test split if there is one with labels."""
     out, name = Path(options.out), posterior_name(options.run)
-    check_folder(out, options, resume=False, free=FREE)
+    check_folder(out, options, resume=False)
     from bayeslora.cli.build import model_for, report_run, save_run
     from bayeslora.cli.data import build_task, scored_as
     from bayeslora.cli.progress import own_progress
@@ -60,13 +58,13 @@ def run(options: Options) -> None:
         model, tokenizer = model_for(start, options, classes)
         write(model, start.mean)
         with opened(out, options):
-            posterior = _fitted(method, model, task, start, tokenizer, options)
+            posterior = method.fit(
+                model,
+                task,
+                start=start if start.origin is not None and start.origin.fingerprint else None,  # not a plain adapter
+                tokenizer=tokenizer,
+                seed=options.seed,
+                token_budget=options.token_budget or None,
+            )
             save_run(out, posterior, task.train)
         report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
-
-
-def _fitted(method: Any, model: Any, task: Any, start: Any, tokenizer: Any, options: Options) -> Any:
-    """Return the posterior around the adapter that the model has, or of the posterior that was given."""
-    given = start if start.origin is not None and start.origin.fingerprint else None  # a plain adapter has none
-    budget = options.token_budget or None
-    return method.fit(model, task, start=given, tokenizer=tokenizer, seed=options.seed, token_budget=budget)

@@ -6,10 +6,15 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.options import ModelOptions, TransformOptions, option, run_option
 from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bayeslora.prediction.generation.answers import Answers
 
 EXAMPLES = """examples:
   bayeslora generate run --prompt "Question: What do plants breathe in?\\nAnswer:"
@@ -45,6 +50,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.build import draws_of, load_transformed, model_for
     from bayeslora.cli.progress import own_progress
     from bayeslora.prediction.generation import generate, generate_each
+    from bayeslora.prediction.generation.answers import Answer
 
     settings: dict[str, Any] = {"do_sample": options.do_sample, "stop_strings": options.stop or None}
     if options.do_sample:
@@ -54,37 +60,42 @@ def run(options: Options) -> None:
     with own_progress():
         posterior = load_transformed(options.run, options)
         model, tokenizer = model_for(posterior, options, None)
-        given = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
+        messages = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
+        settings |= {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens}
         draws = draws_of(options, options.draws)
-        how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens, **settings}
-        if options.each:
-            several = generate_each(model, posterior, given, draws, **how)
-        else:
-            single = generate(model, posterior, given, draws, **how)
-    for number, prompt in enumerate(prompts):
-        if options.each:
-            _print_each(prompt, several[number], options.json)
-        elif options.json:
-            print(json.dumps({"prompt": prompt, **single[number].to_dict()}, ensure_ascii=False))
-        else:
-            answer = single[number]
+        answers: Sequence[Answer | Answers] = (
+            generate_each(model, posterior, messages, draws, **settings)
+            if options.each
+            else generate(model, posterior, messages, draws, **settings)
+        )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if options.json:
+            numbers = answer.to_dict() if isinstance(answer, Answer) else _numbers(answer)
+            print(json.dumps({"prompt": prompt, **numbers}, ensure_ascii=False))
+        elif isinstance(answer, Answer):
             disagreement = float(answer.mutual_information.mean()) if answer.token_ids else 0.0
             print(answer.text.strip())
             print(f"  [perplexity {answer.perplexity:.2f}, disagreement of the draws {disagreement:.3f} nats a token]")
+        else:
+            _print_groups(answer)
 
 
-def _print_each(prompt: str, answers: Any, as_json: bool) -> None:
-    """Print the answers of the draws to one prompt."""
-    if as_json:
-        rows = [
-            {"text": a.text, "draw": k, "group": g, "log_likelihood": a.log_likelihood}
-            for a, k, g in zip(answers.answers, answers.draws, answers.groups, strict=True)
-        ]
-        summary = {"semantic_entropy": answers.semantic_entropy, "predictive_entropy": answers.predictive_entropy}
-        print(
-            json.dumps({"prompt": prompt, "best": answers.best().text, **summary, "answers": rows}, ensure_ascii=False)
-        )
-        return
+def _numbers(answers: Answers) -> dict[str, object]:
+    """Return the answers of the draws to one prompt, ready for JSON."""
+    rows = [
+        {"text": answer.text, "draw": draw, "group": group, "log_likelihood": answer.log_likelihood}
+        for answer, draw, group in zip(answers.answers, answers.draws, answers.groups, strict=True)
+    ]
+    return {
+        "best": answers.best().text,
+        "semantic_entropy": answers.semantic_entropy,
+        "predictive_entropy": answers.predictive_entropy,
+        "answers": rows,
+    }
+
+
+def _print_groups(answers: Answers) -> None:
+    """Print the first answer of each group of draws that say the same, with the group's share."""
     for group, share in enumerate(answers.shares.tolist()):
         first = answers.answers[answers.groups.index(group)]
         print(f"{share:4.0%}  {' '.join(first.text.split())}")
@@ -93,13 +104,13 @@ def _print_each(prompt: str, answers: Any, as_json: bool) -> None:
 
 def _prompts(options: Options) -> list[str]:
     """Return the prompts, or refuse."""
-    found = [p.replace("\\n", "\n") for p in options.prompt]
+    prompts = [p.replace("\\n", "\n") for p in options.prompt]
     if options.input:
         path = Path(options.input)
         if options.input != "-" and not path.is_file():
             raise InputError(f"there is no file {path}")
         text = sys.stdin.read() if options.input == "-" else path.read_text(encoding="utf-8")
-        found += [line for line in text.splitlines() if line.strip()]
-    if not found:
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
         raise InputError("give at least one prompt: --prompt TEXT or --input FILE")
-    return found
+    return prompts

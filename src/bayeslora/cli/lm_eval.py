@@ -63,9 +63,9 @@ def run(options: Options) -> None:
         )  # fmt: skip
     _show(results)
     if options.out:
-        said = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
-        kept = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": said}
-        write_json(Path(options.out), json.loads(json.dumps(kept, default=_plain)))
+        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
+        numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
+        write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
         print(f"numbers: {options.out}")
 
 
@@ -80,6 +80,6 @@ def _show(results: dict[str, Any]) -> None:
         print(f"no calibration of {task}: {reason}")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a number of numpy's as Python's, and anything else that JSON does not know as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    return getattr(value, "item", lambda: str(value))()

@@ -19,6 +19,7 @@ from bayeslora.errors import InputError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_METAVARS: dict[object, str] = {str: "TEXT", int: "INT", float: "NUMBER"}
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
@@ -48,16 +49,6 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with the flag as it is to be typed, without its other spellings."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        flag = next((s for s in action.option_strings if s.startswith("--")), "")
-        takes = action.nargs != 0
-        value = self._format_args(action, self._get_default_metavar_for_optional(action)) if flag and takes else ""
-        return f"{flag} {value}".strip() if flag else super()._format_action_invocation(action)
-
-
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one sentence, without forty lines of usage."""
 
@@ -75,10 +66,13 @@ def _parser(
         usage=f"bayeslora {verb}{' RUN' if 'run' in options else ''} [options]",
         description=kind.__doc__,
         epilog=examples,
-        formatter_class=lambda prog: _Formatter(prog, max_help_position=30),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+        add_help=False,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    help_action = parser.add_argument("--help", "-h", action="help", help="show this help message and exit")
+    help_action.option_strings = help_action.option_strings[:1]
     for group in kind.__mro__[:-1]:
         place = parser if group is kind else parser.add_argument_group(str(group.__doc__).rstrip("."))
         for name in inspect.get_annotations(group):
@@ -95,18 +89,18 @@ def _add(place: argparse._ActionsContainer, f: Field[object], hint: object) -> N
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     text = f.metadata["help"] if default in ("", [], False) else f"{f.metadata['help']} [{shown}]"
     spellings = [spelling for name in (f.name, f.metadata["former"]) if name for spelling in (_flag(name), f"--{name}")]
-    flags = list(dict.fromkeys(spellings))
+    flags = [] if f.name == "run" else list(dict.fromkeys(spellings))
     if f.name == "run":
-        place.add_argument("run", nargs="?", metavar="RUN", help=text)
+        action = place.add_argument("run", nargs="?", metavar="RUN", help=text)
     elif hint is bool:
-        place.add_argument(*flags, dest=f.name, action="store_true", help=text)
+        action = place.add_argument(*flags, dest=f.name, action="store_true", help=text)
     elif get_origin(hint) is list:
-        place.add_argument(*flags, dest=f.name, nargs="*", metavar=f.name.upper(), help=text)
-    elif get_origin(hint) is Literal:
-        place.add_argument(*flags, dest=f.name, metavar=f"{{{','.join(get_args(hint))}}}", help=text)
+        action = place.add_argument(*flags, dest=f.name, nargs="*", metavar=f.name.upper(), help=text)
     else:
-        metavar = "TEXT" if hint is str else "INT" if hint is int else "NUMBER"
-        place.add_argument(*flags, dest=f.name, metavar=metavar, help=text)
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        metavar = f"{{{','.join(choices)}}}" if choices else _METAVARS[hint]
+        action = place.add_argument(*flags, dest=f.name, metavar=metavar, help=text)
+    action.option_strings = flags[:1]  # what help and complaints show
 
 
 def _flags(parser: argparse.ArgumentParser, argv: Sequence[str], options: Iterable[str]) -> dict[str, object]:
@@ -158,4 +152,4 @@ def _check_limits(name: str, value: object, f: Field[object]) -> None:
         if not least <= each < math.inf:
             raise InputError(f"{_flag(name)} must be a number of at least {least}, and it is {each}")
         if each > most:
-            raise InputError(f"{_flag(name)} must be a number of at most {most}, and it is {each}")
+            raise InputError(f"{_flag(name)} is a share and must be at most {most}, and it is {each}")

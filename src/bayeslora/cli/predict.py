@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import PredictOptions, option, run_option
 from bayeslora.cli.runs import run_folder
@@ -69,9 +69,9 @@ def run(options: Options) -> None:
         write_text(target, text)
 
 
-def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, Any]]:
+def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, object]]:
     """Return each row with its answer and its uncertainty; a field that the row has already is ``predicted_``…."""
-    own = {key for row in rows for key in row}
+    columns = {key for row in rows for key in row}
     scores = {
         "confidence": prediction.confidence,
         "entropy": prediction.entropy,
@@ -82,7 +82,7 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
         scores["monte_carlo_error"] = prediction.monte_carlo_error
     counts = prediction.draws_taken.tolist()
     every, answers = prediction.probs, prediction.answer
-    found = []
+    answered_rows = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
         probs = every[i, : len(example.choices)].tolist()
         new = {
@@ -91,8 +91,8 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
             "draws": counts[i],
             "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
         }
-        found.append({**row, **{f"predicted_{k}" if k in own else k: v for k, v in new.items()}})
-    return found
+        answered_rows.append({**row, **{f"predicted_{k}" if k in columns else k: v for k, v in new.items()}})
+    return answered_rows
 
 
 def _target(path: Path, overwrite: bool) -> Path:
@@ -108,11 +108,11 @@ def _target(path: Path, overwrite: bool) -> Path:
 
 def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     """Return the rows as examples of the task that was trained on."""
-    from bayeslora.cli.data import build_task, given_format, kept_format, scored_as, split_like
+    from bayeslora.cli.data import build_task, format_from_options, saved_format, scored_as, split_like
 
-    like, tasks = kept_format(run_folder(Path(options.run)), options), scored_as(options, origin)
+    like, tasks = saved_format(run_folder(Path(options.run)), options), scored_as(options, origin)
     if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
-        like = given_format(tasks, rows.name, origin)
+        like = format_from_options(tasks, rows.name, origin)
     if like is None:
         task = build_task(tasks)
         like = next((s for s in (task.train, task.test) if s is not None), None)
@@ -121,12 +121,12 @@ def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
     return split_like(rows, like, tasks)
 
 
-def _jsonl(answers: Sequence[Mapping[str, Any]]) -> str:
+def _jsonl(answers: Sequence[Mapping[str, object]]) -> str:
     """Return answers as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answers)
 
 
-def _csv(answers: Sequence[Mapping[str, Any]]) -> str:
+def _csv(answers: Sequence[Mapping[str, object]]) -> str:
     """Return answers as CSV, lists and mappings as JSON in their cell."""
     buffer = io.StringIO()
     columns = list(dict.fromkeys(key for row in answers for key in row))

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, final
+from typing import final
 
 import datasets
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from bayeslora.cli.terminal import say, watched
+from bayeslora.training.trainer import displayed_by
 
 
 @contextmanager
 def own_progress() -> Iterator[None]:
     """Show our progress in the place of the Trainer's, and no bars for what takes a second."""
     bars, mapping_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    shown, verbosity = trainer.DEFAULT_PROGRESS_CALLBACK, transformers_logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity(logging.ERROR)
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        trainer.DEFAULT_PROGRESS_CALLBACK = Progress
-        yield
+        with displayed_by(Progress):
+            yield
     finally:
-        trainer.DEFAULT_PROGRESS_CALLBACK = shown
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
@@ -41,12 +41,10 @@ class Progress(TrainerCallback):
     """Takes the place of the Trainer's own display: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self.bar: Any = None
+        self.bar = tqdm(disable=True)
         self.began, self.first = 0.0, 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Begin at the step that training goes on from."""
         self.began, self.first = time.monotonic(), state.global_step
         self.bar = tqdm(
@@ -58,27 +56,30 @@ class Progress(TrainerCallback):
             disable=not watched(),
         )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Go on by a step."""
         self.bar.update()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: object,
+        state: TrainerState,
+        control: object,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Show the loss."""
-        logs = {k: v for k, v in (kwargs.get("logs") or {}).items() if k in ("loss", "eval_loss")}
-        if not logs or self.bar is None:
+        losses = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
+        if not losses or not self.began:
             return
         if watched():
-            self.bar.set_postfix({k: f"{float(v):.3f}" for k, v in logs.items()})
+            self.bar.set_postfix(losses)
             return
         done = max(1, state.global_step - self.first)
         left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-        losses = ", ".join(
-            f"{k.removesuffix('_loss')} loss {float(v):.3f}".removeprefix("loss ") for k, v in logs.items()
-        )
-        say(f"  step {state.global_step} of {state.max_steps}, {losses}, {left:.0f} s left")
+        text = ", ".join(f"{key.replace('_', ' ')} {loss}" for key, loss in losses.items())
+        say(f"  step {state.global_step} of {state.max_steps}, {text}, {left:.0f} s left")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Leave the bar as it is."""
         self.bar.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bayeslora.cli.options import TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened
@@ -19,7 +18,6 @@ EXAMPLES = """examples:
 
 --data is a folder with train, test and, if there is one, validation files, or one file to train on. Methods and their
 settings (--set key=value): docs/methods. The run folder then serves evaluate, predict and export."""
-FREE = ("draws", "token_budget", "device", "resamples")
 
 
 @dataclass(kw_only=True)
@@ -48,53 +46,40 @@ class Options(TrainOptions):
 def run(options: Options) -> None:
     """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    check_folder(out, options, resume=options.resume, free=FREE)
+    check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples"))
     from bayeslora.cli.build import build_arguments, build_model, report_run, save_run
     from bayeslora.cli.data import build_task
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.settings import build_method
+    from bayeslora.cli.terminal import say
+    from bayeslora.methods.ensemble import Ensemble, seeded
+    from bayeslora.params import device_of, initialise, lora_parameters
     from bayeslora.posteriors.loading import load_posterior
+    from bayeslora.training.run import fit
 
     with own_progress():
         method = build_method(options.method, options.set)
+        if options.member and isinstance(method, Ensemble):
+            raise InputError(
+                f"--member {options.member} trains one member alone, and {options.method} is all of them; name the "
+                f"method of its members, --method {method.member.name}"
+            )
         args = build_arguments(options, out / "training", options.seed, device=options.device)
-        args = _of_member(args, method, options)
+        args = seeded(args, options.member)
         task = build_task(options, "train")
-        classes = task.train.classes if task.train is not None else None
-        model, tokenizer = build_model(options, classes)
+        model, tokenizer = build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
             if (out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:
-                posterior = _trained(options, model, tokenizer, task, method, args)
+                initialise(model, args.seed)
+                rows = len(task.train) if task.train is not None else 0
+                adapted = sum(p.numel() for p in lora_parameters(model).values())
+                data = f"{options.method} on {task.name}: {rows} training rows"
+                say(f"{data}, {adapted:,} adapter parameters, on {device_of(model)}")
+                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
                 save_run(out, posterior, task.train)
                 if not options.save_steps:
                     shutil.rmtree(out / "training", ignore_errors=True)
         report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
-
-
-def _of_member(args: Any, method: Any, options: Options) -> Any:
-    """Return the Trainer's arguments with the seeds of the member that is trained alone."""
-    from bayeslora.methods.ensemble import Ensemble, seeded
-
-    if options.member and isinstance(method, Ensemble):
-        raise InputError(
-            f"--member {options.member} trains one member alone, and {options.method} is all of them; name the method "
-            f"of its members, --method {method.member.name}"
-        )
-    return seeded(args, options.member)
-
-
-def _trained(options: Options, model: Any, tokenizer: Any, task: Any, method: Any, args: Any) -> Any:
-    """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
-    from bayeslora.cli.terminal import say
-    from bayeslora.params import device_of, initialise, lora_parameters
-    from bayeslora.training.run import fit
-
-    initialise(model, args.seed)
-    rows = len(task.train) if task.train is not None else 0
-    adapted = sum(p.numel() for p in lora_parameters(model).values())
-    place = device_of(model)
-    say(f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters, on {place}")
-    return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +19,9 @@ from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
 from bayeslora.metrics import uncertainty
 
-_FORMAT = "bayeslora.metrics.prediction"
+_FORMAT = "bayeslora.prediction"
 _VERSION = 1
+_TENSORS = ("log_probs", "mean_log_probs", "monte_carlo_error")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Prediction:
     monte_carlo_error: Float[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
-        validate(self)
+        _validate(self)
 
     @property
     def draws(self) -> int:
@@ -126,18 +127,14 @@ class Prediction:
         Raises:
             InputError: If the file cannot be written there.
         """
-        tensors = {"log_probs": _own(self.log_probs)}
-        if self.mean_log_probs is not None:
-            tensors["mean_log_probs"] = _own(self.mean_log_probs)
-        if self.monte_carlo_error is not None:
-            tensors["monte_carlo_error"] = _own(self.monte_carlo_error)
-        fields = {
-            "version": _VERSION,
-            "components": self.components,
-            "truncated": self.truncated,
-            "readout": self.readout,
-            "seconds": self.seconds,
+        values = {name: getattr(self, name) for name in _TENSORS}
+        # copies, because the file format asks for tensors that share no memory
+        tensors = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in values.items()
+            if tensor is not None
         }
+        fields = {"version": _VERSION, **{name: getattr(self, name) for name in _Fields.__annotations__}}
         content = save(tensors, metadata={_FORMAT: json.dumps(fields)})
         target = Path(path)
         try:
@@ -171,7 +168,7 @@ class Prediction:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{source} is truncated or no .safetensors file ({error}); write it again.") from error
         fields = _fields(metadata, source)
-        if not {"log_probs"} <= tensors.keys() <= {"log_probs", "mean_log_probs", "monte_carlo_error"}:
+        if not {"log_probs"} <= tensors.keys() <= set(_TENSORS):
             raise InputError(
                 f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again."
             )
@@ -181,15 +178,8 @@ class Prediction:
             raise InputError(f"{source}: {error}") from error
 
 
-def validate(prediction: Prediction) -> None:
-    """Refuse values that cannot be a prediction.
-
-    Args:
-        prediction: The prediction to look at.
-
-    Raises:
-        InputError: If a shape or type is wrong, or a row is NaN or does not sum to 1; the first such row is named.
-    """
+def _validate(prediction: Prediction) -> None:
+    """Refuse values that cannot be a prediction; the first bad row is named."""
     log_probs, mean = prediction.log_probs, prediction.mean_log_probs
     if log_probs.ndim != 3 or log_probs.numel() == 0:
         raise InputError(
@@ -214,17 +204,8 @@ def validate(prediction: Prediction) -> None:
         raise InputError(f"truncated is {prediction.truncated}; give the number of examples whose prompt was cut.")
 
 
-def _own(values: Tensor) -> Tensor:
-    """Return a copy that shares no memory, as the file format asks."""
-    return values.detach().clone(memory_format=torch.contiguous_format)
-
-
 def _check_rows(name: str, values: Tensor) -> None:
-    """Look at the rows of [S N C] or [N C] log-probabilities.
-
-    Raises:
-        InputError: If the type is not float32, or a row is NaN or does not sum to 1.
-    """
+    """Refuse [S N C] or [N C] log-probabilities that are not float32, or of which a row is NaN or does not sum to 1."""
     if values.dtype != torch.float32:
         raise InputError(f"{name} has type {values.dtype}; give float32 (call .float() on it).")
     total = values.logsumexp(-1)
@@ -246,25 +227,30 @@ def _first_row(bad: Tensor) -> list[int]:
     return [int(bad[:, row].nonzero()[0]), row]
 
 
-def _fields(metadata: Mapping[str, str], source: Path) -> dict[str, Any]:
-    """Return the fields of a prediction that are no tensors.
+class _Fields(TypedDict):
+    """The fields of a prediction that are no tensors."""
 
-    Raises:
-        InputError: If the metadata are missing, of another version or damaged.
-    """
+    components: tuple[int, ...] | None
+    truncated: int
+    readout: str
+    seconds: float | None
+
+
+def _fields(metadata: Mapping[str, str], source: Path) -> _Fields:
+    """Return the fields, or refuse metadata that are missing, damaged or of another version."""
     if _FORMAT not in metadata:
         raise InputError(
             f"{source} is a .safetensors file but no prediction; give the file that Prediction.save wrote."
         )
     try:
         fields = json.loads(metadata[_FORMAT])
-        version, components = int(fields["version"]), fields["components"]
-        known = {
-            "components": None if components is None else tuple(int(member) for member in components),
-            "truncated": int(fields["truncated"]),
-            "readout": str(fields["readout"]),
-            "seconds": None if fields["seconds"] is None else float(fields["seconds"]),
-        }
+        version, components, seconds = int(fields["version"]), fields["components"], fields["seconds"]
+        known = _Fields(
+            components=None if components is None else tuple(int(member) for member in components),
+            truncated=int(fields["truncated"]),
+            readout=str(fields["readout"]),
+            seconds=None if seconds is None else float(seconds),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{source} has damaged metadata ({error!r}); write the prediction again.") from error
     if version != _VERSION:

@@ -26,29 +26,12 @@ _ROUNDING = 1e-12
 
 
 def taken(log_probs: Float[Tensor, "S N C"]) -> Bool[Tensor, "S N"]:
-    """Say which draws were taken for which examples.
-
-    Args:
-        log_probs: Log-probabilities of the draws.
-
-    Returns:
-        False where all choices have -inf.
-    """
+    """Say which draws were taken for which examples: not those whose choices all have -inf."""
     return torch.isfinite(log_probs).any(-1)
 
 
 def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
-    """Average the draws' probabilities: log p̄ = logsumexp_s log p_s - log S.
-
-    Args:
-        log_probs: Log-probabilities of the draws.
-
-    Returns:
-        Log-probabilities of the equal-weight mixture of the draws; -inf where every draw has -inf.
-
-    Raises:
-        InputError: If there are not three dimensions, or no draws.
-    """
+    """Average the draws' probabilities, log p̄ = logsumexp_s log p_s - log S; -inf where every draw has -inf."""
     if log_probs.ndim != 3 or log_probs.shape[0] == 0:
         raise InputError(
             f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one draw."
@@ -58,38 +41,19 @@ def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
 
 
 def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
-    """Compute the entropy H(p) = -Σ_c p_c log p_c, where 0 log 0 = 0.
-
-    Args:
-        log_p: Log-probabilities, the choices on the last axis: [N C], or [S N C] for every draw on its own.
-
-    Returns:
-        Entropy in nats, between 0 and log C.
-    """
+    """Compute the entropy H(p) = -Σ_c p_c log p_c, between 0 and log C, where 0 log 0 = 0."""
     return torch.special.entr(log_p.double().exp()).sum(-1).to(log_p.dtype)
 
 
 def expected_entropy(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
-    """Average the draws' entropies, (1/S) Σ_s H(p_s): the uncertainty that stays when the weights are known.
-
-    Args:
-        log_probs: Log-probabilities of the draws.
-
-    Returns:
-        Expected entropy of each example in nats.
-    """
+    """Average the draws' entropies, (1/S) Σ_s H(p_s): the uncertainty that stays when the weights are known."""
     return (entropy(log_probs.double()).sum(0) / taken(log_probs).sum(0)).to(log_probs.dtype)
 
 
 def mutual_information(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
-    """Compute I = H(p̄) - (1/S) Σ_s H(p_s): the uncertainty that comes from not knowing the weights.
+    """Return I = H(p̄) - (1/S) Σ_s H(p_s): the uncertainty that comes from not knowing the weights.
 
-    Args:
-        log_probs: Log-probabilities of the draws.
-
-    Returns:
-        Mutual information of each example in nats, between 0 and log min(S, C); what is within rounding of 0 is 0, so
-        that identical draws tie exactly.
+    It is between 0 and log min(S, C); what is within rounding of 0 is 0, so that identical draws tie exactly.
     """
     draws = log_probs.double()
     information = entropy(average(draws)) - expected_entropy(draws)
@@ -97,14 +61,7 @@ def mutual_information(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]
 
 
 def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
-    """Compute the share of draws whose answer differs from the answer of their average.
-
-    Args:
-        log_probs: Log-probabilities of the draws.
-
-    Returns:
-        1 - (1/S) Σ_s 1[argmax p_s = argmax p̄] of each example; choices that tie count as the first of them.
-    """
+    """Compute 1 - (1/S) Σ_s 1[argmax p_s = argmax p̄]: the share of draws whose answer is not that of their average."""
     there = taken(log_probs)
     agrees = (log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)) & there
     return 1 - agrees.sum(0).to(log_probs.dtype) / there.sum(0)
@@ -113,26 +70,14 @@ def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
 def between_within(
     log_probs: Float[Tensor, "S N C"], components: Sequence[int]
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Split a mixture's mutual information into what lies between its members and what lies within them.
-
-    With p_m the average over member m's draws and p the equal-weight average over the members,
-    between = H(p) - mean_m H(p_m) and within = mean_m [H(p_m) - mean_{s in m} H(p_s)]: the chain rule of mutual
-    information over (member, draw).
-
-    Args:
-        log_probs: Log-probabilities of the draws.
-        components: The member that each draw came from, one number per draw.
-
-    Returns:
-        ``(between, within)`` in nats; they sum to the mutual information when every member has equally many draws.
-
-    Raises:
-        InputError: If there is not one component per draw.
-    """
+    """Split a mixture's mutual information into ``(between, within)`` its members, one component per draw."""
     if len(components) != log_probs.shape[0]:
         raise InputError(
             f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw."
         )
+    # With p_m the average over member m's draws and p the equal-weight average over the members,
+    # between = H(p) - mean_m H(p_m) and within = mean_m [H(p_m) - mean_{s in m} H(p_s)]: the chain rule of mutual
+    # information over (member, draw). They sum to it when every member has equally many draws.
     draws, member = log_probs.double(), torch.tensor(components, device=log_probs.device)
     groups = [draws[member == m] for m in sorted(set(components))]
     between = mutual_information(torch.stack([average(group) for group in groups]))
@@ -143,29 +88,21 @@ def between_within(
 def monte_carlo_error(
     log_probs: Float[Tensor, "S N C"], components: Sequence[int] | None = None, *, paired: bool = False
 ) -> Float[Tensor, " N"]:
-    """Estimate how far the average probabilities are from those of infinitely many draws.
+    """Return the standard error of the average probabilities, of the choice where it is largest; inf for one unit.
 
     The draws of a mixture are a sample from each member, stratified: with s_m² the variance over the n_m units of
     member m, the error is √(Σ_m s_m²/n_m) / M. Where some member has a single unit, the variance over all units takes
-    its place, which is an upper bound on average. A unit is a draw, or two that belong together.
-
-    Args:
-        log_probs: Log-probabilities of the draws.
-        components: The mixture member of each draw; None for no mixture.
-        paired: Whether a member's draws 2k and 2k + 1 are antithetic, so that only their average is a sample.
-
-    Returns:
-        Standard error of each example's probabilities, that of the choice where it is largest; infinite with a single
-        unit.
+    its place, which is an upper bound on average. A unit is a draw or, if ``paired``, a member's antithetic draws 2k
+    and 2k + 1, of which only the average is a sample.
     """
     probs, there = log_probs.double().exp(), taken(log_probs)
     members = sorted(set(components)) if components is not None else [0]
     strata = []
     for member in members:
-        own = [k for k in range(len(probs)) if components is None or components[k] == member]
-        p, t = probs[own], there[own]
-        if paired and len(own) > 1:
-            even = len(own) // 2 * 2
+        of_member = [k for k in range(len(probs)) if components is None or components[k] == member]
+        p, t = probs[of_member], there[of_member]
+        if paired and len(of_member) > 1:
+            even = len(of_member) // 2 * 2
             both = t[:even].view(-1, 2, t.shape[1]).all(1)
             p, t = p[:even].view(-1, 2, *p.shape[1:]).mean(1), both
         strata.append((p, t))

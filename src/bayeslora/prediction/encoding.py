@@ -10,7 +10,7 @@ from torch import nn
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
-from bayeslora.tasks.templates import CHARACTERS, answer_text, neutral_prompt, render, resolve_format
+from bayeslora.tasks.templates import CHARACTERS_PER_TOKEN, answer_text, neutral_prompt, render, resolve_format
 from bayeslora.tasks.types import Example, Format, Normalisation, Split
 
 
@@ -102,7 +102,7 @@ def length_scales(
     all factors are 1 there are none.
     """
     if normalisation == "characters":
-        scales = tuple(CHARACTERS / max(1, len(choice)) for choice in example.choices)
+        scales = tuple(CHARACTERS_PER_TOKEN / max(1, len(choice)) for choice in example.choices)
     elif normalisation == "tokens":
         scales = tuple(1 / len(answer) for answer in answers)
     else:

@@ -12,9 +12,11 @@ from bayeslora.tasks.columns import Columns
 from bayeslora.tasks.types import TaskKind
 
 SplitName = Literal["train", "validation", "test"]
+Stems = Mapping[SplitName, tuple[str, ...]]
+"""File names without their ending by split, in order of preference."""
 
-# File stems of the splits in a folder of which nothing more is known.
-STEMS: Mapping[SplitName, tuple[str, ...]] = {
+# Those in a folder of which nothing more is known.
+STEMS: Stems = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
@@ -23,29 +25,17 @@ STEMS: Mapping[SplitName, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class KnownTask:
-    """Where one task's data are and what they hold.
-
-    Attributes:
-        name: Name of the task.
-        kind: What its text is; decides the default templates.
-        repository: Data set repository on the Hub.
-        configs: Configurations to load, one after the other; None for a repository without any.
-        splits: Name on the Hub of each split that the task has.
-        hub: Columns on the Hub; its class names are the task's.
-        folder: Name of its folder among local data.
-        stems: File stems of each split in that folder, the first that is there being taken.
-        local: Columns of the local files.
-    """
+    """Where one task's data are and what they hold."""
 
     name: str
-    kind: TaskKind
-    repository: str
-    configs: tuple[str | None, ...]
-    splits: Mapping[SplitName, str]
-    hub: Columns
-    folder: str
-    stems: Mapping[SplitName, tuple[str, ...]]
-    local: Columns
+    kind: TaskKind  # decides the default templates
+    repository: str  # on the Hub
+    configs: tuple[str | None, ...]  # loaded one after the other; None for a repository without any
+    splits: Mapping[SplitName, str]  # the name on the Hub of each split that the task has
+    hub: Columns  # on the Hub; its class names are the task's
+    folder: str  # among local data
+    stems: Stems  # of the local files; the first that is there is taken
+    local: Columns  # of the local files
 
 
 _QUESTION = Columns(text="question", choices="choices", label="label")
@@ -70,7 +60,7 @@ _TREC_HUB = Columns(text="text", label="coarse_label", classes=_TREC_CLASSES, co
 
 def _winogrande(size: str) -> KnownTask:
     """Return the row of one size of WinoGrande; they differ in the training set only."""
-    stems: Mapping[SplitName, tuple[str, ...]] = {"train": (f"train_{size}",), "test": ("dev",)}
+    stems: Stems = {"train": (f"train_{size}",), "test": ("dev",)}
     name = f"winogrande_{size}"
     hub = "allenai/winogrande"
     return KnownTask(name, "blank", hub, (name,), _VALIDATION_AS_TEST, _WINOGRANDE, "winogrande", stems, _QUESTION)
@@ -121,14 +111,7 @@ MMLU_SUBJECTS = tuple(_SUBJECTS.split())
 
 
 def find_task(name: str) -> KnownTask | None:
-    """Return the known task of that name.
-
-    Args:
-        name: Name of a row of the table, or ``mmlu:<subject>``; case and ``-`` for ``_`` do not matter.
-
-    Returns:
-        The row, or None where there is no such task.
-    """
+    """Return the known task of a name or ``mmlu:<subject>``, whatever the case and ``-`` for ``_``, or None."""
     plain = name.strip().lower().replace("-", "_")
     group, _, subject = plain.partition(":")
     if group == "mmlu" and subject in MMLU_SUBJECTS:
@@ -137,17 +120,9 @@ def find_task(name: str) -> KnownTask | None:
 
 
 def unknown_task(name: str, *, also: str = "") -> InputError:
-    """Return the error for a name that is not in the table.
-
-    Args:
-        name: The unknown name.
-        also: More to say after the names.
-
-    Returns:
-        An error that gives the closest names, or all of them where none is close.
-    """
+    """Return the error for an unknown name: the closest known names, or else all, and then ``also``."""
     every = [*KNOWN_TASKS, *(f"mmlu:{subject}" for subject in MMLU_SUBJECTS)]
     close = difflib.get_close_matches(name.lower().replace("-", "_"), every, n=3, cutoff=0.6)
     if close:
         return InputError(f"Unknown task {name!r}: did you mean {' or '.join(close)}{also}?")
-    return InputError(f"Unknown task {name!r}: known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>{also}.")
+    return InputError(f"Unknown task {name!r}: known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>{also}")

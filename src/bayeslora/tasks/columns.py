@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from bayeslora.errors import InputError
 
@@ -33,61 +32,44 @@ class Columns:
     context: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a contradiction.
-
-        Raises:
-            InputError: Both choices and classes are given, a name is repeated, or codes do not match in number.
-        """
+        """Refuse a contradiction."""
         if self.choices is not None and self.classes is not None:
-            raise InputError("columns names both choices and classes: give choices for questions, classes for texts.")
+            raise InputError("columns names both choices and classes: give choices for questions, classes for texts")
         listed = self.choices if isinstance(self.choices, tuple) else self.classes
         what = "choices" if isinstance(self.choices, tuple) else "classes"
         if listed is not None and len(listed) < 2:
-            raise InputError(f"columns gives {len(listed)} {what}: give at least two.")
+            raise InputError(f"columns gives {len(listed)} {what}: give at least two")
         for key, names in ((what, listed), ("codes", self.codes)):
             if names is not None and (len(set(names)) < len(names) or not all(names)):
-                raise InputError(f"columns gives the {key} {list(names)}, of which one is empty or given twice.")
+                raise InputError(f"columns gives the {key} {list(names)}, of which one is empty or given twice")
         if self.codes is not None and listed is not None and len(self.codes) != len(listed):
-            raise InputError(f"columns gives {len(self.codes)} codes for {len(listed)} {what}: give one for each.")
+            raise InputError(f"columns gives {len(self.codes)} codes for {len(listed)} {what}: give one for each")
+
+    def needed(self, *, label: bool = True) -> set[str]:
+        """Return the columns that rows must have, with or without that of the label."""
+        choices = self.choices if isinstance(self.choices, tuple) else (self.choices,)
+        columns = (self.text, self.context, *choices, self.label if label else None)
+        return {column for column in columns if column is not None}
 
 
-def make_columns(given: Columns | Mapping[str, object], base: Columns) -> Columns:
-    """Return the columns that the user described.
-
-    Args:
-        given: Columns, returned as they are, or a mapping of some of their fields.
-        base: What holds for the fields that the mapping leaves out.
-
-    Returns:
-        The columns.
-
-    Raises:
-        InputError: The mapping has an unknown key or a value that is not a name or list of names.
-    """
-    if isinstance(given, Columns):
-        return given
+def make_columns(description: Columns | Mapping[str, object], base: Columns) -> Columns:
+    """Return columns as they are, or a mapping of some of their fields with the other fields of ``base``."""
+    if isinstance(description, Columns):
+        return description
     known = [field.name for field in fields(Columns)]
-    unknown = [key for key in given if key not in known]
+    unknown = [key for key in description if key not in known]
     if unknown:
-        raise InputError(f"columns has the unknown key {unknown[0]!r}: the keys are {', '.join(known)}.")
-    values: dict[str, Any] = {key: _names(key, value) for key, value in given.items()}
+        raise InputError(f"columns has the unknown key {unknown[0]!r}: the keys are {', '.join(known)}")
+    values = {key: _names(key, value) for key, value in description.items()}
     if values.get("choices") is not None:
         base = replace(base, classes=None, codes=None)
     if values.get("classes") is not None:
         base = replace(base, choices=None, codes=None)
-    return replace(base, **values)
+    return replace(base, **values)  # type: ignore[arg-type]  # each is checked by its key
 
 
 def guess_columns(names: Collection[str]) -> Columns:
-    """Return the columns of rows whose user named none.
-
-    Args:
-        names: The columns that the rows have.
-
-    Returns:
-        ``text``, ``question`` or ``sentence`` for the text (the first that there is), ``choices`` where there is such a
-        column, and ``label``.
-    """
+    """Return the columns of rows whose user named none, by the usual names for text, choices and label."""
     text = next((name for name in ("text", "question", "sentence") if name in names), "text")
     return Columns(text=text, choices="choices" if "choices" in names else None)
 
@@ -102,4 +84,4 @@ def _names(key: str, value: object) -> str | tuple[str, ...] | None:
     if several and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(str(item).strip() for item in value)
     wanted = "a list of names" if not single else "a column name or a list of them" if several else "a column name"
-    raise InputError(f"columns[{key!r}] is {value!r}: give {wanted}.")
+    raise InputError(f"columns[{key!r}] is {value!r}: give {wanted}")

@@ -13,18 +13,7 @@ _CONVERTED = "refs/convert/parquet"
 
 
 def hub_rows(task: KnownTask, split: SplitName) -> Rows:
-    """Load one split of a known task, its configurations one after the other.
-
-    Args:
-        task: The task.
-        split: One of the task's splits.
-
-    Returns:
-        The rows, as the Hub has them.
-
-    Raises:
-        InputError: The Hub cannot be reached, or does not have the data.
-    """
+    """Load one split of a known task from the Hub, its configurations one after the other."""
     import datasets
 
     rows: list[Mapping[str, object]] = []
@@ -34,13 +23,13 @@ def hub_rows(task: KnownTask, split: SplitName) -> Rows:
         except ConnectionError:
             raise InputError(
                 f"The Hub could not be reached to load {task.name} ({task.repository}): give data=FOLDER with a local "
-                "copy."
+                "copy"
             ) from None
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(
                 f"The Hub's {task.repository} could not be loaded for {task.name} ({first}): give data=FOLDER with a "
-                "local copy."
+                "local copy"
             ) from None
     return Rows(f"{task.repository} {task.splits[split]}", tuple(rows))
 

@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.catalogue import STEMS, KnownTask, SplitName, find_task, unknown_task
+from bayeslora.tasks.catalogue import STEMS, KnownTask, SplitName, Stems, find_task, unknown_task
 from bayeslora.tasks.columns import Columns, guess_columns, make_columns
-from bayeslora.tasks.files import Rows, find_file, read_rows
+from bayeslora.tasks.files import ENDINGS, Rows, find_file, read_rows
 from bayeslora.tasks.hub import hub_rows
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.templates import check_normalisation, check_template, default_normalisation
-from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task, TaskKind
+from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How many examples go where.
+class _Sizes:
+    """How many examples go where."""
 
-    Attributes:
-        few_shot: Examples taken from the training rows into the prompt.
-        train: Most training rows; None keeps all.
-        test: Most test rows; None keeps all.
-        validation: Rows (an integer) or share of rows (a float below 1) of train held out; 0 holds out none. A number
-            of rows is also the most that are kept of a validation split that the source has.
-        seed: Decides which rows.
-    """
-
-    few_shot: int = 0
-    train: int | None = None
-    test: int | None = None
-    validation: int | float = 0.1
-    seed: int = 0
+    few_shot: int  # taken from the training rows into the prompt
+    train: int | None
+    test: int | None
+    validation: int | float  # rows, or share of rows below 1.0, held out of train; rows also of a validation split
+    seed: int
 
     def __post_init__(self) -> None:
-        """Refuse numbers without a meaning.
-
-        Raises:
-            InputError: A number is negative, zero where rows are needed, or a share of one and more.
-        """
+        """Refuse numbers without a meaning."""
         if self.few_shot < 0:
-            raise InputError(f"few_shot is {self.few_shot}: give 0 or more.")
+            raise InputError(f"few_shot is {self.few_shot}: give 0 or more")
         for name, rows in (("train_rows", self.train), ("test_rows", self.test)):
             if rows is not None and rows < 1:
-                raise InputError(f"{name} is {rows}: give 1 or more, or None for all.")
+                raise InputError(f"{name} is {rows}: give 1 or more, or None for all")
         share = isinstance(self.validation, float)
         if self.validation < 0 or (share and self.validation >= 1):
-            raise InputError(f"validation is {self.validation}: give a number of rows, or a share below 1.0.")
+            raise InputError(f"validation is {self.validation}: give a number of rows, or a share below 1.0")
+
+    def held_out(self, rows: int) -> int:
+        """Return how many of the training rows are held out."""
+        if isinstance(self.validation, float):
+            return max(1, round(rows * self.validation)) if self.validation else 0
+        return self.validation
+
+    def shuffled(self, rows: int, split: SplitName) -> list[int]:
+        """Return the order, by the seed, in which the rows of a split are taken."""
+        order = list(range(rows))
+        random.Random(f"{self.seed}/{split}").shuffle(order)
+        return order
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The rows of a task, and how they may be laid out: by none, the user's own data, or by some of these columns."""
+
+    name: str
+    known: KnownTask | None
+    layouts: tuple[Columns, ...]
+    rows: Mapping[SplitName, Rows]
 
 
 def load_task(
@@ -103,22 +112,14 @@ def load_task(
     Raises:
         InputError: The task is unknown, its data cannot be found or read, or an argument does not fit them.
     """
-    sizes = Sizes(few_shot, train_rows, test_rows, validation, seed)
+    sizes = _Sizes(few_shot, train_rows, test_rows, validation, seed)
     fmt = _format(readout, template, max_length, normalisation)
-    known, name, sources = _sources(name, data, file_as, own=columns is not None)
-    layouts = [] if known is None else [known.hub] if data is None else [known.local, known.hub]
-    given = None if columns is None else make_columns(columns, layouts[0] if layouts else Columns())
-    chosen = {split: given or _layout(rows, layouts) for split, rows in sources.items()}
-    strict = isinstance(columns, Mapping) and columns.get("label") is not None
-    fmt = replace(fmt, kind=_kind(known, chosen))
-    labelled = {split for split in sources if split != "test" or strict}
-    published = known is not None and given is None
-    splits = _splits(name, sources, chosen, fmt, need_labels=labelled, allow_duplicates=published)
-    task = _sampled(name, splits, sizes)
+    source = _source(name, data, file_as, described=columns is not None)
+    task = _sampled(source.name, _splits(source, columns, fmt), sizes)
     if normalisation not in (None, "sum") and task.normalisation is None:
         raise InputError(
             f"The normalisation {normalisation!r} is for the likelihood readout, which 'auto' does not choose for "
-            f"{name}: add readout='likelihood'."
+            f"{task.name}: add readout='likelihood'"
         )
     return task
 
@@ -128,157 +129,131 @@ def _format(
 ) -> Format:
     """Return the format without its few-shot examples and kind."""
     if readout not in get_args(ReadoutName):
-        raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}.")
+        raise InputError(f"The readout {readout!r} is unknown: give one of {', '.join(get_args(ReadoutName))}")
     if template is not None and not template:
-        raise InputError("The template is empty: give one with {text}, or None for the default.")
+        raise InputError("The template is empty: give one with {text}, or None for the default")
     if max_length is not None and max_length < 1:
-        raise InputError(f"max_length is {max_length}: give a number of tokens, or None for the model's limit.")
+        raise InputError(f"max_length is {max_length}: give a number of tokens, or None for the model's limit")
     check_template(template or "", readout)
     chosen = default_normalisation(readout) if normalisation is None else normalisation
     check_normalisation(chosen, readout)
     return Format(template or "", readout, (), max_length, normalisation=chosen)
 
 
-def _sources(
-    name: str | None, data: str | Path | None, file_as: str, *, own: bool
-) -> tuple[KnownTask | None, str, dict[SplitName, Rows]]:
-    """Return the known task if it is one, the task's name and the rows of each split that there is."""
+def _source(name: str | None, data: str | Path | None, file_as: str, *, described: bool) -> _Source:
+    """Read a known task from the Hub, or a file or folder; ``described`` says that the user named columns."""
     if data is None:
         if name is None:
-            raise InputError("load_task needs a task or data: give the name of a known task, or data=FOLDER.")
+            raise InputError("load_task needs a task or data: give the name of a known task, or data=FOLDER")
         known = find_task(name)
         if known is None:
             raise unknown_task(name)
-        return known, known.name, {split: hub_rows(known, split) for split in known.splits}
+        return _Source(known.name, known, (known.hub,), {split: hub_rows(known, split) for split in known.splits})
     path = Path(data).expanduser()
     if not path.exists():
-        raise InputError(f"There is no file or folder {path}: give data=FOLDER with the task's files.")
+        raise InputError(f"There is no file or folder {path}: give data=FOLDER with the task's files")
     plain = path.stem if path.is_file() else path.resolve().name
     known = find_task(name or plain)
     if path.is_file():
         if file_as not in {"test", "train"}:
-            raise InputError(f"file_as is {file_as!r}: give 'test' or 'train'.")
+            raise InputError(f"file_as is {file_as!r}: give 'test' or 'train'")
         only: SplitName = "train" if file_as == "train" else "test"
         paths: dict[SplitName, Path] = {only: path}
     else:
-        paths = _locate(path, name, known, own=own)
-    return known, known.name if known else name or plain, {split: read_rows(file) for split, file in paths.items()}
+        paths = _locate(path, name, known, described=described)
+    rows = {split: read_rows(file) for split, file in paths.items()}
+    if known is None:
+        return _Source(name or plain, None, (), rows)
+    return _Source(known.name, known, (known.local, known.hub), rows)
 
 
-def _locate(data: Path, name: str | None, known: KnownTask | None, *, own: bool) -> dict[SplitName, Path]:
+def _locate(data: Path, name: str | None, known: KnownTask | None, *, described: bool) -> dict[SplitName, Path]:
     """Return the file of each split, from the first of the possible folders that holds any."""
-    places: list[tuple[Path, Mapping[SplitName, tuple[str, ...]]]] = [(data, STEMS)]
+    places: list[tuple[Path, Stems]] = [(data, STEMS)]
     if known is not None:
         claimed = {stem for stems in known.stems.values() for stem in stems}
         free = {split: tuple(stem for stem in stems if stem not in claimed) for split, stems in STEMS.items()}
         both = {split: (*known.stems.get(split, ()), *free[split]) for split in STEMS}
-        in_own = both if data.name == known.name else known.stems
-        places = [(data / known.folder, known.stems), (data / known.name, both), (data, both if own else in_own)]
+        here = both if described or data.name == known.name else known.stems
+        places = [(data / known.folder, known.stems), (data / known.name, both), (data, here)]
     elif name is not None:
         places.append((data / name, STEMS))
     for folder, stems in places:
-        found = {split: path for split in stems if (path := find_file(folder, stems[split])) is not None}
-        if found:
-            return found
+        paths = {split: path for split in stems if (path := find_file(folder, stems[split])) is not None}
+        if paths:
+            return paths
     folders: dict[str, list[str]] = {}
     for folder, stems in places:
-        named = folders.setdefault(", ".join(stem for group in stems.values() for stem in group), [])
-        named += [str(folder)] if str(folder) not in named else []
-    wanted = " or ".join(f"{stems} in {' or '.join(named)}" for stems, named in folders.items())
-    endings = "ending in .jsonl, .json, .csv, .tsv or .parquet"
+        names = folders.setdefault(", ".join(stem for group in stems.values() for stem in group), [])
+        names += [str(folder)] if str(folder) not in names else []
+    wanted = " or ".join(f"{stems} in {' or '.join(names)}" for stems, names in folders.items())
     if name is not None and known is None:
-        raise unknown_task(name, also=f" (one's own data would be a file {wanted}, {endings})")
-    raise InputError(f"{data} does not hold the data: looked for a file {wanted}, {endings}.")
+        raise unknown_task(name, also=f" (one's own data would be a file {wanted}, ending in {ENDINGS})")
+    raise InputError(f"{data} does not hold the data: looked for a file {wanted}, ending in {ENDINGS}")
 
 
-def _kind(known: KnownTask | None, columns: Mapping[SplitName, Columns]) -> TaskKind:
-    """Return the kind of a known task, or what the columns of one's own data say."""
-    if known is not None:
-        return known.kind
-    return "class" if all(c.choices is None for c in columns.values()) else "question"
-
-
-def _splits(
-    name: str,
-    sources: Mapping[SplitName, Rows],
-    columns: Mapping[SplitName, Columns],
-    fmt: Format,
-    *,
-    need_labels: Collection[SplitName],
-    allow_duplicates: bool,
-) -> dict[SplitName, Split]:
+def _splits(source: _Source, columns: Columns | Mapping[str, object] | None, fmt: Format) -> dict[SplitName, Split]:
     """Return the whole splits; where classes are found in the labels, those of train hold for all."""
-    reference: SplitName = "train" if "train" in sources else next(iter(sources))
-    first = columns[reference]
-    classes = None if first.choices is not None else first.classes or find_classes(sources[reference], first.label)
+    base = source.layouts[0] if source.layouts else Columns()
+    described = None if columns is None else make_columns(columns, base)
+    by_split = {split: described or _layout(rows, source.layouts) for split, rows in source.rows.items()}
+    if source.known is not None:
+        fmt = replace(fmt, kind=source.known.kind)
+    elif all(layout.choices is None for layout in by_split.values()):
+        fmt = replace(fmt, kind="class")
+    reference: SplitName = "train" if "train" in source.rows else next(iter(source.rows))
+    first = by_split[reference]
+    classes = None if first.choices is not None else first.classes or find_classes(source.rows[reference], first.label)
+    label_named = isinstance(columns, Mapping) and columns.get("label") is not None
     return {
         split: split_from_rows(
             rows,
             fmt,
-            name=f"{name}/{split}",
-            columns=columns[split],
+            name=f"{source.name}/{split}",
+            columns=by_split[split],
             classes=classes,
-            need_labels=split in need_labels,
-            allow_duplicates=allow_duplicates,
+            need_labels=split != "test" or label_named,
+            allow_duplicates=source.known is not None and described is None,
         )
-        for split, rows in sources.items()
+        for split, rows in source.rows.items()
     }
 
 
-def _layout(rows: Rows, layouts: list[Columns]) -> Columns:
+def _layout(rows: Rows, layouts: Sequence[Columns]) -> Columns:
     """Return the first layout whose columns the rows have, the first of all where none fits."""
     if not layouts:
         return guess_columns(rows.columns)
-
-    def lacks(columns: Columns, *, label: bool) -> bool:
-        """Say whether the rows have not all of these columns."""
-        choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
-        needed = (columns.text, columns.context, *choices, columns.label if label else None)
-        return any(column is not None and column not in rows.columns for column in needed)
-
-    fitting = [c for label in (True, False) for c in layouts if not lacks(c, label=label)]
+    fitting = [c for label in (True, False) for c in layouts if not c.needed(label=label) - set(rows.columns)]
     return (fitting or layouts)[0]
 
 
-def _shuffled(count: int, seed: int, split: SplitName) -> list[int]:
-    """Return a seeded order of the rows of one split."""
-    order = list(range(count))
-    random.Random(f"{seed}/{split}").shuffle(order)
-    return order
-
-
-def _sampled(name: str, splits: dict[SplitName, Split], sizes: Sizes) -> Task:
+def _sampled(name: str, splits: dict[SplitName, Split], sizes: _Sizes) -> Task:
     """Hold out the validation rows, take the few-shot examples and keep the rows asked for, in the source's order."""
-    train, held, test = splits.get("train"), splits.get("validation"), splits.get("test")
+    train, validation, test = splits.get("train"), splits.get("validation"), splits.get("test")
     shots: tuple[Example, ...] = ()
     if train is None and sizes.few_shot:
         raise InputError(
-            f"few_shot={sizes.few_shot} takes examples from the training rows, and {name} has none: use few_shot=0."
+            f"few_shot={sizes.few_shot} takes examples from the training rows, and {name} has none: use few_shot=0"
         )
+    if validation is not None and sizes.validation >= 1:
+        validation = validation.take(sorted(sizes.shuffled(len(validation), "validation")[: int(sizes.validation)]))
     if train is not None:
         count = len(train)
-        out = 0 if held is not None else _held_out(count, sizes.validation)
+        out = 0 if validation is not None else sizes.held_out(count)
         if out + sizes.few_shot >= count:
             raise InputError(
                 f"{train.name} has {count} rows, of which {out} for validation and {sizes.few_shot} for the prompt "
-                "leave none to train on: ask for fewer."
+                "leave none to train on: ask for fewer"
             )
-        order = _shuffled(count, sizes.seed, "train")
-        held = train.take(sorted(order[:out])) if out else held
+        order = sizes.shuffled(count, "train")
+        if out:
+            validation = replace(train.take(sorted(order[:out])), name=f"{name}/validation")
         shots = train.take(order[count - sizes.few_shot :]).examples
         train = train.take(sorted(order[out : count - sizes.few_shot][: sizes.train]))
-    if splits.get("validation") is not None and held is not None and sizes.validation >= 1:
-        held = held.take(sorted(_shuffled(len(held), sizes.seed, "validation")[: int(sizes.validation)]))
     if test is not None and sizes.test is not None:
-        test = test.take(sorted(_shuffled(len(test), sizes.seed, "test")[: sizes.test]))
-    done = [None if s is None else replace(s, format=replace(s.format, few_shot=shots)) for s in (train, held, test)]
-    if done[1] is not None:
-        done[1] = replace(done[1], name=f"{name}/validation")
-    return Task(name, done[0], done[1], done[2])
-
-
-def _held_out(count: int, validation: int | float) -> int:
-    """Return the number of rows to hold out."""
-    if isinstance(validation, float):
-        return max(1, round(count * validation)) if validation else 0
-    return validation
+        test = test.take(sorted(sizes.shuffled(len(test), "test")[: sizes.test]))
+    with_shots = (
+        None if split is None else replace(split, format=replace(split.format, few_shot=shots))
+        for split in (train, validation, test)
+    )
+    return Task(name, *with_shots)

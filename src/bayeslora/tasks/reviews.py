@@ -5,22 +5,20 @@ recommends the film is (k + ⅓)/(3 + ⅔): 9, 36, 64 or 91 %. Labels are sample
 same k that share says yes, up to rounding: a small test split then measures as a large one would. So a model that
 knows what the words mean can learn the odds, and one that learns the labels by heart is over-confident by an amount
 that can be measured. A model that always says one half is at a divergence of .21 nats from the truth. The sentences
-of :func:`review_ood` are about the weather, trains and people's wishes, and no review.
+of `review_ood` are about the weather, trains and people's wishes, and no review.
 """
 
 from __future__ import annotations
 
 import random
 
-from bayeslora.errors import InputError
-from bayeslora.tasks.synthetic import chance_ood
+from bayeslora.tasks.synthetic import chance_ood, stream, task_of
 from bayeslora.tasks.types import Example, Format, Split, Task
 
 __all__ = ["review_ood", "review_task"]
 
 FORMAT = Format(template="{text}", readout="head", kind="class")
 CLASSES = ("no", "yes")
-MOST_ROWS = 100_000
 
 ASPECTS = (
     "plot", "acting", "music", "ending", "dialogue", "cast", "script", "pacing", "opening", "humour", "scenery",
@@ -41,59 +39,32 @@ TEMPLATES = (
     "A film whose {0} is {1}, whose {2} is {3} and whose {4} is {5}.",
     "About the {0}: {1}. The {2}: {3}. The {4}: {5}.",
 )
-SAID = 3
+STATEMENTS = 3
 
 
 def review_task(train_rows: int = 200, validation_rows: int = 100, test_rows: int = 400, seed: int = 0) -> Task:
-    """Generate the task: reviews, and sampled answers to whether the writer recommends the film.
-
-    No review occurs twice, neither within a split nor in two splits.
-
-    Args:
-        train_rows: Rows to fit on.
-        validation_rows: Held-out rows of the same kind.
-        test_rows: Rows to evaluate on.
-        seed: Seed of everything random; the same seed and sizes give the same rows on every machine.
-
-    Returns:
-        The task ``reviews``, two classes; every example has its true ``probs`` and a ``label`` sampled from them.
-
-    Raises:
-        InputError: If a number of rows is not between 1 and 100,000.
-    """
-    seen: set[str] = set()
-    sizes = {"train": train_rows, "validation": validation_rows, "test": test_rows}
-    return Task("reviews", **{name: _split(f"reviews/{name}", rows, seed, seen) for name, rows in sizes.items()})
+    """Generate the task ``reviews`` of two classes, with the true ``probs`` and a sampled ``label`` of each review."""
+    return task_of("reviews", (train_rows, validation_rows, test_rows), seed, _split)
 
 
 def review_ood(rows: int = 200, seed: int = 0) -> Split:
-    """Generate sentences that are no reviews, without labels: weather, late trains, people's wishes, races.
-
-    Args:
-        rows: Number of rows.
-        seed: Seed of everything random.
-
-    Returns:
-        The split ``reviews/ood``, with the classes of :func:`review_task`.
-    """
+    """Generate the split ``reviews/ood``: sentences that are no reviews, without labels."""
     texts = (example.text for example in chance_ood(rows, seed))
     return Split("reviews/ood", tuple(Example(text, CLASSES) for text in texts), FORMAT, CLASSES)
 
 
 def _split(name: str, rows: int, seed: int, seen: set[str]) -> Split:
-    """Generate one split from its own random stream, leaving out the reviews in ``seen`` and adding its own to it."""
-    if not 1 <= rows <= MOST_ROWS:
-        raise InputError(f"{name} cannot have {rows} rows: ask for 1 to {MOST_ROWS:,}")
-    rng = random.Random(f"{name} {seed}")
-    numbers = [row % (SAID + 1) for row in range(rows)]
-    examples = [example for good in range(SAID + 1) for example in _alike(rng, good, numbers.count(good), seen)]
+    """Generate one split without the reviews in ``seen``, and add its own to them."""
+    rng = stream(name, rows, seed)
+    numbers = [row % (STATEMENTS + 1) for row in range(rows)]
+    examples = [e for good in range(STATEMENTS + 1) for e in _reviews(rng, good, numbers.count(good), seen)]
     rng.shuffle(examples)
     return Split(name, tuple(examples), FORMAT, CLASSES)
 
 
-def _alike(rng: random.Random, good: int, rows: int, seen: set[str]) -> list[Example]:
-    """Draw reviews that say as many good things, and their writers' answers in the share that is true."""
-    yes = (good + 1 / 3) / (SAID + 2 / 3)
+def _reviews(rng: random.Random, good: int, rows: int, seen: set[str]) -> list[Example]:
+    """Draw reviews with a number of good statements, and their writers' answers in the share that is true."""
+    yes = (good + 1 / 3) / (STATEMENTS + 2 / 3)
     recommending = int(yes * rows + rng.random())
     labels = [1] * recommending + [0] * (rows - recommending)
     rng.shuffle(labels)
@@ -103,9 +74,9 @@ def _alike(rng: random.Random, good: int, rows: int, seen: set[str]) -> list[Exa
 def _text(rng: random.Random, good: int, seen: set[str]) -> str:
     """Draw a review that is not among those in ``seen``, and put it there."""
     while True:
-        words = [*rng.sample(GOOD, good), *rng.sample(BAD, SAID - good)]
+        words = [*rng.sample(GOOD, good), *rng.sample(BAD, STATEMENTS - good)]
         rng.shuffle(words)
-        pairs = zip(rng.sample(ASPECTS, SAID), words, strict=True)
+        pairs = zip(rng.sample(ASPECTS, STATEMENTS), words, strict=True)
         text = rng.choice(TEMPLATES).format(*(word for pair in pairs for word in pair))
         if text not in seen:
             seen.add(text)

@@ -4,176 +4,138 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from bayeslora.errors import InputError
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.labels import label_index, sorted_classes
-from bayeslora.tasks.templates import own_columns, placeholders
+from bayeslora.tasks.templates import placeholders, template_columns
 from bayeslora.tasks.types import Example, Format, Split
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row, with its place in words for messages."""
+
+    values: Mapping[str, object]
+    where: str
+
+    def cell(self, column: str, reason: str = "") -> object:
+        """Return a cell; ``reason`` says why the column is read."""
+        if column not in self.values:
+            raise self.lacks(column, reason)
+        return self.values[column]
+
+    def text(self, column: str, reason: str = "", *, blank: bool = False) -> str:
+        """Return a cell's text without spaces around it, which may be empty if ``blank`` says so."""
+        value = self.cell(column, reason)
+        if not isinstance(value, (str, int, float)) or not (blank or str(value).strip()):
+            raise InputError(f"{self.where}: the column {column!r} is {value!r}: it should hold text")
+        return str(value).strip()
+
+    def lacks(self, column: str, reason: str = "") -> InputError:
+        """Return the error for a column that is not there."""
+        return InputError(f"{self.where} has no column {column!r}{reason}: its columns are {', '.join(self.values)}")
 
 
 def split_from_rows(
     rows: Rows | Iterable[Mapping[str, object]],
-    fmt: Format | None = None,
+    fmt: Format | None = None,  # None: the default for the kind, question with choices and class with classes
     *,
     name: str = "rows",
-    columns: Columns | None = None,
-    classes: Sequence[str] | None = None,
-    need_labels: bool = False,
-    allow_duplicates: bool = False,
+    columns: Columns | None = None,  # None: as `guess_columns` finds them
+    classes: Sequence[str] | None = None,  # None: those of the columns, or the sorted label values
+    need_labels: bool = False,  # otherwise either all rows have a label or none has
+    allow_duplicates: bool = False,  # whether a choice may be given twice, as in a few rows of published data sets
 ) -> Split:
-    """Build a split from rows, such as those of ``read_rows``.
-
-    Args:
-        rows: The rows, each a mapping from column to value.
-        fmt: How the examples are put to a model, such as the format of the task that was trained on. None: the default
-            for the kind, question where there are choices and class where there are classes.
-        name: Name of the split.
-        columns: Where text, choices and label are. None: ``text``, ``question`` or ``sentence``; ``choices`` if there
-            is such a column; ``label`` if there is such a column.
-        classes: Class names, such as those of the split that was trained on. None: those of the columns, or the sorted
-            label values.
-        need_labels: Whether rows without a label are refused. Otherwise either all rows have one or none has.
-        allow_duplicates: Whether a choice may be given twice, as in a few rows of published data sets.
-
-    Returns:
-        The split; its classes are None for multiple choice.
-
-    Raises:
-        InputError: There are no rows, a column is missing, or a row's text, choices or label cannot be used.
-    """
+    """Build a split from rows, such as those of `read_rows`; its classes are None for multiple choice."""
     table = rows if isinstance(rows, Rows) else Rows(name, tuple(rows))
     if not len(table):
-        raise InputError(f"{table.name} has no rows: give at least one.")
+        raise InputError(f"{table.name} has no rows: give at least one")
     if columns is None:
         columns = guess_columns(table.columns)
         columns = Columns(text=columns.text) if classes is not None else columns
-    label = columns.label
-    if label is None or not any(label in row for row in table):
-        if need_labels:
-            raise InputError(_missing(table, 0, label or "label"))
-        label = None
-    fixed = None if columns.choices is not None else tuple(classes or columns.classes or ())
-    if fixed is not None and not fixed:
-        fixed = find_classes(table, columns.label)
+    numbered = [_Row(values, table.where(index)) for index, values in enumerate(table)]
+    label = columns.label if any(columns.label in row for row in table) else None
+    if label is None and need_labels:
+        raise numbered[0].lacks(columns.label or "label")
+    fixed = None
+    if columns.choices is None:
+        fixed = tuple(classes or columns.classes or find_classes(table, columns.label))
     template = "" if fmt is None else fmt.template
-    named, needed = own_columns(template), "text" in placeholders(template)
-    examples: list[Example] = []
-    for index in range(len(table)):
-        own = tuple((name, _named(table, index, name, columns.label)) for name in named)
-        text, (choices, codes) = _text(table, index, columns, own, needed), _choices(table, index, columns, fixed)
-        _check_choices(choices, table.where(index), allow_duplicates)
-        value = None if label is None else _cell(table, index, label)
-        found = label_index(value, choices, codes, classes=fixed is not None, where=table.where(index))
-        if found is None and label is not None and (need_labels or (examples and examples[0].label is not None)):
-            raise InputError(f"{table.where(index)}: the label in column {label!r} is blank: fill it in.")
-        if found is not None and examples and examples[0].label is None:
-            raise InputError(f"{table.where(0)}: the label in column {label!r} is blank: fill it in.")
-        examples.append(Example(text, choices, found, columns=own))
-    if fmt is None:
-        fmt = Format("", kind="question" if fixed is None else "class")
-    return Split(name, tuple(examples), fmt, fixed)
+    examples = tuple(_example(row, columns, label, template, fixed, allow_duplicates) for row in numbered)
+    blank = next((row for row, example in zip(numbered, examples, strict=True) if example.label is None), None)
+    if label is not None and blank is not None and (need_labels or any(e.label is not None for e in examples)):
+        raise InputError(f"{blank.where}: the label in column {label!r} is blank: fill it in")
+    return Split(name, examples, fmt or Format("", kind="question" if fixed is None else "class"), fixed)
 
 
 def find_classes(rows: Rows, label: str | None) -> tuple[str, ...]:
-    """Return the sorted label values as class names.
-
-    Args:
-        rows: The rows.
-        label: The label column; None where there is none.
-
-    Returns:
-        At least two class names.
-
-    Raises:
-        InputError: There are no labels, or all are the same.
-    """
+    """Return the sorted values of the label column as class names, at least two."""
     if label is None or not any(label in row for row in rows):
         raise InputError(
             f"{rows.name} has no label column {label!r} to take classes from (its columns are "
-            f"{', '.join(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'."
+            f"{', '.join(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'"
         )
-    found = sorted_classes(row.get(label) for row in rows)
-    if len(found) < 2:
-        had = f"the one value {found[0]!r}" if found else "blanks only"
+    classes = sorted_classes(row.get(label) for row in rows)
+    if len(classes) < 2:
+        content = f"the one value {classes[0]!r}" if classes else "blanks only"
         raise InputError(
-            f"{rows.name} has {had} in its label column {label!r}: name the classes in columns={{'classes': [...]}}."
+            f"{rows.name} has {content} in its label column {label!r}: name the classes in columns={{'classes': [...]}}"
         )
-    return found
+    return classes
 
 
-def _missing(rows: Rows, index: int, column: str) -> str:
-    """Return the message for a column that a row lacks."""
-    return f"{rows.where(index)} has no column {column!r}: its columns are {', '.join(rows.values[index])}."
-
-
-def _cell(rows: Rows, index: int, column: str) -> object:
-    """Return one cell."""
-    if column not in rows.values[index]:
-        raise InputError(_missing(rows, index, column))
-    return rows.values[index][column]
-
-
-def _named(rows: Rows, index: int, column: str, label: str | None) -> str:
-    """Return the text of a column that the template names."""
-    if column == label:
+def _example(
+    row: _Row,
+    columns: Columns,
+    label: str | None,
+    template: str,
+    classes: tuple[str, ...] | None,
+    allow_duplicates: bool,
+) -> Example:
+    """Return the example that a row holds."""
+    named = template_columns(template)
+    if columns.label in named:
         raise InputError(
-            f"The template names {{{column}}}, which is the column of the label: the prompt would tell the answer, so "
-            "take it out."
+            f"The template names {{{columns.label}}}, which is the column of the label: the prompt would tell the "
+            "answer, so take it out"
         )
-    if column not in rows.values[index]:
-        raise InputError(
-            f"{rows.where(index)} has no column {column!r}, which the template names: its columns are "
-            f"{', '.join(rows.values[index])}."
-        )
-    value = rows.values[index][column]
-    if not isinstance(value, (str, int, float)):
-        raise InputError(f"{rows.where(index)}: the column {column!r} is {value!r}: it should hold text.")
-    return str(value).strip()
+    values = {name: row.text(name, ", which the template names", blank=True) for name in named}
+    if columns.text in row.values or "text" in placeholders(template):
+        text = "\n".join(row.text(column) for column in (columns.context, columns.text) if column is not None)
+    else:
+        text = "\n".join(values.values())
+    choices, codes = _choices(row, columns, classes)
+    _check_choices(choices, row.where, allow_duplicates)
+    value = None if label is None else row.cell(label)
+    index = label_index(value, choices, codes, classes=classes is not None, where=row.where)
+    return Example(text, choices, index, columns=tuple(values.items()))
 
 
-def _text(rows: Rows, index: int, columns: Columns, own: Sequence[tuple[str, str]], needed: bool) -> str:
-    """Return the text of a row, after its passage if it has one; without a column of text, what the template names."""
-    if not needed and columns.text not in rows.values[index]:
-        return "\n".join(value for _, value in own)
-    parts = []
-    for column in (columns.context, columns.text):
-        if column is None:
-            continue
-        value = _cell(rows, index, column)
-        if not isinstance(value, (str, int, float)) or not str(value).strip():
-            raise InputError(f"{rows.where(index)}: the column {column!r} is {value!r}: it should hold text.")
-        parts.append(str(value).strip())
-    return "\n".join(parts)
-
-
-def _choices(
-    rows: Rows, index: int, columns: Columns, fixed: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _choices(row: _Row, columns: Columns, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the choices of a row and how its label writes them."""
     codes = columns.codes or ()
-    if fixed is not None:
-        return fixed, codes if len(codes) == len(fixed) else ()
+    if classes is not None:
+        return classes, codes if len(codes) == len(classes) else ()
     if isinstance(columns.choices, tuple):
-        cells = [_cell(rows, index, column) for column in columns.choices]
+        cells = [row.cell(column) for column in columns.choices]
         while cells and (cells[-1] is None or not str(cells[-1]).strip()):
             cells.pop()
         return _strings(cells), codes[: len(cells)]
     column = str(columns.choices)
-    cell = _cell(rows, index, column)
+    cell = row.cell(column)
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{rows.where(index)}: the column {column!r} is not a JSON list of choices: {error.msg}."
-            ) from None
-    texts, own = (cell.get("text"), cell.get("label")) if isinstance(cell, Mapping) else (cell, None)
+            raise InputError(f"{row.where}: the column {column!r} is not a JSON list of choices: {error.msg}") from None
+    texts, names = (cell.get("text"), cell.get("label")) if isinstance(cell, Mapping) else (cell, None)
     if not isinstance(texts, (list, tuple)):
-        raise InputError(f"{rows.where(index)}: the column {column!r} is {cell!r}: it should hold a list of choices.")
-    if not codes and isinstance(own, (list, tuple)) and len(own) == len(texts):
-        codes = _strings(own)
+        raise InputError(f"{row.where}: the column {column!r} is {cell!r}: it should hold a list of choices")
+    if not codes and isinstance(names, (list, tuple)) and len(names) == len(texts):
+        codes = _strings(names)
     return _strings(texts), codes[: len(texts)]
 
 
@@ -185,9 +147,9 @@ def _strings(cells: Iterable[object]) -> tuple[str, ...]:
 def _check_choices(choices: tuple[str, ...], where: str, allow_duplicates: bool) -> None:
     """Refuse choices that cannot be told apart."""
     if len(choices) < 2:
-        raise InputError(f"{where} has fewer than 2 choices: {list(choices)}.")
+        raise InputError(f"{where} has fewer than 2 choices: {list(choices)}")
     if not all(choices):
-        raise InputError(f"{where} has an empty choice: {list(choices)}.")
+        raise InputError(f"{where} has an empty choice: {list(choices)}")
     if len(set(choices)) < len(choices) and not allow_duplicates:
         twice = next(choice for choice in choices if choices.count(choice) > 1)
-        raise InputError(f"{where} has the choice {twice!r} twice: make the choices differ.")
+        raise InputError(f"{where} has the choice {twice!r} twice: make the choices differ")

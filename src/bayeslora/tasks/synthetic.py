@@ -3,21 +3,24 @@
 Every sentence states how often each outcome occurs, such as 3 red, 5 blue and 2 green marbles in a bag. The true
 probability of an outcome is its count over the total, and the label is one sample from it. So a model can learn the
 rule, and a model that learns the labels by heart is over-confident by an amount that can be measured. The sentences of
-:func:`chance_ood` ask questions of another kind, whose answer nothing in the data says.
+`chance_ood` ask questions of another kind, whose answer nothing in the data says.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from bayeslora.errors import InputError
 from bayeslora.tasks.types import Example, Format, Split, Task
 
 __all__ = ["chance_ood", "chance_task"]
 
+_Kind = Callable[[random.Random], Example]
+
 FORMAT = Format(template="{text}", readout="likelihood")
-MOST_ROWS = 100_000
+MAX_ROWS = 100_000
 
 BOXES = ("bag", "urn", "jar", "box", "bowl", "basket")
 OBJECTS = ("marbles", "balls", "beads", "stones", "buttons", "tokens")
@@ -41,6 +44,24 @@ WHEEL_TEMPLATES = (
     "The fields of a lucky wheel are {listed}. After a spin it points to",
 )
 
+WEATHER_TEMPLATES = (
+    "The sky over {city} looked strange at {hour}. Next day the weather was",
+    "A letter from {name} in {city} says that the weather there is",
+    "On the day {name} flew to {city}, the weather around {hour} turned",
+)
+TRAIN_TEMPLATES = (
+    "The express from {start} to {end} was late again around {hour}, this time because of",
+    "Why did {name} wait so long for the train to {end}? The cause was",
+)
+WISH_TEMPLATES = (
+    "At {hour} in {city} {name} could have {listed}, and wanted",
+    "Of all things, {name} likes {listed}, but most of all",
+)
+RACE_TEMPLATES = (
+    "{listed} ran a race in {city}. The winner was",
+    "In {city} {listed} played chess until {hour}. First came",
+)
+
 CITIES = ("Oslo", "Paris", "Rome", "Cairo", "Lima", "Delhi", "Tokyo", "Berlin", "Milan", "Athens", "Dublin", "Prague")
 NAMES = ("Anna", "Ben", "Carl", "Emma", "Ivan", "Jane", "Kate", "Leo", "Maria", "Nina", "Oscar", "Paul", "Rosa", "Tom")
 WEATHERS = ("sunny", "rainy", "windy", "snowy", "cloudy", "stormy")
@@ -50,56 +71,36 @@ HOURS = ("dawn", "noon", "midnight", "breakfast", "lunch", "dinner")
 
 
 def chance_task(train_rows: int = 200, validation_rows: int = 100, test_rows: int = 400, seed: int = 0) -> Task:
-    """Generate the task: sentences that state the odds, labels sampled from them.
-
-    No sentence occurs twice, neither within a split nor in two splits. The choices of a row stand in random order.
-
-    Args:
-        train_rows: Rows to fit on.
-        validation_rows: Held-out rows of the same kind.
-        test_rows: Rows to evaluate on.
-        seed: Seed of everything random; the same seed and sizes give the same rows on every machine.
-
-    Returns:
-        The task ``chance``; every example has its true ``probs`` and a ``label`` sampled from them.
-
-    Raises:
-        InputError: If a number of rows is not between 1 and 100,000.
-    """
-    seen: set[str] = set()
-    sizes = {"train": train_rows, "validation": validation_rows, "test": test_rows}
-    splits = {
-        name: _split(f"chance/{name}", rows, seed, (_urn, _urn, _die, _wheel), seen) for name, rows in sizes.items()
-    }
-    return Task("chance", **splits)
+    """Generate the task ``chance``: sentences that state odds, with their true ``probs`` and a sampled ``label``."""
+    return task_of("chance", (train_rows, validation_rows, test_rows), seed, partial(_split, kinds=_CHANCE))
 
 
 def chance_ood(rows: int = 300, seed: int = 0) -> Split:
-    """Generate questions of another kind: weather, late trains, people's wishes, races.
-
-    They have as many choices as the rows of :func:`chance_task`, but no template, noun or outcome of theirs.
-
-    Args:
-        rows: Number of rows; no sentence occurs twice.
-        seed: Seed of everything random.
-
-    Returns:
-        The split ``chance/ood``. Races are decided evenly: their ``probs`` are uniform and their ``label`` is sampled.
-        The other rows have neither.
-
-    Raises:
-        InputError: If the number of rows is not between 1 and 100,000.
-    """
-    return _split("chance/ood", rows, seed, (_weather, _train, _wish, _race), set())
+    """Generate the split ``chance/ood``: questions about weather, late trains, people's wishes and races."""
+    # As many choices as in the task, but no template, noun or outcome of its. Races are decided evenly: their probs are
+    # uniform and their label is sampled. The other rows have neither.
+    return _split("chance/ood", rows, seed, set(), kinds=_OOD)
 
 
-def _split(
-    name: str, rows: int, seed: int, kinds: tuple[Callable[[random.Random], Example], ...], seen: set[str]
-) -> Split:
-    """Generate one split from its own random stream, leaving out the sentences in ``seen`` and adding its own to it."""
-    if not 1 <= rows <= MOST_ROWS:
-        raise InputError(f"{name} cannot have {rows} rows: ask for 1 to {MOST_ROWS:,}")
-    rng = random.Random(f"{name} {seed}")
+def task_of(
+    name: str, sizes: tuple[int, int, int], seed: int, split: Callable[[str, int, int, set[str]], Split]
+) -> Task:
+    """Return a task of generated splits, none of which repeats a text; equal on every machine for equal arguments."""
+    seen: set[str] = set()
+    parts = zip(("train", "validation", "test"), sizes, strict=True)
+    return Task(name, *(split(f"{name}/{part}", rows, seed, seen) for part, rows in parts))
+
+
+def stream(name: str, rows: int, seed: int) -> random.Random:
+    """Return a split's own random stream, or refuse its size."""
+    if not 1 <= rows <= MAX_ROWS:
+        raise InputError(f"{name} cannot have {rows} rows: ask for 1 to {MAX_ROWS:,}")
+    return random.Random(f"{name} {seed}")
+
+
+def _split(name: str, rows: int, seed: int, seen: set[str], kinds: Sequence[_Kind]) -> Split:
+    """Generate one split without the sentences in ``seen``, and add its own to them."""
+    rng = stream(name, rows, seed)
     examples: list[Example] = []
     while len(examples) < rows:
         example = rng.choice(kinds)(rng)
@@ -116,10 +117,10 @@ def _number_of_choices(rng: random.Random) -> int:
 
 def _counts(rng: random.Random, choices: int) -> list[int]:
     """Draw a count for each choice: mixed (1 to 9 each), lopsided (up to 19 to 1) or even."""
-    mood = rng.random()
-    if mood < 0.4:
+    shape = rng.random()
+    if shape < 0.4:
         return [rng.randint(1, 9) for _ in range(choices)]
-    if mood < 0.85:
+    if shape < 0.85:
         counts = [rng.choice((9, 12, 15, 17, 18, 19)), *(rng.choice((1, 1, 2)) for _ in range(choices - 1))]
         rng.shuffle(counts)
         return counts
@@ -176,26 +177,14 @@ def _joined(parts: list[str]) -> str:
 
 def _weather(rng: random.Random) -> Example:
     """Ask for tomorrow's weather in some city."""
-    template = rng.choice(
-        (
-            "The sky over {city} looked strange at {hour}. Next day the weather was",
-            "A letter from {name} in {city} says that the weather there is",
-            "On the day {name} flew to {city}, the weather around {hour} turned",
-        )
-    )
-    text = template.format(city=rng.choice(CITIES), name=rng.choice(NAMES), hour=rng.choice(HOURS))
+    text = rng.choice(WEATHER_TEMPLATES).format(city=rng.choice(CITIES), name=rng.choice(NAMES), hour=rng.choice(HOURS))
     return Example(text, tuple(rng.sample(WEATHERS, _number_of_choices(rng))))
 
 
 def _train(rng: random.Random) -> Example:
     """Ask why a train was late."""
     start, end = rng.sample(CITIES, 2)
-    template = rng.choice(
-        (
-            "The express from {start} to {end} was late again around {hour}, this time because of",
-            "Why did {name} wait so long for the train to {end}? The cause was",
-        )
-    )
+    template = rng.choice(TRAIN_TEMPLATES)
     text = template.format(start=start, end=end, name=rng.choice(NAMES), hour=rng.choice(HOURS))
     return Example(text, tuple(rng.sample(CAUSES, _number_of_choices(rng))))
 
@@ -203,15 +192,9 @@ def _train(rng: random.Random) -> Example:
 def _wish(rng: random.Random) -> Example:
     """Ask which of several things a person prefers."""
     choices = rng.sample(TREATS, _number_of_choices(rng))
-    template = rng.choice(
-        (
-            "At {hour} in {city} {name} could have {listed}, and wanted",
-            "Of all things, {name} likes {listed}, but most of all",
-        )
-    )
-    text = template.format(
-        hour=rng.choice(HOURS), city=rng.choice(CITIES), name=rng.choice(NAMES), listed=_joined(choices)
-    )
+    template = rng.choice(WISH_TEMPLATES)
+    hour, city, name = rng.choice(HOURS), rng.choice(CITIES), rng.choice(NAMES)
+    text = template.format(hour=hour, city=city, name=name, listed=_joined(choices))
     rng.shuffle(choices)
     return Example(text, tuple(choices))
 
@@ -219,9 +202,11 @@ def _wish(rng: random.Random) -> Example:
 def _race(rng: random.Random) -> Example:
     """Ask who won; the names are exchangeable, so the truth is even and the label sampled."""
     names = rng.sample(NAMES, _number_of_choices(rng))
-    template = rng.choice(
-        ("{listed} ran a race in {city}. The winner was", "In {city} {listed} played chess until {hour}. First came")
-    )
+    template = rng.choice(RACE_TEMPLATES)
     text = template.format(listed=_joined(names), city=rng.choice(CITIES), hour=rng.choice(HOURS))
     rng.shuffle(names)
     return Example(text, tuple(names), rng.randrange(len(names)), (1 / len(names),) * len(names))
+
+
+_CHANCE: tuple[_Kind, ...] = (_urn, _urn, _die, _wheel)
+_OOD: tuple[_Kind, ...] = (_weather, _train, _wish, _race)

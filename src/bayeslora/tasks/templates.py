@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
 from dataclasses import replace
+from string import Formatter, ascii_uppercase
 from typing import Literal, get_args
 
 from bayeslora.errors import InputError
@@ -12,8 +12,8 @@ from bayeslora.tasks.types import Example, Format, Normalisation, Split, TaskKin
 
 ConcreteReadout = Literal["letters", "likelihood", "head"]
 
-LETTERS = string.ascii_uppercase
-CHARACTERS = 4
+LETTERS = ascii_uppercase
+CHARACTERS_PER_TOKEN = 4
 """Characters that count as one token where likelihoods are set in relation to characters: about right for English."""
 
 _BLANK = "Fill in the blank (_) in the sentence.\nSentence: {text}\n"
@@ -40,56 +40,39 @@ _CONCRETE: Mapping[str, ConcreteReadout] = {"letters": "letters", "likelihood": 
 
 
 def check_template(template: str, readout: str) -> None:
-    """Refuse a template that cannot be filled.
-
-    Args:
-        template: Python format string; empty means the default and is accepted. Whether the data have the columns that
-            it names is seen where rows are read.
-        readout: The readout it is for; ``letters`` needs ``{choices}``.
-
-    Raises:
-        InputError: It has neither ``{text}`` nor another column, ``{choices}`` is missing for letters, a placeholder
-            has no name or more than a name, or a brace is not closed.
-    """
+    """Refuse a template that cannot be filled for a readout; empty means the default and is accepted."""
     if not template:
         return
     try:
-        parts = list(string.Formatter().parse(template))
+        parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise InputError(f"The template {template!r} is malformed ({error}): write {{{{ for a brace.") from None
+        raise InputError(f"The template {template!r} is malformed ({error}): write {{{{ for a brace") from None
     fields = {name for _, name, _, _ in parts if name is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
     if "" in fields or not plain:
         named = "a placeholder {} without a name" if "" in fields else "a conversion or a format specification"
         raise InputError(
-            f"The template {template!r} has {named}: use only {{text}}, {{choices}} and names of columns in braces."
+            f"The template {template!r} has {named}: use only {{text}}, {{choices}} and names of columns in braces"
         )
     if not fields - {"choices"}:
         raise InputError(
-            f"The template {template!r} has no {{text}} and no other column: say where the question or text goes."
+            f"The template {template!r} has no {{text}} and no other column: say where the question or text goes"
         )
     if readout == "letters" and "choices" not in fields:
         raise InputError(
             f"The template {template!r} has no {{choices}}, which the letters readout needs: add it, or choose "
-            "readout='likelihood'."
+            "readout='likelihood'"
         )
 
 
 def placeholders(template: str) -> tuple[str, ...]:
-    """Return the names that a template has in braces, each once.
-
-    Args:
-        template: A template that `check_template` accepts; empty means the default, which has ``{text}``.
-
-    Returns:
-        The names in their order.
-    """
+    """Return the names that a template has in braces, each once; the default template has ``{text}``."""
     if not template:
         return ("text",)
-    return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
+    return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
 
 
-def own_columns(template: str) -> tuple[str, ...]:
+def template_columns(template: str) -> tuple[str, ...]:
     """Return the columns that a template names besides ``{text}`` and ``{choices}``."""
     return tuple(name for name in placeholders(template) if name not in ("text", "choices"))
 
@@ -100,42 +83,23 @@ def default_normalisation(readout: str) -> Normalisation:
 
 
 def check_normalisation(normalisation: str, readout: str) -> None:
-    """Refuse a normalisation that does not exist, or that a readout does not have.
-
-    Args:
-        normalisation: The normalisation.
-        readout: The readout; ``auto`` is not known yet and is accepted.
-
-    Raises:
-        InputError: It is unknown, or not ``sum`` for a readout other than likelihood.
-    """
+    """Refuse a normalisation that does not exist, or that a readout does not have; ``auto`` may have any."""
     known = get_args(Normalisation)
     if normalisation not in known:
-        raise InputError(f"The normalisation {normalisation!r} is unknown: give one of {', '.join(known)}.")
+        raise InputError(f"The normalisation {normalisation!r} is unknown: give one of {', '.join(known)}")
     if normalisation != "sum" and readout not in ("auto", "likelihood"):
         raise InputError(
             f"The readout {readout!r} has no normalisation {normalisation!r}: use readout='likelihood', or "
-            "normalisation='sum'."
+            "normalisation='sum'"
         )
 
 
 def resolve_format(source: Split | Format, readout: str) -> Format:
-    """Return the format with its readout settled and its template filled in.
-
-    Args:
-        source: A format, or a split whose format is used.
-        readout: ``letters``, ``likelihood`` or ``head``, whatever the format names.
-
-    Returns:
-        The format with that readout and, where its template was empty, the default of its kind for that readout.
-
-    Raises:
-        InputError: The readout is not one of the three, or the format's template does not suit it.
-    """
+    """Return the format with this readout and, where its template is empty, the default of its kind and readout."""
     fmt = source.format if isinstance(source, Split) else source
     concrete = _CONCRETE.get(readout)
     if concrete is None:
-        raise InputError(f"The readout {readout!r} cannot be used: give one of {', '.join(_CONCRETE)}.")
+        raise InputError(f"The readout {readout!r} cannot be used: give one of {', '.join(_CONCRETE)}")
     template = fmt.template or DEFAULT_TEMPLATES[fmt.kind][concrete]
     check_template(template, concrete)
     if fmt.readout != "auto":
@@ -145,36 +109,17 @@ def resolve_format(source: Split | Format, readout: str) -> Format:
 
 
 def neutral_prompt(fmt: Format) -> str:
-    """Return the prompt without a question, against which the ``unconditional`` normalisation sets a choice.
-
-    Args:
-        fmt: A format from ``resolve_format``.
-
-    Returns:
-        What the template has after its last placeholder, such as ``Answer:``; that word where it has nothing there.
-    """
+    """Return what the template of a resolved format has after its last placeholder, or else ``Answer:``."""
     end = ""
-    for literal, name, _, _ in string.Formatter().parse(fmt.template):
+    for literal, name, _, _ in Formatter().parse(fmt.template):
         end = end + literal if name is None else ""
     return end.strip() or "Answer:"
 
 
 def answer_text(example: Example, index: int, readout: str) -> str:
-    """Return what follows the prompt when the given choice is the answer, with its leading space.
-
-    Args:
-        example: The example.
-        index: Index of the choice.
-        readout: ``letters`` gives the choice's letter, every other readout its text.
-
-    Returns:
-        ``" A"`` or ``" "`` and the text of the choice.
-
-    Raises:
-        InputError: The example has no such choice, or the letters readout is asked for more than 26.
-    """
+    """Return what follows the prompt when a choice is the answer: a space and its letter or, for others, its text."""
     if not 0 <= index < len(example.choices):
-        raise InputError(f"There is no choice {index} among the {len(example.choices)} of {example.text[:60]!r}.")
+        raise InputError(f"There is no choice {index} among the {len(example.choices)} of {example.text[:60]!r}")
     if readout == "letters":
         _check_letters(example)
         return " " + LETTERS[index]
@@ -182,25 +127,13 @@ def answer_text(example: Example, index: int, readout: str) -> str:
 
 
 def render(example: Example, fmt: Format) -> str:
-    """Return the prompt: the solved few-shot examples, then the example, with blank lines between them.
-
-    Args:
-        example: The example to ask about; its label is not used.
-        fmt: A format from ``resolve_format``.
-
-    Returns:
-        The prompt, which ends without a space so that an answer's leading space stays with its word.
-
-    Raises:
-        InputError: The format is not resolved, a few-shot example has no label, or there are too many choices for
-            letters.
-    """
+    """Return the prompt: the solved few-shot examples, then the example, with blank lines between them."""
     if not fmt.template or fmt.readout == "auto":
-        raise InputError("The format's readout is not settled: call resolve_format before rendering.")
+        raise InputError("The format's readout is not settled: call resolve_format before rendering")
     parts = []
     for shot in fmt.few_shot:
         if shot.label is None:
-            raise InputError(f"The few-shot example {shot.text[:60]!r} has no label: give solved examples.")
+            raise InputError(f"The few-shot example {shot.text[:60]!r} has no label: give solved examples")
         parts.append(_fill(shot, fmt) + answer_text(shot, shot.label, fmt.readout))
     return "\n\n".join([*parts, _fill(example, fmt)])
 
@@ -211,14 +144,14 @@ def _fill(example: Example, fmt: Format) -> str:
     if "choices" in placeholders(fmt.template):
         _check_letters(example)
         values["choices"] = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(example.choices))
-    lacking = [name for name in own_columns(fmt.template) if name not in values]
+    lacking = [name for name in template_columns(fmt.template) if name not in values]
     if lacking:
         has = ", ".join(name for name, _ in example.columns) or "none"
         raise InputError(
             f"{example.text[:60]!r} has no column {lacking[0]!r}, which the template names (its columns are {has}): "
-            "give rows with that column, or another template."
+            "give rows with that column, or another template"
         )
-    parts = string.Formatter().parse(fmt.template)  # not str.format, which would read attributes
+    parts = Formatter().parse(fmt.template)  # not str.format, which would read attributes
     return "".join(literal + ("" if name is None else values[name]) for literal, name, _, _ in parts).rstrip(" \t")
 
 
@@ -227,5 +160,5 @@ def _check_letters(example: Example) -> None:
     if len(example.choices) > len(LETTERS):
         raise InputError(
             f"{example.text[:60]!r} has {len(example.choices)} choices, more than the {len(LETTERS)} letters: choose "
-            "readout='likelihood' and a template without {choices}."
+            "readout='likelihood' and a template without {choices}"
         )

@@ -139,18 +139,7 @@ class Task:
 
 
 def labelled(split: Split | None, purpose: str) -> Split:
-    """Return a split that something is fitted or chosen on, or refuse it.
-
-    Args:
-        split: A split of the task.
-        purpose: What it is for, as the beginning of a sentence.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: If it is missing, has fewer rows than choices, or a row without a label.
-    """
+    """Return a split to fit or choose on; refuse one that is missing, too small, or not labelled throughout."""
     if split is None or not len(split):
         raise InputError(f"{purpose}, and the task has none; load it with validation=0.1, or give data with that split")
     least = max(len(example.choices) for example in split)

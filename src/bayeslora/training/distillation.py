@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.regularisers import divided
 from bayeslora.params import Params, generator, read, write
@@ -27,7 +27,7 @@ from bayeslora.posteriors.provenance import origin_of, scored
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Split
-from bayeslora.training.trainer import run_trainer
+from bayeslora.training.trainer import TrainerRun, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def distill(
     draws: int | Draws = 20,
     *,
     held_out: float = 0.2,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     token_budget: int | None = None,
 ) -> Point:
     """Return one adapter that answers as the draws do on average.
@@ -79,30 +79,40 @@ def distill(
             f"{rows.name} has {len(rows)} examples, too few to hold out {held_out:g} of them; give more, or held_out=0"
         )
     draws = Draws.of(draws)
-    said = predict(model, posterior, rows, draws, mean=bool(apart), tokenizer=tokenizer, token_budget=token_budget)
+    prediction = predict(
+        model, posterior, rows, draws, mean=bool(apart), tokenizer=tokenizer, token_budget=token_budget
+    )
     write(model, posterior.mean)
-    readout = readout_for(model, rows, tokenizer)
-    numbered = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
     order = torch.randperm(len(rows), generator=generator("held-out rows", args.seed)).tolist()
     judges, learned = order[:apart], order[apart:]
-    own, closest = copy.copy(args), None
-    kwargs: dict[str, Any] = {"compute_loss_func": soft_loss(said.log_p)}
-    if said.mean_log_probs is not None:
-        closest = _Closest(float(divergences(said.log_p[judges], said.mean_log_probs[judges]).mean()), posterior.mean)
-        kwargs |= {"callbacks": [closest], "compute_metrics": None}
-        if own.eval_strategy == IntervalStrategy.NO:
-            own.eval_strategy, own.do_eval = IntervalStrategy.EPOCH, True
-    run_trainer(
-        model, readout, [numbered[i] for i in learned], own, kwargs,
-        held_out=[numbered[i] for i in judges] or None,
+    readout = readout_for(model, rows, tokenizer)
+    encoded = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
+    run = TrainerRun(
+        model, readout, [encoded[i] for i in learned], [encoded[i] for i in judges] or None, args,
+        {"compute_loss_func": soft_loss(prediction.log_p)},
     )  # fmt: skip
-    made_of = posterior.origin.method if posterior.origin is not None else ""
-    settings: dict[str, Any] = {"draws": said.draws, "sampling": draws.sampling, "of": made_of}
-    if closest is not None:
-        write(model, closest.params)
-        settings |= {"held_out": apart, **closest.told()}
+    settings: dict[str, object] = {"draws": prediction.draws, "sampling": draws.sampling}
+    settings["of"] = posterior.origin.method if posterior.origin is not None else ""
+    if prediction.mean_log_probs is None:
+        run_trainer(run)
+    else:
+        before = float(divergences(prediction.log_p[judges], prediction.mean_log_probs[judges]).mean())
+        settings |= {"held_out": apart, **_train_to_the_closest(run, before, posterior.mean)}
     origin = origin_of(model, "distilled", settings, len(learned))
     return Point(read(model), scored(origin, rows.normalisation))
+
+
+def _train_to_the_closest(run: TrainerRun, divergence: float, mean: Params) -> dict[str, float]:
+    """Train, and write into the model the adapter that was closest on the held-out rows; return the divergences."""
+    args, closest = copy.copy(run.args), _Closest(divergence, mean)
+    if args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy, args.do_eval = IntervalStrategy.EPOCH, True
+    run_trainer(replace(run, args=args, kwargs={**run.kwargs, "callbacks": [closest], "compute_metrics": None}))
+    write(run.model, closest.params)
+    logger.info("On held-out rows: divergence %.4g, of the mean %.4g nats.", closest.divergence, divergence)
+    if closest.divergence >= divergence > 0:
+        logger.warning("no epoch came closer to the draws than the mean, which is kept; take more rows or another rate")
+    return {"divergence": closest.divergence, "divergence_of_mean": divergence}
 
 
 @final
@@ -110,52 +120,26 @@ class _Closest(TrainerCallback):
     """Keeps the adapter whose evaluation was best."""
 
     def __init__(self, divergence: float, params: Params) -> None:
-        self.before = self.divergence = divergence
-        self.params = params
+        self.divergence, self.params = divergence, params
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare with the best so far."""
         if kwargs["metrics"]["eval_loss"] < self.divergence:
             self.divergence, self.params = kwargs["metrics"]["eval_loss"], read(kwargs["model"])
 
-    def told(self) -> dict[str, float]:
-        """Return the divergence now and before, and say it; a training that was of no use is warned of."""
-        logger.info("On held-out rows: divergence %.4g, of the mean %.4g nats.", self.divergence, self.before)
-        if self.divergence >= self.before > 0:
-            logger.warning(
-                "no epoch came closer to the draws than the mean, which is kept; take more rows or another rate"
-            )
-        return {"divergence": self.divergence, "divergence_of_mean": self.before}
-
 
 def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
-    """Return the divergence of the model's answers from given ones, as a ``compute_loss_func`` of the Trainer.
+    """Return a ``compute_loss_func``: the divergence of a batch's answers from given ones; labels are row numbers."""
 
-    Args:
-        log_p: Log-probabilities of N examples; -inf for choices that an example does not have.
-
-    Returns:
-        A function of outputs with ``logits`` [B C], labels [B] that are numbers of examples, and what to divide the sum
-        by (None for the mean).
-    """
-
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
-        wanted = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
-        return divided(divergences(wanted, log_q).sum(), num_items_in_batch, len(labels))
+        targets = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
+        return divided(divergences(targets, log_q).sum(), num_items_in_batch, len(labels))
 
     return loss
 
 
 def divergences(log_p: Float[Tensor, "N C"], log_q: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
-    """Return KL(p ‖ q) of each row.
-
-    Args:
-        log_p: Log-probabilities; -inf for choices that a row does not have.
-        log_q: Others, of the same choices.
-
-    Returns:
-        Nats.
-    """
+    """Return KL(p ‖ q) of each row in nats; log p is -inf for choices that a row does not have."""
     return (log_p.exp() * (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)

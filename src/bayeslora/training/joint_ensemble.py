@@ -8,66 +8,65 @@ that of separate runs up to rounding; with dropout the masks are others, from th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, lora_parameters, read, write
-from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import Passes
-from bayeslora.prediction.readouts import Readout
 from bayeslora.prediction.stacking import side_by_side
+from bayeslora.training.trainer import Rows, TrainerRun, run_trainer
+
+FOLDER = "together"
+"""Where the joint run has its checkpoints, beside the members' folders."""
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Optimisers of the Trainer that treat each number by itself, so that members do not touch each other."""
 
 
-def train_together(
-    model: nn.Module,
-    readout: Readout,
-    rows: Sequence[Encoded],
-    starts: Sequence[Params],
-    args: Sequence[TrainingArguments],
-    train: Callable[[TrainingArguments, Lanes], object],
+def train_jointly(
+    run: TrainerRun, starts: Sequence[Params], args: Sequence[TrainingArguments], *, resume: bool
 ) -> list[Params]:
-    """Return the adapters that separate runs would give, trained in one.
+    """Return the adapters that separate runs would give, each from its start and with its arguments, trained in one.
 
-    Args:
-        model: PEFT model; it ends with the last member's adapter.
-        readout: How answers are read.
-        rows: The training examples.
-        starts: Where each of the M members starts.
-        args: Each member's arguments; they differ in seeds and folders.
-        train: Trains the model with the arguments and the data order that it is given.
-
-    Returns:
-        Each member's parameters.
-
-    Raises:
-        InputError: If the model, the readout, the optimiser or the precision does not allow it.
+    The members' arguments differ in seeds and folders; ``run.args`` are those of the joint run but for its folder. The
+    model ends with the last member's adapter.
     """
-    _check(model, readout, rows, args[0])
-    seeds = [own.seed if own.data_seed is None else own.data_seed for own in args]
-    lanes = Lanes(len(rows), seeds, args[0].max_grad_norm)
-    joint = copy.copy(args[0])
-    joint.output_dir, joint.max_grad_norm = str(Path(args[0].output_dir).parent / "together"), 0.0
-    with side_by_side(model, starts):
-        train(joint, lanes)
-        trained = read(model)
+    _check(run)
+    seeds = [each.seed if each.data_seed is None else each.data_seed for each in args]
+    sampler, max_grad_norm = MemberSampler(len(run.rows), seeds), run.args.max_grad_norm
+    joint = copy.copy(run.args)
+    joint.output_dir, joint.max_grad_norm = str(Path(args[0].output_dir).parent / FOLDER), 0.0
+
+    def collate(rows: Sequence[Rows]) -> Batch:
+        """Return a batch of the members' rows, member after member, or of rows that all members are to answer."""
+        return run.readout.collate(
+            [row[k] if isinstance(row, tuple) else row for k in range(len(starts)) for row in rows]
+        )
+
+    callbacks = [_MemberGradients(len(starts), max_grad_norm), *run.kwargs.get("callbacks", ())]
+    with side_by_side(run.model, starts):
+        joint_run = replace(run, args=joint, kwargs={**run.kwargs, "callbacks": callbacks})
+        run_trainer(joint_run, resume=resume, sampler=sampler, collate=collate)
+        trained = read(run.model)
     members = [{name: value[k] for name, value in trained.items()} for k in range(len(starts))]
-    write(model, members[-1])
+    write(run.model, members[-1])
     return members
 
 
-def _check(model: nn.Module, readout: Readout, rows: Sequence[Encoded], args: TrainingArguments) -> None:
+def _check(run: TrainerRun) -> None:
     """Refuse what would not be the same as separate runs."""
+    model, readout, rows, args = run.model, run.readout, run.rows, run.args
     optimiser = getattr(args.optim, "value", args.optim)
     if optimiser not in ELEMENTWISE:
         raise InputError(
@@ -98,78 +97,48 @@ def _check(model: nn.Module, readout: Readout, rows: Sequence[Encoded], args: Tr
 
 
 @final
-class Lanes(torch.utils.data.Sampler[tuple[int, ...]]):
-    """The rows of each step for several members: the order that each has in a run of its own.
+class MemberSampler(Sampler[tuple[int, ...]]):
+    """The rows of each step for several members, each in the order that its seed gives in a run of its own."""
 
-    Args:
-        rows: Number of training examples.
-        seeds: The seed of each member's order.
-        max_grad_norm: Largest norm of a member's gradient; 0 for any.
-    """
-
-    def __init__(self, rows: int, seeds: Sequence[int], max_grad_norm: float) -> None:
-        self.own = [SeedableRandomSampler(range(rows), data_seed=seed) for seed in seeds]
-        self.max_grad_norm = max_grad_norm
+    def __init__(self, rows: int, seeds: Sequence[int]) -> None:
+        self.samplers = [SeedableRandomSampler(range(rows), data_seed=seed) for seed in seeds]
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         """Yield the number of a row for each member."""
-        yield from zip(*self.own, strict=True)
+        yield from zip(*self.samplers, strict=True)
 
     def __len__(self) -> int:
-        return len(self.own[0])
+        return len(self.samplers[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the orders of an epoch."""
-        for sampler in self.own:
+        for sampler in self.samplers:
             sampler.set_epoch(epoch)
-
-    def collator(self, collate: Callable[[Sequence[Encoded]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
-        """Return what makes a batch of the members' rows, or of rows that all members are to answer.
-
-        Args:
-            collate: Makes a batch of examples.
-
-        Returns:
-            The function for the Trainer.
-        """
-
-        def joint(found: list[Any]) -> dict[str, Any]:
-            """Return a batch, member after member."""
-            apart = isinstance(found[0], tuple)
-            return collate([rows[k] if apart else rows for k in range(len(self.own)) for rows in found])
-
-        return joint
-
-    def callback(self) -> TrainerCallback:
-        """Return what keeps the members' gradients apart."""
-        return _OwnGradients(len(self.own), self.max_grad_norm)
 
 
 @final
-class _OwnGradients(TrainerCallback):
-    """Gives each member the gradient of its own mean loss, clipped by its own norm.
+class _MemberGradients(TrainerCallback):
+    """Gives each of M members the gradient of its own mean loss, clipped by its own norm; 0 for no clipping.
 
-    Args:
-        members: Number M of members. The loss is the mean over all rows, so a member's own is M times its part.
-        max_grad_norm: Largest norm of a member's gradient; 0 for any.
+    The loss is the mean over all rows, so a member's own is M times its part.
     """
 
     def __init__(self, members: int, max_grad_norm: float) -> None:
         self.members, self.max_grad_norm = members, max_grad_norm
-        self._own: list[nn.Parameter] = []
+        self._params: list[nn.Parameter] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
         """Note the members' parameters."""
-        self._own = list(lora_parameters(kwargs["model"]).values())
+        self._params = list(lora_parameters(model).values())
 
     @torch.no_grad()
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Scale and clip."""
-        grads = [p.grad for p in self._own if p.grad is not None]
+        grads = [p.grad for p in self._params if p.grad is not None]
         for grad in grads:
             grad.mul_(self.members)
         if not self.max_grad_norm:

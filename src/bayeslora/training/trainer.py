@@ -7,7 +7,9 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, final
@@ -15,15 +17,18 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import Dataset, Sampler
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
 from bayeslora.errors import InputError, Interrupted
+from bayeslora.methods.base import TrainerKwargs
 from bayeslora.metrics import classification as metrics
+from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.readouts import Readout
-from bayeslora.training.joint_ensemble import Lanes
 
 SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": metrics.accuracy,
@@ -33,80 +38,94 @@ SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """What the Trainer's evaluations measure, of the adapter as it is then."""
 
+Rows = Encoded | tuple[Encoded, ...]
+"""What a batch is made of: one example, or one for each member of a joint ensemble."""
+
+_DISPLAY: ContextVar[type[TrainerCallback] | None] = ContextVar("_DISPLAY", default=None)
+
+
+@dataclass(frozen=True)
+class TrainerRun:
+    """What the stock Trainer is given: the encoded examples, and ``kwargs``, among them ``compute_loss_func``."""
+
+    model: nn.Module
+    readout: Readout
+    rows: Sequence[Encoded]
+    held_out: Sequence[Encoded] | None
+    args: TrainingArguments
+    kwargs: TrainerKwargs
+
 
 def run_trainer(
-    model: nn.Module,
-    readout: Readout,
-    rows: Sequence[Encoded],
-    args: TrainingArguments,
-    kwargs: dict[str, Any],
+    run: TrainerRun,
     *,
-    held_out: Sequence[Encoded] | None = None,
     resume: bool = False,
-    lanes: Lanes | None = None,
+    sampler: Sampler[tuple[int, ...]] | None = None,
+    collate: Callable[[Sequence[Rows]], Batch] | None = None,
 ) -> None:
-    """Train with the stock Trainer on encoded examples; Ctrl-C writes a checkpoint and stops.
+    """Train with the stock Trainer; Ctrl-C writes a checkpoint and stops.
 
     With ``torch_compile`` in the arguments the model's layers are compiled, each by itself. Its evaluations measure
-    `SCORES` unless there are several lanes, or ``compute_metrics`` or arguments that do without are given.
-
-    Args:
-        model: PEFT model with a LoRA adapter.
-        readout: How answers are read.
-        rows: The training examples.
-        args: Arguments of the Trainer.
-        kwargs: Its other arguments, among them ``compute_loss_func``.
-        held_out: Examples for its evaluation.
-        resume: Whether to go on from the last checkpoint in ``output_dir``, if there is one.
-        lanes: The order of the rows of several adapters that are trained side by side.
+    `SCORES` unless a sampler gives the order of the rows of several adapters that are trained side by side, or
+    ``compute_metrics`` or arguments that do without are given. ``resume`` goes on from the last checkpoint, if any.
 
     Raises:
-        InputError: If the layers are to be compiled and cannot be.
         Interrupted: After Ctrl-C.
     """
-    own, stop = adapted(args), _Stop()
-    apart = [] if lanes is None else [lanes.callback()]
-    kwargs = {**kwargs, "callbacks": [*apart, *kwargs.get("callbacks", ()), stop]}
-    whole = lanes is None and not own.batch_eval_metrics and own.eval_do_concat_batches
-    if held_out and whole and "compute_metrics" not in kwargs:
-        kwargs |= scoring(max(len(row.answers) for row in held_out))
-    layers = compiled(model, own.torch_compile_backend, own.torch_compile_mode) if own.torch_compile else nullcontext()
-    own.torch_compile, own.torch_compile_backend, own.torch_compile_mode = False, None, None
-    with readout.attached(model), layers, stop.listening():
+    args, stop = adapted(run.args), _Stop()
+    kwargs = {**run.kwargs, "callbacks": [*run.kwargs.get("callbacks", ()), stop]}
+    whole = sampler is None and not args.batch_eval_metrics and args.eval_do_concat_batches
+    if run.held_out and whole and "compute_metrics" not in kwargs:
+        kwargs |= scoring(max(len(row.answers) for row in run.held_out))
+    layers: AbstractContextManager[object] = nullcontext()
+    if args.torch_compile:
+        layers = compiled(run.model, args.torch_compile_backend, args.torch_compile_mode)
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    with run.readout.attached(run.model), layers, stop.listening():
         trainer = _Trainer(
-            model=model,
-            args=own,
-            train_dataset=_Rows(rows),
-            eval_dataset=None if held_out is None else _Rows(held_out),
-            data_collator=readout.collate if lanes is None else lanes.collator(readout.collate),
+            model=run.model,
+            args=args,
+            train_dataset=_Rows(run.rows),
+            eval_dataset=None if run.held_out is None else _Rows(run.held_out),
+            data_collator=collate or run.readout.collate,
             **kwargs,
         )
-        trainer.lanes = lanes
-        checkpoint = get_last_checkpoint(own.output_dir) if resume and Path(own.output_dir).is_dir() else None
+        trainer.sampler = sampler
+        display = _DISPLAY.get()
+        if display is not None and not args.disable_tqdm:
+            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            trainer.add_callback(display)
+        checkpoint = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
-        raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {own.output_dir}")
+        raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {args.output_dir}")
 
 
-def scoring(choices: int) -> dict[str, Any]:
-    """Return what makes the Trainer's evaluations measure `SCORES`.
+@contextmanager
+def displayed_by(callback: type[TrainerCallback]) -> Iterator[None]:
+    """Let a callback show the progress of all training in a ``with`` block, in the place of the Trainer's own."""
+    token = _DISPLAY.set(callback)
+    try:
+        yield
+    finally:
+        _DISPLAY.reset(token)
 
-    Args:
-        choices: Most choices of an example; 0 where the logits of all batches are equally many.
 
-    Returns:
-        ``compute_metrics`` and ``preprocess_logits_for_metrics`` for the Trainer.
+def scoring(choices: int) -> TrainerKwargs:
+    """Return what makes the Trainer's evaluations measure `SCORES`, of examples with at most so many choices.
+
+    With 0 choices the logits of all batches are equally many.
     """
 
     def log_probs(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return a batch's log-probabilities, as many in each batch: minus infinity where there is no choice."""
-        found = logits[0] if isinstance(logits, tuple) else logits
-        missing = max(0, choices - found.shape[-1])
-        return functional.pad(found.float().log_softmax(-1), (0, missing), value=-math.inf)
+        first = logits[0] if isinstance(logits, tuple) else logits
+        missing = max(0, choices - first.shape[-1])
+        return functional.pad(first.float().log_softmax(-1), (0, missing), value=-math.inf)
 
-    def scores(found: Any) -> dict[str, float]:
+    def scores(evaluated: EvalPrediction) -> dict[str, float]:
         """Return the scores; NaN where the model's output is, which must not end the training."""
-        log_p, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+        log_p, labels = torch.as_tensor(evaluated.predictions), torch.as_tensor(evaluated.label_ids)
         if bool(log_p.isnan().any()):
             return dict.fromkeys(SCORES, math.nan)
         return {name: float(score(log_p, labels)) for name, score in SCORES.items()}
@@ -115,45 +134,35 @@ def scoring(choices: int) -> dict[str, Any]:
 
 
 def adapted(args: TrainingArguments) -> TrainingArguments:
-    """Return the Trainer's arguments with what the readout and the machine need.
-
-    Args:
-        args: The user's.
-
-    Returns:
-        A changed copy.
-
-    Raises:
-        InputError: If one process has several GPUs.
-    """
+    """Return a copy of the Trainer's arguments with what the readout and the machine need; refuse several GPUs."""
     if args.n_gpu > 1:
         raise InputError(
             f"{args.n_gpu} GPUs in one process would split batches that belong together; start with accelerate launch, "
             "or choose one with CUDA_VISIBLE_DEVICES=0"
         )
-    own = copy.copy(args)
-    own.remove_unused_columns = False
-    own.label_names = ["labels"]
+    changed = copy.copy(args)
+    changed.remove_unused_columns = False
+    changed.label_names = ["labels"]
     if not torch.cuda.is_available():
-        own.dataloader_pin_memory = False
-    return own
+        changed.dataloader_pin_memory = False
+    return changed
 
 
 @final
 class _Trainer(Trainer):
-    """The stock Trainer, which may take its rows in the order of several lanes."""
+    """The stock Trainer, which may take its rows in the order of a sampler."""
 
-    lanes: Lanes | None = None
+    sampler: Sampler[tuple[int, ...]] | None = None
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler[Any] | None:
-        """Return the lanes, or the Trainer's own sampler."""
-        own: torch.utils.data.Sampler[Any] | None = super()._get_train_sampler(*args, **kwargs)
-        return own if self.lanes is None else self.lanes
+    def _get_train_sampler(self, *args: object, **kwargs: object) -> Sampler[Any] | None:
+        """Return the sampler, or the Trainer's own."""
+        stock: Sampler[int] | None = super()._get_train_sampler(*args, **kwargs)
+        return stock if self.sampler is None else self.sampler
 
 
 @final
-class _Rows(torch.utils.data.Dataset[Any]):
-    """Encoded examples as the Trainer wants them: one by its number, or one for each lane."""
+class _Rows(Dataset[Rows]):
+    """Encoded examples as the Trainer wants them: one by its number, or one for each member of a joint ensemble."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self.rows = rows
@@ -161,7 +170,7 @@ class _Rows(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | tuple[int, ...]) -> Encoded | tuple[Encoded, ...]:
+    def __getitem__(self, index: int | tuple[int, ...]) -> Rows:
         return self.rows[index] if isinstance(index, int) else tuple(self.rows[i] for i in index)
 
 
@@ -191,7 +200,9 @@ class _Stop(TrainerCallback):
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Save and stop if asked."""
         if self.asked:
             control.should_save = True

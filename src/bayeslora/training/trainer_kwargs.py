@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Inference
+from bayeslora.methods.base import Inference, TrainerKwargs
 from bayeslora.params import require_lora
 
 
-def kwargs_for(trainer: type, method: Inference, model: nn.Module, num_data: int) -> dict[str, Any]:
+def kwargs_for(trainer: type, method: Inference, model: nn.Module, num_data: int) -> TrainerKwargs:
     """Return what `Method.trainer_kwargs` returns, in the form that a class of Trainers takes.
 
     TRL's DPOTrainer, KTOTrainer, GRPOTrainer and RLOOTrainer compute their own loss, and take an optimiser where the

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import TaskOptions, TrainingOptions, option
 from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
+    from bayeslora.comparison.cached_runs import Study
     from bayeslora.methods import Inference
     from bayeslora.tasks.types import Split, Task
 
@@ -59,15 +62,15 @@ def run(options: Options) -> None:
     with own_progress():
         study, other = prepared(options, out)
         with opened(out, options):
-            found = finish(study, methods_of(options), [options.seed], "png")
+            comparison = finish(study, methods_of(options), [options.seed], "png")
     test = study.task.test
     assert test is not None
-    predictions = {name: by_seed[options.seed] for name, by_seed in found.predictions.items()}
-    others = {name: by_seed[options.seed][other] for name, by_seed in found.ood.items()}
+    predictions = {name: by_seed[options.seed] for name, by_seed in comparison.predictions.items()}
+    others = {name: by_seed[options.seed][other] for name, by_seed in comparison.ood.items()}
     even = None if test.probs is None else guess(test.probs)
     print()
-    own = {name: " ".join(given) for name, given in _settings(options).items()}
-    print("\n".join(in_words(verdicts(predictions, test.labels, others, test.probs), even, other, own)))
+    settings = {name: " ".join(words) for name, words in _settings(options).items()}
+    print("\n".join(in_words(verdicts(predictions, test.labels, others, test.probs), even, other, settings)))
 
 
 def methods_of(options: Options) -> dict[str, Inference]:
@@ -83,7 +86,7 @@ def _settings(options: Options) -> dict[str, list[str]]:
     return {"swag": [f"learning_rate={options.swag_learning_rate}"], "blob": ["update=elbo"]}
 
 
-def prepared(options: Options, out: Path, dtype: Any = None) -> tuple[Any, str]:
+def prepared(options: Options, out: Path, dtype: torch.dtype | None = None) -> tuple[Study, str]:
     """Return what is the same for all methods, with its files in ``out``, and the name of the other data."""
     from bayeslora.cli.build import build_arguments
     from bayeslora.cli.terminal import say
@@ -110,30 +113,25 @@ def prepared(options: Options, out: Path, dtype: Any = None) -> tuple[Any, str]:
 
 def _data(options: Options) -> tuple[Task, str, Split]:
     """Return the task, and the name and the split of the out-of-distribution data."""
-    from bayeslora.cli.data import other_splits
-    from bayeslora.tasks import load_task
+    from bayeslora.cli.data import build_task, other_splits
     from bayeslora.tasks.reviews import review_ood, review_task
     from bayeslora.tasks.synthetic import chance_ood, chance_task
 
-    rows, seed = options.test_rows, options.seed
+    train, test, seed = options.train_rows, options.test_rows, options.seed
     if options.task == "reviews":
-        return review_task(options.train_rows, 100, rows, seed), "weather and trains", review_ood(rows // 2, seed)
+        return review_task(train, 100, test, seed), "weather and trains", review_ood(test // 2, seed)
     if options.task == "chance":
-        return (
-            chance_task(options.train_rows, test_rows=rows, seed=seed),
-            "weather and trains",
-            chance_ood(rows // 2, seed),
-        )
-    tasks = TaskOptions(task=options.task, data=options.data, readout="likelihood", test_rows=rows)
-    task = load_task(
-        options.task,
-        options.data or None,
+        return chance_task(train, test_rows=test, seed=seed), "weather and trains", chance_ood(test // 2, seed)
+    tasks = TaskOptions(
+        task=options.task,
+        data=options.data,
         readout="likelihood",
         validation=0.2,
-        train_rows=options.train_rows,
-        test_rows=rows,
-        seed=seed,
+        train_rows=train,
+        test_rows=test,
+        task_seed=seed,
     )
+    task = build_task(tasks)
     if task.test is None:
         raise InputError(f"the task {task.name} has no test examples")
     return task, "mmlu_chemistry", other_splits(["mmlu_chemistry"], tasks, task.test)["mmlu_chemistry"]

@@ -10,7 +10,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.rows import split_from_rows
-from bayeslora.tasks.templates import own_columns
+from bayeslora.tasks.templates import template_columns
 from bayeslora.tasks.types import Example, Split
 
 
@@ -18,14 +18,14 @@ def split_of(
     like: Split, inputs: Sequence[str | Mapping[str, object]], choices: tuple[str, ...], text_column: str
 ) -> Split:
     """Return inputs as examples of an empty split's format; a row's text is in ``text_column`` or the usual columns."""
-    template_columns = own_columns(like.format.template)
+    named = template_columns(like.format.template)
     examples = []
     for number, row in enumerate(inputs):
         if isinstance(row, str):
-            if template_columns:
+            if named:
                 raise InputError(
                     f"input {number} is a text, and this model's template names the columns "
-                    f"{', '.join(template_columns)}; give an object with them"
+                    f"{', '.join(named)}; give an object with them"
                 )
             examples.append(Example(row, choices))
             continue
