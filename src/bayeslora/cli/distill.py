@@ -35,7 +35,7 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, Transform
 
     run: str = run_option("name the posterior: bayeslora distill RUN --out FOLDER")
     input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
-    held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.")
+    held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.", most=1)
     seed: int = option(0, "Seed of the order of the rows, and of which are held out.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-distilled", "Folder for the results.")

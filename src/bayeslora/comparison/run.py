@@ -82,7 +82,7 @@ def compare(study: Study, methods: Mapping[str, Inference], seeds: Sequence[int]
                 found.failures[name] = {seed: str(error)}
                 continue
             _measured(study, found, learned, name, seed)
-            if study.scaling and not isinstance(learned.posterior, Scaled):
+            if study.scaling and learned.posterior.unscaled is learned.posterior:
                 _scaled(study, found, learned, name, seed)
             if study.temperatures and learned.posterior.distinct is None:
                 best = _best_temperature(study, learned, name, seed)
