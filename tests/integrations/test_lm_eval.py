@@ -158,11 +158,11 @@ def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior):
     lm.loglikelihood(asked)  # the trial of stacking is made
 
     def short(_, args, inputs):
-        sizes.append(len(inputs["input_ids"]))
+        sizes.append(len(args[0]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    hook = model.get_base_model().register_forward_pre_hook(short, with_kwargs=True)
+    hook = model.get_base_model().model.layers[0].register_forward_pre_hook(short, with_kwargs=True)
     found = lm.loglikelihood(asked)
     hook.remove()
     assert max(sizes) > 2
