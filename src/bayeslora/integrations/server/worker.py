@@ -106,7 +106,7 @@ class Worker:
                     first.result.set_result(first.work())
                 else:
                     self._generate(batch)
-            except Exception as error:  # the thread lives on; the request is told
+            except Exception as error:  # the thread lives on; whoever waits gets the error
                 failed: Sequence[Job] = batch or (first,)
                 for job in failed:
                     job.fail(error)
