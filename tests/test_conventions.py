@@ -168,3 +168,16 @@ def test_a_file_in_the_documentation_is_there(path):
     links = {path.parent / link for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)}
     files = {ROOT / name for name in re.findall(r"\b(?:benchmarks|docs|examples|src|tests)/[\w/-]+\.\w+", text)}
     assert [str(file) for file in sorted(links | files) if not file.exists() and file.stem != "yours"] == []
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_what_a_script_imports_is_there(folder):
+    imports = {
+        f"{node.module}.{alias.name}"
+        for tree in trees(ROOT / folder).values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayeslora")
+        for alias in node.names
+    }
+    used = {name for path in (ROOT / folder).glob("*.py") for name in dotted_names(read(path))}
+    assert [name for name in sorted(imports | used) if not exists(name)] == []

@@ -97,7 +97,7 @@ def test_without_task_and_data_the_two_are_asked_for(refused, home, tmp_path):
 
 
 def test_a_full_disk_while_the_posterior_is_written_is_one_sentence(bay, home, tmp_path, monkeypatch):
-    from bayeslora.posteriors import loading as storage
+    from bayeslora.posteriors import folder as storage
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

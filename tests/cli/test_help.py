@@ -100,7 +100,8 @@ def test_a_flag_without_a_good_value_exits_with_status_2(bay, words):
     [("train", "--draws", "0"), ("train", "--rank", "0"), ("export", "--prune", "1.5"), ("compare", "--seeds", "-1"),
      ("train", "--learning-rate", "nan"), ("evaluate", "--temperature", "-1"), ("evaluate", "--bins", "0"),
      ("train", "--learning-rate", "inf"), ("compare", "--temperatures", "-1"), ("generate", "--beams", "0"),
-     ("generate", "--top-p", "1.5"), ("evaluate", "--ood-rows", "-1"), ("serve", "--most-waiting", "0")],
+     ("generate", "--top-p", "1.5"), ("distill", "--held-out", "2"),
+     ("evaluate", "--ood-rows", "-1"), ("serve", "--most-waiting", "0")],
 )  # fmt: skip
 def test_a_number_without_a_meaning_is_refused_by_its_flag(refused, verb, flag, value):
     assert refused(verb, flag, value).startswith(f"bayeslora: {flag} ")

@@ -22,7 +22,6 @@ from bayeslora.methods import METHODS, Blob, Ensemble
 from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import Draws, Linearised, Mixture, Point, Posterior
 from bayeslora.posteriors.loading import export_draws, load_posterior
-from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict
 from bayeslora.training.run import fit
 
@@ -184,7 +183,7 @@ def test_predictions_are_the_same_twice_and_have_a_row_per_draw(learned: Any, to
     one, two = (predict(model, posterior, test, draws=Draws(4, seed=3), tokenizer=tokenizer) for _ in range(2))
     assert torch.equal(one.log_probs, two.log_probs)
     linearised = isinstance(getattr(posterior, "members", [posterior])[0], Linearised)
-    assert len(one.log_probs) == (256 if linearised else draw_count(posterior, 4))
+    assert len(one.log_probs) == (256 if linearised else posterior.count(4))
     assert one.components == (tuple(k % 2 for k in range(one.draws)) if isinstance(posterior, Mixture) else None)
 
 

@@ -19,7 +19,6 @@ from bayeslora.methods import Ensemble, Map, Swag
 from bayeslora.params import initialise, read
 from bayeslora.posteriors import Point, Posterior
 from bayeslora.posteriors.provenance import origin_of
-from bayeslora.posteriors.transforms import draw_count
 from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Example, Format, Split
 from bayeslora.training.run import fit
@@ -244,4 +243,4 @@ def test_a_model_without_a_saved_tokenizer_is_asked_for_one() -> None:
 def test_no_draws_are_refused(asked: Any, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="draws must be at least 1"):
         predict(make_model(), gaussian(make_model()), LM_TASK.test, draws=0, tokenizer=tokenizer)
-    assert draw_count(gaussian(make_model()), 1) == 1
+    assert gaussian(make_model()).count(1) == 1

@@ -18,7 +18,7 @@ from bayeslora import files
 from bayeslora.errors import InputError
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point
-from bayeslora.posteriors import loading as storage
+from bayeslora.posteriors import folder as storage
 from bayeslora.posteriors.loading import export_draws, load_posterior
 from bayeslora.posteriors.provenance import origin_of
 
@@ -155,7 +155,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
     monkeypatch.setattr(owner, name, full)
 
 
-FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "_write_json", 2), (files.os, "replace", 1)]
+FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "write_json", 2), (files.os, "replace", 1)]
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), FULL, ids=lambda value: str(getattr(value, "__name__", value)))

@@ -19,9 +19,10 @@ from bayeslora.methods.laplace.method import log_occam_factor, maximise_marginal
 from bayeslora.methods.laplace.sketch import Factor
 from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, Draws, KroneckerGaussian, Linearised
+from bayeslora.posteriors.linearised import LOGIT_DRAWS, logit_draws
 from bayeslora.prediction import predict
 from bayeslora.prediction.jacobians import differentiated, linear_sites
-from bayeslora.prediction.linearised import LOGIT_DRAWS, logit_draws, logit_moments
+from bayeslora.prediction.linearised import logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
 

@@ -17,7 +17,7 @@ from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Draws, Mixture, Point, Scaled
 from bayeslora.posteriors.loading import export_draws
 from bayeslora.posteriors.sampling import former_keywords, noise, sobol_digits, uniform
-from bayeslora.posteriors.transforms import draw_count, tempered
+from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction.draws import rounds
 
@@ -192,9 +192,9 @@ def test_without_the_mean_there_is_one_pass_less(tokenizer: Any) -> None:
 
 
 def test_antithetic_draws_come_in_pairs() -> None:
-    assert draw_count(diagonal(), 5, "antithetic") == 6
-    assert draw_count(Mixture((diagonal(), low_rank())), 5, "antithetic") == 8
-    assert draw_count(diagonal(), 5, "sobol") == 5
+    assert diagonal().count(Draws(5, sampling="antithetic")) == 6
+    assert Mixture((diagonal(), low_rank())).count(Draws(5, sampling="antithetic")) == 8
+    assert diagonal().count(Draws(5, sampling="sobol")) == 5
 
 
 def test_simplex_draws_come_in_fives() -> None:
@@ -203,7 +203,7 @@ def test_simplex_draws_come_in_fives() -> None:
         (diagonal(), 8, 10), (diagonal(), 5, 5), (three, 8, 15), (three, 16, 30), (Mixture((three, diagonal())), 1, 30),
         (Mixture((diagonal(), Point(low_rank().mean))), 4, 10), (Point(diagonal().mean), 8, 1),
     ):  # fmt: skip
-        assert draw_count(posterior, asked, "simplex") == given
+        assert posterior.count(Draws(asked, sampling="simplex")) == given
 
 
 @pytest.mark.parametrize("asked", [8, 40])
@@ -215,7 +215,7 @@ def test_the_noise_of_all_simplex_draws_that_are_used_sums_to_zero(
     made = FAMILIES["mixture"]()
     posterior = Mixture((made, low_rank(), diagonal())) if family == "nested" else FAMILIES[family]()
     points = {id(p): vector(p.mean) for p in members(posterior)}
-    draws = Draws(draw_count(posterior, asked, "simplex"), 7, "simplex", tolerance)
+    draws = Draws(posterior.count(Draws(asked, sampling="simplex")), 7, "simplex", tolerance)
     for numbers in rounds(posterior, draws):
         used: dict[int, list[torch.Tensor]] = {}
         for k in range(numbers.stop):

@@ -35,7 +35,7 @@ from bayeslora.posteriors import (
     Point,
     Posterior,
 )
-from bayeslora.posteriors.transforms import draw_count, pruned, restricted, standard_deviation, tempered
+from bayeslora.posteriors.transforms import pruned, restricted, tempered
 
 
 @pytest.fixture(params=FAMILIES)
@@ -61,13 +61,13 @@ def test_draws_are_shared_equally_and_never_repeated(members: str | None, asked:
     p: Posterior = (
         diagonal() if members is None else made["P"] if members == "P" else Mixture(tuple(made[m] for m in members))
     )
-    assert draw_count(p, asked) == given
+    assert p.count(asked) == given
 
 
 @pytest.mark.parametrize("draws", [0, -3])
 def test_no_draws_is_refused(draws: int) -> None:
     with pytest.raises(InputError, match="at least 1"):
-        draw_count(Point(mean()), draws)
+        Point(mean()).count(draws)
 
 
 def covariance_of(posterior: Posterior) -> Tensor:
@@ -151,9 +151,9 @@ def test_noise_stays_where_a_predicate_says(posterior: Posterior) -> None:
 
 def test_the_marginal_deviation_is_the_root_of_the_covariances_diagonal() -> None:
     for p in (diagonal(), low_rank()):
-        found = standard_deviation(p) | {HEAD: torch.zeros(SHAPES[HEAD])}
+        found = p.standard_deviation() | {HEAD: torch.zeros(SHAPES[HEAD])}
         torch.testing.assert_close(vector(found), covariance_of(p).diagonal().sqrt(), rtol=1e-5, atol=0)
-    assert standard_deviation(Point(mean())) == {}
+    assert Point(mean()).standard_deviation() == {}
 
 
 def test_pruning_removes_exactly_the_lowest_signal_to_noise_of_each_matrix() -> None:
@@ -179,7 +179,7 @@ def test_pruning_removes_the_share_asked_for_rounded_down(family: str, fraction:
     p = FAMILIES[family]()
     cut = pruned(p, fraction)
     assert int((cut.mean[A0] == 0).sum()) == removed
-    ratio = p.mean[A0].abs() / standard_deviation(p)[A0]
+    ratio = p.mean[A0].abs() / p.standard_deviation()[A0]
     assert set(ratio[cut.mean[A0] == 0].tolist()) == set(ratio.flatten().sort().values[:removed].tolist())
     gone = cut.mean[A0] == 0
     for k in range(3):

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -43,7 +44,7 @@ def write_model(folder: Path, content: bytes = b"made") -> Path:
     return folder
 
 
-def forbidden(*_, **__):
+def forbidden(*_: object, **__: object) -> NoReturn:
     pytest.fail("this road must not be taken")
 
 
@@ -55,7 +56,9 @@ def wheel_of(published: Published) -> bytes:
     return content.getvalue()
 
 
-def install(monkeypatch, published: Published, folder: Path, weights: bytes, leave_out: str = "") -> None:
+def install(
+    monkeypatch: pytest.MonkeyPatch, published: Published, folder: Path, weights: bytes, leave_out: str = ""
+) -> None:
     """Put a package with the model on the path; importing it would fail."""
     package = folder / published.module
     package.mkdir(parents=True)

@@ -52,8 +52,8 @@ class Stand:
     busiest: int = 0
 
     def client(self, **settings: Any) -> Adapters:
-        given = {"names": NAMES, "backoff": 0.0, "transport": httpx.ASGITransport(app_of(self))}
-        return Adapters("http://stand", **(given | settings))
+        settings = {"names": NAMES, "backoff": 0.0, "transport": httpx.ASGITransport(app_of(self)), **settings}
+        return Adapters("http://stand", **settings)
 
     @torch.no_grad()
     def log_probs(self, name: str, ids: list[int]) -> Tensor:

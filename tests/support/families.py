@@ -68,8 +68,11 @@ def kronecker(precision: float = 0.7) -> KroneckerGaussian:
     """A matrix with both factors of low rank, one with whole ones, and a vector."""
     left = {A0: factor(2, 1, 0.3, 30), B0: factor(2, 2, 0.0, 32), HEAD: factor(3, 2, 0.2, 34)}
     right = {A0: factor(3, 1, 0.1, 36), B0: factor(2, 2, 0.0, 38), HEAD: (torch.tensor([1.0, 0.0]), torch.ones(1, 1))}
-    parts = [{n: side[n][k] for n in left} for side in (left, right) for k in (0, 1)]
-    return KroneckerGaussian(mean(), *parts, {n: torch.ones(()) for n in left}, precision)
+    left_values, left_vectors, right_values, right_vectors = (
+        {n: side[n][k] for n in left} for side in (left, right) for k in (0, 1)
+    )
+    strength = {n: torch.ones(()) for n in left}
+    return KroneckerGaussian(mean(), left_values, left_vectors, right_values, right_vectors, strength, precision)
 
 
 def scaling(weight: float = 0.5) -> Params:
@@ -111,7 +114,7 @@ def dense_kronecker(p: KroneckerGaussian) -> Tensor:
         inverse = torch.linalg.inv(torch.kron(g, x) + p.precision * torch.eye(size))
         strength = p.strength[name].double().expand(p.mean[name].shape).flatten()
         blocks.append(strength[:, None] * inverse * strength)
-    return torch.block_diag(*blocks)
+    return torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
 
 
 def dense_covariance(p: LowRankGaussian) -> Tensor:

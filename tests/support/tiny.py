@@ -24,7 +24,7 @@ from transformers import (
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.posteriors.provenance import origin_of
-from bayeslora.tasks.types import Example, Format, Split, Task
+from bayeslora.tasks.types import Example, Format, ReadoutName, Split, Task
 
 COLOURS = ("red", "blue", "dark green", "pale old gold")
 
@@ -109,7 +109,7 @@ def make_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **lora: 
 
 
 def make_split(
-    name: str, rows: int, seed: int, *, classes: bool, readout: str = "auto", before: str = "", **form: Any
+    name: str, rows: int, seed: int, *, classes: bool, readout: ReadoutName = "auto", before: str = "", **form: Any
 ) -> Split:
     """Bags of marbles: questions whose number of choices changes from row to row, or texts with three classes."""
     rng = torch.Generator().manual_seed(seed)
@@ -121,16 +121,17 @@ def make_split(
             examples.append(Example(text, ("red", "blue", "green"), max(range(3), key=(a, b, c).__getitem__)))
         else:
             examples.append(Example(text, COLOURS[: 3 + c % 2], int(b > a)))
-    kinds = {"kind": "class"} if classes else {}
+    if classes:
+        form["kind"] = "class"
     return Split(
         f"bags/{name}",
         tuple(examples),
-        Format(template="", readout=readout, **kinds, **form),
+        Format(template="", readout=readout, **form),
         ("red", "blue", "green") if classes else None,
     )
 
 
-def make_task(*, classes: bool = False, readout: str = "auto", rows: int = 24) -> Task:
+def make_task(*, classes: bool = False, readout: ReadoutName = "auto", rows: int = 24) -> Task:
     """A task with three splits."""
     return Task(
         "bags",
@@ -145,7 +146,7 @@ class Kind:
 
     model: str
     dtype: torch.dtype = torch.float32
-    readout: str = "auto"
+    readout: ReadoutName = "auto"
 
     def base(self) -> Any:
         return make_base(self.model, self.dtype)

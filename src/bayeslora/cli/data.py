@@ -94,12 +94,11 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
         return split.take(range(min(len(split), limit or len(split))))
     folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
+    template = like.format.template if template_columns(like.format.template) else None  # so that its columns are read
     other = load_task(
         None if is_path else name,
         path if is_path else folder or None,
-        template=like.format.template
-        if template_columns(like.format.template)
-        else None,  # so that its columns are read
+        template=template,
         test_rows=limit,
         seed=options.task_seed,
         columns=named_columns(options) or None if is_path else None,
@@ -180,9 +179,8 @@ def _has(rows: Rows, columns: Columns, like: Split) -> bool:
     """Say whether rows have the columns of text and, unless there are classes, of choices."""
     if like.classes is None and columns.choices is None:
         return False
-    choices = columns.choices if isinstance(columns.choices, tuple) else (columns.choices,)
-    needed = {columns.text, columns.context, *(choices if like.classes is None else ())} - {None}
-    return needed <= set(rows.columns)
+    read = columns if like.classes is None else replace(columns, choices=None)
+    return read.needed(label=False) <= set(rows.columns)
 
 
 def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:

@@ -19,7 +19,6 @@ from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.posteriors import Point
     from bayeslora.tasks.types import Split, Task
 
 EXAMPLES = """examples:
@@ -36,7 +35,7 @@ class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, Transform
 
     run: str = run_option("name the posterior: bayeslora distill RUN --out FOLDER")
     input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
-    held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.")
+    held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.", most=1)
     seed: int = option(0, "Seed of the order of the rows, and of which are held out.")
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-distilled", "Folder for the results.")
@@ -65,18 +64,13 @@ def run(options: Options) -> None:
                 held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
             save_run(out, point, rows)
-        _tell(point)
+        learned = {} if point.origin is None else point.origin.settings
+        if "held_out" in learned:
+            print(
+                f"divergence from the draws on {learned['held_out']} held-out rows: {learned['divergence']:.4f} nats, "
+                f"of the mean {learned['divergence_of_mean']:.4f}"
+            )
         report_run(out, model, tokenizer, point, task.test, options, options.resamples, "--mean")
-
-
-def _tell(point: Point) -> None:
-    """Print how close the adapter came to the draws."""
-    settings = {} if point.origin is None else point.origin.settings
-    if "held_out" in settings:
-        print(
-            f"divergence from the draws on {settings['held_out']} held-out rows: {settings['divergence']:.4f} nats, "
-            f"of the mean {settings['divergence_of_mean']:.4f}"
-        )
 
 
 def _rows(task: Task, options: Options) -> Split:

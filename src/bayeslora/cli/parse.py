@@ -152,4 +152,4 @@ def _check_limits(name: str, value: object, f: Field[object]) -> None:
         if not least <= each < math.inf:
             raise InputError(f"{_flag(name)} must be a number of at least {least}, and it is {each}")
         if each > most:
-            raise InputError(f"{_flag(name)} must be a number of at most {most}, and it is {each}")
+            raise InputError(f"{_flag(name)} is a share and must be at most {most}, and it is {each}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.files import write_json
+from bayeslora.files import read_object, write_json
 
 _FILE = "options.json"
 _PATHS = ("model", "data")
@@ -74,12 +74,7 @@ def posterior_name(name: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one if there is no such file."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    return read_object(path, missing="") if path.exists() else {}
 
 
 def _recorded(options: object) -> dict[str, object]:

@@ -6,14 +6,10 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
 from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
-
-if TYPE_CHECKING:
-    from bayeslora.integrations.server import Served
 
 EXAMPLES = """examples:
   bayeslora serve run                     the page is at http://127.0.0.1:8000, the interface at /v1
@@ -51,17 +47,30 @@ def run(options: Options) -> None:
     try:
         import uvicorn
 
-        from bayeslora.integrations.server import Limits, make_app
+        from bayeslora.integrations.server import Limits, Served, make_app
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'bayeslora[serve]'") from error
-    listening = _listening(options.host, options.port)
-    with listening:
+    from bayeslora.cli.build import load_transformed, model_for
+    from bayeslora.cli.data import format_from_options, saved_format
+    from bayeslora.cli.progress import own_progress
+
+    with _listening(options.host, options.port) as listening:
         key = options.api_key or os.environ.get("BAYESLORA_API_KEY", "")
         limits = Limits(
             waiting=options.most_waiting, rows=options.most_rows, tokens=options.most_tokens, timeout=options.timeout,
             api_key=key,
         )  # fmt: skip
-        served = _served(options)
+        folder = run_folder(Path(options.run))
+        with own_progress():
+            posterior = load_transformed(options.run, options)
+            like = saved_format(folder, options)
+            if like is None:
+                like = format_from_options(options, "input", posterior.origin)
+            model, tokenizer = model_for(posterior, options, like.classes)
+        served = Served(
+            options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,
+            options.draw_seed, options.text_column,
+        )  # fmt: skip
         place = f"http://{options.host}:{listening.getsockname()[1]}"
         print(f"serving {served.name} at {place}   interface: {place}/v1   Ctrl-C stops", flush=True)
         if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
@@ -73,32 +82,12 @@ def run(options: Options) -> None:
 def _listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens, before anything is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
-        found.listen(128)
+        listening.bind((host, port))
+        listening.listen(128)
     except (OSError, OverflowError) as error:
-        found.close()
+        listening.close()
         raise InputError(f"{host}:{port} cannot be listened at ({error}); choose another --port or --host") from error
-    return found
-
-
-def _served(options: Options) -> Served:
-    """Load what answers."""
-    from bayeslora.cli.build import load_transformed, model_for
-    from bayeslora.cli.data import format_from_options, saved_format
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.integrations.server import Served
-
-    folder = run_folder(Path(options.run))
-    with own_progress():
-        posterior = load_transformed(options.run, options)
-        like = saved_format(folder, options)
-        if like is None:
-            like = format_from_options(options, "input", posterior.origin)
-        model, tokenizer = model_for(posterior, options, like.classes)
-    return Served(
-        options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,
-        options.draw_seed, options.text_column,
-    )  # fmt: skip
+    return listening

@@ -5,20 +5,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import TrainingArguments
-
-    from bayeslora._typing import Tokenizer
-    from bayeslora.methods import Inference
-    from bayeslora.posteriors import Posterior
-    from bayeslora.tasks.types import Task
 
 EXAMPLES = """examples:
   bayeslora train --model HuggingFaceTB/SmolLM2-135M --task openbookqa --method swag --out run
@@ -61,50 +51,35 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import build_task
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.settings import build_method
+    from bayeslora.cli.terminal import say
+    from bayeslora.methods.ensemble import Ensemble, seeded
+    from bayeslora.params import device_of, initialise, lora_parameters
     from bayeslora.posteriors.loading import load_posterior
+    from bayeslora.training.run import fit
 
     with own_progress():
         method = build_method(options.method, options.set)
+        if options.member and isinstance(method, Ensemble):
+            raise InputError(
+                f"--member {options.member} trains one member alone, and {options.method} is all of them; name the "
+                f"method of its members, --method {method.member.name}"
+            )
         args = build_arguments(options, out / "training", options.seed, device=options.device)
-        args = _of_member(args, method, options)
+        args = seeded(args, options.member)
         task = build_task(options, "train")
-        classes = task.train.classes if task.train is not None else None
-        model, tokenizer = build_model(options, classes)
+        model, tokenizer = build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
             if (out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:
-                posterior = _trained(options, model, tokenizer, task, method, args)
+                initialise(model, args.seed)
+                rows = len(task.train) if task.train is not None else 0
+                adapted = sum(p.numel() for p in lora_parameters(model).values())
+                data = f"{options.method} on {task.name}: {rows} training rows"
+                say(f"{data}, {adapted:,} adapter parameters, on {device_of(model)}")
+                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
                 save_run(out, posterior, task.train)
                 if not options.save_steps:
                     shutil.rmtree(out / "training", ignore_errors=True)
         report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
-
-
-def _of_member(args: TrainingArguments, method: Inference, options: Options) -> TrainingArguments:
-    """Return the Trainer's arguments with the seeds of the member that is trained alone."""
-    from bayeslora.methods.ensemble import Ensemble, seeded
-
-    if options.member and isinstance(method, Ensemble):
-        raise InputError(
-            f"--member {options.member} trains one member alone, and {options.method} is all of them; name the method "
-            f"of its members, --method {method.member.name}"
-        )
-    return seeded(args, options.member)
-
-
-def _trained(
-    options: Options, model: PeftModel, tokenizer: Tokenizer, task: Task, method: Inference, args: TrainingArguments
-) -> Posterior:
-    """Return the posterior of a run that begins at its seed's start, or goes on from its checkpoint."""
-    from bayeslora.cli.terminal import say
-    from bayeslora.params import device_of, initialise, lora_parameters
-    from bayeslora.training.run import fit
-
-    initialise(model, args.seed)
-    rows = len(task.train) if task.train is not None else 0
-    adapted = sum(p.numel() for p in lora_parameters(model).values())
-    place = device_of(model)
-    say(f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters, on {place}")
-    return fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)

@@ -16,9 +16,8 @@ from bayeslora.errors import InputError
 _NAMES: dict[object, str] = {
     int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null",
 }  # fmt: skip
-_CONSTANTS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False} | {
-    "null": None, "none": None, "~": None,
-}  # fmt: skip
+_CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
+_ANSWERS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def read(value: object, hint: object, what: str) -> object:
@@ -45,7 +44,7 @@ def _read(value: object, hint: object) -> object:
     elif origin is tuple:
         return _tuple(value, inside)
     elif hint in (bool, NoneType):
-        constant = _CONSTANTS.get(value.lower(), value) if isinstance(value, str) else value
+        constant = (_CONSTANTS | _ANSWERS).get(value.lower(), value) if isinstance(value, str) else value
         if isinstance(constant, bool if hint is bool else NoneType):
             return constant
     elif isinstance(value, bool):

@@ -82,7 +82,7 @@ def compare(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[
                 comparison.failures[name] = {seed: str(error)}
                 continue
             _measure(runs, comparison, result, name, seed)
-            if runs.scaling and not isinstance(result.posterior, Scaled):
+            if runs.scaling and result.posterior.unscaled is result.posterior:
                 _measure_scaled(runs, comparison, result, name, seed)
             if runs.temperatures and result.posterior.distinct is None:
                 best = _best_temperature(runs, result, name, seed)

@@ -25,7 +25,7 @@ from bayeslora.integrations.lm_eval_calibration import add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import kept_draw, weight_draws
+from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
@@ -81,7 +81,7 @@ class PosteriorLM(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         if self.backend != "causal":
             raise InputError("an encoder-decoder cannot be scored here; load a causal language model")
-        drawn = [kept_draw(posterior, k, draws.seed, draws.sampling) for k in range(draws.count)]
+        drawn = [posterior.cached_draw(k, draws) for k in range(draws.count)]
         drawn = drawn if differing(drawn) else drawn[:1]
         self.posterior, self.draws, self.seed, self.sampling = posterior, draws.count, draws.seed, draws.sampling
         self.progress = progress

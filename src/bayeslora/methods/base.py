@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any, ClassVar, cast, final
+from typing import Any, ClassVar, final
 
 from torch import nn
 
+from bayeslora._typing import Tokenizer
 from bayeslora.methods.records import Recorder, check_num_data, recall
 from bayeslora.params import Params, read
 from bayeslora.posteriors import Posterior
@@ -90,7 +91,7 @@ class PostHoc(Inference):
         task: Task,
         *,
         start: Posterior | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
     ) -> Posterior:
@@ -121,8 +122,9 @@ def fit_start(model: nn.Module, method: PostHoc, task: Task, start: Posterior | 
 
 def settings(method: Inference) -> dict[str, object]:
     """Return the hyper-parameters, ready for JSON; a method inside (an ensemble's member) has its own ``name``."""
+    assert is_dataclass(method)
     values: dict[str, object] = {}
-    for field in fields(cast(Any, method)):
+    for field in fields(method):
         value = getattr(method, field.name)
         if isinstance(value, Inference):
             values[field.name] = {"name": value.name, **settings(value)}

@@ -182,11 +182,11 @@ class _Start(TrainerCallback):
         self.ensemble, self.num_data = ensemble, num_data
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
         """Draw the start, unless the run is resumed, and refuse the seed of an earlier member."""
-        model, name = require_lora(kwargs["model"]), self.ensemble.name
-        record = recall(model, name)
+        name = self.ensemble.name
+        record = recall(require_lora(model), name)
         begins = state.global_step == 0  # else it is resumed, and what was kept of it when it stopped is replaced
         if record is None or (begins and len(record.learned) >= self.ensemble.members):
             record = Record(name, self.num_data, {})
@@ -227,10 +227,9 @@ class _Keep(TrainerCallback):
         self.ensemble = ensemble
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
         """Keep the member."""
-        model = kwargs["model"]
         member = self.ensemble.member
         assert isinstance(member, Method)  # `Ensemble.trainer_kwargs` refuses others
         require_record(model, self.ensemble.name).learned[args.seed] = member.posterior(model)

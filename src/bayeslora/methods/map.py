@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 from torch import nn
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, origin_for
 from bayeslora.methods.records import Recorder, check_num_data
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase
 from bayeslora.params import read
@@ -55,10 +55,10 @@ class Map(Method):
         if self.early_stopping is not None and self.early_stopping < 1:
             raise InputError(f"early_stopping must be at least 1, and it is {self.early_stopping}")
 
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callbacks, and the loss if there is a KL term."""
         callbacks: list[TrainerCallback] = [Recorder(self.name, check_num_data(num_data))]
-        kwargs: dict[str, Any] = {"callbacks": callbacks}
+        kwargs: TrainerKwargs = {"callbacks": callbacks}
         if self.weight_decay or self.weight_decay_b:
             callbacks.append(DecoupledDecay(self.weight_decay, self.weight_decay_b))
         if self.early_stopping is not None:
@@ -79,7 +79,7 @@ class _NeedsEvaluation(TrainerCallback):
     """Says in words what early stopping needs of the Trainer."""
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Refuse arguments with which nothing would be evaluated or restored."""
         if not args.load_best_model_at_end or args.metric_for_best_model is None:

@@ -86,10 +86,10 @@ def _check_columns(model: nn.Module) -> None:
 
 def _rate(model: nn.Module, rate: float | None) -> float:
     """Return the rate that was given, or the adapter's, or refuse."""
-    own = float(require_lora(model).active_peft_config.lora_dropout) if rate is None else rate
-    if not own:
+    rate = float(require_lora(model).active_peft_config.lora_dropout) if rate is None else rate
+    if not rate:
         raise InputError(
             "the adapter was trained without dropout, so MC dropout would change nothing; train with "
             "LoraConfig(lora_dropout=0.1), or pass a rate"
         )
-    return own
+    return rate

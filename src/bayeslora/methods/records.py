@@ -97,7 +97,7 @@ class Recorder(TrainerCallback):
         self.record = Record(method, check_num_data(num_data))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
         """Check that the model has a LoRA adapter, and keep the record."""
-        remember(require_lora(kwargs["model"]), self.record)
+        remember(require_lora(model), self.record)

@@ -6,6 +6,7 @@ Losses divide by ``num_items_in_batch``, so that gradient accumulation gives the
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -17,8 +18,11 @@ from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, lora_parameters, require_lora
 
+Outputs = Mapping[str, Tensor]
+"""What a model returns; of it only ``logits`` is looked at."""
 
-def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
+
+def answer_loss(outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
     """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer.
 
     Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted. The sum is
@@ -38,8 +42,8 @@ def _flat(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "P C"], Int[Ten
     """Return the predicted positions' logits, float32, and their labels; a language model's are shifted by one."""
     if logits.ndim == 3:
         logits, labels = logits[:, :-1], labels[:, 1:].to(logits.device)
-        kept = labels != -100
-        return logits[kept].float(), labels[kept]
+        predicted = labels != -100
+        return logits[predicted].float(), labels[predicted]
     return logits.float(), labels.to(logits.device)
 
 
@@ -53,34 +57,35 @@ class KlToBase(TrainerCallback):
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self._model: nn.Module | None = None
-        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._inputs: tuple[tuple[object, ...], dict[str, object]] | None = None
         self._detach: weakref.finalize[..., KlToBase] | None = None
         self._asked = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
-        """Start to keep each training batch for the second pass; refuse a model with a new head."""
-        model = require_lora(kwargs["model"])
-        if model.active_peft_config.modules_to_save:
+        """Start to keep each training batch for the second pass; refuse a model whose head is new."""
+        new = require_lora(model).active_peft_config.modules_to_save
+        if new:
             raise InputError(
                 "kl needs a base model with answers of its own, and this one has a new head "
-                f"({', '.join(model.active_peft_config.modules_to_save)}); use kl=0"
+                f"({', '.join(new)}); use kl=0"
             )
         self._model = model
+        this = weakref.ref(self)
 
-        own = weakref.ref(self)
-
-        def keep(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def keep(_: nn.Module, positional: tuple[object, ...], named: dict[str, object]) -> None:
             """Keep a training batch for the second pass."""
-            callback = own()
+            callback = this()
             if callback is not None and torch.is_grad_enabled():
                 callback._inputs = positional, dict(named)
 
         hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Refuse a Trainer that has taken a step without asking for the loss."""
         if not self._asked:
             raise InputError(
@@ -88,14 +93,16 @@ class KlToBase(TrainerCallback):
             )
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Stop."""
         if self._detach is not None:
             self._detach()
         self._detach = self._model = self._inputs = None
 
-    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
+    def loss(
+        self, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Float[Tensor, ""]:
         """Return the cross-entropy (see `answer_loss`), in training with the divergence added."""
         self._asked = True
         loss = answer_loss(outputs, labels, num_items_in_batch)
@@ -108,9 +115,9 @@ class KlToBase(TrainerCallback):
         ours, _ = _flat(outputs["logits"], labels)
         theirs, _ = _flat(base, labels)
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        kept = torch.isfinite(log_p) & torch.isfinite(log_q)
-        gap = log_p.masked_fill(~kept, 0) - log_q.masked_fill(~kept, 0)
-        divergence = (log_p.exp().masked_fill(~kept, 0) * gap).sum()
+        finite = torch.isfinite(log_p) & torch.isfinite(log_q)
+        gap = log_p.masked_fill(~finite, 0) - log_q.masked_fill(~finite, 0)
+        divergence = (log_p.exp().masked_fill(~finite, 0) * gap).sum()
         return loss + self.weight * divided(divergence, num_items_in_batch, len(ours)).to(loss.device)
 
 
@@ -126,16 +133,17 @@ class DecoupledDecay(TrainerCallback):
         self._rates: dict[int, float] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
         """Note which parameter decays how fast; refuse a rate at which a step would turn its sign."""
-        rates = {name: self.everything + self.b * ("lora_B" in name) for name in lora_parameters(kwargs["model"])}
+        params = lora_parameters(model)
+        rates = {name: self.everything + self.b * ("lora_B" in name) for name in params}
         if max(rates.values()) * args.learning_rate >= 1:
             raise InputError(
                 f"weight decay {max(rates.values()):g} times learning rate {args.learning_rate:g} is not below 1; "
                 "lower one of them"
             )
-        self._rates = {id(p): rates[name] for name, p in lora_parameters(kwargs["model"]).items()}
+        self._rates = {id(p): rates[name] for name, p in params.items()}
 
     @torch.no_grad()
     def on_pre_optimizer_step(

@@ -111,7 +111,7 @@ class Temperature(PostHoc):
             Weights and biases for the draws and for the mean, as `Scaled` has them.
         """
         mean = prediction.mean_log_probs if prediction.mean_log_probs is not None else prediction.log_p
-        found: Params = {}
+        scaling: Params = {}
         for of, log_probs in (("draws", prediction.log_probs), ("mean", mean[None])):
             weight, bias = torch.tensor([_inverse_temperature(log_probs, rows.labels)]), torch.zeros(1)
             if abs(math.log(weight)) > 0.99 * _WIDEST:
@@ -122,8 +122,8 @@ class Temperature(PostHoc):
                 )  # fmt: skip
             if self.kind == "vector":
                 weight, bias = _vector(log_probs, rows.labels, float(weight))
-            found |= {f"{of}.weight": weight, f"{of}.bias": bias}
-        return found
+            scaling |= {f"{of}.weight": weight, f"{of}.bias": bias}
+        return scaling
 
 
 def _inverse_temperature(log_probs: Float[Tensor, "S N C"], labels: Tensor) -> float:

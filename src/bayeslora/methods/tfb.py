@@ -144,12 +144,12 @@ class Tfb(PostHoc):
         return _noisy(mean, unit, sigma, origin)
 
 
-def anchored(rows: Split, most: int, seed: int) -> Split:
+def anchored(rows: Split, max_rows: int, seed: int) -> Split:
     """Return at most so many rows, sampled without replacement by the seed, in their order."""
-    if len(rows) <= most:
+    if len(rows) <= max_rows:
         return rows
-    picked = torch.randperm(len(rows), generator=generator("anchors", seed))[:most]
-    return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {most} anchors")
+    picked = torch.randperm(len(rows), generator=generator("anchors", seed))[:max_rows]
+    return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {max_rows} anchors")
 
 
 def answered(
@@ -188,12 +188,12 @@ def reparametrised(params: Params) -> tuple[Params, Params]:
         of_b = name.replace("lora_A.weight", "lora_B.weight")
         a, b = params[name].double(), params[of_b].double()
         u, d, vt = torch.linalg.svd(b, full_matrices=True)
-        kept = len(d)
+        rank = len(d)
         mean[name] = (vt @ a).float()
-        mean[of_b] = torch.cat([u[:, :kept] * d, b.new_zeros(len(b), b.shape[1] - kept)], 1).float()
+        mean[of_b] = torch.cat([u[:, :rank] * d, b.new_zeros(len(b), b.shape[1] - rank)], 1).float()
         deviation = b.new_zeros(b.shape[1])
-        there = d > d.max() * max(b.shape) * torch.finfo(torch.float32).eps
-        deviation[:kept][there] = 1 / d[there]
+        nonzero = d > d.max() * max(b.shape) * torch.finfo(torch.float32).eps
+        deviation[:rank][nonzero] = 1 / d[nonzero]
         unit[name] = deviation[:, None].expand(a.shape).float().contiguous()
     if not any(bool(v.any()) for v in unit.values()):
         raise InputError("every B of the adapter is zero, so that it is not trained; TFB needs a trained adapter")

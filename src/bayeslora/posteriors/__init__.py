@@ -1,12 +1,14 @@
 """Posteriors: what was learned, as values; one file for each kind of distribution."""
 
-from bayeslora.posteriors.base import Point, Posterior
+from bayeslora.posteriors.base import Posterior
 from bayeslora.posteriors.dropout import ColumnDropout, TokenDropout
 from bayeslora.posteriors.gaussian import DiagonalGaussian, LowRankGaussian
 from bayeslora.posteriors.kronecker import KroneckerGaussian
+from bayeslora.posteriors.linearised import Linearised
 from bayeslora.posteriors.mixture import Mixture, member_seed
+from bayeslora.posteriors.point import Point
 from bayeslora.posteriors.sampling import GROUPS, Draws, Sampling
-from bayeslora.posteriors.wrappers import Linearised, Scaled, has_weights, scale
+from bayeslora.posteriors.scaled import Scaled, scale
 
 __all__ = [
     "GROUPS",
@@ -22,7 +24,6 @@ __all__ = [
     "Sampling",
     "Scaled",
     "TokenDropout",
-    "has_weights",
     "member_seed",
     "scale",
 ]

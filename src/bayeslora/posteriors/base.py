@@ -1,27 +1,69 @@
-"""What a posterior is, and the simplest: a point.
+"""What a posterior is: what every family gives, and what it may leave as it is.
 
 A draw is a function of (index, seed, parameter name) and of nothing else: draw k is the same weights for the whole data
 set, on every device, in any batch order and in any process.
+
+A new family is one file: a frozen dataclass that extends `Posterior` and has ``mean``, ``distinct`` and ``draw``. The
+rest has a default that is right for draws of weights. Its fields are what is saved: parameters by name are tensors, a
+field ``members`` (a tuple) or ``posterior`` (one) is what it is made of, and everything else is a scalar.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, final
 
-from torch import nn
+from torch import Tensor, nn
 
+from bayeslora._typing import Float
+from bayeslora.errors import InputError
+from bayeslora.files import atomic_folder
 from bayeslora.params import Params, swapped
+from bayeslora.posteriors.card import DESCRIPTIONS, card
+from bayeslora.posteriors.folder import Content, write_folder
+from bayeslora.posteriors.hub import push
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Sampling
+from bayeslora.posteriors.sampling import GROUPS, Draws, Sampling
 
 if TYPE_CHECKING:
     from bayeslora.metrics.evaluation import Evaluation
+    from bayeslora.posteriors.linearised import Linearisable
+
+FAMILIES: dict[str, type[Posterior]] = {}
+"""The families by the names that they are saved under; each is entered when its class is defined."""
+
+CACHED_NUMBERS = 2**24
+"""Numbers of all draws that are kept with a posterior: 64 MiB."""
+
+Factor = float | Tensor
+LogProbs = tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]
+"""The log-probabilities of the draws, and those at the mean if they are asked for."""
+
+
+class Engine(Protocol):
+    """Passes of examples through a model, as prediction gives them to a posterior that is to answer."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The PEFT model."""
+
+    @property
+    def mean(self) -> bool:
+        """Whether the answers at the mean are asked for too."""
+
+    def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
+        """Return the answers of the model with drawn weights, and with the mean."""
+
+    def once(self, params: Params) -> Float[Tensor, "N C"]:
+        """Return the answers of the model with some weights, in one pass."""
+
+    def moments(self, posterior: Linearisable) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
+        """Return mean and covariance of the logits of the model linearised at the mean."""
 
 
 class Posterior(ABC):
@@ -32,6 +74,9 @@ class Posterior(ABC):
         origin: Base model, adapter configuration and method; None for one built by hand, which cannot be saved.
     """
 
+    description: ClassVar[str] = "a posterior"
+    """The family in words, for the card; ``{members}`` is replaced by the number of posteriors that it is made of."""
+
     if TYPE_CHECKING:  # a run-time property here would become the default of the families' fields
 
         @property
@@ -41,6 +86,13 @@ class Posterior(ABC):
         @property
         def mean(self) -> Params:
             """The one adapter that stands for the posterior: what is saved as the plain PEFT adapter."""
+
+    def __init_subclass__(cls) -> None:
+        """Enter the family under its name, unless it is abstract, with `ABC` among its bases."""
+        if ABC in cls.__bases__:
+            return
+        FAMILIES[cls.__name__] = cls
+        DESCRIPTIONS[cls.__name__] = cls.description
 
     @property
     @abstractmethod
@@ -58,12 +110,88 @@ class Posterior(ABC):
 
         Returns:
             A value for every parameter of the adapter, float32 on the CPU.
+
+        Raises:
+            InputError: If a draw of the family is no adapter.
         """
 
+    def unit(self, sampling: Sampling = "independent") -> int:
+        """Return how many draws belong together: those of a group of the sampling."""
+        return GROUPS[sampling] if self.distinct is None else 1
+
+    def count(self, draws: int | Draws) -> int:
+        """Return how many draws serve a request: whole groups of the sampling, and none is drawn twice.
+
+        Args:
+            draws: Number asked for, or `Draws`.
+
+        Returns:
+            The number, rounded up to a multiple of `unit` and cut to the number of different draws.
+        """
+        draws = Draws.of(draws)
+        if self.distinct is not None:
+            return min(draws.count, self.distinct)
+        unit = self.unit(draws.sampling)
+        return -(-draws.count // unit) * unit
+
+    def components(self, count: int) -> tuple[int, ...] | None:
+        """Return the member that each draw comes from; None where there are no members."""
+        return None
+
+    def standard_deviation(self) -> Params | None:
+        """Return the marginal σ of each parameter that has one, by name; None where the family has none."""
+        return None
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Posterior | None:
+        """Return the posterior with its noise multiplied parameter by parameter, and its mean if ``signal`` is given.
+
+        None where there is no noise in the weights.
+        """
+        return None
+
+    @property
+    def unscaled(self) -> Posterior:
+        """The posterior without a scaling of its log-probabilities: itself."""
+        return self
+
+    def scaled(self, log_probs: Tensor, of: str) -> Tensor:
+        """Return log-probabilities ``of`` the ``draws`` or of the ``mean`` with the posterior's scaling."""
+        return log_probs
+
+    @property
+    def draws_are_weights(self) -> bool:
+        """Whether predictions are those of the model with drawn weights, scaled or not."""
+        return True
+
+    @property
+    def minimum_draws(self) -> int:
+        """Least number of draws of a prediction."""
+        return 1
+
+    def passes(self, count: int, mean: bool) -> int:
+        """Return how often the data are passed for a number of draws, at most."""
+        return count + (mean and self.distinct is None)
+
+    def answers(self, engine: Engine, draws: Draws) -> LogProbs:
+        """Return the log-probabilities of examples, by the passes that an engine makes."""
+        return engine.weights(self, draws)
+
     @cached_property
-    def kept(self) -> dict[tuple[int, int, Sampling], Params]:
+    def draw_cache(self) -> dict[tuple[int, int, Sampling], Params]:
         """Draws that one prediction keeps for the next, by index, seed and sampling; empty at first."""
         return {}
+
+    @final
+    def cached_draw(self, index: int, draws: Draws) -> Params:
+        """Return a draw, and keep it for the next prediction while there is room; it is not to be changed."""
+        key = (index, draws.seed, draws.sampling)
+        if key in self.draw_cache:
+            return self.draw_cache[key]
+        draw = self.draw(*key)
+        size = sum(value.numel() for value in draw.values())
+        if (len(self.draw_cache) + 1) * size <= CACHED_NUMBERS:
+            self.draw_cache[key] = draw
+        return draw
 
     @final
     @contextmanager
@@ -80,6 +208,55 @@ class Posterior(ABC):
         """
         with swapped(model, self.mean if draw is None else self.draw(draw, seed)):
             yield
+
+    @final
+    def parts(self) -> tuple[dict[str, Params], dict[str, object], tuple[Posterior, ...]]:
+        """Return tensors and scalars by field, without mean and origin, and the posteriors that this one is made of."""
+        tensors: dict[str, Params] = {}
+        scalars: dict[str, object] = {}
+        members: tuple[Posterior, ...] = ()
+        for field in fields(cast(Any, self)):
+            value = getattr(self, field.name)
+            if field.name in ("mean", "origin"):
+                continue
+            if field.name in ("members", "posterior"):
+                members = value if isinstance(value, tuple) else (value,)
+            elif isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values()):
+                tensors[field.name] = dict(value)
+            else:
+                scalars[field.name] = dict(value) if isinstance(value, Mapping) else value
+        return tensors, scalars, members
+
+    @final
+    @classmethod
+    def from_parts(cls, content: Content, members: tuple[Posterior, ...]) -> Self:
+        """Return a posterior of this family from what a folder holds and the posteriors that it is made of."""
+        names = {field.name for field in fields(cast(Any, cls))}
+        values: dict[str, object] = {**content.scalars, **content.tensors, "origin": content.origin}
+        if "mean" in names:
+            values["mean"] = content.mean
+        if "members" in names:
+            values["members"] = members
+        elif members:
+            values["posterior"] = members[0]
+        return cls(**values)
+
+    @final
+    def require_origin(self) -> Origin:
+        """Return the origin, or refuse to write a posterior that has none."""
+        if self.origin is None:
+            raise InputError("a posterior without an origin cannot be written; build it with origin=origin_of(model)")
+        return self.origin
+
+    @final
+    def write(self, folder: Path) -> None:
+        """Write the posterior into a folder that is there, and what it is made of below it."""
+        tensors, scalars, members = self.parts()
+        origin = self.require_origin()
+        write_folder(folder, Content(type(self).__name__, self.mean, origin, tensors, scalars, len(members)))
+        for i, member in enumerate(members):
+            (folder / f"member-{i}").mkdir()
+            member.write(folder / f"member-{i}")
 
     @final
     def save_pretrained(
@@ -109,27 +286,21 @@ class Posterior(ABC):
             token: Token to write with; None for the one that the machine is logged in with.
             commit_message: The commit's message.
         """
-        from bayeslora.posteriors.hub import push
-        from bayeslora.posteriors.loading import save_posterior
-
-        save_posterior(self, Path(folder), overwrite=overwrite, evaluation=evaluation, task=task)
+        target = Path(folder)
+        with atomic_folder(target, overwrite=overwrite) as work:
+            self.write(work)
+            text = card(work, target.resolve().name, evaluation, task)
+            (work / "README.md").write_text(text, encoding="utf-8")
         if push_to_hub:
             push(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
 
-@final
-@dataclass(frozen=True)
-class Point(Posterior):
-    """A point estimate: every draw is the mean."""
+Rescaling = Callable[[str, Posterior], Factor]
+"""The factor on a parameter, by its name and the posterior that it is a parameter of."""
 
-    mean: Params
-    origin: Origin | None = None
 
-    @property
-    def distinct(self) -> int:
-        """One."""
-        return 1
-
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
-        """Return the mean."""
-        return self.mean
+def rescaled_mean(posterior: Posterior, signal: Rescaling | None) -> Params:
+    """Return a posterior's mean multiplied parameter by parameter, or as it is."""
+    if signal is None:
+        return posterior.mean
+    return {name: value * signal(name, posterior) for name, value in posterior.mean.items()}

@@ -21,17 +21,8 @@ if TYPE_CHECKING:
 
 _NAME = "name = "
 """Begins the line of the card that says where the posterior is loaded from."""
-_FAMILIES = {
-    "Point": "one adapter, without a spread",
-    "DiagonalGaussian": "a Gaussian with a variance of its own for each parameter",
-    "LowRankGaussian": "a Gaussian of low rank plus a diagonal",
-    "KroneckerGaussian": "a Gaussian with a Kronecker-factored covariance",
-    "ColumnDropout": "adapters of which columns are dropped at random",
-    "TokenDropout": "adapters of which inputs are dropped at random",
-    "Mixture": "an equal mixture of several",
-    "Linearised": "a Gaussian over the adapter, for the model linearised at its mean",
-    "Scaled": "a posterior whose log-probabilities are scaled, which the plain adapter does not do",
-}
+DESCRIPTIONS: dict[str, str] = {}
+"""The families in words, by name; each is entered when its class is defined."""
 _CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation", "multiple-choice"),
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification", "text-classification"),
@@ -192,12 +183,11 @@ def _about(config: Mapping[str, Any], base: str) -> str:
     """Return the card's title and what the posterior is."""
     method, rows = str(config.get("method") or "an unnamed method"), config.get("num_data")
     of = f" of [{base}](https://huggingface.co/{base})" if base else ""
-    family = _FAMILIES.get(str(config.get("family")), "a posterior")
-    members = f" ({config['members']} members)" if config.get("family") == "Mixture" else ""
+    family = DESCRIPTIONS.get(str(config.get("family")), "a posterior").format(members=config.get("members"))
     number = f" from {rows:,} training examples" if isinstance(rows, int) else ""
     return (
         f"# A posterior over a LoRA adapter: {method}\n\n"
-        f"A distribution over a LoRA adapter{of}, learned by `{method}` with bayeslora{number}: {family}{members}. The "
+        f"A distribution over a LoRA adapter{of}, learned by `{method}` with bayeslora{number}: {family}. The "
         "average of its draws' probabilities says how sure an answer is, and what the draws disagree about is what the "
         "training data do not settle. To tools that know nothing of it this is a plain PEFT adapter, the mean."
     )

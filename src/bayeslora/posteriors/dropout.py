@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn, final
+from dataclasses import dataclass, replace
+from typing import ClassVar, NoReturn, final
 
 import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, generator, require_lora
-from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Sampling, uniform
+from bayeslora.posteriors.sampling import Draws, Sampling, uniform
 
 
 @final
@@ -30,6 +30,8 @@ class ColumnDropout(Posterior):
         rate: Probability p that a column is dropped.
         strength: Factor on the noise of each A by name; 1 is dropout.
     """
+
+    description: ClassVar[str] = "adapters of which columns are dropped at random"
 
     mean: Params
     rate: float
@@ -47,12 +49,16 @@ class ColumnDropout(Posterior):
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the parameters with the columns of one mask dropped."""
-        drawn = dict(self.mean)
+        draw = dict(self.mean)
         for name, strength in self.strength.items():
             a = self.mean[name]
             keep = uniform(seed, index, name, a[0], sampling) >= self.rate
-            drawn[name] = a * (1 + strength * (keep.float() / (1 - self.rate) - 1))
-        return drawn
+            draw[name] = a * (1 + strength * (keep.float() / (1 - self.rate) - 1))
+        return draw
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> ColumnDropout:
+        """Return the dropout with its strength multiplied matrix by matrix."""
+        return replace(self, strength={n: s * float(noise(n, self)) for n, s in self.strength.items()})
 
 
 @final
@@ -67,6 +73,8 @@ class TokenDropout(Posterior):
         mean: The trained parameters.
         rate: Probability p that a feature of a token is dropped.
     """
+
+    description: ClassVar[str] = "adapters of which inputs are dropped at random"
 
     mean: Params
     rate: float
@@ -92,29 +100,35 @@ class TokenDropout(Posterior):
             "are adapters"
         )
 
+    @property
+    def draws_are_weights(self) -> bool:
+        """No: a draw is a mask for every token."""
+        return False
+
+    def answers(self, engine: Engine, draws: Draws) -> LogProbs:
+        """Return the answers of a pass with dropout for each draw, and of one without."""
+        at_mean = engine.once(self.mean) if engine.mean else None
+        log_probs = []
+        for k in range(draws.count):
+            with self.dropping(engine.model, k, draws.seed):
+                log_probs.append(engine.once(self.mean))
+        return torch.stack(log_probs), at_mean
+
     @contextmanager
     def dropping(self, model: nn.Module, index: int, seed: int = 0) -> Iterator[None]:
-        """Drop features of each token for the length of a ``with`` block.
-
-        Args:
-            model: PEFT model with a LoRA adapter.
-            index: Number of the draw.
-            seed: Which stream of draws.
-
-        Yields:
-            Nothing; afterwards the model is as before.
-        """
+        """Drop features of each token, by the masks of one draw, for the length of a ``with`` block."""
         peft = require_lora(model)
         device = device_of(peft)
         rng = torch.Generator(device).manual_seed(generator(seed, index, "tokens").initial_seed())
 
-        def _drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            """Drop features of the input of a layer."""
             x = args[0]
-            kept = torch.rand(x.shape, generator=rng, device=x.device) >= self.rate
-            return (x * kept / (1 - self.rate), *args[1:])
+            mask = torch.rand(x.shape, generator=rng, device=x.device) >= self.rate
+            return (x * mask / (1 - self.rate), *args[1:])
 
-        handles: list[Any] = [
-            module.register_forward_pre_hook(_drop)
+        handles = [
+            module.register_forward_pre_hook(drop)
             for name, module in peft.named_modules()
             if name.endswith(f"lora_A.{peft.active_adapter}")
         ]

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import final
+from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
+from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.base import Posterior, Rescaling, rescaled_mean
+from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Sampling, noise
 
 
 @final
 @dataclass(frozen=True)
-class DiagonalGaussian(Posterior):
+class DiagonalGaussian(Linearisable):
     """Independent normal parameters: N(mean, diag variance).
 
     Attributes:
         mean: Means of all parameters.
         variance: Variances; parameters that it does not name have none.
     """
+
+    description: ClassVar[str] = "a Gaussian with a variance of its own for each parameter"
 
     mean: Params
     variance: Params
@@ -51,6 +57,33 @@ class DiagonalGaussian(Posterior):
             for name, m in self.mean.items()
         }
 
+    def standard_deviation(self) -> Params:
+        """Return √variance."""
+        return _roots(self.variance)
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> DiagonalGaussian:
+        """Return the Gaussian with σ, and the mean if asked, multiplied parameter by parameter."""
+        variance = {name: v * noise(name, self) ** 2 for name, v in self.variance.items()}
+        return replace(self, mean=rescaled_mean(self, signal), variance=variance)
+
+    @property
+    def noisy(self) -> Collection[str]:
+        """The parameters that have a variance."""
+        return self.variance.keys()
+
+    def projection(self, name: str) -> str:
+        """Return the parameter's name: the Jacobian is taken as it is."""
+        return name
+
+    def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Float[Tensor, "C N O I"]:
+        """Return the Jacobian."""
+        return jacobian
+
+    def covariance(self, name: str, projected: Float[Tensor, "C N O I"]) -> Float[Tensor, "N C C"]:
+        """Return J Σ Jᵀ of one parameter."""
+        variance = self.variance[name].to(projected).view(projected.shape[2:])
+        return torch.einsum("cnoi,dnoi->ncd", projected * variance, projected)
+
 
 @final
 @dataclass(frozen=True)
@@ -66,6 +99,8 @@ class LowRankGaussian(Posterior):
         snapshots: K raw snapshots [K *shape] of each parameter that ``variance`` names; centred when drawn.
         scale: Factor on the covariance; 1/2 in the paper.
     """
+
+    description: ClassVar[str] = "a Gaussian of low rank plus a diagonal"
 
     mean: Params
     variance: Params
@@ -109,12 +144,27 @@ class LowRankGaussian(Posterior):
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return one draw; see the class for the formula."""
         weights = noise(seed, index, "low-rank", torch.empty(self.rank), sampling) / math.sqrt(self.rank - 1)
-        drawn = dict(self.mean)
+        draw = dict(self.mean)
         for name, deviation in self._deviation.items():
             m = self.mean[name]
             low_rank = torch.tensordot(weights, self.snapshots[name] - m, dims=1)
-            drawn[name] = m + math.sqrt(self.scale) * (deviation * noise(seed, index, name, m, sampling) + low_rank)
-        return drawn
+            draw[name] = m + math.sqrt(self.scale) * (deviation * noise(seed, index, name, m, sampling) + low_rank)
+        return draw
+
+    def standard_deviation(self) -> Params:
+        """Return √diagonal of the covariance, both parts of it."""
+        low_rank = {name: (s - self.mean[name]).square().sum(0) / (self.rank - 1) for name, s in self.snapshots.items()}
+        return {name: (self.scale * (v + low_rank[name])).sqrt() for name, v in self.variance.items()}
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> LowRankGaussian:
+        """Return the Gaussian with both parts' σ, and the mean if asked, multiplied parameter by parameter."""
+        factors, mean = {name: noise(name, self) for name in self.variance}, rescaled_mean(self, signal)
+        return replace(
+            self,
+            mean=mean,
+            variance={name: v * factors[name] ** 2 for name, v in self.variance.items()},
+            snapshots={n: mean[n] + (s - self.mean[n]) * factors[n] for n, s in self.snapshots.items()},
+        )
 
 
 def _roots(variance: Params) -> Params:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -13,14 +13,15 @@ from torch import Tensor
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.base import Rescaling, rescaled_mean
+from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Sampling, noise
 
 
 @final
 @dataclass(frozen=True)
-class KroneckerGaussian(Posterior):
+class KroneckerGaussian(Linearisable):
     """Normal parameters with precision G ⊗ X + λI for each matrix W [O I], G on its rows and X on its columns.
 
     Each factor is kept by its largest eigenvalues: G = U diag(s) Uᵀ + ρ(I − UUᵀ), so that a factor of a large side has
@@ -35,6 +36,8 @@ class KroneckerGaussian(Posterior):
         strength: Factor on the noise: a number or one for each entry; 1 is the Gaussian of the formula.
         precision: Prior precision λ.
     """
+
+    description: ClassVar[str] = "a Gaussian with a Kronecker-factored covariance"
 
     mean: Params
     left_values: Params
@@ -77,37 +80,30 @@ class KroneckerGaussian(Posterior):
             drawn[name] = m + factor * spread.view_as(m)
         return drawn
 
-    def multiply(
-        self, name: str, matrix: Float[Tensor, "*N O I"], function: Callable[[Tensor], Tensor] = torch.reciprocal
-    ) -> Float[Tensor, "*N O I"]:
-        """Return f(G ⊗ X + λI) vec(M) for a function of the eigenvalues, without the strength.
+    def standard_deviation(self) -> Params:
+        """Return √diagonal of the covariance."""
+        return {name: self.variance(name).sqrt() for name in self.strength}
 
-        Args:
-            name: The parameter.
-            matrix: M; leading axes are a batch.
-            function: f, elementwise; the reciprocal gives the covariance times M.
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> KroneckerGaussian:
+        """Return the Gaussian with its strength, and the mean if asked, multiplied parameter by parameter."""
+        strength = {name: s * torch.as_tensor(noise(name, self)) for name, s in self.strength.items()}
+        return replace(self, mean=rescaled_mean(self, signal), strength=strength)
 
-        Returns:
-            The same shape.
-        """
-        u, v = (side[name].to(matrix) for side in (self.left_vectors, self.right_vectors))
-        f = function(self.eigenvalues(name).to(matrix) + self.precision)
-        both, rows, columns, rest = f[:-1, :-1], f[:-1, -1:], f[-1:, :-1], f[-1, -1]
-        left, right = u.T @ matrix, matrix @ v
-        core = u.T @ right
-        found = rest * matrix + u @ ((rows - rest) * left) + ((columns - rest) * right) @ v.T
-        return found + u @ ((both - rows - columns + rest) * core) @ v.T
+    @property
+    def noisy(self) -> Collection[str]:
+        """The parameters that have factors."""
+        return self.strength.keys()
+
+    def projection(self, name: str) -> Hashable:
+        """Return eigenvectors and strength: posteriors that differ in the prior precision alone share them."""
+        strength = self.strength[name]
+        sides = id(self.left_vectors[name]), id(self.right_vectors[name])
+        return (*sides, id(strength) if strength.ndim else float(strength))
 
     def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Float[Tensor, "L+1 R+1 N C C"]:
-        """Return what is left of J Σ Jᵀ to weight by the eigenvalues: `covariance` does it, for any prior precision.
+        """Return the products of the parts of J in each pair of eigenspaces, which `covariance` weights by eigenvalues.
 
-        Args:
-            name: The parameter.
-            jacobian: J, the derivatives of each example's C logits.
-
-        Returns:
-            For each pair of eigenspaces, the products of the parts of J in it; last row and column belong to all
-            directions that the factors do not keep.
+        Last row and column belong to all directions that the factors do not keep.
         """
         u, v = (side[name].to(jacobian) for side in (self.left_vectors, self.right_vectors))
         strength = self.strength[name].to(jacobian)
@@ -124,38 +120,28 @@ class KroneckerGaussian(Posterior):
         return torch.cat([torch.cat([both, rows], 1), torch.cat([columns, last[None]])[None]])
 
     def covariance(self, name: str, projected: Float[Tensor, "L+1 R+1 N C C"]) -> Float[Tensor, "N C C"]:
-        """Return J Σ Jᵀ of one parameter.
-
-        Args:
-            name: The parameter.
-            projected: What `projected` returns, of this posterior or one with the same eigenvectors and strength.
-
-        Returns:
-            The covariance that the parameter gives to each example's logits.
-        """
+        """Return J Σ Jᵀ of one parameter."""
         weights = (self.eigenvalues(name).to(projected) + self.precision).reciprocal()
         return torch.tensordot(weights, projected, 2)
 
+    def multiply(
+        self, name: str, matrix: Float[Tensor, "*N O I"], function: Callable[[Tensor], Tensor] = torch.reciprocal
+    ) -> Float[Tensor, "*N O I"]:
+        """Return f(G ⊗ X + λI) vec(M) without the strength; the reciprocal gives the covariance times M."""
+        u, v = (side[name].to(matrix) for side in (self.left_vectors, self.right_vectors))
+        f = function(self.eigenvalues(name).to(matrix) + self.precision)
+        both, rows, columns, rest = f[:-1, :-1], f[:-1, -1:], f[-1:, :-1], f[-1, -1]
+        left, right = u.T @ matrix, matrix @ v
+        core = u.T @ right
+        found = rest * matrix + u @ ((rows - rest) * left) + ((columns - rest) * right) @ v.T
+        return found + u @ ((both - rows - columns + rest) * core) @ v.T
+
     def eigenvalues(self, name: str) -> Float[Tensor, "L+1 R+1"]:
-        """Return the products of the factors' eigenvalues, without λ.
-
-        Args:
-            name: The parameter.
-
-        Returns:
-            Last row and column belong to all directions that the factors do not keep.
-        """
+        """Return the products of the factors' eigenvalues, without λ; the last are those of all other directions."""
         return self.left_values[name][:, None] * self.right_values[name]
 
     def variance(self, name: str) -> Tensor:
-        """Return the marginal variances of a parameter.
-
-        Args:
-            name: The parameter.
-
-        Returns:
-            The diagonal of its covariance, in its shape.
-        """
+        """Return the marginal variances of a parameter: the diagonal of its covariance, in its shape."""
         f = (self.eigenvalues(name) + self.precision).reciprocal()
         sides = []
         for vectors in (self.left_vectors[name], self.right_vectors[name]):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import final
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, generator
-from bayeslora.posteriors.base import Posterior
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Sampling
+from bayeslora.posteriors.sampling import Draws, Sampling
 
 
 @final
@@ -23,6 +26,8 @@ class Mixture(Posterior):
     Attributes:
         members: The M posteriors.
     """
+
+    description: ClassVar[str] = "an equal mixture of several ({members} members)"
 
     members: tuple[Posterior, ...]
     origin: Origin | None = None
@@ -52,15 +57,59 @@ class Mixture(Posterior):
         inner, member = divmod(index, len(self.members))
         return self.members[member].draw(inner, member_seed(seed, member), sampling)
 
+    def unit(self, sampling: Sampling = "independent") -> int:
+        """Return how many draws belong together: whole groups of every member."""
+        return len(self.members) * math.lcm(*(member.unit(sampling) for member in self.members))
+
+    def count(self, draws: int | Draws) -> int:
+        """Return how many draws serve a request: the members get equally many, and none is drawn twice."""
+        draws, size = Draws.of(draws), len(self.members)
+        each = max(member.count(-(-draws.count // size)) for member in self.members)
+        return super().count(replace(draws, count=size * each))
+
+    def components(self, count: int) -> tuple[int, ...]:
+        """Return the member that each draw comes from."""
+        return tuple(k % len(self.members) for k in range(count))
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Mixture | None:
+        """Return the mixture of the rescaled members; None if one has no noise in the weights."""
+        members = tuple(m for member in self.members if (m := member.rescaled(noise, signal)) is not None)
+        return replace(self, members=members) if len(members) == len(self.members) else None
+
+    @property
+    def draws_are_weights(self) -> bool:
+        """Whether those of all members are, and none has a scaling of its own."""
+        return all(member.draws_are_weights and member.unscaled is member for member in self.members)
+
+    @property
+    def minimum_draws(self) -> int:
+        """The most that a member wants."""
+        return max(member.minimum_draws for member in self.members)
+
+    def passes(self, count: int, mean: bool) -> int:
+        """Return how often the data are passed, by each member for its own draws where it answers for itself."""
+        if self.draws_are_weights:
+            return super().passes(count, mean)
+        return sum(member.passes(n, mean) for member, n in zip(self.members, self._shares(count), strict=False))
+
+    def answers(self, engine: Engine, draws: Draws) -> LogProbs:
+        """Return the answers with drawn weights, or those of each member in turn where they are not all weights."""
+        if self.draws_are_weights:
+            return super().answers(engine, draws)
+        shares = self._shares(draws.count)
+        each = [
+            member.answers(engine, replace(draws, count=n, seed=member_seed(draws.seed, k), tolerance=None))
+            for k, (member, n) in enumerate(zip(self.members, shares, strict=False))
+        ]
+        size = len(shares)
+        return torch.stack([each[k % size][0][k // size] for k in range(draws.count)]), each[0][1]
+
+    def _shares(self, count: int) -> list[int]:
+        """Return how many of some draws each member gives; the last members none if there are fewer draws."""
+        size = min(count, len(self.members))
+        return [len(range(k, count, size)) for k in range(size)]
+
 
 def member_seed(seed: int, member: int) -> int:
-    """Return the stream of draws of a mixture's member.
-
-    Args:
-        seed: The mixture's stream.
-        member: Number of the member.
-
-    Returns:
-        The seed; the first member has the mixture's own.
-    """
+    """Return the stream of draws of a mixture's member; the first member has the mixture's own."""
     return seed if member == 0 else int(generator(seed, "member", member).initial_seed())

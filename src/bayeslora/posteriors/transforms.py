@@ -5,73 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.params import Params
-from bayeslora.posteriors import (
-    GROUPS,
-    ColumnDropout,
-    DiagonalGaussian,
-    KroneckerGaussian,
-    Linearised,
-    LowRankGaussian,
-    Mixture,
-    Point,
-    Posterior,
-    Sampling,
-    Scaled,
-    TokenDropout,
-)
-
-Factor = float | Tensor
-
-
-def draw_unit(posterior: Posterior, sampling: Sampling = "independent") -> int:
-    """Return how many draws belong together: whole groups of the sampling, of each member of a mixture.
-
-    Args:
-        posterior: Any posterior.
-        sampling: How the draws belong together.
-
-    Returns:
-        The number that draws are taken in multiples of.
-    """
-    if isinstance(posterior, Scaled):
-        return draw_unit(posterior.posterior, sampling)
-    if isinstance(posterior, Mixture):
-        return len(posterior.members) * math.lcm(*(draw_unit(member, sampling) for member in posterior.members))
-    return GROUPS[sampling] if posterior.distinct is None else 1
-
-
-def draw_count(posterior: Posterior, draws: int, sampling: Sampling = "independent") -> int:
-    """Return how many draws serve a request: a mixture's members get equally many, and none is drawn twice.
-
-    Args:
-        posterior: Any posterior.
-        draws: Number asked for.
-        sampling: How the draws belong together: antithetic draws come in pairs, simplex draws in fives.
-
-    Returns:
-        ``draws``, rounded up to a multiple of `draw_unit` and cut to the number of different draws.
-
-    Raises:
-        InputError: If ``draws`` is less than 1.
-    """
-    if draws < 1:
-        raise InputError(f"draws must be at least 1, and it is {draws}")
-    if isinstance(posterior, Scaled):
-        return draw_count(posterior.posterior, draws, sampling)
-    if isinstance(posterior, Mixture):
-        size = len(posterior.members)
-        draws = size * max(draw_count(m, -(-draws // size)) for m in posterior.members)
-    if posterior.distinct is not None:
-        return min(draws, posterior.distinct)
-    unit = draw_unit(posterior, sampling)
-    return -(-draws // unit) * unit
+from bayeslora.posteriors.base import Factor, Posterior, Rescaling
 
 
 def tempered(posterior: Posterior, temperature: float) -> Posterior:
@@ -89,7 +27,7 @@ def tempered(posterior: Posterior, temperature: float) -> Posterior:
     """
     if not 0 <= temperature < math.inf:
         raise InputError(f"the temperature must be finite and not negative, and it is {temperature}")
-    return _rescaled(posterior, lambda name, p: math.sqrt(temperature), None)
+    return _rescaled(posterior, lambda name, p: math.sqrt(temperature))
 
 
 def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Posterior:
@@ -104,7 +42,7 @@ def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Post
         A posterior of the same family.
     """
     keep = where if callable(where) else in_last_layers(posterior.mean, where)
-    return _rescaled(posterior, lambda name, p: float(keep(name)), None)
+    return _rescaled(posterior, lambda name, p: float(keep(name)))
 
 
 def in_last_layers(names: Iterable[str], count: int) -> Callable[[str], bool]:
@@ -147,78 +85,29 @@ def pruned(posterior: Posterior, fraction: float) -> Posterior:
     if not 0 <= fraction <= 1:
         raise InputError(f"the fraction to prune must be in [0, 1], and it is {fraction}")
 
-    def mask(name: str, p: Posterior) -> Factor:
+    def kept_part(name: str, p: Posterior) -> Factor:
         """Return 0 where a parameter is removed and 1 elsewhere."""
-        deviation = standard_deviation(p).get(name)
-        if deviation is None:
+        deviations = p.standard_deviation()
+        if deviations is None:
+            raise InputError(f"a {type(p).__name__} has no standard deviation parameter by parameter")
+        if name not in deviations:
             return 1.0
+        deviation = deviations[name]
         ratio = torch.where(deviation > 0, p.mean[name].abs() / deviation, math.inf).flatten()
         worst = ratio.argsort(stable=True)[: int(fraction * ratio.numel())]
-        kept = torch.ones_like(ratio)
-        kept[worst[ratio[worst] < math.inf]] = 0
-        return kept.view_as(deviation)
+        mask = torch.ones_like(ratio)
+        mask[worst[ratio[worst] < math.inf]] = 0
+        return mask.view_as(deviation)
 
-    return _rescaled(posterior, mask, mask)
-
-
-def standard_deviation(posterior: Posterior) -> Params:
-    """Return the marginal standard deviation of each parameter that has one.
-
-    Args:
-        posterior: A point or a Gaussian.
-
-    Returns:
-        σ by name, in the shape of the parameter; empty for a point.
-
-    Raises:
-        InputError: For families without one (a mixture, dropout).
-    """
-    match posterior:
-        case Point():
-            return {}
-        case DiagonalGaussian():
-            return {name: v.sqrt() for name, v in posterior.variance.items()}
-        case LowRankGaussian(mean=mean, scale=scale):
-            return {
-                name: (
-                    scale * (v + (posterior.snapshots[name] - mean[name]).square().sum(0) / (posterior.rank - 1))
-                ).sqrt()
-                for name, v in posterior.variance.items()
-            }
-        case KroneckerGaussian():
-            return {name: posterior.variance(name).sqrt() for name in posterior.strength}
-    raise InputError(f"a {type(posterior).__name__} has no standard deviation parameter by parameter")
+    return _rescaled(posterior, kept_part, kept_part)
 
 
-def _rescaled(
-    posterior: Posterior,
-    noise: Callable[[str, Posterior], Factor],
-    signal: Callable[[str, Posterior], Factor] | None,
-) -> Posterior:
-    """Multiply the noise, and the mean if asked, parameter by parameter: the one operation behind the others."""
-    if isinstance(posterior, Mixture):
-        return replace(posterior, members=tuple(_rescaled(m, noise, signal) for m in posterior.members))
-    if isinstance(posterior, Linearised | Scaled):
-        return replace(posterior, posterior=_rescaled(posterior.posterior, noise, signal))  # type: ignore[arg-type]
-    if isinstance(posterior, Point):
-        return posterior
-    if isinstance(posterior, TokenDropout):
+def _rescaled(posterior: Posterior, noise: Rescaling, signal: Rescaling | None = None) -> Posterior:
+    """Return the posterior rescaled, or refuse one without noise in its weights."""
+    changed = posterior.rescaled(noise, signal)
+    if changed is None:
         raise InputError("dropout token by token has no noise in the weights; use the kind 'columns'")
-    mean = posterior.mean if signal is None else {n: m * signal(n, posterior) for n, m in posterior.mean.items()}
-    if isinstance(posterior, ColumnDropout):
-        factors = {name: noise(name, posterior) for name in posterior.strength}
-        return replace(posterior, strength={n: s * float(factors[n]) for n, s in posterior.strength.items()})
-    if isinstance(posterior, KroneckerGaussian):
-        strength = {n: s * torch.as_tensor(noise(n, posterior)) for n, s in posterior.strength.items()}
-        return replace(posterior, mean=mean, strength=strength)
-    if isinstance(posterior, DiagonalGaussian | LowRankGaussian):
-        factors = {name: noise(name, posterior) for name in posterior.variance}
-        variance = {name: v * factors[name] ** 2 for name, v in posterior.variance.items()}
-        if isinstance(posterior, DiagonalGaussian):
-            return replace(posterior, mean=mean, variance=variance)
-        snapshots = {n: mean[n] + (s - posterior.mean[n]) * factors[n] for n, s in posterior.snapshots.items()}
-        return replace(posterior, mean=mean, variance=variance, snapshots=snapshots)
-    raise InputError(f"a {type(posterior).__name__} cannot be rescaled")
+    return changed
 
 
 def _layer(name: str) -> int | None:

@@ -17,7 +17,7 @@ from bayeslora.errors import InputError
 from bayeslora.params import evaluating, require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import kept_draw, weight_draws
+from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.options import PassOptions
@@ -68,7 +68,7 @@ def predict_rewards(
     budget = token_budget or default_token_budget(model)
     passes = Passes(model, readout, rows, 1, budget, options=PassOptions(stack=stack), reading=REWARDS)
     with evaluating(model):
-        return passes.run(lambda k: kept_draw(posterior, k, draws.seed, draws.sampling), draws.count)[..., 0]
+        return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
 
 def preference_probability(chosen: Float[Tensor, "S N"], rejected: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from bayeslora.errors import InputError
 
@@ -61,12 +60,12 @@ def make_columns(description: Columns | Mapping[str, object], base: Columns) -> 
     unknown = [key for key in description if key not in known]
     if unknown:
         raise InputError(f"columns has the unknown key {unknown[0]!r}: the keys are {', '.join(known)}")
-    values: dict[str, Any] = {key: _names(key, value) for key, value in description.items()}
+    values = {key: _names(key, value) for key, value in description.items()}
     if values.get("choices") is not None:
         base = replace(base, classes=None, codes=None)
     if values.get("classes") is not None:
         base = replace(base, choices=None, codes=None)
-    return replace(base, **values)
+    return replace(base, **values)  # type: ignore[arg-type]  # each is checked by its key
 
 
 def guess_columns(names: Collection[str]) -> Columns:

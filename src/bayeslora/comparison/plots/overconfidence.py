@@ -112,16 +112,8 @@ def _draw_truth(column: style.Column, log_p: Tensor, truth: Tensor) -> None:
     axes, log_p, truth = column.panels["truth"], log_p.detach().cpu(), truth.cpu()
     real = ~(torch.isneginf(log_p) & (truth == 0))
     draw_diagonal(axes)
-    axes.scatter(
-        truth[real].numpy(),
-        log_p[real].exp().numpy(),
-        s=9,
-        color=column.colour,
-        alpha=0.6,
-        linewidths=0,
-        rasterized=int(real.sum()) > 2000,
-        label="choices",
-    )
+    dots: style.Settings = {"s": 9, "color": column.colour, "alpha": 0.6, "linewidths": 0, "label": "choices"}
+    axes.scatter(truth[real].numpy(), log_p[real].exp().numpy(), rasterized=int(real.sum()) > 2000, **dots)
     axes.set_title(f"KL {kl_to_truth(log_p, truth):.2f} nats from the truth")
     style.percent_axis(axes, "x", "true probability")
     style.percent_axis(axes, "y", "predicted probability", labels=column.first)

@@ -9,8 +9,7 @@ from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.params import Params, require_lora
-from bayeslora.posteriors import Point, Posterior
-from bayeslora.prediction.draws import kept_draw
+from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.tasks.types import Split
 
 
@@ -95,4 +94,4 @@ class Served:
 
     def _draw(self, index: int) -> Params:
         """Return a draw."""
-        return kept_draw(self.posterior, index, self.seed, "independent")
+        return self.posterior.cached_draw(index, Draws(seed=self.seed))

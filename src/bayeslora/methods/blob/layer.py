@@ -58,10 +58,10 @@ class BlobLinear(nn.Linear):
         else:
             mean = self.weight
         with torch.autocast(place, enabled=False):
-            found: Tensor = Flipout.apply(  # type: ignore[no-untyped-call]
+            output: Tensor = Flipout.apply(  # type: ignore[no-untyped-call]
                 rows, mean, noise, sign_words(rows, self.in_features), sign_words(rows, self.out_features)
             )
-        return found.view(*input.shape[:-1], self.out_features)
+        return output.view(*input.shape[:-1], self.out_features)
 
 
 class Flipout(torch.autograd.Function):
@@ -99,9 +99,9 @@ def sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
     """Return random words that hold a sign for each of T rows and a number of columns, [⌈T/bits⌉, width]."""
     size = rows.element_size()
     shape = -(-len(rows) // (8 * size)), width
-    drawn = torch.empty(-(-shape[0] * width * size // 8), dtype=torch.int64, device=rows.device)
-    drawn.random_(-(2**63), None)
-    return drawn.view(_INTEGERS[size])[: shape[0] * width].view(shape)
+    words = torch.empty(-(-shape[0] * width * size // 8), dtype=torch.int64, device=rows.device)
+    words.random_(-(2**63), None)
+    return words.view(_INTEGERS[size])[: shape[0] * width].view(shape)
 
 
 def _sign_bits(words: Tensor, count: int) -> Tensor:
@@ -127,24 +127,24 @@ def attach(
         if not isinstance(layer.lora_A[adapter], nn.Linear):
             raise InputError(f"BLoB serves linear layers, and {path} is a convolution; leave it out of target_modules")
     detach(model)
-    found = {}
+    noisy = {}
     names = {id(p): name for name, p in lora_parameters(model).items()}
     for layer in layers.values():
         plain = layer.lora_A[adapter]
         name = names[id(plain.weight)]
         spread = nn.Parameter(torch.empty_like(plain.weight, dtype=torch.float32))
-        layer.lora_A[adapter] = found[name] = BlobLinear(plain, spread)
-    model.add_module(_SPREAD, nn.ParameterList([layer.spread for layer in found.values()]))
-    if not any(layer.spread.is_meta for layer in found.values()):
-        begin(found, init_spread, seed, relative=relative)
-    return found
+        layer.lora_A[adapter] = noisy[name] = BlobLinear(plain, spread)
+    model.add_module(_SPREAD, nn.ParameterList([layer.spread for layer in noisy.values()]))
+    if not any(layer.spread.is_meta for layer in noisy.values()):
+        begin(noisy, init_spread, seed, relative=relative)
+    return noisy
 
 
 @torch.no_grad()
 def sizes(layers: Mapping[str, BlobLinear]) -> dict[str, float]:
     """Return the root mean square of each M, or 1/√(3·in), as PEFT starts A, where a matrix is zero."""
-    found = {name: float(layer.weight.float().square().mean().sqrt()) for name, layer in layers.items()}
-    return {name: size or 1 / math.sqrt(3 * layers[name].in_features) for name, size in found.items()}
+    measured = {name: float(layer.weight.float().square().mean().sqrt()) for name, layer in layers.items()}
+    return {name: size or 1 / math.sqrt(3 * layers[name].in_features) for name, size in measured.items()}
 
 
 @torch.no_grad()
@@ -173,13 +173,13 @@ def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> No
 
 def taking_out(model: nn.Module, layers: Collection[BlobLinear], end: Callable[[], None]) -> Callable[[], None]:
     """Return what puts plain layers back and calls ``end``; it does not keep the model alive, whose record has it."""
-    there = weakref.ref(model)
+    reference = weakref.ref(model)
 
     def undo() -> None:
         """Put plain layers back."""
         end()
-        own = there()
-        if own is not None:
-            detach(own, layers)
+        alive = reference()
+        if alive is not None:
+            detach(alive, layers)
 
     return undo

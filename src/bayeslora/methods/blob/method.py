@@ -110,10 +110,10 @@ class Blob(Method):
 
     def setting(self, key: Setting) -> float | None:
         """Return a setting as it is used: as given, or the preset's, or the default; None where the matrix says it."""
-        given: float | None = getattr(self, key)
-        if given is None and key == "relative_prior":
+        value: float | None = getattr(self, key)
+        if value is None and key == "relative_prior":
             return self.setting("relative_spread")
-        return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if given is None else given
+        return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if value is None else value
 
     def number(self, key: Setting) -> float:
         """Return a setting that always has a value."""
@@ -161,8 +161,8 @@ class BlobCallback(MethodCallback):
         """Draw the start of G or read it from the checkpoint, and switch the noise on."""
         args, state, model, method = run.args, run.state, run.model, self.method
         check_training(args, run.optimizer, self.title)
-        there = {id(m) for m in model.modules()}
-        if not all(id(layer) in there for layer in self.layers.values()):
+        modules = {id(m) for m in model.modules()}
+        if not all(id(layer) in modules for layer in self.layers.values()):
             raise InputError(
                 "the model's BLoB layers are no longer those of this run; call method.trainer_kwargs(model, num_data) "
                 "anew for each Trainer, on the very model that it trains"

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, origin_for
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon.moments import learned, moments
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.sampler import Sampler
-from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, check_ivon, default_ess
+from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, Group, check_ivon, default_ess
 from bayeslora.methods.records import check_num_data, require_record
 from bayeslora.methods.trainer_log import MetricsCallback
 from bayeslora.params import read
@@ -88,12 +88,12 @@ class Ivon(Method):
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
-        seen = [k for k in ("sigma0", "prior_sigma", "max_step", "temperature") if getattr(self, k) is not None]
+        visible = [k for k in ("sigma0", "prior_sigma", "max_step", "temperature") if getattr(self, k) is not None]
         paper = [key for key in ("preset", "ess", "hess_init", "learning_rate") if getattr(self, key) is not None]
-        if seen and paper:
+        if visible and paper:
             raise InputError(
                 f"IVON takes either sigma0, prior_sigma, max_step and temperature, or ess, hess_init and "
-                f"learning_rate; {seen[0]} and {paper[0]} are given"
+                f"learning_rate; {visible[0]} and {paper[0]} are given"
             )
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"IVON has no preset {self.preset!r}; there are {', '.join(PRESETS)}")
@@ -121,7 +121,7 @@ class Ivon(Method):
         """Whether the settings are ``sigma0``, ``prior_sigma``, ``max_step`` and ``temperature``, given or not."""
         return self.preset is None and self.ess is None
 
-    def optimizer_settings(self, num_data: int, num_parameters: int | None = None) -> dict[str, Any]:
+    def optimizer_settings(self, num_data: int, num_parameters: int | None = None) -> Group:
         """Return the settings of `IvonOptimizer` for a number of training examples.
 
         Args:
@@ -136,7 +136,7 @@ class Ivon(Method):
         Raises:
             InputError: If they have no meaning.
         """
-        found: dict[str, Any] = {
+        settings: Group = {
             "betas": self.betas or BETAS,
             "weight_decay": self.weight_decay,
             "price_clip": math.inf if self.price_clip is None else self.price_clip,
@@ -149,7 +149,7 @@ class Ivon(Method):
         published = PRESETS.get(self.preset or "", {})
         if not self.in_units:
             ess = self.ess if self.ess is not None else published["ess"]
-            found |= {
+            settings |= {
                 "ess": 5000 * math.sqrt(num_data) if ess == "sqrt" else ess,
                 "hess_init": self.hess_init if self.hess_init is not None else published["hess_init"],
                 "lr": self.learning_rate if self.learning_rate is not None else published["learning_rate"],
@@ -158,10 +158,10 @@ class Ivon(Method):
             }
         else:
             ess = num_data / self.temperature if self.temperature else default_ess(num_data, num_parameters or 0)
-            found |= {"ess": ess, "lr": 1.0, "clip_radius": self.max_step or self.clip_radius or math.inf}
-            found["hess_init"] = 1 / (ess * (self.sigma0 or 0.04) ** 2)
-        check_ivon(found)
-        return found
+            settings |= {"ess": ess, "lr": 1.0, "clip_radius": self.max_step or self.clip_radius or math.inf}
+            settings["hess_init"] = 1 / (ess * (self.sigma0 or 0.04) ** 2)
+        check_ivon(settings)
+        return settings
 
     def own_settings(self, ess: float, sigma: float) -> dict[str, float]:
         """Return h₀ and δ of a parameter, in the units that one can see.
@@ -186,7 +186,7 @@ class Ivon(Method):
             )
         return {"hess_init": max(0.0, total - delta), "weight_decay": delta}
 
-    def trainer_kwargs(self, model: nn.Module, num_data: int) -> dict[str, Any]:
+    def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the optimiser, and the callback that draws and adds the noise; see `Method.trainer_kwargs`.
 
         Raises:

@@ -8,11 +8,11 @@ draws θ = m + σ⊙ε instead of at m. With ĝ = ∇ℓ(θ), ℓ the mean loss 
     h ← β₂h + (1−β₂)f + ½(1−β₂)²(h−f)²/(h+δ)        so that h+δ at least halves, and never becomes negative
     m ← m − η·clip( (g/(1−β₁ᵗ) + δm)/(h+δ), ±ξ )
 
-What is ours: noise is a function of (seed, step, number of the draw, number of the parameter), so nothing random needs
-to be kept in a checkpoint and every process draws the same; several draws per step, each with its own share of the
-gradient; Price clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, and a pull that grows in
-over the first steps; h ≥ 0, so that σ ≤ 1/√(λδ), the prior's deviation; and an empirical-Bayes prior, 1/(λδ) = mean of
-m² + σ² over each matrix, which as in the papers is in σ and in the divisor and does not pull m.
+What is ours: noise is a function of (seed, step, number of the draw, number of the parameter), so a checkpoint holds
+nothing random and every process draws the same; several draws per step, each with its own share of the gradient; Price
+clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, and a pull that grows in over the first
+steps; h ≥ 0, so that σ ≤ 1/√(λδ), the prior's deviation; and an empirical-Bayes prior, 1/(λδ) = mean of m² + σ² over
+each matrix, which as in the papers is in σ and in the divisor and does not pull m.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from bayeslora.errors import InputError
-from bayeslora.methods.ivon.settings import check_ivon, clamp, estimate_prior, from_prior, pull_weight
+from bayeslora.methods.ivon.settings import Group, check_ivon, clamp, estimate_prior, from_prior, pull_weight
 from bayeslora.params import seed_of
 
 
@@ -69,7 +70,7 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float,
         *,
         ess: float,
@@ -105,8 +106,8 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     def mean(self, parameter: Tensor) -> Tensor:
         """Return m of a parameter: itself, or the float32 copy that is kept of one in half precision."""
-        kept: Tensor = self.state[parameter].get("mean", parameter) if parameter in self.state else parameter
-        return kept.detach()
+        mean: Tensor = self.state[parameter].get("mean", parameter) if parameter in self.state else parameter
+        return mean.detach()
 
     def variance(self, parameter: Tensor) -> Tensor:
         """Return σ² of a parameter, float32."""
@@ -116,18 +117,14 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Draw the noise of this step, or another draw of the same step; the parameters are left alone.
-
-        For those who add `noise` themselves; a training loop of one's own uses `sampled`, which calls this.
-        """
+        """Draw the noise of this step, or another draw of it, for those who add `noise` themselves (see `sampled`)."""
         grads = self._grads()
         if self._draws and grads:
             self._fold(grads)
         else:
             self._forget()
         self._draws += 1
-        head = self.param_groups[0]
-        trained = [(p, group) for group in self.param_groups for p in group["params"]]
+        head, trained = self.param_groups[0], [(p, g) for g in self.param_groups for p in g["params"]]
         for number, (p, group) in enumerate(trained):
             if p.requires_grad:
                 key = seed_of("ivon", head["seed"], head["steps"], self._draws, number)
@@ -188,7 +185,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._forget()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Group) -> None:
         """Load a state; what is float32 stays so, also for parameters in half precision."""
         super().load_state_dict(state_dict)
         self._forget()
@@ -212,13 +209,13 @@ class IvonOptimizer(torch.optim.Optimizer):
             state["hess"].fill_(hess_init)
             state["hess_init"], state["delta"] = hess_init, weight_decay
 
-    def _group(self, parameter: Tensor) -> dict[str, Any]:
+    def _group(self, parameter: Tensor) -> Group:
         """Return the group that a parameter is in."""
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
 
-    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _state(self, p: Tensor, group: Group) -> Group:
         """Return a parameter's state, begun if need be."""
-        state: dict[str, Any] = self.state[p]
+        state: Group = self.state[p]
         if not state:
             state["step"] = 0
             state["avg_grad"] = torch.zeros_like(p, dtype=torch.float32)
@@ -230,7 +227,7 @@ class IvonOptimizer(torch.optim.Optimizer):
                 state["mean"] = p.detach().float()
         return state
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], products: list[Tensor]) -> None:
+    def _update(self, group: Group, params: list[Tensor], grads: list[Tensor], products: list[Tensor]) -> None:
         """Take one step for the parameters of a group: the formulas at the top, for all of them at once."""
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
@@ -279,23 +276,23 @@ class IvonOptimizer(torch.optim.Optimizer):
         self._folds = self._draws
         for p, grad in grads.items():
             if p in self._noise:
-                own = grad.float() - self._seen[p] if p in self._seen else grad.float()
-                product = self._noise[p] * own
+                share = grad.float() - self._seen[p] if p in self._seen else grad.float()
+                product = self._noise[p] * share
                 self._products[p] = self._products[p] + product if p in self._products else product
                 self._seen[p] = grad.detach().to(torch.float32, copy=True)
 
     def _folded(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Return Σ noise ⊙ gradient over the step's draws; gradients may have been scaled as a whole since the last."""
-        mine = [p for p in grads if p in self._noise]
-        if self._draws <= 1 or not mine:
-            return {p: self._noise[p] * grads[p].float() for p in mine}
+        sampled_params = [p for p in grads if p in self._noise]
+        if self._draws <= 1 or not sampled_params:
+            return {p: self._noise[p] * grads[p].float() for p in sampled_params}
         if self._folds < self._draws:
             self._fold(grads)
-            return {p: self._products[p] for p in mine}
-        now = torch.stack([grads[p].float().norm() for p in mine]).norm()
-        then = torch.stack([self._seen[p].norm() for p in mine]).norm()
+            return {p: self._products[p] for p in sampled_params}
+        now = torch.stack([grads[p].float().norm() for p in sampled_params]).norm()
+        then = torch.stack([self._seen[p].norm() for p in sampled_params]).norm()
         factor = torch.where(then > 0, now / then, 1.0)
-        return {p: self._products[p] * factor for p in mine}
+        return {p: self._products[p] * factor for p in sampled_params}
 
     def _forget(self) -> None:
         """End a step: no draw, no products."""

@@ -146,9 +146,9 @@ def shadowed(
     # A module's attribute is covered for the length of its own forward call, so gradients go to the parameter, gradient
     # checkpointing reads the same value again, and whoever looks at the model from outside sees the parameter. Where
     # `value` returns None the parameter itself is read.
-    wanted, handles = set(params), []
+    covered, handles = set(params), []
     for path, module in model.named_modules():
-        names = [name for name, p in module._parameters.items() if p is not None and p in wanted]
+        names = [name for name, p in module._parameters.items() if p is not None and p in covered]
         if not names:
             continue
         if isinstance(module, nn.ParameterDict | nn.ParameterList):

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from bayeslora.errors import InputError
 
-PRESETS: dict[str, dict[str, Any]] = {
+Group = dict[str, Any]
+"""Settings of a parameter group of `IvonOptimizer`, or what it keeps of a parameter, by name."""
+
+PRESETS: dict[str, Group] = {
     name: {"ess": ess, "hess_init": hess, "learning_rate": 0.03, "clip_radius": 1e-3, "betas": (0.9, 0.99999)}
     for ess, hess, names in (
         (1e7, 3e-4, ("winogrande_s", "boolq")),
@@ -64,7 +67,7 @@ def default_sigma(shape: torch.Size, of_b: tuple[float, int, int] | None = None)
     return NOISE_A / math.sqrt(shape[1:].numel()) if len(shape) > 1 else NOISE_A / 20
 
 
-def check_ivon(group: dict[str, Any]) -> None:
+def check_ivon(group: Group) -> None:
     """Refuse settings, by the names that `IvonOptimizer` has for them, that have no meaning."""
     beta1, beta2 = group["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
@@ -86,15 +89,15 @@ def check_ivon(group: dict[str, Any]) -> None:
             raise InputError(f"IVON's {key} must be {words[0]} or {words[1]}, and it is {group[key]!r}")
 
 
-def estimate_prior(group: dict[str, Any], states: list[dict[str, Any]], means: list[Tensor]) -> list[float]:
+def estimate_prior(group: Group, states: list[Group], means: list[Tensor]) -> list[float]:
     """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance."""
     ess = group["ess"]
     second = [
         m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean() for s, m in zip(states, means, strict=True)
     ]
-    for state, wanted in zip(states, torch.stack(second).tolist(), strict=True):
-        now = 1 / (ess * state["delta"]) if state["delta"] > 0 else wanted
-        state["delta"] = 1 / (ess * (_PRIOR_MEMORY * now + (1 - _PRIOR_MEMORY) * wanted))
+    for state, variance in zip(states, torch.stack(second).tolist(), strict=True):
+        now = 1 / (ess * state["delta"]) if state["delta"] > 0 else variance
+        state["delta"] = 1 / (ess * (_PRIOR_MEMORY * now + (1 - _PRIOR_MEMORY) * variance))
     return [s["delta"] for s in states]
 
 
@@ -105,7 +108,7 @@ def clamp(tensors: list[Tensor] | tuple[Tensor, ...], bound: float) -> None:
         torch._foreach_clamp_min_(tensors, -bound)
 
 
-def pull_weight(group: dict[str, Any], state: dict[str, Any]) -> float:
+def pull_weight(group: Group, state: Group) -> float:
     """Return the weight of m's distance from its prior: δ, growing in as 1 − e^{−t/warmup}; 0 if δ is estimated."""
     if group["prior"] == "empirical":
         return 0.0
@@ -113,6 +116,6 @@ def pull_weight(group: dict[str, Any], state: dict[str, Any]) -> float:
     return float(state["delta"] * (-math.expm1(-state["step"] / warmup) if warmup else 1.0))
 
 
-def from_prior(means: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+def from_prior(means: list[Tensor], states: list[Group]) -> list[Tensor]:
     """Return how far each m is from the mean of its prior: ``start``, or zero."""
     return [m - s["start"] if "start" in s else m for m, s in zip(means, states, strict=True)]

@@ -35,9 +35,10 @@ from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, lora_parameters, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
+from bayeslora.posteriors.linearised import LOGIT_DRAWS, Linearisable, logit_draws
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.prediction.jacobians import Site, linear_sites
-from bayeslora.prediction.linearised import LOGIT_DRAWS, Gaussian, gradient_budget, logit_draws, logit_moments
+from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Task, labelled
@@ -161,7 +162,7 @@ class Laplace(PostHoc):
         return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
 
 
-def _linearised_nlls(judge: Judge, candidates: Sequence[Gaussian]) -> list[float]:
+def _linearised_nlls(judge: Judge, candidates: Sequence[Linearisable]) -> list[float]:
     """Return the negative log-likelihood by the linearised model of each candidate, in one pass."""
     model, rows = judge.model, judge.rows
     readout = readout_for(model, rows, judge.tokenizer)

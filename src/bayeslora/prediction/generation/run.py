@@ -12,7 +12,7 @@ from bayeslora.errors import InputError
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import kept_draw, weight_draws
+from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep
@@ -118,7 +118,7 @@ def draws_of(model: nn.Module, posterior: Posterior, draws: int | Draws) -> list
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
     draws = weight_draws(model, posterior, draws)
-    return [kept_draw(posterior, k, draws.seed, draws.sampling) for k in range(draws.count)]
+    return [posterior.cached_draw(k, draws) for k in range(draws.count)]
 
 
 def _answered(

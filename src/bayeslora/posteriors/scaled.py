@@ -1,10 +1,10 @@
-"""Posteriors made of posteriors: mixtures, and those whose predictions are not those of their draws as they are."""
+"""A posterior whose log-probabilities are scaled: temperature and vector scaling."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -12,51 +12,9 @@ from torch import Tensor
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Posterior
-from bayeslora.posteriors.dropout import TokenDropout
-from bayeslora.posteriors.gaussian import DiagonalGaussian
-from bayeslora.posteriors.kronecker import KroneckerGaussian
-from bayeslora.posteriors.mixture import Mixture
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Sampling
-
-
-@final
-@dataclass(frozen=True)
-class Linearised(Posterior):
-    """A Gaussian whose predictions come from the model linearised in its parameters at the mean.
-
-    The choices' logits are then normal in closed form, f ~ N(f(mean), J Σ Jᵀ), with J the Jacobian of the logits
-    (Immer et al. 2021, arXiv 2008.08703; Yang et al. 2024, arXiv 2308.13111, equation 12). Draws are of the logits;
-    `draw` still gives draws of the weights, for those who need adapters.
-
-    Attributes:
-        posterior: The Gaussian over the weights.
-    """
-
-    posterior: DiagonalGaussian | KroneckerGaussian
-    origin: Origin | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse other families."""
-        if not isinstance(self.posterior, DiagonalGaussian | KroneckerGaussian):
-            raise InputError(
-                f"a {type(self.posterior).__name__} cannot be linearised; give a DiagonalGaussian or KroneckerGaussian"
-            )
-
-    @property
-    def mean(self) -> Params:
-        """The Gaussian's mean."""
-        return self.posterior.mean
-
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
-
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
-        """Return a draw of the weights."""
-        return self.posterior.draw(index, seed, sampling)
+from bayeslora.posteriors.sampling import Draws, Sampling
 
 
 @final
@@ -71,6 +29,8 @@ class Scaled(Posterior):
         posterior: The posterior as it was.
         scaling: ``draws.weight``, ``draws.bias``, ``mean.weight`` and ``mean.bias``, each [C], or [1] for all choices.
     """
+
+    description: ClassVar[str] = "a posterior whose log-probabilities are scaled, which the plain adapter does not do"
 
     posterior: Posterior
     scaling: Params
@@ -98,6 +58,57 @@ class Scaled(Posterior):
         """Return a draw of the posterior as it was."""
         return self.posterior.draw(index, seed, sampling)
 
+    def unit(self, sampling: Sampling = "independent") -> int:
+        """As of the posterior as it was."""
+        return self.posterior.unit(sampling)
+
+    def count(self, draws: int | Draws) -> int:
+        """As of the posterior as it was."""
+        return self.posterior.count(draws)
+
+    def components(self, count: int) -> tuple[int, ...] | None:
+        """As of the posterior as it was."""
+        return self.posterior.components(count)
+
+    def standard_deviation(self) -> Params | None:
+        """As of the posterior as it was."""
+        return self.posterior.standard_deviation()
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Scaled | None:
+        """Return the rescaled posterior with the same scaling of its log-probabilities."""
+        inner = self.posterior.rescaled(noise, signal)
+        return None if inner is None else replace(self, posterior=inner)
+
+    @property
+    def unscaled(self) -> Posterior:
+        """The posterior as it was before any scaling."""
+        return self.posterior.unscaled
+
+    def scaled(self, log_probs: Tensor, of: str) -> Tensor:
+        """Return log-probabilities with this scaling, after those of the posterior as it was."""
+        return self.apply(self.posterior.scaled(log_probs, of), of)
+
+    @property
+    def draws_are_weights(self) -> bool:
+        """As of the posterior as it was."""
+        return self.posterior.draws_are_weights
+
+    @property
+    def minimum_draws(self) -> int:
+        """As of the posterior as it was."""
+        return self.posterior.minimum_draws
+
+    def passes(self, count: int, mean: bool) -> int:
+        """As of the posterior as it was."""
+        return self.posterior.passes(count, mean)
+
+    def answers(self, engine: Engine, draws: Draws) -> LogProbs:
+        """Return the scaled answers: by the engine, which looks at the scaled error, where draws are weights."""
+        if self.draws_are_weights:
+            return super().answers(engine, draws)
+        log_probs, at_mean = self.posterior.answers(engine, draws)
+        return self.apply(log_probs, "draws"), None if at_mean is None else self.apply(at_mean, "mean")
+
     def apply(self, log_probs: Float[Tensor, "*S N C"], of: str) -> Float[Tensor, "*S N C"]:
         """Return scaled log-probabilities.
 
@@ -117,15 +128,7 @@ class Scaled(Posterior):
 def scale(
     log_probs: Float[Tensor, "*S N C"], weight: Float[Tensor, " W"], bias: Float[Tensor, " W"]
 ) -> Float[Tensor, "*S N C"]:
-    """Return log-probabilities scaled and normalised again; see `Scaled`.
-
-    Args:
-        log_probs: Log-probabilities; -inf for choices that an example does not have.
-        weight: One weight per choice, or one for all.
-        bias: One bias per choice, or one for all.
-
-    Returns:
-        The same shape.
+    """Return log-probabilities scaled and normalised again, by one weight and bias per choice or for all.
 
     Raises:
         InputError: If there are weights for another number of choices.
@@ -137,19 +140,3 @@ def scale(
     return (
         moved.masked_fill(absent, -math.inf).log_softmax(-1).masked_fill(absent, -math.inf)
     )  # also without any choice
-
-
-def has_weights(posterior: Posterior) -> bool:
-    """Say whether a posterior's predictions are those of the model with drawn weights, scaled or not.
-
-    Args:
-        posterior: The posterior.
-
-    Returns:
-        False for what is linearised or drops tokens, and for mixtures of such, or of scaled members.
-    """
-    if isinstance(posterior, Mixture):
-        return all(has_weights(member) and not isinstance(member, Scaled) for member in posterior.members)
-    if isinstance(posterior, Scaled):
-        return has_weights(posterior.posterior)
-    return not isinstance(posterior, Linearised | TokenDropout)

@@ -1,0 +1,127 @@
+"""A Gaussian whose predictions come from the model linearised at its mean, and what a Gaussian needs for that."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from bayeslora._typing import Float
+from bayeslora.errors import InputError
+from bayeslora.params import Params, generator
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
+from bayeslora.posteriors.provenance import Origin
+from bayeslora.posteriors.sampling import Draws, Sampling
+
+LOGIT_DRAWS = 256
+"""Least draws of a linearised posterior's logits: they cost next to nothing, and a few would decide by their noise."""
+
+
+class Linearisable(Posterior, ABC):
+    """A Gaussian that gives J Σ Jᵀ parameter by parameter, for the Jacobian J of the logits."""
+
+    @property
+    @abstractmethod
+    def noisy(self) -> Collection[str]:
+        """The parameters that have noise."""
+
+    @abstractmethod
+    def projection(self, name: str) -> Hashable:
+        """Return what `projected` depends on: posteriors that have it in common share what it returns."""
+
+    @abstractmethod
+    def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Tensor:
+        """Return what is left of J Σ Jᵀ to weight for one parameter."""
+
+    @abstractmethod
+    def covariance(self, name: str, projected: Tensor) -> Float[Tensor, "N C C"]:
+        """Return J Σ Jᵀ of one parameter for each example."""
+
+    @abstractmethod
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Linearisable:
+        """Return the Gaussian with its noise, and its mean if asked, multiplied parameter by parameter."""
+
+
+@final
+@dataclass(frozen=True)
+class Linearised(Posterior):
+    """A Gaussian whose predictions come from the model linearised in its parameters at the mean.
+
+    The choices' logits are then normal in closed form, f ~ N(f(mean), J Σ Jᵀ), with J the Jacobian of the logits
+    (Immer et al. 2021, arXiv 2008.08703; Yang et al. 2024, arXiv 2308.13111, equation 12). Draws are of the logits;
+    `draw` still gives draws of the weights, for those who need adapters.
+
+    Attributes:
+        posterior: The Gaussian over the weights.
+    """
+
+    description: ClassVar[str] = "a Gaussian over the adapter, for the model linearised at its mean"
+
+    posterior: Linearisable
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse other families."""
+        if not isinstance(self.posterior, Linearisable):
+            raise InputError(
+                f"a {type(self.posterior).__name__} cannot be linearised; give a DiagonalGaussian or KroneckerGaussian"
+            )
+
+    @property
+    def mean(self) -> Params:
+        """The Gaussian's mean."""
+        return self.posterior.mean
+
+    @property
+    def distinct(self) -> None:
+        """No limit."""
+        return None
+
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
+        """Return a draw of the weights."""
+        return self.posterior.draw(index, seed, sampling)
+
+    def standard_deviation(self) -> Params | None:
+        """Return that of the weights."""
+        return self.posterior.standard_deviation()
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Linearised:
+        """Return the rescaled Gaussian, linearised."""
+        return replace(self, posterior=self.posterior.rescaled(noise, signal))
+
+    @property
+    def draws_are_weights(self) -> bool:
+        """No: draws are of the logits."""
+        return False
+
+    @property
+    def minimum_draws(self) -> int:
+        """`LOGIT_DRAWS`."""
+        return LOGIT_DRAWS
+
+    def passes(self, count: int, mean: bool) -> int:
+        """One, however many draws."""
+        return 1
+
+    def answers(self, engine: Engine, draws: Draws) -> LogProbs:
+        """Return draws of the normal logits, and their mean, as log-probabilities."""
+        logits, covariances = engine.moments(self.posterior)
+        drawn = logit_draws(logits, covariances, draws.count, draws.seed)
+        return drawn.log_softmax(-1), logits.log_softmax(-1)
+
+
+def logit_draws(
+    logits: Float[Tensor, "N C"], covariances: Float[Tensor, "N C C"], draws: int, seed: int
+) -> Float[Tensor, "S N C"]:
+    """Return draws of normal logits; draw k of example n depends on seed, k and n only.
+
+    Means are minus infinity for choices that an example does not have.
+    """
+    values, vectors = torch.linalg.eigh(covariances.double())
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    noise = torch.stack([torch.randn(logits.shape, generator=generator(seed, k, "logits")) for k in range(draws)])
+    return logits + torch.einsum("ncd,snd->snc", root, noise.double()).float()
