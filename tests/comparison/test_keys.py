@@ -18,7 +18,7 @@ from bayeslora.comparison import keys
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, planned, prediction_inputs
 from bayeslora.comparison.costs import Cost
 from bayeslora.comparison.keys import key_of, of_arguments, of_method, of_model, of_rows, of_tokenizer
-from bayeslora.methods import METHODS, Inference, Laplace, Map, PostHoc, Swag
+from bayeslora.methods import METHODS, Inference, Map, PostHoc, Swag
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Example, Format, Split, Task
@@ -250,10 +250,3 @@ PARAMETERS: dict[Callable[..., object], set[str]] = {
 @pytest.mark.parametrize("function", PARAMETERS, ids=lambda f: f.__qualname__)
 def test_whoever_adds_a_parameter_has_to_say_whether_it_belongs_in_the_key(function: Callable[..., object]) -> None:
     assert set(inspect.signature(function).parameters) == PARAMETERS[function]
-
-
-def test_what_is_fitted_afterwards_depends_on_the_run_that_it_starts_from() -> None:
-    runs = cached()
-    slower = replace(runs, args=arguments("training", learning_rate=0.5))
-    assert planned(runs, Laplace(), 0).depends["training"] is None
-    assert run_key(runs, Laplace()) != run_key(slower, Laplace())
