@@ -158,11 +158,11 @@ def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior):
     lm.loglikelihood(asked)  # the trial of stacking is made
 
     def short(_, args, inputs):
-        sizes.append(len(inputs["input_ids"]))
+        sizes.append(len(args[0]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    hook = model.get_base_model().register_forward_pre_hook(short, with_kwargs=True)
+    hook = model.get_base_model().model.layers[0].register_forward_pre_hook(short, with_kwargs=True)
     found = lm.loglikelihood(asked)
     hook.remove()
     assert max(sizes) > 2
@@ -399,8 +399,8 @@ def test_predict_agrees_where_its_choices_are_whole_texts(model, posterior):
     lm = ours(model, posterior, 3)
     for n, example in enumerate(task.test):
         asked = [(render(example, form), answer_text(example, c, "likelihood")) for c in range(len(example.choices))]
-        pairs = [lm._encode_pair(*pair) for pair in asked]
-        found, _ = lm._scored(pairs, True)
+        pairs = [(lm.tok_encode(context), lm.tok_encode(text)) for context, text in asked]
+        found, _ = lm.draw_log_likelihoods(pairs)
         wanted = prediction.log_probs[:, n, : len(asked)]
         assert torch.allclose(found.log_softmax(1).float(), wanted, atol=1e-4)
 

@@ -82,12 +82,13 @@ def test_draws_share_a_pass_and_one_too_large_for_memory_is_halved(tokenizer: An
     posterior, sizes = gaussian(model), []
 
     def crowded(_: Any, args: Any, inputs: dict[str, Any]) -> None:
-        sizes.append(len(inputs["input_ids"]))
+        sizes.append(len(args[0] if args else inputs["hidden_states"]))
         if sizes[-1] > 12:
             raise RuntimeError("CUDA out of memory.")
 
     wanted = predict_rewards(model, posterior, TEXTS, 3, tokenizer=tokenizer)
-    handle = model.register_forward_pre_hook(crowded, with_kwargs=True)
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+    handle = layer.register_forward_pre_hook(crowded, with_kwargs=True)
     found = predict_rewards(model, posterior, TEXTS, 3, tokenizer=tokenizer)
     handle.remove()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

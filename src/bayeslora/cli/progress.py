@@ -10,25 +10,25 @@ from typing import final
 
 import datasets
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerState, trainer
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from bayeslora.cli.terminal import say, watched
+from bayeslora.training.trainer import displayed_by
 
 
 @contextmanager
 def own_progress() -> Iterator[None]:
     """Show our progress in the place of the Trainer's, and no bars for what takes a second."""
     bars, mapping_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    callback, verbosity = trainer.DEFAULT_PROGRESS_CALLBACK, transformers_logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity(logging.ERROR)
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        trainer.DEFAULT_PROGRESS_CALLBACK = Progress
-        yield
+        with displayed_by(Progress):
+            yield
     finally:
-        trainer.DEFAULT_PROGRESS_CALLBACK = callback
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -11,7 +11,8 @@ import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, final
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayeslora._typing import Float
+from bayeslora._typing import Bool, Float, Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.integrations.lm_eval_calibration import add_calibration
+from bayeslora.integrations.lm_eval_calibration import Results, add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
@@ -36,11 +37,17 @@ from bayeslora.tasks.types import Format, Split
 
 try:
     from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as missing:
     raise InputError("the evaluation harness needs lm-eval: pip install 'bayeslora[lm-eval]'") from missing
+
+Settings = dict[str, Any]
+"""Arguments of generation, by a task's names or by transformers'."""
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Context and text, where they are known, and the tokens of both."""
 
 __all__ = ["PosteriorLM", "add_calibration", "evaluate_tasks", "find_tasks"]
 
@@ -69,7 +76,7 @@ class PosteriorLM(HFLM):
         posterior: Posterior,
         draws: int | Draws = 10,
         *,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         token_budget: int | None = None,
         max_length: int | None = None,
         progress: bool = False,
@@ -87,31 +94,18 @@ class PosteriorLM(HFLM):
         self.progress = progress
         self._likelihoods = Likelihoods(model, drawn, readout, token_budget or default_token_budget(model))
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score texts after their contexts.
-
-        Args:
-            requests: The harness's requests, each with a context and a text.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            The log of the draws' mean likelihood of each text, and whether the text is what the average of the draws
-            would have written.
-        """
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)
-
     def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Score texts that are tokens already, and keep the answers in the harness's cache."""
-        found, greedy = self._scored([request[1:] for request in requests], disable_tqdm)
-        answers = list(zip(_log_mean(found).tolist(), greedy.tolist(), strict=True))
-        for (words, _, _), answer in zip(requests, answers, strict=True):
-            if words is not None:
-                self.cache_hook.add_partial("loglikelihood", words, answer)
+        """Score texts by the log of the draws' mean likelihood, and keep the answers in the harness's cache."""
+        log_p, greedy = self.draw_log_likelihoods([request[1:] for request in requests], disable_tqdm)
+        answers = list(zip(_log_mean(log_p).tolist(), greedy.tolist(), strict=True))
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts; one that is longer than the model is read in windows, as the harness does.
 
         Args:
@@ -124,20 +118,20 @@ class PosteriorLM(HFLM):
         windows: list[Pair] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            own = get_rolling_token_windows(
+            pairs = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length, context_len=1,
             )  # fmt: skip
-            windows += map(make_disjoint_window, own)
+            windows += map(make_disjoint_window, pairs)
             owners += [number] * (len(windows) - len(owners))
-        found, _ = self._scored(windows, disable_tqdm)
-        sums = torch.zeros(len(found), len(requests), dtype=torch.float64)
-        answers: list[float] = _log_mean(sums.index_add(1, torch.tensor(owners, dtype=torch.long), found)).tolist()
+        log_p, _ = self.draw_log_likelihoods(windows, disable_tqdm)
+        sums = torch.zeros(len(log_p), len(requests), dtype=torch.float64)
+        answers: list[float] = _log_mean(sums.index_add(1, torch.tensor(owners, dtype=torch.long), log_p)).tolist()
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Write texts by `bayeslora.generate`: each token comes from the average of the draws.
 
         Args:
@@ -148,57 +142,55 @@ class PosteriorLM(HFLM):
         Returns:
             The texts, without what they end at.
         """
-        asked: dict[str, tuple[Mapping[str, Any], Counter[str]]] = {}
-        for request in requests:
-            context, settings = request.args
-            key = json.dumps(settings, sort_keys=True, default=str)
-            asked.setdefault(key, (settings, Counter()))[1][context] += 1
-        written: dict[tuple[str, str], Iterator[str]] = {}
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        answers = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate", disable=disable_tqdm or not self.progress) as bar:
-            for key, (settings, counts) in asked.items():
-                chosen = _settings(settings, self.max_gen_toks)
-                for context, texts in self._written(counts, chosen):
-                    bar.update(counts[context])
-                    written[key, context] = iter(texts)
-        answers = []
-        for request in requests:
-            context, settings = request.args
-            answers.append(next(written[json.dumps(settings, sort_keys=True, default=str), context]))
-            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+            for numbers in groups.values():
+                settings = _generate_settings(requests[numbers[0]].args[1], self.max_gen_toks)
+                texts = self._texts([requests[number].args[0] for number in numbers], settings, bar.update)
+                for number, answers[number] in zip(numbers, texts, strict=True):
+                    self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
         return answers
 
-    def _scored(self, pairs: Sequence[Pair], disable_tqdm: bool) -> tuple[Tensor, Tensor]:
-        """Return the log-likelihoods [S N] of texts, and whether they are greedy; contexts lose what is too long."""
-        cut = []
+    def draw_log_likelihoods(
+        self, pairs: Sequence[Pair], disable_tqdm: bool = False
+    ) -> tuple[Float[Tensor, "S N"], Bool[Tensor, " N"]]:
+        """Return log-likelihoods, and whether the average would write a text; long contexts lose their beginning."""
+        shortened = []
         for context, text in pairs:
             if not 0 < len(text) <= self.max_length:
                 raise InputError(
                     f"a text to be scored has {len(text)} tokens, and the model reads 1 to {self.max_length}; leave it "
                     "out of the task"
                 )
-            cut.append((context[-(self.max_length + 1 - len(text)) :], text))
+            shortened.append((context[-(self.max_length + 1 - len(text)) :], text))
         with tqdm(total=len(pairs), desc="score", disable=disable_tqdm or not self.progress) as bar:
-            return self._likelihoods.of(cut, bar.update)
+            return self._likelihoods.of(shortened, bar.update)
 
-    def _written(self, counts: Counter[str], settings: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-        """Yield the texts of each context, as many as it is asked for: all the same unless they are sampled."""
-        sampled = settings["do_sample"]
+    def _texts(self, contexts: Sequence[str], settings: Settings, done: Callable[[int], object]) -> list[str]:
+        """Return a text for each context; a context that comes again has the same text unless texts are sampled."""
+        counts, sampled = Counter(contexts), settings["do_sample"]
+        texts: dict[str, Iterator[str]] = {}
         for times in sorted(set(counts.values())) if sampled else [1]:
-            own = [context for context in counts if not sampled or counts[context] == times]
-            prompts = [self._prompt(context, settings["max_new_tokens"]) for context in own]
+            group = [context for context in counts if not sampled or counts[context] == times]
             answers = generate(
-                self.model, self.posterior, prompts, Draws(self.draws, self.seed, self.sampling),
-                tokenizer=self.tokenizer, batch_size=1 if times > 1 else None, num_return_sequences=times, **settings,
+                self.model, self.posterior, [self._prompt(context, settings["max_new_tokens"]) for context in group],
+                Draws(self.draws, self.seed, self.sampling), tokenizer=self.tokenizer,
+                batch_size=1 if times > 1 else None, num_return_sequences=times, **settings,
             )  # fmt: skip
-            for k, context in enumerate(own):
-                texts = [answer.text for answer in answers[k * times : (k + 1) * times]]
-                yield context, texts if sampled else texts * counts[context]
+            for k, context in enumerate(group):
+                own = [answer.text for answer in answers[k * times : (k + 1) * times]]
+                texts[context] = iter(own) if sampled else repeat(own[0])
+                done(counts[context])
+        return [next(texts[context]) for context in contexts]
 
-    def _prompt(self, text: str, longest: int) -> str:
+    def _prompt(self, text: str, new_tokens: int) -> str:
         """Return a context that leaves room for new tokens, and opens with no more than one special token."""
-        room = self.max_length - longest
+        room = self.max_length - new_tokens
         if room < 1:
-            raise InputError(f"the task asks for {longest} new tokens, and the model reads {self.max_length} in all")
+            raise InputError(f"the task asks for {new_tokens} new tokens, and the model reads {self.max_length} in all")
         opening = self.tokenizer.bos_token
         if opening and self.tokenizer(text)["input_ids"][:2] == [self.tokenizer.bos_token_id] * 2:
             text = text.removeprefix(opening)
@@ -209,7 +201,7 @@ class PosteriorLM(HFLM):
         return text
 
 
-def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[list[str], Any]:
+def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[list[str], TaskManager]:
     """Return the harness's tasks, groups and tags that some names or patterns stand for.
 
     Args:
@@ -229,13 +221,13 @@ def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[list[str],
     manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
     if include_path and not all(manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=include_path)
-    found = {name: manager.match_tasks([name]) for name in names}
-    for name, own in found.items():
-        if not own:
+    matches = {name: manager.match_tasks([name]) for name in names}
+    for name, tasks in matches.items():
+        if not tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks lists them"
             raise InputError(f"the evaluation harness has no task {name!r}; {hint}")
-    return list(dict.fromkeys(task for own in found.values() for task in own)), manager
+    return list(dict.fromkeys(task for tasks in matches.values() for task in tasks)), manager
 
 
 def evaluate_tasks(
@@ -244,9 +236,9 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    manager: Any = None,
-    **settings: Any,
-) -> dict[str, Any]:
+    manager: TaskManager | None = None,
+    **settings: object,
+) -> Results:
     """Run tasks of the harness, and add to its results how well multiple-choice answers are calibrated.
 
     The harness seeds Python's, numpy's and torch's own generators, on which the examples of some tasks depend.
@@ -276,15 +268,16 @@ def _log_mean(log_p: Float[Tensor, "S N"]) -> Float[Tensor, " N"]:
     return log_p.logsumexp(0) - math.log(len(log_p))
 
 
-def _settings(asked: Mapping[str, Any], longest: int) -> dict[str, Any]:
+def _generate_settings(task_settings: Settings, default_length: int) -> Settings:
     """Return a task's settings of generation by the names that `bayeslora.generate` has for them."""
-    given = dict(asked)
-    until = given.pop("until", None) or []
+    settings = dict(task_settings)
+    until = settings.pop("until", None) or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    lengths = [given.pop(f"max_{name}", None) for name in ("gen_toks", "new_tokens", "tokens", "completion_tokens")]
-    temperature = given.pop("temperature", None)
-    sampled = given.pop("do_sample", None)
+    lengths = [settings.pop(f"max_{name}", None) for name in ("gen_toks", "new_tokens", "tokens", "completion_tokens")]
+    length = next((int(length) for length in lengths if length is not None), default_length)
+    temperature = settings.pop("temperature", None)
+    sampled = settings.pop("do_sample", None)
     sampled = temperature != 0 if sampled else sampled is None and float(temperature or 0) > 0
-    warmth = {"temperature": float(temperature)} if sampled and temperature is not None else {}
-    most = next((int(length) for length in lengths if length is not None), longest)
-    return {**given, **warmth, "do_sample": sampled, "stop_strings": stops or None, "max_new_tokens": most}
+    if sampled and temperature is not None:
+        settings["temperature"] = float(temperature)
+    return {**settings, "do_sample": sampled, "stop_strings": stops or None, "max_new_tokens": length}

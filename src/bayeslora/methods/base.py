@@ -114,7 +114,8 @@ class PostHoc(Inference):
 
 
 def fit_start(model: nn.Module, method: PostHoc, task: Task, start: Posterior | None) -> tuple[Params, Origin]:
-    """Return the adapter that a method is fitted to, and its posterior's origin, with the number of training rows."""
+    """Check model and task; return the adapter that a method is fitted to, and its posterior's origin."""
+    method.check(model, task)
     origin = origin_for(model, method, None if task.train is None else len(task.train))
     check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
     return read(model) if start is None else start.mean, scored(origin, task.normalisation)

@@ -35,24 +35,6 @@ from bayeslora.posteriors import Mixture, Posterior
 _STATE_FILE = "bayeslora_member.json"
 
 
-def member_seed(seed: int, member: int) -> int:
-    """Return the seed of an ensemble's member, from 0: its start and its order of the data.
-
-    It is the ensemble's for member 0, which is then the single run with that seed; else a hash of both from 2³⁰ to
-    2³¹ − 1, where no one numbers seeds by hand. So ensembles of different seeds share no member, and can be compared as
-    independent repetitions.
-    """
-    return seed if member == 0 else 2**30 + seed_of("member", seed, member) % 2**30
-
-
-def seeded(args: TrainingArguments, member: int) -> TrainingArguments:
-    """Return a copy of the Trainer's arguments, which have the ensemble's seeds, with those of a member."""
-    changed = copy.copy(args)
-    changed.seed = member_seed(args.seed, member)
-    changed.data_seed = None if args.data_seed is None else member_seed(args.data_seed, member)
-    return changed
-
-
 @final
 @dataclass(frozen=True)
 class Ensemble(Method):
@@ -163,6 +145,24 @@ def multi_swag(members: int = 3, **settings: Any) -> Ensemble:
         An ensemble of `Swag`.
     """
     return Ensemble(members, Swag(**settings))
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of an ensemble's member, from 0: its start and its order of the data.
+
+    It is the ensemble's for member 0, which is then the single run with that seed; else a hash of both from 2³⁰ to
+    2³¹ − 1, where no one numbers seeds by hand. So ensembles of different seeds share no member, and can be compared as
+    independent repetitions.
+    """
+    return seed if member == 0 else 2**30 + seed_of("member", seed, member) % 2**30
+
+
+def seeded(args: TrainingArguments, member: int) -> TrainingArguments:
+    """Return a copy of the Trainer's arguments, which have the ensemble's seeds, with those of a member."""
+    changed = copy.copy(args)
+    changed.seed = member_seed(args.seed, member)
+    changed.data_seed = None if args.data_seed is None else member_seed(args.data_seed, member)
+    return changed
 
 
 def _in_order(by_seed: Mapping[int, Posterior]) -> list[Posterior]:

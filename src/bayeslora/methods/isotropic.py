@@ -66,7 +66,6 @@ class Isotropic(PostHoc):
         token_budget: int | None = None,
     ) -> DiagonalGaussian:
         """Return the noise around an adapter; see `PostHoc.fit`."""
-        self.check(model, task)
         mean, origin = fit_start(model, self, task, start)
         if not isinstance(self.sigma, str):
             return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)

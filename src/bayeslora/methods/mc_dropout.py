@@ -62,7 +62,6 @@ class McDropout(PostHoc):
         token_budget: int | None = None,
     ) -> TokenDropout | ColumnDropout:
         """Return the adapter with its dropout; see `PostHoc.fit`."""
-        self.check(model, task)
         mean, origin = fit_start(model, self, task, start)
         if self.kind == "columns":
             return column_dropout(model, mean, origin, self.rate)

@@ -75,8 +75,8 @@ class Temperature(PostHoc):
             InputError: If the validation rows are fewer than the classes, or the classes change from row to row and
                 vector scaling is asked for.
         """
-        rows = self.rows(task)
         mean, origin = fit_start(model, self, task, start)
+        rows = self.rows(task)
         inner = Point(mean, origin) if start is None else start
         prediction = predict(
             model, inner, rows, Draws(self.draws, seed), tokenizer=tokenizer, token_budget=token_budget

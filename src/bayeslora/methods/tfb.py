@@ -122,7 +122,6 @@ class Tfb(PostHoc):
             InputError: If an adapted layer is not plain LoRA, B is zero, or no σ is at the edge of what the loss
                 bears.
         """
-        self.check(model, task)
         adapter, origin = fit_start(model, self, task, start)
         mean, unit = reparametrised(adapter)
         if self.sigma is not None:

@@ -117,35 +117,17 @@ class _Layout:
         self.weights.append(weight)
 
 
-def repeated(batch: Batch, count: int, *, inputs: bool = True) -> Batch:
-    """Return a batch that has its rows several times, copy after copy: the logits of copy k are rows k·B to (k+1)·B.
-
-    Without ``inputs`` only what is read from the model's output is repeated.
-    """
-    if count == 1:
+def with_repeated_positions(batch: Batch, count: int) -> Batch:
+    """Return a batch whose ``readout_`` tensors are those of ``count`` copies of its rows, copy after copy."""
+    if count == 1 or "readout_keep" not in batch:
         return batch
-    copies = {
-        key: value.repeat(count, *[1] * (value.ndim - 1)) if inputs else value
-        for key, value in batch.items()
-        if key not in READ
-    }
-    if "readout_keep" in batch:
-        rows, choices = batch["readout_shape"].tolist()
-        steps = {
-            "keep": batch["input_ids"].numel(),
-            "row": len(batch["readout_keep"]),
-            "token": 0,
-            "slot": rows * choices,
-            "weight": 0,
-        }
-        for key, step in steps.items():
-            value = batch.get(f"readout_{key}")
-            if value is None:
-                continue
-            offsets = step * torch.arange(count, device=value.device)
-            copies[f"readout_{key}"] = (value + offsets[:, None]).flatten()
-        copies["readout_shape"] = torch.tensor([count * rows, choices])
-    return copies
+    rows, choices = batch["readout_shape"].tolist()
+    steps = {"keep": batch["input_ids"].numel(), "row": len(batch["readout_keep"]), "slot": rows * choices}
+    copies = {"readout_shape": torch.tensor([count * rows, choices])}
+    for key in set(READ).intersection(batch) - copies.keys():
+        offsets = steps.get(key.removeprefix("readout_"), 0) * torch.arange(count, device=batch[key].device)
+        copies[key] = (batch[key] + offsets[:, None]).flatten()
+    return {**batch, **copies}
 
 
 def branch_mask(segment: Tensor, dtype: torch.dtype, root: Tensor) -> Float[Tensor, "B 1 T T"]:

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora
-from bayeslora.prediction.batching import Batch, repeated
+from bayeslora.prediction.batching import Batch, with_repeated_positions
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.memory import in_halves, max_stacked
@@ -159,11 +159,7 @@ class Passes:
         few = self._few()
         key = (self.readout.name, self.readout.shared)
 
-        def answers(count: int, shared: bool) -> Tensor:
-            """Return the model's answers as it is."""
-            return self._pass(few, count, shared)
-
-        return stacks(self.model, names, answers, key, share=share, needed=needed)
+        return stacks(self.model, names, lambda count: self._pass(few, count), key, share=share, needed=needed)
 
     @torch.inference_mode()
     def _prefix(self, rows: Sequence[Encoded]) -> tuple[int, ...]:
@@ -176,9 +172,9 @@ class Passes:
             cache = prefix_cache(self.model, tokens[:4], 1)
             if cache is None:
                 return False
-            whole = self._pass(few, 1, False)
+            whole = self._pass(few, 1)
             finite = torch.isfinite(whole)
-            gap = (self._pass(without_prefix(few, 4), 1, False, cache) - whole)[finite].abs().max()
+            gap = (self._pass(without_prefix(few, 4), 1, cache) - whole)[finite].abs().max()
             return bool(gap <= _CLOSE * whole[finite].std())
 
         key = ("prefix", self.readout.name, self.readout.shared)
@@ -195,7 +191,7 @@ class Passes:
                 """Pass one batch."""
                 examples = [job.numbers[p] for p in places]
                 rows = without_prefix([self.rows[i] for i in examples], len(job.prefix))
-                answers = self._pass(rows, count, job.share, cache, examples)
+                answers = self._pass(rows, count, cache, examples)
                 job.answers[:, places, : answers.shape[-1]] = answers
                 self.done(len(places) * count)
 
@@ -210,17 +206,12 @@ class Passes:
                 self._fill(job.of(half), [[place]])
 
     def _pass(
-        self,
-        rows: Sequence[Encoded],
-        count: int,
-        share: bool,
-        cache: DynamicCache | None = None,
-        examples: Sequence[int] = (),
+        self, rows: Sequence[Encoded], count: int, cache: DynamicCache | None = None, examples: Sequence[int] = ()
     ) -> Float[Tensor, "S B C"]:
         """Return the answers of one pass, which goes on from the keys and values of a prefix if they are given."""
         batch = on(self.readout.collate(rows), device_of(self.model))
-        own = repeated(batch, count, inputs=not share)
-        inputs: Inputs = own if cache is None else continued(own, cache, len(batch["input_ids"]))
+        copies = with_repeated_positions(batch, count)
+        inputs: Inputs = copies if cache is None else continued(copies, cache, len(batch["input_ids"]))
         logits: Tensor = require_lora(self.model)(**inputs).logits
         return self.reading.read(logits, batch, count, examples).cpu()
 

@@ -17,7 +17,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
@@ -37,13 +36,8 @@ class StackedLinear(nn.Module):
 
     def __init__(self, weight: Float[Tensor, "S O I"], bias: Float[Tensor, "S O"] | None) -> None:
         super().__init__()
-        for leaf, value in (("weight", weight), ("bias", bias)):
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(leaf, value)
-            else:
-                self.register_buffer(leaf, value, persistent=False)
-        self.weight: Tensor
-        self.bias: Tensor | None
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Buffer(weight, persistent=False)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Buffer(bias, persistent=False)
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Return each part's rows through its own layer."""
@@ -54,11 +48,11 @@ class StackedLinear(nn.Module):
 
 
 @contextmanager
-def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -> Iterator[None]:
+def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False, repeat: bool = True) -> Iterator[None]:
     """Make a model for which `stacks` is true answer for S draws at once for the length of a ``with`` block.
 
-    Its inputs are given S times, draw after draw; with ``share`` once, and the layers before the first that differs see
-    them once.
+    Its inputs are repeated for the draws, draw after draw: at once, or, where draws ``share`` the layers before the
+    first that differs, from there on. Without ``repeat`` the rows that are given belong to the draws already.
     """
     names = differing(draws)
 
@@ -71,15 +65,11 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False) -
 
     parameters = lora_parameters(model)
     with holding(parameters, draws[0]):
-        places, first = _places(model, parameters, names), first_layer(model, names) if share else None
+        places, layers = _places(model, parameters, names), layers_that_differ(model, names) if share else ()
         assert places is not None
-        with _replaced(places, values):
-            hooks = [] if first is None else _widen(*first, len(draws))
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        repeating = (layers or (require_lora(model).get_base_model(),)) if repeat and len(draws) > 1 else ()
+        with _replaced(places, values), _repeated(repeating, len(draws)):
+            yield
 
 
 @contextmanager
@@ -136,23 +126,20 @@ def differing(draws: Sequence[Params]) -> frozenset[str]:
     )
 
 
-def first_layer(model: nn.Module, names: frozenset[str]) -> tuple[nn.ModuleList, int] | None:
-    """Return the list of layers that has the first differing parameter, and that layer's number.
-
-    None if it is the list's first layer, or in no list.
-    """
+def layers_that_differ(model: nn.Module, names: frozenset[str]) -> Sequence[nn.Module]:
+    """Return the model's layers from the first with one of the parameters on; none if that is its first layer."""
     peft = require_lora(model)
     wanted = {id(p) for name, p in lora_parameters(peft).items() if name in names}
     for module in peft.modules():  # the outermost list comes first
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             numbers = [i for i, layer in enumerate(module) if any(id(p) in wanted for p in layer.parameters())]
             if numbers:
-                return (module, numbers[0]) if numbers[0] else None
-    return None
+                return list(module)[numbers[0] :] if numbers[0] else ()
+    return ()
 
 
-FewAnswers = Callable[[int, bool], Tensor]
-"""Answers to a few examples: the number of stacked draws and whether they share layers go in, [S B C] comes out."""
+FewAnswers = Callable[[int], Tensor]
+"""Answers [S B C] of a model to a few examples under the number S of draws that are stacked."""
 
 
 def stacks(
@@ -171,7 +158,7 @@ def stacks(
 
     def trial() -> bool:
         """Look for what stands in the way, then compare."""
-        if _places(model, lora_parameters(model), names) is None or (share and first_layer(model, names) is None):
+        if _places(model, lora_parameters(model), names) is None or (share and not layers_that_differ(model, names)):
             return False
         return _answer_alike(model, names, answers, share)
 
@@ -193,9 +180,9 @@ def _answer_alike(model: nn.Module, names: frozenset[str], answers: FewAnswers, 
     plain = []
     for draw in draws:
         with swapped(model, draw):
-            plain.append(answers(1, False)[0])
+            plain.append(answers(1)[0])
     with stacked(model, draws, share=share):
-        together = answers(2, share)
+        together = answers(2)
     wanted = torch.stack(plain)
     finite = torch.isfinite(wanted)
     apart = (wanted[0] - wanted[1])[finite[0]].abs().max()
@@ -225,32 +212,39 @@ def _places(model: nn.Module, parameters: Mapping[str, Tensor], names: frozenset
     return None if left else places
 
 
-def _widen(layers: nn.ModuleList, first: int, count: int) -> list[RemovableHandle]:
-    """Repeat the batch for each draw from a layer on, in all that the layers are given."""
+@contextmanager
+def _repeated(modules: Sequence[nn.Module], count: int) -> Iterator[None]:
+    """Repeat the batch in all that some modules are given, the first of which runs first in every pass."""
     size = 0
     copies: Copies = {}
 
-    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Repeat whatever has the batch as its first axis."""
         nonlocal size
-        if layer is layers[first]:
-            size = len(args[0] if args else kwargs["hidden_states"])
+        if module is modules[0]:
+            rows = (*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states")))
+            size = next(len(value) for value in rows if value is not None)
             copies.clear()
-        return with_copies(args, size, count, copies), with_copies(kwargs, size, count, copies)
+        return _with_copies(args, size, count, copies), _with_copies(kwargs, size, count, copies)
 
-    return [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers[first:]]
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 Copies = dict[int, tuple[Tensor, Tensor]]
 """Tensors that are repeated already, with what came of it, by the tensor's id; a mask that all layers share is once."""
 
 
-def with_copies(value: Any, size: int, count: int, copies: Copies) -> Any:
-    """Return what a model is given with each tensor of the batch's ``size`` rows, and two axes or more, repeated."""
+def _with_copies(value: Any, size: int, count: int, copies: Copies) -> Any:
+    """Return what a module is given with each tensor of the batch's ``size`` rows, and two axes or more, repeated."""
     if isinstance(value, tuple | list):
-        return type(value)(with_copies(v, size, count, copies) for v in value)
+        return type(value)(_with_copies(v, size, count, copies) for v in value)
     if isinstance(value, dict):
-        return {k: with_copies(v, size, count, copies) for k, v in value.items()}
+        return {k: _with_copies(v, size, count, copies) for k, v in value.items()}
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != size:
         return value
     if id(value) not in copies:  # the value is held as well, so that its id is not given to another

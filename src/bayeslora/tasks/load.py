@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from bayeslora.tasks.files import ENDINGS, Rows, find_file, read_rows
 from bayeslora.tasks.hub import hub_rows
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.templates import check_normalisation, check_template, default_normalisation
-from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task, TaskKind
+from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ class _Sizes:
         order = list(range(rows))
         random.Random(f"{self.seed}/{split}").shuffle(order)
         return order
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The rows of a task, and how they may be laid out: by none, the user's own data, or by some of these columns."""
+
+    name: str
+    known: KnownTask | None
+    layouts: tuple[Columns, ...]
+    rows: Mapping[SplitName, Rows]
 
 
 def load_task(
@@ -104,24 +114,12 @@ def load_task(
     """
     sizes = _Sizes(few_shot, train_rows, test_rows, validation, seed)
     fmt = _format(readout, template, max_length, normalisation)
-    known, name, sources = _sources(name, data, file_as, described=columns is not None)
-    layouts = [] if known is None else [known.hub] if data is None else [known.local, known.hub]
-    described = None if columns is None else make_columns(columns, layouts[0] if layouts else Columns())
-    layout = {split: described or _layout(rows, layouts) for split, rows in sources.items()}
-    label_named = isinstance(columns, Mapping) and columns.get("label") is not None
-    splits = _splits(
-        name,
-        sources,
-        layout,
-        replace(fmt, kind=known.kind if known is not None else _kind(layout.values())),
-        need_labels={split for split in sources if split != "test" or label_named},
-        allow_duplicates=known is not None and described is None,
-    )
-    task = _sampled(name, splits, sizes)
+    source = _source(name, data, file_as, described=columns is not None)
+    task = _sampled(source.name, _splits(source, columns, fmt), sizes)
     if normalisation not in (None, "sum") and task.normalisation is None:
         raise InputError(
             f"The normalisation {normalisation!r} is for the likelihood readout, which 'auto' does not choose for "
-            f"{name}: add readout='likelihood'"
+            f"{task.name}: add readout='likelihood'"
         )
     return task
 
@@ -142,17 +140,15 @@ def _format(
     return Format(template or "", readout, (), max_length, normalisation=chosen)
 
 
-def _sources(
-    name: str | None, data: str | Path | None, file_as: str, *, described: bool
-) -> tuple[KnownTask | None, str, dict[SplitName, Rows]]:
-    """Return the known task if it is one, the task's name and the rows of each split that there is."""
+def _source(name: str | None, data: str | Path | None, file_as: str, *, described: bool) -> _Source:
+    """Read a known task from the Hub, or a file or folder; ``described`` says that the user named columns."""
     if data is None:
         if name is None:
             raise InputError("load_task needs a task or data: give the name of a known task, or data=FOLDER")
         known = find_task(name)
         if known is None:
             raise unknown_task(name)
-        return known, known.name, {split: hub_rows(known, split) for split in known.splits}
+        return _Source(known.name, known, (known.hub,), {split: hub_rows(known, split) for split in known.splits})
     path = Path(data).expanduser()
     if not path.exists():
         raise InputError(f"There is no file or folder {path}: give data=FOLDER with the task's files")
@@ -165,7 +161,10 @@ def _sources(
         paths: dict[SplitName, Path] = {only: path}
     else:
         paths = _locate(path, name, known, described=described)
-    return known, known.name if known else name or plain, {split: read_rows(file) for split, file in paths.items()}
+    rows = {split: read_rows(file) for split, file in paths.items()}
+    if known is None:
+        return _Source(name or plain, None, (), rows)
+    return _Source(known.name, known, (known.local, known.hub), rows)
 
 
 def _locate(data: Path, name: str | None, known: KnownTask | None, *, described: bool) -> dict[SplitName, Path]:
@@ -193,39 +192,34 @@ def _locate(data: Path, name: str | None, known: KnownTask | None, *, described:
     raise InputError(f"{data} does not hold the data: looked for a file {wanted}, ending in {ENDINGS}")
 
 
-def _kind(layout: Iterable[Columns]) -> TaskKind:
-    """Return the kind of one's own data by their columns."""
-    return "class" if all(columns.choices is None for columns in layout) else "question"
-
-
-def _splits(
-    name: str,
-    sources: Mapping[SplitName, Rows],
-    columns: Mapping[SplitName, Columns],
-    fmt: Format,
-    *,
-    need_labels: Collection[SplitName],
-    allow_duplicates: bool,
-) -> dict[SplitName, Split]:
+def _splits(source: _Source, columns: Columns | Mapping[str, object] | None, fmt: Format) -> dict[SplitName, Split]:
     """Return the whole splits; where classes are found in the labels, those of train hold for all."""
-    reference: SplitName = "train" if "train" in sources else next(iter(sources))
-    first = columns[reference]
-    classes = None if first.choices is not None else first.classes or find_classes(sources[reference], first.label)
+    base = source.layouts[0] if source.layouts else Columns()
+    described = None if columns is None else make_columns(columns, base)
+    by_split = {split: described or _layout(rows, source.layouts) for split, rows in source.rows.items()}
+    if source.known is not None:
+        fmt = replace(fmt, kind=source.known.kind)
+    elif all(layout.choices is None for layout in by_split.values()):
+        fmt = replace(fmt, kind="class")
+    reference: SplitName = "train" if "train" in source.rows else next(iter(source.rows))
+    first = by_split[reference]
+    classes = None if first.choices is not None else first.classes or find_classes(source.rows[reference], first.label)
+    label_named = isinstance(columns, Mapping) and columns.get("label") is not None
     return {
         split: split_from_rows(
             rows,
             fmt,
-            name=f"{name}/{split}",
-            columns=columns[split],
+            name=f"{source.name}/{split}",
+            columns=by_split[split],
             classes=classes,
-            need_labels=split in need_labels,
-            allow_duplicates=allow_duplicates,
+            need_labels=split != "test" or label_named,
+            allow_duplicates=source.known is not None and described is None,
         )
-        for split, rows in sources.items()
+        for split, rows in source.rows.items()
     }
 
 
-def _layout(rows: Rows, layouts: list[Columns]) -> Columns:
+def _layout(rows: Rows, layouts: Sequence[Columns]) -> Columns:
     """Return the first layout whose columns the rows have, the first of all where none fits."""
     if not layouts:
         return guess_columns(rows.columns)

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
 from bayeslora.errors import InputError, Interrupted
@@ -38,6 +40,8 @@ SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 Rows = Encoded | tuple[Encoded, ...]
 """What a batch is made of: one example, or one for each member of a joint ensemble."""
+
+_DISPLAY: ContextVar[type[TrainerCallback] | None] = ContextVar("_DISPLAY", default=None)
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,24 @@ def run_trainer(
             **kwargs,
         )
         trainer.sampler = sampler
+        display = _DISPLAY.get()
+        if display is not None and not args.disable_tqdm:
+            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            trainer.add_callback(display)
         checkpoint = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {args.output_dir}")
+
+
+@contextmanager
+def displayed_by(callback: type[TrainerCallback]) -> Iterator[None]:
+    """Let a callback show the progress of all training in a ``with`` block, in the place of the Trainer's own."""
+    token = _DISPLAY.set(callback)
+    try:
+        yield
+    finally:
+        _DISPLAY.reset(token)
 
 
 def scoring(choices: int) -> TrainerKwargs:

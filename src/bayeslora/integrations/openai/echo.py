@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict, final
+from typing import Any, final
 
 import torch
 
@@ -23,24 +23,8 @@ from bayeslora.tasks.types import Split
 
 Text = str | tuple[int, ...]
 """A text, or its token ids."""
-
-
-class LogProbs(TypedDict):
-    """A choice's log-probabilities, one a token; the first of an echo is null."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: NotRequired[list[dict[str, float] | None] | None]
-
-
-class Choice(TypedDict):
-    """One choice of a completion."""
-
-    text: str
-    logprobs: LogProbs
-    index: NotRequired[int]
-    finish_reason: NotRequired[str]
-    token_ids: NotRequired[list[int] | None]
+Choice = Mapping[str, Any]
+"""A choice of a completion, as a server answers it; its ``logprobs`` have lists with one entry a token."""
 
 
 @final

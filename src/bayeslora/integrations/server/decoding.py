@@ -23,26 +23,15 @@ Finish = Literal["stop", "length", "timeout", "cancelled"]
 @final
 @dataclass(frozen=True)
 class TokenNote:
-    """One token of an answer: nats where nothing else is said.
-
-    Attributes:
-        id: The token.
-        token: Its text by itself.
-        text: What it adds to the answer's text; empty while a letter or a stop string is not complete.
-        log_prob: log p̄.
-        entropy: H(p̄).
-        mutual_information: What the draws disagree about.
-        alternatives: The most probable tokens in its place, with their p̄.
-        draw_log_probs: Each draw's log-probability of it.
-    """
+    """One token of an answer, with log p̄, H(p̄) and what the draws disagree about, in nats."""
 
     id: int
-    token: str
-    text: str
+    token: str  # its text by itself
+    text: str  # what it adds to the answer's text; empty while a letter or a stop string is not complete
     log_prob: float
     entropy: float
     mutual_information: float
-    alternatives: tuple[tuple[str, float], ...]
+    alternatives: tuple[tuple[str, float], ...]  # the most probable tokens in its place, with their p̄
     draw_log_probs: tuple[float, ...]
 
     def uncertainty(self) -> dict[str, object]:
@@ -59,33 +48,19 @@ class TokenNote:
 @final
 @dataclass
 class Row:
-    """One answer, as it is requested and as far as it is written.
+    """One answer, as it is requested and as far as it is written; ``on_token`` is called with None at its end."""
 
-    Attributes:
-        ids: The prompt's tokens.
-        max_tokens: Most new tokens.
-        temperature: Of the averaged distribution; 0 takes the most probable token.
-        top_p: Smallest set of tokens with this much probability; 1 for all.
-        seed: Of the row's own stream of random numbers.
-        stops: Texts that end it.
-        deadline: Time (`time.monotonic`) at which it ends whatever there is.
-        on_token: Called with each token when it is there, and with None at the end.
-        notes: The tokens so far.
-        finish: Why it ended; None while it goes on.
-        cancelled: Set when nobody waits for it any more.
-    """
-
-    ids: list[int]
+    ids: list[int]  # the prompt's
     max_tokens: int
-    temperature: float
+    temperature: float  # of the averaged distribution; 0 takes the most probable token
     top_p: float
-    seed: int
+    seed: int  # of the row's own stream of random numbers
     stops: tuple[str, ...]
-    deadline: float
+    deadline: float  # by `time.monotonic`; the answer ends then, whatever there is
     on_token: Callable[[TokenNote | None], None] = lambda note: None
     notes: list[TokenNote] = field(default_factory=list)
     finish: Finish | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)  # set when nobody waits for it any more
     _decoded: str = ""
     _settled: int = 0  # characters of the text that cannot change any more
 

@@ -128,10 +128,9 @@ class Laplace(PostHoc):
             InputError: If the adapter has no parameter to be uncertain about, the curvature is not finite, or no prior
                 precision is best.
         """
-        self.check(model, task)
+        mean, origin = fit_start(model, self, task, start)
         assert task.train is not None
         train, sites = task.train, self._sites(model)
-        mean, origin = fit_start(model, self, task, start)
         readout = readout_for(model, train, tokenizer)
         batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, token_budget, train))
         curvature: Curvature

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
-from bayeslora.prediction.stacking import Copies, FewAnswers, differing, stacked, stacks, with_copies
+from bayeslora.prediction.stacking import FewAnswers, differing, stacked, stacks
 
 
 @final
@@ -81,29 +81,17 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
             )
         averager = Averager(len(draws) if average else 1)
 
-        def before(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            """Give the model every row once for each draw, in whatever has the batch as its first axis."""
-            if averager.draws == 1:
-                return args, kwargs
-            first = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
-            copies: Copies = {}
-            size = len(first)
-            return with_copies(args, size, averager.draws, copies), with_copies(kwargs, size, averager.draws, copies)
-
         def after(_: nn.Module, args: tuple[object, ...], outputs: ModelOutput) -> ModelOutput:
             """Put the average in the place of the model's logits."""
             outputs.logits = averager.take(outputs.logits)
             return outputs
 
-        with stacked(model, list(draws) if names else [draws[0]]):
-            hooks = [base.register_forward_pre_hook(before, with_kwargs=True), base.register_forward_hook(after)]
+        with stacked(model, draws, repeat=average):
+            hook = base.register_forward_hook(after)
             try:
                 yield averager
             finally:
-                for hook in hooks:
-                    hook.remove()
+                hook.remove()
 
 
 def _few_answers(base: PreTrainedModel) -> FewAnswers:
@@ -112,10 +100,10 @@ def _few_answers(base: PreTrainedModel) -> FewAnswers:
     ids = torch.randint(0, size, (2, 5), generator=generator("generation"))
 
     @torch.inference_mode()
-    def answers(count: int, _: bool) -> Tensor:
+    def answers(count: int) -> Tensor:
         """Return the log-probabilities of what comes next."""
         device = base.get_input_embeddings().weight.device
-        logits = base(input_ids=ids.repeat(count, 1).to(device), use_cache=False).logits[:, -1]
+        logits = base(input_ids=ids.to(device), use_cache=False).logits[:, -1]
         return logits.float().log_softmax(-1).view(count, len(ids), -1)
 
     return answers
