@@ -28,29 +28,17 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, method: str, metrics: Callable[[TrainerState], dict[str, float]]) -> None:
         self.method, self.metrics = method, metrics
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Go to the front."""
-        self._go_first()
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Go to the front, also of trackers that were added to a Trainer that was there."""
-        self._go_first()
-
-    def _go_first(self) -> None:
-        """Put this callback before the trackers, which the Trainer calls before the callbacks that it is given.
+        """Go before the trackers, which the Trainer calls before the callbacks that it is given.
 
         Each event hands the callbacks the arguments, the state and the model, and `Trainer.log` makes the dictionary
         anew: nothing that a callback is given, or that a Trainer takes beside callbacks, leads to the list of callbacks
         or to that dictionary. Whoever calls this one has the list, so it is taken from the caller, if that is a
         `CallbackHandler`; else the metrics come after the trackers, and are in the log alone.
         """
-        frame = inspect.currentframe()
-        event = frame.f_back if frame is not None else None
-        caller = event.f_back if event is not None else None
+        caller = getattr(inspect.currentframe(), "f_back", None)
         handler = None if caller is None else caller.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and any(one is self for one in handler.callbacks):
             handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]

@@ -5,7 +5,7 @@ Cong et al. 2024 (arXiv 2411.04421), with the optimiser of Shen et al. 2024 (arX
 prediction λ can be multiplied by τ (``tempered(posterior, 1/τ)``) and parameters of low |m|/σ removed, matrix by matrix
 (``pruned``), as in Cong et al. 2025 (arXiv 2506.14280).
 
-What we do differently: beside (λ, h₀, η, ξ) there are settings in units that one can see, the first standard
+What we do differently: beside (λ, h₀, η, ξ) there are settings in the adapter's own units, the first standard
 deviation ``sigma0``, the prior's deviation ``prior_sigma``, the largest step ``max_step`` of a coordinate (η = 1 and
 ξ = max_step) and the ``temperature`` T = N/λ; δ follows as 1/(λ·prior_sigma²) and h₀ as 1/(λσ₀²) − δ. In these units
 the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `ivon.settings` and
@@ -41,7 +41,7 @@ from bayeslora.posteriors import DiagonalGaussian
 class Ivon(Method):
     """Variational online Newton.
 
-    Either in units that one can see (``sigma0``, ``prior_sigma``, ``max_step``, ``temperature``), or as in the paper
+    Either in the adapter's own units (``sigma0``, ``prior_sigma``, ``max_step``, ``temperature``), or as in the paper
     (``ess``, ``hess_init``, ``learning_rate``, ``clip_radius``), or a ``preset`` of it.
 
     Attributes:
@@ -59,9 +59,9 @@ class Ivon(Method):
         betas: (β₁, β₂), the memories of gradient and Hessian.
         weight_decay: δ, where σ_p is not given. The Trainer's own is not looked at.
         prior_mean: ``start`` for a prior around the adapter's start, ``zero`` as in algorithm 1; None for ``start`` in
-            the units that one can see, and ``zero`` in the paper's.
-        prior_warmup: Steps over which the pull to the prior's mean grows in; None for 300 in the units that one can
-            see, and 0 in the paper's.
+            the adapter's units, and ``zero`` in the paper's.
+        prior_warmup: Steps over which the pull to the prior's mean grows in; None for 300 in the adapter's
+            units, and 0 in the paper's.
         price_clip: Bound on |λ(θ−m)⊙ĝ|, the Hessian's estimate relative to h+δ.
         prior: ``fixed``, or ``empirical``: δ is estimated for each matrix.
         draws_per_step: Draws in an optimiser step, spread over its accumulated batches.
@@ -130,7 +130,7 @@ class Ivon(Method):
 
         Returns:
             Its keyword arguments; ``clip_radius`` is infinite where it follows the Trainer's learning rate. In the
-            units that one can see h₀ and δ are each parameter's own, see `own_settings`, and those here stand for
+            adapter's units h₀ and δ are each parameter's own, see `own_settings`, and those here stand for
             σ₀ = .04.
 
         Raises:
@@ -164,7 +164,7 @@ class Ivon(Method):
         return settings
 
     def own_settings(self, ess: float, sigma: float) -> dict[str, float]:
-        """Return h₀ and δ of a parameter, in the units that one can see.
+        """Return h₀ and δ of a parameter, in the adapter's units.
 
         Args:
             ess: λ.
