@@ -35,7 +35,7 @@ class Options(ModelOptions, TaskOptions, TransformOptions):
     most_draws: int = option(32, "Most draws of a request.", least=1)
     most_tokens: int = option(1024, "Most new tokens of an answer.", least=1)
     most_rows: int = option(16, "Most answers that are generated at once.", least=1)
-    most_waiting: int = option(64, "Most requests in the queue; more are told to come again.", least=1)
+    most_waiting: int = option(64, "Most requests in the queue; further requests get HTTP 429.", least=1)
     timeout: float = option(120.0, "Most seconds of a request.", least=0.001)
     api_key: str = option("", "Key that clients must send; empty: that of BAYESLORA_API_KEY, if it is set.")
 

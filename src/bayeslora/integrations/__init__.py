@@ -1,1 +1,1 @@
-"""Other libraries, answered by a posterior: the evaluation harness, and servers of plain adapters."""
+"""Other tools on a posterior: the LM evaluation harness, servers of plain adapters, and our own server."""

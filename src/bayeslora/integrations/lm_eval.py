@@ -88,11 +88,11 @@ class PosteriorLM(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         if self.backend != "causal":
             raise InputError("an encoder-decoder cannot be scored here; load a causal language model")
-        drawn = [posterior.cached_draw(k, draws) for k in range(draws.count)]
-        drawn = drawn if differing(drawn) else drawn[:1]
+        weights = [posterior.cached_draw(k, draws) for k in range(draws.count)]
+        weights = weights if differing(weights) else weights[:1]
         self.posterior, self.draws, self.seed, self.sampling = posterior, draws.count, draws.seed, draws.sampling
         self.progress = progress
-        self._likelihoods = Likelihoods(model, drawn, readout, token_budget or default_token_budget(model))
+        self._likelihoods = Likelihoods(model, weights, readout, token_budget or default_token_budget(model))
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
@@ -181,8 +181,8 @@ class PosteriorLM(HFLM):
                 batch_size=1 if times > 1 else None, num_return_sequences=times, **settings,
             )  # fmt: skip
             for k, context in enumerate(group):
-                own = [answer.text for answer in answers[k * times : (k + 1) * times]]
-                texts[context] = iter(own) if sampled else repeat(own[0])
+                written = [answer.text for answer in answers[k * times : (k + 1) * times]]
+                texts[context] = iter(written) if sampled else repeat(written[0])
                 done(counts[context])
         return [next(texts[context]) for context in contexts]
 

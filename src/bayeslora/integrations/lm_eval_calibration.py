@@ -37,7 +37,7 @@ def choice_log_probs(
         raise InputError("there are no logged samples; evaluate with log_samples=True")
     scores = [_scores(number, sample, normalisation, tokens) for number, sample in enumerate(samples)]
     labels = [_label(number, *pair) for number, pair in enumerate(zip(samples, scores, strict=True))]
-    rows = [torch.tensor(own, dtype=torch.float64).log_softmax(0) for own in scores]
+    rows = [torch.tensor(values, dtype=torch.float64).log_softmax(0) for values in scores]
     return pad_sequence(rows, batch_first=True, padding_value=-torch.inf), torch.tensor(labels)
 
 

@@ -67,11 +67,7 @@ class Adapters:
     transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be asked.
-
-        Raises:
-            InputError: If the address is none, a name is given twice, or a number makes no sense.
-        """
+        """Refuse names that are no list of different adapters, and settings out of range."""
         if isinstance(self.names, str) or len(set(self.names)) < len(self.names):
             raise InputError(f"names must be a list of different adapters, and it is {self.names!r}")
         _ = self.connection
@@ -196,8 +192,8 @@ def _scores(
 ) -> list[list[float]]:
     """Return the choices' scores: log-likelihoods times their scales, less those after the neutral prompt."""
     scores = []
-    for number, (query, own) in enumerate(zip(queries, log_likelihoods, strict=False)):
-        neutral = [log_likelihoods[len(queries) + k][0] for k in numbers[number]] if numbers else [0.0] * len(own)
-        scales = query.scales or [1.0] * len(own)
-        scores.append([value * scale - less for value, scale, less in zip(own, scales, neutral, strict=True)])
+    for number, (query, values) in enumerate(zip(queries, log_likelihoods, strict=False)):
+        neutral = [log_likelihoods[len(queries) + k][0] for k in numbers[number]] if numbers else [0.0] * len(values)
+        scales = query.scales or [1.0] * len(values)
+        scores.append([value * scale - less for value, scale, less in zip(values, scales, neutral, strict=True)])
     return scores

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import final
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bayeslora.integrations.server.errors import ApiError, add_error_handlers
 from bayeslora.integrations.server.handlers import Handler
-from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest
-from bayeslora.integrations.server.responses import Json
 from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.integrations.server.worker import Worker
 
@@ -69,8 +66,7 @@ def _add_page(app: FastAPI) -> None:
 
 def _add_interface(app: FastAPI, worker: Worker) -> None:
     """Add OpenAI's interface and classification, for clients that have the key."""
-    served, handler, created = worker.served, Handler(worker), int(time.time())
-    expected = worker.limits.api_key
+    handler, expected = Handler(worker), worker.limits.api_key
 
     async def check_key(request: Request) -> None:
         """Refuse a request without the key."""
@@ -78,39 +74,15 @@ def _add_interface(app: FastAPI, worker: Worker) -> None:
         if expected and not secrets.compare_digest(_digest(key), _digest(expected)):
             raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
 
-    def described(name: str) -> Json:
-        """Return what is said of a model."""
-        draws, most = (served.draws, served.most_draws) if name == served.name else (1, 1)
-        info: Json = {"id": name, "object": "model", "created": created, "owned_by": "bayeslora"}
-        return {**info, "root": served.name, "draws": draws, "most_draws": most, "generates": served.generates}
-
     router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
-
-    @router.get("/models")
-    async def models() -> Json:
-        """List the models."""
-        return {"object": "list", "data": [described(name) for name in served.names]}
-
-    @router.get("/models/{name:path}")
-    async def one_model(name: str) -> Json:
-        """Describe a model."""
-        return described(handler.known(name))
-
-    @router.post("/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Go on with a text."""
-        return await handler.completion(body, request)
-
-    @router.post("/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answer in a chat."""
-        return await handler.chat(body, request)
-
-    @router.post("/classify")
-    async def classify(body: ClassifyRequest) -> Response:
-        """Choose among choices."""
-        return await handler.classify(body)
-
+    for method, path, endpoint in (
+        ("GET", "/models", handler.models),
+        ("GET", "/models/{name:path}", handler.model),
+        ("POST", "/completions", handler.completion),
+        ("POST", "/chat/completions", handler.chat),
+        ("POST", "/classify", handler.classify),
+    ):
+        router.add_api_route(path, endpoint, methods=[method], response_model=None)
     app.include_router(router)
 
 

@@ -1,4 +1,4 @@
-"""What a server generates: rows with settings of their own, many of them in one batch."""
+"""Answers in the making: each row has its own sampling settings, and many share one batch."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Row:
 
 @final
 class RowSampler(LogitsProcessor):
-    """Chooses each row's next token by the row's own temperature, nucleus and stream of random numbers."""
+    """Choose each row's next token by the row's own temperature, nucleus and stream of random numbers."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows

@@ -18,7 +18,7 @@ from bayeslora.integrations.server.classification import prediction_json, split_
 from bayeslora.integrations.server.decoding import Row, TokenNote
 from bayeslora.integrations.server.errors import ApiError, api_error, late
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
-from bayeslora.integrations.server.responses import ChatCompletion, Completion, Echo, TextCompletion, echo_of
+from bayeslora.integrations.server.responses import ChatCompletion, Completion, Echo, Json, TextCompletion, echo_of
 from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
@@ -35,20 +35,18 @@ class Handler:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.served, self.limits = worker, worker.served, worker.limits
+        self.created = int(time.time())
 
-    def known(self, name: str) -> str:
-        """Return a model's name, or refuse it."""
-        if name not in self.served.names:
-            raise ApiError(404, f"there is no model {name!r}; GET /v1/models lists them", "model_not_found", "model")
-        return name
+    async def models(self) -> Json:
+        """List the models."""
+        return {"object": "list", "data": [await self.model(name) for name in self.served.names]}
 
-    def draw_count(self, name: str, requested: int | None) -> int:
-        """Return how many draws a request averages, or refuse it."""
-        if requested is not None and requested > self.served.most_draws:
-            raise ApiError(
-                400, f"draws is {requested}, and this server has at most {self.served.most_draws}", param="draws"
-            )
-        return self.served.draw_count(self.known(name), requested)
+    async def model(self, name: str) -> Json:
+        """Describe a model."""
+        served = self.served
+        draws, most = (served.draws, served.most_draws) if self._known(name) == served.name else (1, 1)
+        info: Json = {"id": name, "object": "model", "created": self.created, "owned_by": "bayeslora"}
+        return {**info, "root": served.name, "draws": draws, "most_draws": most, "generates": served.generates}
 
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``/v1/completions``."""
@@ -56,7 +54,7 @@ class Handler:
         if not prompts:
             raise ApiError(400, "prompt is empty; give at least one", param="prompt")
         rows = self._rows(body, prompts, body.max_tokens)
-        shape = TextCompletion(body.model, self.draw_count(body.model, body.draws), body.logprobs)
+        shape = TextCompletion(body.model, self._draw_count(body.model, body.draws), body.logprobs)
         echoes = [Echo() for _ in rows]
         if body.echo:
             pairs = zip(body.prompts, prompts, strict=True)
@@ -71,12 +69,12 @@ class Handler:
         )
         rows = self._rows(body, [ids], max_tokens)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        shape = ChatCompletion(body.model, self.draw_count(body.model, body.draws), top)
+        shape = ChatCompletion(body.model, self._draw_count(body.model, body.draws), top)
         return await self._respond(body, shape, rows, [Echo() for _ in rows], request)
 
     async def classify(self, body: ClassifyRequest) -> Response:
         """Answer ``/v1/classify``."""
-        served, draws = self.served, self.draw_count(body.model, body.draws)
+        served, draws = self.served, self._draw_count(body.model, body.draws)
         classes = served.like.classes
         if classes is not None and body.choices is not None and tuple(body.choices) != classes:
             raise ApiError(
@@ -99,6 +97,21 @@ class Handler:
         )  # fmt: skip
         data = prediction_json(prediction, choices)
         return JSONResponse({"object": "list", "model": body.model, "draws": prediction.draws, "data": data})
+
+    def _known(self, name: str) -> str:
+        """Return a model's name, or refuse it."""
+        if name not in self.served.names:
+            raise ApiError(404, f"there is no model {name!r}; GET /v1/models lists them", "model_not_found", "model")
+        return name
+
+    def _draw_count(self, name: str, requested: int | None) -> int:
+        """Return how many draws a request averages, or refuse it."""
+        most, distinct = self.served.most_draws, self.served.posterior.distinct
+        if requested is not None and requested > most:
+            raise ApiError(400, f"draws is {requested}, and this server has at most {most}", param="draws")
+        if self._known(name) != self.served.name:
+            return 1
+        return min(requested or self.served.draws, most if distinct is None else distinct)
 
     def _prompt_ids(self, prompt: str | list[int] | list[dict[str, str]], max_tokens: int) -> list[int]:
         """Return a prompt's tokens, or refuse it."""
@@ -158,7 +171,7 @@ class Handler:
         served, log_p = self.served, None
         if body.logprobs is not None:
             log_p = await self._call(
-                lambda: prompt_log_probs(served.model, served.draws_of(body.model, shape.draws), ids)
+                lambda: prompt_log_probs(served.model, served.tokenizer, served.draws_of(body.model, shape.draws), ids)
             )
         return echo_of(served.tokenizer, prompt, ids, log_p, body.logprobs or 0)
 

@@ -72,13 +72,6 @@ class Served:
         """Whether the model is a language model."""
         return require_lora(self.model).get_base_model().get_output_embeddings() is not None
 
-    def draw_count(self, name: str, requested: int | None) -> int:
-        """Return how many draws a model of this name averages where a request wants so many."""
-        if name != self.name:
-            return 1
-        distinct = self.posterior.distinct
-        return min(requested or self.draws, distinct if distinct is not None else self.most_draws)
-
     def posterior_of(self, name: str) -> Posterior:
         """Return the posterior that a model's name stands for."""
         part = name.removeprefix(self.name).lstrip("/")
