@@ -121,6 +121,15 @@ def test_a_flag_has_its_former_spelling_too_which_help_does_not_show(bay, tmp_pa
     assert "fewest" not in bay("predict", "--help").out
 
 
+def test_a_run_gives_its_options_also_where_yaml_names_it_and_what_is_typed_comes_first(tmp_path):
+    (tmp_path / "run" / "posterior").mkdir(parents=True)
+    (tmp_path / "run" / "options.json").write_text('{"draws": 7, "few_shot": 2, "task": "arc_easy", "seed": 3}')
+    (tmp_path / "some.yaml").write_text(f"run: {tmp_path / 'run'}\nfew-shot: 1\nood: sst2\n")
+    words = ["--config", str(tmp_path / "some.yaml"), "--task", "sst2"]
+    options = parse(module("evaluate").Options, words, verb="evaluate", examples="")
+    assert (options.draws, options.few_shot, options.task, options.ood) == (7, 1, "sst2", ["sst2"])
+
+
 def test_words_of_yaml_are_taken_as_they_are_typed(tmp_path):
     (tmp_path / "run.yaml").write_text("classes: [yes, no, 010, 1.50, 2020-01-01]\nresume: yes\nalpha: .5\ndata: on\n")
     options = parse(module("train").Options, ["--config", str(tmp_path / "run.yaml")], verb="train", examples="")

@@ -96,7 +96,7 @@ def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_i
     start = Point(read(model))
     method = Tfb(tolerance=0.01, anchors=anchors, floor=0.3)
     found = method.fit(model, task, start=start, tokenizer=tokenizer, seed=4)
-    rows = answered(model, start, getattr(task, anchors), tokenizer=tokenizer, budget=2048)
+    rows = answered(Judge(model, getattr(task, anchors), tokenizer, 4, 2048), start)
     assert rows.labels.tolist() == predict(model, start, rows, draws=1, tokenizer=tokenizer).answer.tolist()
     judge = Judge(model, rows, tokenizer, 4, 2048)
     own = judge.nll(start, 1)

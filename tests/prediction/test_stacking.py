@@ -26,7 +26,7 @@ from bayeslora.posteriors import (
 )
 from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import PassOptions, memory, predict
-from bayeslora.prediction.passes import grouped, schedule
+from bayeslora.prediction.batching import grouped, schedule
 from bayeslora.prediction.stacking import StackedLinear, layers_that_differ
 
 

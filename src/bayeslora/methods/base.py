@@ -7,17 +7,18 @@ weakly, so that it goes when the model goes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, fields, is_dataclass
-from typing import Any, ClassVar, final
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Generic, TypeVar, final
 
 from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.methods.records import Recorder, check_num_data, recall
-from bayeslora.params import Params, read
-from bayeslora.posteriors import Posterior
+from bayeslora.methods.search import Judge
+from bayeslora.params import read
+from bayeslora.posteriors import Point, Posterior
 from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, scored
-from bayeslora.tasks.types import Task
+from bayeslora.tasks.types import Split, Task
 
 TrainerKwargs = dict[str, Any]
 """What is splatted into a Trainer: ``callbacks``, and more where a method changes the loss or the optimiser."""
@@ -64,7 +65,28 @@ class Method(Inference):
         """
 
 
-class PostHoc(Inference):
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What a method is fitted to: the mean of ``start``, on a model and its task, and what `predict` is given."""
+
+    model: nn.Module
+    task: Task
+    start: Posterior
+    origin: Origin
+    tokenizer: Tokenizer | None
+    seed: int
+    token_budget: int | None
+
+    def judge(self, rows: Split | None) -> Judge:
+        """Return the judge of posteriors by rows of the task, which `PostHoc.check` has seen."""
+        assert rows is not None
+        return Judge(self.model, rows, self.tokenizer, self.seed, self.token_budget)
+
+
+Fitted = TypeVar("Fitted", bound=Posterior, covariant=True)
+
+
+class PostHoc(Inference, Generic[Fitted]):
     """A way to make a posterior of an adapter that is trained already, by any means."""
 
     @final
@@ -84,7 +106,7 @@ class PostHoc(Inference):
             InputError: If the model or the task's rows do not serve.
         """
 
-    @abstractmethod
+    @final
     def fit(
         self,
         model: nn.Module,
@@ -94,7 +116,7 @@ class PostHoc(Inference):
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
-    ) -> Posterior:
+    ) -> Fitted:
         """Return the posterior around an adapter that is trained.
 
         Args:
@@ -111,14 +133,16 @@ class PostHoc(Inference):
         Raises:
             InputError: If the task lacks the rows that the method needs, or the fit fails.
         """
+        self.check(model, task)
+        origin = origin_for(model, self, None if task.train is None else len(task.train))
+        check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
+        origin = scored(origin, task.normalisation)
+        posterior = Point(read(model), origin) if start is None else start
+        return self._fit(TrainedAdapter(model, task, posterior, origin, tokenizer, seed, token_budget))
 
-
-def fit_start(model: nn.Module, method: PostHoc, task: Task, start: Posterior | None) -> tuple[Params, Origin]:
-    """Check model and task; return the adapter that a method is fitted to, and its posterior's origin."""
-    method.check(model, task)
-    origin = origin_for(model, method, None if task.train is None else len(task.train))
-    check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
-    return read(model) if start is None else start.mean, scored(origin, task.normalisation)
+    @abstractmethod
+    def _fit(self, adapter: TrainedAdapter) -> Fitted:
+        """Return the posterior around an adapter, once `check` has passed."""
 
 
 def settings(method: Inference) -> dict[str, object]:

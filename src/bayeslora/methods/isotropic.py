@@ -13,12 +13,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import nn
 
-from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, fit_start
-from bayeslora.methods.search import Judge
+from bayeslora.methods.base import PostHoc, TrainedAdapter
 from bayeslora.params import Params
-from bayeslora.posteriors import DiagonalGaussian, Posterior
+from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.tasks.types import Task, labelled
 
 SIGMAS = tuple(0.001 * 2 ** (k / 2) for k in range(17))
@@ -27,7 +25,7 @@ SIGMAS = tuple(0.001 * 2 ** (k / 2) for k in range(17))
 
 @final
 @dataclass(frozen=True)
-class Isotropic(PostHoc):
+class Isotropic(PostHoc[DiagonalGaussian]):
     """The same noise on every adapter parameter.
 
     Attributes:
@@ -55,22 +53,12 @@ class Isotropic(PostHoc):
         if self.sigma == "validation":
             labelled(task.validation, "isotropic noise is chosen on validation rows")
 
-    def fit(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        start: Posterior | None = None,
-        tokenizer: Tokenizer | None = None,
-        seed: int = 0,
-        token_budget: int | None = None,
-    ) -> DiagonalGaussian:
-        """Return the noise around an adapter; see `PostHoc.fit`."""
-        mean, origin = fit_start(model, self, task, start)
+    def _fit(self, adapter: TrainedAdapter) -> DiagonalGaussian:
+        """Return the noise around the adapter."""
+        mean, origin = adapter.start.mean, adapter.origin
         if not isinstance(self.sigma, str):
             return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
-        assert task.validation is not None
-        judge = Judge(model, task.validation, tokenizer, seed, token_budget)
+        judge = adapter.judge(adapter.task.validation)
         by_score = {}
         for sigma in SIGMAS:
             posterior = DiagonalGaussian(mean, _variance(mean, sigma), origin)

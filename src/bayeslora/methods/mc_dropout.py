@@ -12,19 +12,18 @@ from typing import ClassVar, Literal, final
 
 from torch import nn
 
-from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, fit_start
+from bayeslora.methods.base import PostHoc, TrainedAdapter
 from bayeslora.methods.guards import plain_layers
 from bayeslora.params import Params, require_lora
-from bayeslora.posteriors import ColumnDropout, Posterior, TokenDropout
+from bayeslora.posteriors import ColumnDropout, TokenDropout
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks.types import Task
 
 
 @final
 @dataclass(frozen=True)
-class McDropout(PostHoc):
+class McDropout(PostHoc[TokenDropout | ColumnDropout]):
     """Dropout at prediction.
 
     Attributes:
@@ -51,18 +50,9 @@ class McDropout(PostHoc):
         else:
             plain_layers(model, "MC dropout by tokens")
 
-    def fit(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        start: Posterior | None = None,
-        tokenizer: Tokenizer | None = None,
-        seed: int = 0,
-        token_budget: int | None = None,
-    ) -> TokenDropout | ColumnDropout:
-        """Return the adapter with its dropout; see `PostHoc.fit`."""
-        mean, origin = fit_start(model, self, task, start)
+    def _fit(self, adapter: TrainedAdapter) -> TokenDropout | ColumnDropout:
+        """Return the adapter with its dropout."""
+        model, mean, origin = adapter.model, adapter.start.mean, adapter.origin
         if self.kind == "columns":
             return column_dropout(model, mean, origin, self.rate)
         return TokenDropout(mean, _rate(model, self.rate), origin)

@@ -10,6 +10,7 @@ from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.metrics.classification import nll
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split
@@ -27,13 +28,16 @@ class Judge:
     seed: int = 0
     token_budget: int | None = None
 
+    def predict(self, posterior: Posterior, draws: int) -> Prediction:
+        """Return what the posterior says about the rows."""
+        options = Draws(draws, self.seed)
+        return predict(
+            self.model, posterior, self.rows, options, tokenizer=self.tokenizer, token_budget=self.token_budget
+        )
+
     def nll(self, posterior: Posterior, draws: int) -> float:
         """Return the negative log-likelihood of the draws' mean probabilities, nats a row; infinite if not finite."""
-        draw = Draws(draws, self.seed)
-        prediction = predict(
-            self.model, posterior, self.rows, draw, tokenizer=self.tokenizer, token_budget=self.token_budget
-        )
-        return float(nll(prediction.log_p, self.rows.labels))
+        return float(nll(self.predict(posterior, draws).log_p, self.rows.labels))
 
 
 def smallest(function: Callable[[float], float], low: float, high: float, *, points: int = 61) -> float:

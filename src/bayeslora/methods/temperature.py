@@ -16,16 +16,15 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from bayeslora._typing import Float, Tokenizer
+from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, fit_start
+from bayeslora.methods.base import PostHoc, TrainedAdapter
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params
-from bayeslora.posteriors import Draws, Point, Posterior, Scaled, scale
-from bayeslora.prediction import predict
+from bayeslora.posteriors import Scaled, scale
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ _WIDEST = math.log(100.0)
 
 @final
 @dataclass(frozen=True)
-class Temperature(PostHoc):
+class Temperature(PostHoc[Scaled]):
     """Scaled log-probabilities.
 
     Attributes:
@@ -59,29 +58,11 @@ class Temperature(PostHoc):
         """Refuse a task without rows to fit on; see `PostHoc.check`."""
         self.rows(task)
 
-    def fit(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        start: Posterior | None = None,
-        tokenizer: Tokenizer | None = None,
-        seed: int = 0,
-        token_budget: int | None = None,
-    ) -> Scaled:
-        """Return the posterior ``start`` (or the model's adapter) with scaled log-probabilities; see `PostHoc.fit`.
-
-        Raises:
-            InputError: If the validation rows are fewer than the classes, or the classes change from row to row and
-                vector scaling is asked for.
-        """
-        mean, origin = fit_start(model, self, task, start)
-        rows = self.rows(task)
-        inner = Point(mean, origin) if start is None else start
-        prediction = predict(
-            model, inner, rows, Draws(self.draws, seed), tokenizer=tokenizer, token_budget=token_budget
-        )
-        return Scaled(inner, self.scaling(prediction, rows), origin)
+    def _fit(self, adapter: TrainedAdapter) -> Scaled:
+        """Return the posterior with scaled log-probabilities."""
+        judge = adapter.judge(self.rows(adapter.task))
+        prediction = judge.predict(adapter.start, self.draws)
+        return Scaled(adapter.start, self.scaling(prediction, judge.rows), adapter.origin)
 
     def rows(self, task: Task) -> Split:
         """Return the rows that the scaling is fitted on.

@@ -28,15 +28,13 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import nn
 
-from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, fit_start
+from bayeslora.methods.base import PostHoc, TrainedAdapter
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.search import Judge
 from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ _FIRST = {"pseudo": 1e-2, "true": 1e-4}
 
 @final
 @dataclass(frozen=True)
-class Tfb(PostHoc):
+class Tfb(PostHoc[DiagonalGaussian]):
     """The largest isotropic noise on BA within a tolerance of the loss.
 
     Attributes:
@@ -106,31 +104,17 @@ class Tfb(PostHoc):
             raise InputError(f"{purpose}, and the task has none; give data with that split, labelled or not")
         return split
 
-    def fit(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        start: Posterior | None = None,
-        tokenizer: Tokenizer | None = None,
-        seed: int = 0,
-        token_budget: int | None = None,
-    ) -> DiagonalGaussian:
-        """Return the noisy adapter; see `PostHoc.fit`.
-
-        Raises:
-            InputError: If an adapted layer is not plain LoRA, B is zero, or no σ is at the edge of what the loss
-                bears.
-        """
-        adapter, origin = fit_start(model, self, task, start)
-        mean, unit = reparametrised(adapter)
+    def _fit(self, adapter: TrainedAdapter) -> DiagonalGaussian:
+        """Return the noisy adapter."""
+        mean, unit = reparametrised(adapter.start.mean)
+        origin = adapter.origin
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)
         point = Point(mean, origin)
-        rows = anchored(self._rows(task), self.most_anchors, seed)
+        rows = anchored(self._rows(adapter.task), self.most_anchors, adapter.seed)
         if self.labels == "pseudo":
-            rows = answered(model, point, rows, tokenizer=tokenizer, budget=token_budget)
-        judge = Judge(model, rows, tokenizer, seed, token_budget)
+            rows = answered(adapter.judge(rows), point)
+        judge = adapter.judge(rows)
         loss = judge.nll(point, 1)
         change = self.tolerance * max(loss, self.floor)
 
@@ -151,12 +135,11 @@ def anchored(rows: Split, max_rows: int, seed: int) -> Split:
     return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {max_rows} anchors")
 
 
-def answered(
-    model: nn.Module, posterior: Posterior, rows: Split, *, tokenizer: Tokenizer | None, budget: int | None
-) -> Split:
-    """Return rows with a posterior's most probable choices, of one draw, as their labels."""
-    choices = predict(model, posterior, rows, 1, tokenizer=tokenizer, token_budget=budget).answer.tolist()
-    return replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows, choices, strict=True)))
+def answered(judge: Judge, posterior: Posterior) -> Split:
+    """Return the judge's rows with a posterior's most probable choices, of one draw, as their labels."""
+    choices = judge.predict(posterior, 1).answer.tolist()
+    labelled_rows = (replace(example, label=k) for example, k in zip(judge.rows, choices, strict=True))
+    return replace(judge.rows, examples=tuple(labelled_rows))
 
 
 def largest(within: Callable[[float], bool], steps: int, first: float = 0.01) -> float:

@@ -36,12 +36,11 @@ def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: 
     ids = torch.tensor([s + [padding] * (longest - len(s)) for s in layout.sequences])
     segment = torch.tensor([s + [-1] * (longest - len(s)) for s in layout.segments])
     root = torch.tensor([s + [0] * (longest - len(s)) for s in layout.roots])
+    branches = shared and bool((segment > 1).any() or root.any())
     row_, token_, slot_ = torch.tensor(layout.predictions).unbind(1)
     batch = {
         "input_ids": ids,
-        "attention_mask": branch_mask(segment, dtype, root)
-        if shared and bool((segment > 1).any() or root.any())
-        else (segment >= 0).long(),
+        "attention_mask": branch_mask(segment, dtype, root) if branches else (segment >= 0).long(),
         "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in layout.positions]),
         "readout_keep": torch.tensor([b * longest + t for b, t in layout.keep]),
         "readout_row": row_,
@@ -142,3 +141,35 @@ def branch_mask(segment: Tensor, dtype: torch.dtype, root: Tensor) -> Float[Tens
     allowed = back & ((looked == root[:, :, None]) | (looked == asks))
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
     return mask[:, None]
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a device, without the labels."""
+    return {key: value.to(device) for key, value in batch.items() if key not in ("labels", "shift_labels")}
+
+
+def schedule(lengths: Sequence[int], token_budget: int, most: int) -> dict[int, list[list[int]]]:
+    """Return batches of places in ``lengths`` by the number of draws that share a pass.
+
+    That is ``most``, or fewer where an example is long; the token budget holds for all draws of a batch. A single
+    longer example under a single draw is its own batch.
+    """
+    widths = sorted({-(-most // 2**k) for k in range(most.bit_length() + 1)}, reverse=True)
+    places: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        width = next((w for w in widths if w * length <= token_budget), 1)
+        places.setdefault(width, []).append(place)
+    return {
+        width: [[wide[i] for i in batch] for batch in grouped([lengths[p] for p in wide], token_budget // width)]
+        for width, wide in places.items()
+    }
+
+
+def grouped(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Return places in batches of similar length under a token budget, the longest first; padding counts."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

@@ -6,6 +6,7 @@ the same trial on the model itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -13,8 +14,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from bayeslora._typing import Bool, Float
-from bayeslora.params import Params, evaluating
+from bayeslora._typing import Bool, Float, Int
+from bayeslora.params import Params, evaluating, require_lora
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.passes import Passes, Reading
@@ -53,29 +54,66 @@ class Likelihoods:
         under all draws. `InputError` if a single text under a single draw does not fit into memory.
         """
         rows, numbers = gathered(pairs, self.token_budget // len(self.draws))
-        texts = _Texts(len(self.draws), done)
-        passes = Passes(
-            self.model, self.readout, rows, max(len(row.answers) for row in rows), self.token_budget,
-            reading=Reading(texts.read, torch.float64, across_draws=True, item="text"),
-        )  # fmt: skip
-        with evaluating(self.model), self.readout.attached(self.model, lambda logits, _: logits):
-            sums = passes.run(self.draws.__getitem__, len(self.draws))
-        log_likelihoods = sums.new_empty(len(self.draws), len(pairs))
+        log_likelihoods = torch.empty(len(self.draws), len(pairs), dtype=torch.float64)
         greedy = torch.zeros(len(pairs), dtype=torch.bool)
+
+        def complete(row: int, total: Total) -> None:
+            """Say which of a context's texts are greedy."""
+            wrong = total.log_sums.argmax(-1).cpu()[total.position] != total.token
+            greedy[numbers[row]] = torch.bincount(total.text, weights=wrong) == 0
+            done(len(numbers[row]))
+
+        sums = self._sums(rows, complete)
         for row, columns in enumerate(numbers):
             log_likelihoods[:, columns] = sums[:, row, : len(columns)]
-            greedy[columns] = texts.greedy[row]
         return log_likelihoods, greedy
+
+    def average(self, ids: Sequence[int]) -> Float[Tensor, "T-1 V"]:
+        """Return log p̄ of what follows each of T tokens but the last, averaged over the draws at each, on the CPU."""
+        averages = [torch.empty(0, len(require_lora(self.model).get_base_model().get_input_embeddings().weight))]
+        if len(ids) > 1:
+            row = Encoded(tuple(ids[:1]), (tuple(ids[1:]),), -1)
+            self._sums([row], lambda _, total: averages.append(total.log_sums.cpu() - math.log(len(self.draws))))
+        return averages[-1]
+
+    def _sums(self, rows: Sequence[Encoded], complete: Complete) -> Float[Tensor, "S B C"]:
+        """Return the log-likelihoods of the texts after each context."""
+        reading = Reading(_Texts(len(self.draws), complete).read, torch.float64, across_draws=True, item="text")
+        most = max(len(row.answers) for row in rows)
+        passes = Passes(self.model, self.readout, rows, most, self.token_budget, reading=reading)
+        with evaluating(self.model), self.readout.attached(self.model, lambda logits, _: logits):
+            return passes.run(self.draws.__getitem__, len(self.draws))
+
+
+@final
+@dataclass(frozen=True)
+class Total:
+    """The sum of the draws' distributions at the P positions of a context and its texts.
+
+    Attributes:
+        log_sums: log Σ_k p_k at each position.
+        position: Position [Q] at which each token of the texts is predicted.
+        token: The tokens [Q].
+        text: Number [Q] of each token's text.
+    """
+
+    log_sums: Float[Tensor, "P V"]
+    position: Int[Tensor, " Q"]
+    token: Int[Tensor, " Q"]
+    text: Int[Tensor, " Q"]
+
+
+Complete = Callable[[int, Total], None]
+"""Told of each context by its number when it has passed under all draws."""
 
 
 @final
 class _Texts:
-    """Reads the likelihoods of texts, and whether they are greedy once a context has passed under all S draws."""
+    """Reads the likelihoods of texts, and sums the distributions of each context over S draws."""
 
-    def __init__(self, draws: int, done: Callable[[int], object]) -> None:
-        self.draws, self.done = draws, done
-        self.greedy: dict[int, Bool[Tensor, " C"]] = {}
-        self._sums: dict[int, tuple[int, Float[Tensor, "P V"]]] = {}
+    def __init__(self, draws: int, complete: Complete) -> None:
+        self.draws, self.complete = draws, complete
+        self._partial: dict[int, tuple[int, Float[Tensor, "P V"]]] = {}
 
     def read(self, logits: Tensor, batch: Batch, count: int, examples: Sequence[int]) -> Float[Tensor, "S B C"]:
         """Return the log-likelihoods of the texts after each context; see `Reading`."""
@@ -85,15 +123,13 @@ class _Texts:
         owner = torch.zeros(len(total), dtype=torch.long).index_put_((row,), slot // texts)
         sizes = owner.bincount().tolist()  # the positions of an example lie together
         for b, (example, part) in enumerate(zip(examples, torch.split(total, sizes), strict=False)):
-            before, sums = self._sums.pop(example, (0, None))
+            before, sums = self._partial.pop(example, (0, None))
             part = part if sums is None else torch.logaddexp(sums, part)
             if before + count < self.draws:
-                self._sums[example] = before + count, part
+                self._partial[example] = before + count, part
                 continue
             here = slot // texts == b
-            wrong = part.argmax(-1).cpu()[row[here] - sum(sizes[:b])] != token[here]
-            self.greedy[example] = torch.bincount(slot[here] % texts, weights=wrong) == 0
-            self.done(len(self.greedy[example]))
+            self.complete(example, Total(part, row[here] - sum(sizes[:b]), token[here], slot[here] % texts))
         return _summed(values, batch)
 
 
@@ -106,20 +142,18 @@ def gathered(pairs: Sequence[Pair], room: int) -> tuple[list[Encoded], list[list
     contexts: list[tuple[int, ...]] = []
     texts: list[list[tuple[int, ...]]] = []
     numbers: list[list[int]] = []
-    left: list[int] = []
-    last: dict[tuple[int, ...], int] = {}
+    last: dict[tuple[int, ...], tuple[int, int]] = {}  # a context's row, and how many tokens it has room for
     for number, (before, after) in enumerate(pairs):
         context, text = tuple(before), tuple(after)
-        place = last.get(context)
-        if place is None or left[place] < len(text):
-            place = last[context] = len(contexts)
+        row, left = last.get(context, (0, 0))
+        if left < len(text):
+            row, left = len(contexts), max(room, len(context))
             contexts.append(context)
             texts.append([])
             numbers.append([])
-            left.append(max(room, len(context)))
-        texts[place].append(text)
-        numbers[place].append(number)
-        left[place] -= len(text)
+        texts[row].append(text)
+        numbers[row].append(number)
+        last[context] = row, left - len(text)
     return [Encoded(c, tuple(t), -1) for c, t in zip(contexts, texts, strict=True)], numbers
 
 

@@ -38,21 +38,6 @@ def lacks_memory(error: Exception) -> bool:
     )
 
 
-def fits(
-    run: Callable[[Sequence[Item]], object], batch: Sequence[Item], again: Callable[[Sequence[Item]], bool]
-) -> bool:
-    """Run a batch, and say whether memory sufficed; if not, the device's cache is cleared."""
-    try:
-        run(batch)
-    except RuntimeError as error:
-        if not lacks_memory(error) or not again(batch):
-            raise
-    else:
-        return True
-    clear_device_cache(garbage_collection=True)  # after the handler, which holds the frames and their tensors
-    return False
-
-
 def in_halves(
     run: Callable[[Sequence[Item]], object],
     batches: Iterable[Sequence[Item]],
@@ -60,14 +45,20 @@ def in_halves(
 ) -> list[Item]:
     """Return the items that do not fit into memory alone, having run batches in order, in halves where necessary.
 
-    The error goes on where ``again`` says that the batch must not be run again.
+    Raises:
+        RuntimeError: If it is no lack of memory, or ``again`` says that the batch must not be run again.
     """
     waiting = deque(batches)
     too_large: list[Item] = []
     while waiting:
         batch = waiting.popleft()
-        if fits(run, batch, again):
+        try:
+            run(batch)
             continue
+        except RuntimeError as error:
+            if not lacks_memory(error) or not again(batch):
+                raise
+        clear_device_cache(garbage_collection=True)  # after the handler, which holds the frames and their tensors
         if len(batch) == 1:
             too_large += batch
         else:

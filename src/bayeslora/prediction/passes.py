@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora
-from bayeslora.prediction.batching import Batch, with_repeated_positions
+from bayeslora.prediction.batching import Batch, grouped, on, schedule, with_repeated_positions
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.memory import in_halves, max_stacked
@@ -246,35 +246,3 @@ def batched(
     """Return examples in batches on the model's device, with the examples' numbers; the readout is to be attached."""
     groups = grouped([readout.length(row) for row in rows], token_budget)
     return [(group, on(readout.collate([rows[i] for i in group]), device_of(model))) for group in groups]
-
-
-def on(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device, without the labels."""
-    return {key: value.to(device) for key, value in batch.items() if key not in ("labels", "shift_labels")}
-
-
-def schedule(lengths: Sequence[int], token_budget: int, most: int) -> dict[int, list[list[int]]]:
-    """Return batches of places in ``lengths`` by the number of draws that share a pass.
-
-    That is ``most``, or fewer where an example is long; the token budget holds for all draws of a batch. A single
-    longer example under a single draw is its own batch.
-    """
-    widths = sorted({-(-most // 2**k) for k in range(most.bit_length() + 1)}, reverse=True)
-    places: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        width = next((w for w in widths if w * length <= token_budget), 1)
-        places.setdefault(width, []).append(place)
-    return {
-        width: [[wide[i] for i in batch] for batch in grouped([lengths[p] for p in wide], token_budget // width)]
-        for width, wide in places.items()
-    }
-
-
-def grouped(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Return places in batches of similar length under a token budget, the longest first; padding counts."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches

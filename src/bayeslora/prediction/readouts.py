@@ -29,8 +29,8 @@ from transformers.utils import ModelOutput
 
 from bayeslora._typing import Float, Int, Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.params import evaluating, generator, require_lora
-from bayeslora.prediction.batching import READ, Batch, choice_batch
+from bayeslora.params import device_of, evaluating, generator, require_lora
+from bayeslora.prediction.batching import READ, Batch, choice_batch, on
 from bayeslora.prediction.encoding import Encoded, encode, tokenizer_of
 from bayeslora.prediction.probes import tried
 from bayeslora.tasks.types import Split
@@ -63,11 +63,7 @@ class Readout:
 
     def length(self, row: Encoded) -> int:
         """Return how many tokens of the batch an example takes."""
-        parts = (
-            [(row.prompt, row.answers), (row.neutral, row.neutral_answers)]
-            if row.neutral
-            else [(row.prompt, row.answers)]
-        )
+        parts = [(row.prompt, row.answers), (row.neutral, row.neutral_answers)][: 2 if row.neutral else 1]
         tails = [[len(a) - 1 for a in answers] for _, answers in parts]
         prompts = [len(prompt) for prompt, _ in parts]
         if self.shared or (len(parts) == 1 and not any(tails[0])):
@@ -161,7 +157,12 @@ def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer = None) -> 
     if name == "head":
         return _head(base, split, tokenizer)
     neutral = split.format.normalisation == "unconditional"
-    shared = name == "likelihood" and tried(peft, ("branches", neutral), lambda: _shares_prompts(peft, base, neutral))
+
+    def shares() -> bool:
+        """Try branches."""
+        return _shares_prompts(peft, base, tokenizer, neutral)
+
+    shared = name == "likelihood" and tried(peft, ("branches", neutral), shares)
     return Readout(name, tokenizer, token_limit(base, tokenizer), shared, base.dtype)
 
 
@@ -223,7 +224,7 @@ def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:
 
 
 @torch.no_grad()
-def _shares_prompts(peft: nn.Module, base: PreTrainedModel, neutral: bool) -> bool:
+def _shares_prompts(peft: nn.Module, base: PreTrainedModel, tokenizer: Tokenizer, neutral: bool) -> bool:
     """Try on the model itself whether branches after one prompt give what separate sequences give."""
     config = base.config
     if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
@@ -233,13 +234,10 @@ def _shares_prompts(peft: nn.Module, base: PreTrainedModel, neutral: bool) -> bo
     rows = [Encoded(tuple(ids[:4]), ((ids[4], ids[5], ids[6]), (ids[7], ids[8], ids[4])), 0)]
     if neutral:
         rows = [replace(rows[0], neutral=tuple(ids[5:7]), neutral_answers=rows[0].answers)]
-    device = base.get_input_embeddings().weight.device
     logits = []
     with evaluating(peft):
         for shared in (True, False):
-            batch = {k: v.to(device) for k, v in choice_batch(rows, 0, shared=shared, dtype=base.dtype).items()}
-            keep, row = (batch[f"readout_{key}"] for key in ("keep", "row"))
-            inputs = {key: value for key, value in batch.items() if key not in READ}
-            kept = kept_states(peft(**inputs, use_cache=False).logits, keep)
-            logits.append(kept[row.to(kept.device)].float())
+            readout = Readout("likelihood", tokenizer, None, shared, base.dtype)
+            with readout.attached(peft, lambda kept, positions: kept[positions["readout_row"].to(kept.device)]):
+                logits.append(peft(**on(readout.collate(rows), device_of(peft))).logits.float())
     return bool((logits[0] - logits[1]).abs().max() <= 0.05 * logits[1].std())

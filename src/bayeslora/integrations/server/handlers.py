@@ -170,7 +170,7 @@ class Handler:
         served, log_p = self.served, None
         if body.logprobs is not None:
             log_p = await self._call(
-                lambda: prompt_log_probs(served.model, served.draws_of(body.model, shape.draws), ids)
+                lambda: prompt_log_probs(served.model, served.tokenizer, served.draws_of(body.model, shape.draws), ids)
             )
         return echo_of(served.tokenizer, prompt, ids, log_p, body.logprobs or 0)
 

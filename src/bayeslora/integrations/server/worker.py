@@ -9,18 +9,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
-import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from bayeslora._typing import Float
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.decoding import Row, RowSampler
 from bayeslora.integrations.server.errors import busy
 from bayeslora.integrations.server.served import Limits, Served
-from bayeslora.params import Params, evaluating, require_lora, swapped
+from bayeslora.params import Params, require_lora
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
-from bayeslora.prediction.memory import in_halves
+from bayeslora.prediction.likelihoods import Likelihoods
+from bayeslora.prediction.memory import default_token_budget, in_halves
+from bayeslora.prediction.readouts import readout_for
+from bayeslora.tasks.types import Format, Split
 
 Result = TypeVar("Result")
 
@@ -157,16 +159,9 @@ class Worker:
         decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
 
 
-@torch.inference_mode()
-def prompt_log_probs(model: nn.Module, draws: Sequence[Params], ids: Sequence[int]) -> Float[Tensor, "T-1 V"]:
+def prompt_log_probs(
+    model: nn.Module, tokenizer: Tokenizer, draws: Sequence[Params], ids: Sequence[int]
+) -> Float[Tensor, "T-1 V"]:
     """Return log p̄ of what follows each token but the last of a prompt, averaged over draws at each token."""
-    base = require_lora(model).get_base_model()
-    prompt = torch.tensor([list(ids)], device=base.get_input_embeddings().weight.device)
-    total = None
-    with evaluating(model):
-        for draw in draws:
-            with swapped(model, draw):
-                log_p = base(input_ids=prompt, use_cache=False).logits[0, :-1].float().log_softmax(-1).cpu()
-            total = log_p if total is None else torch.logaddexp(total, log_p)
-    assert total is not None
-    return total - torch.tensor(float(len(draws))).log()
+    readout = readout_for(model, Split("prompt", (), Format("", "likelihood")), tokenizer)
+    return Likelihoods(model, draws, readout, default_token_budget(model)).average(ids)

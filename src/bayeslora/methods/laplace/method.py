@@ -26,15 +26,14 @@ from typing import ClassVar, Literal, final
 
 from torch import nn
 
-from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, fit_start
+from bayeslora.methods.base import PostHoc, TrainedAdapter
 from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
 from bayeslora.methods.search import Judge, smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, lora_parameters, swapped
-from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised, Posterior
+from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
 from bayeslora.posteriors.linearised import LOGIT_DRAWS, Linearisable, logit_draws
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.prediction.jacobians import Site, linear_sites
@@ -52,7 +51,7 @@ CANDIDATES = tuple(10 ** (k / 4) for k in range(-8, 33))
 
 @final
 @dataclass(frozen=True)
-class Laplace(PostHoc):
+class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
     """Curvature of the loss around a trained adapter.
 
     Attributes:
@@ -112,27 +111,13 @@ class Laplace(PostHoc):
             raise InputError(f"last_layers={self.last_layers} leaves Laplace no parameter; take more layers")
         return sites
 
-    def fit(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        start: Posterior | None = None,
-        tokenizer: Tokenizer | None = None,
-        seed: int = 0,
-        token_budget: int | None = None,
-    ) -> Linearised | KroneckerGaussian | DiagonalGaussian:
-        """Return the Gaussian around an adapter; see `PostHoc.fit`.
-
-        Raises:
-            InputError: If the adapter has no parameter to be uncertain about, the curvature is not finite, or no prior
-                precision is best.
-        """
-        mean, origin = fit_start(model, self, task, start)
-        assert task.train is not None
-        train, sites = task.train, self._sites(model)
-        readout = readout_for(model, train, tokenizer)
-        batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, token_budget, train))
+    def _fit(self, adapter: TrainedAdapter) -> Linearised | KroneckerGaussian | DiagonalGaussian:
+        """Return the Gaussian around the adapter."""
+        model, train, mean, origin = adapter.model, adapter.task.train, adapter.start.mean, adapter.origin
+        assert train is not None
+        sites = self._sites(model)
+        readout = readout_for(model, train, adapter.tokenizer)
+        batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, adapter.token_budget, train))
         curvature: Curvature
         if self.structure == "diag":
             curvature = DiagonalCurvature(sites)
@@ -141,9 +126,8 @@ class Laplace(PostHoc):
         with swapped(model, mean), readout.attached(model):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
         if self.prior == "validation":
-            assert task.validation is not None
             candidates = [curvature.posterior(mean, precision, origin) for precision in CANDIDATES]
-            judge = Judge(model, task.validation, tokenizer, seed, token_budget)
+            judge = adapter.judge(adapter.task.validation)
             if self.predictive == "draws":
                 precision = _best([judge.nll(posterior, self.draws) for posterior in candidates])
             else:
