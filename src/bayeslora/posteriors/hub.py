@@ -61,19 +61,7 @@ def push(
 
 
 def fetch(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Return the folder of a repository on the Hugging Face Hub, from the cache or downloaded.
-
-    Args:
-        name: Repository ``org/name``.
-        revision: Branch, tag or commit.
-        token: Token for a private repository; None for the one that the machine is logged in with.
-
-    Returns:
-        The folder in the Hub's cache.
-
-    Raises:
-        InputError: If the Hub does not give it.
-    """
+    """Return the folder of a repository ``org/name`` on the Hugging Face Hub, from the cache or downloaded."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -66,11 +66,6 @@ class KroneckerGaussian(Linearisable):
             if factor.ndim and factor.shape != self.mean[name].shape:
                 raise InputError(f"the strength of {name!r} has another shape than its mean")
 
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
-
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + strength ⊙ (G ⊗ X + λI)^(−1/2) ε."""
         drawn = dict(self.mean)

@@ -76,11 +76,6 @@ class Linearised(Posterior):
         """The Gaussian's mean."""
         return self.posterior.mean
 
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
-
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return a draw of the weights."""
         return self.posterior.draw(index, seed, sampling)
