@@ -61,8 +61,8 @@ class Likelihoods:
             log_likelihoods[:, columns] = sums[:, row, : len(columns)]
         return log_likelihoods, greedy
 
-    def average(self, ids: Sequence[int]) -> Float[Tensor, "T-1 V"]:
-        """Return log p̄ of what follows each of T tokens but the last, averaged over the draws at each, on the CPU."""
+    def average(self, ids: Sequence[int]) -> Float[Tensor, "T V"]:
+        """Return log p̄ of what follows each of T + 1 tokens but the last, averaged over the draws, on the CPU."""
         averages = [torch.empty(0, len(require_lora(self.model).get_base_model().get_input_embeddings().weight))]
         if len(ids) > 1:
             row = Encoded(tuple(ids[:1]), (tuple(ids[1:]),), -1)
