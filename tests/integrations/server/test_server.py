@@ -163,6 +163,7 @@ def test_requests_that_come_together_share_a_batch(tokenizer: Any) -> None:
         ("completions", {"model": "tiny"}, 400, "prompt"),
         ("completions", {"model": "other", "prompt": "x"}, 404, "no model 'other'"),
         ("completions", {"model": "tiny", "prompt": "red " * 200}, 400, "more than the model's"),
+        ("completions", {"model": "tiny", "prompt": [3] * 200}, 400, "more than the model's"),
         ("completions", {"model": "tiny", "prompt": ""}, 400, "empty"),
         ("completions", {"model": "tiny", "prompt": []}, 400, "empty"),
         ("completions", {"model": "tiny", "prompt": [9999]}, 400, "from 0 to"),
