@@ -236,7 +236,7 @@ async def _events(
             if opening is not None:
                 yield _event(opening)
         async for number, note in arriving:
-            yield _event(shape.piece(number, note, rows[number].finish))
+            yield _event(shape.piece(number, note))
         if with_usage:
             yield _event(shape.closing(rows))
         yield "data: [DONE]\n\n"
