@@ -33,10 +33,10 @@ def one(arguments: argparse.Namespace, seed: int, dtype: str, out: Path) -> None
     from bayeslora.comparison.verdict import verdicts
 
     options = Options(seed=seed, test_rows=arguments.test_rows, draws=arguments.draws, methods=arguments.methods)
-    study, other = prepared(options, out, getattr(torch, dtype))
+    runs, other = prepared(options, out, getattr(torch, dtype))
     began = time.perf_counter()
-    found = compare(study, methods_of(options), [seed])
-    test = study.task.test
+    found = compare(runs, methods_of(options), [seed])
+    test = runs.task.test
     judged = verdicts(
         {name: by_seed[seed] for name, by_seed in found.predictions.items()},
         test.labels,

@@ -30,11 +30,8 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 def default_device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return accelerator
-    return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def load_model(

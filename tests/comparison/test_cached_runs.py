@@ -13,7 +13,7 @@ import transformers
 from support.tiny import arguments, make_model, make_task
 
 from bayeslora.comparison import cached_runs as module
-from bayeslora.comparison.cached_runs import Study
+from bayeslora.comparison.cached_runs import CachedRuns, planned
 from bayeslora.comparison.keys import of_arguments, of_model, of_rows
 from bayeslora.comparison.run import compare
 from bayeslora.methods import Ensemble, Isotropic, Laplace, Map, Swag
@@ -55,31 +55,31 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     return seen
 
 
-def study(tokenizer: Any, out: Path, lines: list[str], **changes: Any) -> Study:
+def cached(tokenizer: Any, out: Path, lines: list[str], **changes: Any) -> CachedRuns:
     args = arguments(out / "training", max_steps=4)
-    return Study(
+    return CachedRuns(
         make_model(lora_dropout=0.1), tokenizer, make_task(readout="likelihood"), args, out, resamples=0, draws=2,
         report=lines.append, **changes,
     )  # fmt: skip
 
 
-def rated(own: Study) -> Study:
+def rated(own: CachedRuns) -> CachedRuns:
     return replace(own, args=arguments(own.out / "training", max_steps=4, learning_rate=7e-3))
 
 
-def other_rows(own: Study, split: str) -> Study:
+def other_rows(own: CachedRuns, split: str) -> CachedRuns:
     rows = getattr(own.task, split)
     return replace(own, task=replace(own.task, **{split: rows.take(range(len(rows) - 1))}))
 
 
-def other_text(own: Study) -> Study:
+def other_text(own: CachedRuns) -> CachedRuns:
     rows = own.task.train
     assert rows is not None
     changed = tuple(replace(e, text=e.text.replace("bag", "dark bag")) for e in rows)
     return replace(own, task=replace(own.task, train=replace(rows, examples=changed)))
 
 
-def other_template(own: Study) -> Study:
+def other_template(own: CachedRuns) -> CachedRuns:
     splits = {
         name: replace(rows, format=replace(rows.format, template="{text}"))
         for name in ("train", "validation", "test")
@@ -88,13 +88,13 @@ def other_template(own: Study) -> Study:
     return replace(own, task=replace(own.task, **splits))
 
 
-def other_base(own: Study) -> Study:
+def other_base(own: CachedRuns) -> CachedRuns:
     with torch.no_grad():
         own.model.get_input_embeddings().weight.mul_(1.01)
     return own
 
 
-CHANGES: dict[str, tuple[Callable[[Study], Study], tuple[int, int]]] = {
+CHANGES: dict[str, tuple[Callable[[CachedRuns], CachedRuns], tuple[int, int]]] = {
     "nothing": (lambda own: own, (0, 0)),
     "learning rate": (rated, (2, 3)),
     "train rows": (lambda own: other_rows(own, "train"), (2, 3)),
@@ -116,10 +116,10 @@ def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(
     what: str, work: Work, tokenizer: Any, tmp_path: Path
 ) -> None:
     change, wanted = CHANGES[what]
-    before = compare(study(tokenizer, tmp_path, work.lines), METHODS, [0])
+    before = compare(cached(tokenizer, tmp_path, work.lines), METHODS, [0])
     assert work.taken() == (2, 3)
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    own = change(study(tokenizer, tmp_path, work.lines))
+    own = change(cached(tokenizer, tmp_path, work.lines))
     found = compare(own, METHODS, [0])
     assert work.taken() == wanted
     assert all(path.read_bytes() == content for path, content in kept.items())  # nothing is overwritten
@@ -133,13 +133,13 @@ def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(
             was, found.predictions["swag"][0].log_probs
         )
     work.taken()
-    again = compare(study(tokenizer, tmp_path, work.lines), METHODS, [0])
+    again = compare(cached(tokenizer, tmp_path, work.lines), METHODS, [0])
     assert work.taken() == (0, 0)  # what was there before the change is there still
     assert torch.equal(again.predictions["swag"][0].log_probs, before.predictions["swag"][0].log_probs)
 
 
 def test_more_seeds_and_more_methods_take_over_what_is_there(work: Work, tokenizer: Any, tmp_path: Path) -> None:
-    own = study(tokenizer, tmp_path, work.lines)
+    own = cached(tokenizer, tmp_path, work.lines)
     compare(own, {"map": Map()}, [0])
     assert work.taken() == (1, 1)
     compare(own, {"map": Map()}, [0, 1])
@@ -149,7 +149,7 @@ def test_more_seeds_and_more_methods_take_over_what_is_there(work: Work, tokeniz
 
 
 def test_of_a_tempered_posterior_too_the_prediction_follows_the_run(work: Work, tokenizer: Any, tmp_path: Path) -> None:
-    own = replace(study(tokenizer, tmp_path, work.lines), temperatures=(0.1, 1.0), scaling=True)
+    own = replace(cached(tokenizer, tmp_path, work.lines), temperatures=(0.1, 1.0), scaling=True)
     compare(own, {"noise": Isotropic(0.01)}, [0])
     work.taken()
     compare(own, {"noise": Isotropic(0.01)}, [0])
@@ -159,9 +159,9 @@ def test_of_a_tempered_posterior_too_the_prediction_follows_the_run(work: Work, 
 
 
 def test_the_report_says_what_differs_from_the_run_that_is_there(work: Work, tokenizer: Any, tmp_path: Path) -> None:
-    compare(study(tokenizer, tmp_path, work.lines), {"map": Map()}, [0])
+    compare(cached(tokenizer, tmp_path, work.lines), {"map": Map()}, [0])
     assert not any("has other" in line for line in work.lines)
-    compare(rated(study(tokenizer, tmp_path, work.lines)), {"map": Map()}, [0])
+    compare(rated(cached(tokenizer, tmp_path, work.lines)), {"map": Map()}, [0])
     assert "seed 0: training map, run 1 (one that is there has other training.learning_rate)" in work.lines
 
 
@@ -177,7 +177,7 @@ def test_the_key_of_arguments_knows_what_chooses_the_best_state(tmp_path: Path) 
 
 def test_names_and_paths_are_no_part_of_a_key(tokenizer: Any) -> None:
     split = make_task(readout="likelihood").test
-    assert of_rows(replace(split, name="elsewhere"), tokenizer) == of_rows(split, tokenizer)
+    assert of_rows(replace(split, name="elsewhere")) == of_rows(split)
     model, moved = make_model(), make_model()
     moved.peft_config["default"].base_model_name_or_path = "/elsewhere"
     assert of_model(model) == of_model(moved)
@@ -186,8 +186,8 @@ def test_names_and_paths_are_no_part_of_a_key(tokenizer: Any) -> None:
 def test_a_method_fitted_afterwards_does_not_depend_on_how_it_was_trained_but_on_what_came_of_it(
     work: Work, tokenizer: Any, tmp_path: Path
 ) -> None:
-    own = study(tokenizer, tmp_path, work.lines)
-    runs = [module._planned(one, Laplace(), 0, 0) for one in (own, rated(own))]
+    own = cached(tokenizer, tmp_path, work.lines)
+    runs = [planned(one, Laplace(), 0) for one in (own, rated(own))]
     assert runs[0].depends["training"] is None
     assert runs[0].key != runs[1].key  # by the key of the MAP run that they start from
 

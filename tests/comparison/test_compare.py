@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny import arguments, make_model, make_task
 
-from bayeslora.comparison.cached_runs import Study, planned_steps
+from bayeslora.comparison.cached_runs import CachedRuns, planned_steps
 from bayeslora.comparison.run import compare
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Tfb
@@ -17,15 +17,15 @@ from bayeslora.posteriors.loading import load_posterior
 from bayeslora.tasks.types import Task
 
 
-def study(tokenizer, out: Path, **changes) -> Study:
+def cached(tokenizer, out: Path, **changes) -> CachedRuns:
     task = changes.pop("task", make_task(readout="likelihood"))
     args = arguments(out / "training", **changes)
     lines: list[str] = []
-    return Study(make_model("llama"), tokenizer, task, args, out, resamples=0, draws=2, report=lines.append)
+    return CachedRuns(make_model("llama"), tokenizer, task, args, out, resamples=0, draws=2, report=lines.append)
 
 
 def test_map_is_the_ensembles_first_member_and_swag_begins_at_it(tokenizer, tmp_path):
-    own = study(tokenizer, tmp_path, max_steps=4)
+    own = cached(tokenizer, tmp_path, max_steps=4)
     found = compare(own, {"map": Map(), "ensemble": Ensemble(2), "swag": Swag("swa")}, [0])
     point, both = found.predictions["map"][0], found.predictions["ensemble"][0]
     assert torch.equal(both.log_probs[0], point.log_probs[0])
@@ -40,7 +40,7 @@ def test_map_is_the_ensembles_first_member_and_swag_begins_at_it(tokenizer, tmp_
 
 
 def test_settings_of_a_method_make_a_run_of_its_own(tokenizer, tmp_path):
-    compare(study(tokenizer, tmp_path, max_steps=2), {"map": Map(), "decayed": Map(weight_decay=1.0)}, [0])
+    compare(cached(tokenizer, tmp_path, max_steps=2), {"map": Map(), "decayed": Map(weight_decay=1.0)}, [0])
     runs = sorted(p.name for p in (tmp_path / "seed-0").iterdir() if p.is_dir())
     assert len(runs) == 2
     one, other = (load_posterior(tmp_path / "seed-0" / name / "posterior") for name in runs)
@@ -53,14 +53,14 @@ def test_settings_of_a_method_make_a_run_of_its_own(tokenizer, tmp_path):
      ({"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, 6)],
 )  # fmt: skip
 def test_planned_steps_are_those_of_the_trainer(tokenizer, tmp_path, changes, steps):
-    assert planned_steps(study(tokenizer, tmp_path, **changes)) == steps
+    assert planned_steps(cached(tokenizer, tmp_path, **changes)) == steps
 
 
 def test_a_comparison_of_nothing_is_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="at least one method and one seed"):
-        compare(study(tokenizer, tmp_path), {}, [0])
+        compare(cached(tokenizer, tmp_path), {}, [0])
     full = make_task(readout="likelihood")
-    untested = study(tokenizer, tmp_path, task=Task("bags", full.train, None, None))
+    untested = cached(tokenizer, tmp_path, task=Task("bags", full.train, None, None))
     with pytest.raises(InputError, match="no test examples"):
         compare(untested, {"map": Map()}, [0])
 
@@ -75,7 +75,7 @@ def test_a_method_that_cannot_be_fitted_is_reported_and_the_others_are_compared(
         return fit(self, model, task, seed=seed, **rest)
 
     monkeypatch.setattr(Tfb, "fit", failing)
-    own = study(tokenizer, tmp_path, max_steps=2)
+    own = cached(tokenizer, tmp_path, max_steps=2)
     own = replace(own, scaling=True, temperatures=(0.1, 1.0))
     found = compare(own, {"map": Map(), "tfb": Tfb(sigma=0.01), "isotropic": Isotropic(0.01)}, [0, 1, 2])
     assert found.failures == {"tfb": {1: "TFB found no noise that the anchors' loss bears"}}
@@ -93,4 +93,4 @@ def test_a_comparison_in_which_nothing_can_be_fitted_is_refused(tokenizer, tmp_p
 
     monkeypatch.setattr(Tfb, "fit", failing)
     with pytest.raises(InputError, match="no method could be fitted; tfb under seed 3: the curvature is not finite"):
-        compare(study(tokenizer, tmp_path, max_steps=2), {"tfb": Tfb(sigma=0.01)}, [3])
+        compare(cached(tokenizer, tmp_path, max_steps=2), {"tfb": Tfb(sigma=0.01)}, [3])

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bayeslora.comparison.costs import folder_bytes, most, peak_memory
+from bayeslora.comparison.costs import folder_bytes, max_known, peak_memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's highest memory")
@@ -24,8 +24,8 @@ def test_memory_that_was_held_and_let_go_is_seen():
 
 
 def test_unknown_amounts_are_left_out_and_folders_are_summed(tmp_path):
-    assert most(None, 3, None, 5) == 5
-    assert most(None) is None
+    assert max_known(None, 3, None, 5) == 5
+    assert max_known(None) is None
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_bytes(b"123")
     (tmp_path / "b").write_bytes(b"45")

@@ -10,7 +10,7 @@ import pytest
 from support.tiny import arguments, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback, set_seed
 
-from bayeslora.comparison.cached_runs import Study, posterior_of
+from bayeslora.comparison.cached_runs import CachedRuns, learned
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map
 from bayeslora.methods.ensemble import member_seed
@@ -141,15 +141,15 @@ def test_a_member_in_ones_own_trainer_is_not_resumed_with_another_seed(tokenizer
         train(own, resume=True)
 
 
-def study(tokenizer: Any, out: Path) -> Study:
+def cached(tokenizer: Any, out: Path) -> CachedRuns:
     args = arguments(out / "training", max_steps=2)
-    return Study(make_model(), tokenizer, TASK, args, out, resamples=0, draws=2, report=lambda _: None)
+    return CachedRuns(make_model(), tokenizer, TASK, args, out, resamples=0, draws=2, report=lambda _: None)
 
 
 def test_comparisons_of_different_seeds_share_no_run(tokenizer: Any, tmp_path: Path) -> None:
     assert len({member_seed(seed, k) for seed in range(50) for k in range(10)}) == 500
-    own = study(tokenizer, tmp_path)
+    own = cached(tokenizer, tmp_path)
     for seed in (0, 1):
-        posterior_of(own, Ensemble(2), seed)
+        learned(own, Ensemble(2), seed)
     noted = [json.loads(log.read_text())["depends"]["seed"] for log in tmp_path.glob("seed-*/*/run.json")]
     assert sorted(noted) == sorted([0, 1, member_seed(0, 1), member_seed(1, 1)])

@@ -12,7 +12,7 @@ from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.cached_runs import CachedRuns
     from bayeslora.comparison.run import Comparison
     from bayeslora.methods import Inference
 
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     from bayeslora.cli.data import build_task, other_splits
     from bayeslora.cli.progress import own_progress
     from bayeslora.cli.terminal import say
-    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.cached_runs import CachedRuns
 
     with own_progress():
         methods = build_methods(options)
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
             raise InputError(f"the task {task.name} lacks a train or a test split; give a folder with files for both")
         others = other_splits(options.ood, options, task.test, options.ood_rows)
         model, tokenizer = build_model(options, task.train.classes)
-        study = Study(
+        runs = CachedRuns(
             model,
             tokenizer,
             task,
@@ -102,19 +102,19 @@ def run(options: Options) -> None:
             report=say,
         )
         with opened(out, options):
-            finish(study, methods, options.seeds, options.image)
+            finish(runs, methods, options.seeds, options.image)
 
 
-def finish(study: Study, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
-    """Make a comparison, print its table and keep it with its numbers and pictures in the study's folder."""
+def finish(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
+    """Make a comparison, print its table and keep it with its numbers and pictures in their folder."""
     from bayeslora.comparison.report import write_pictures, write_table
     from bayeslora.comparison.run import compare
 
-    comparison = compare(study, methods, seeds)
-    print(write_table(study, comparison))
-    pictures = write_pictures(study, comparison, image)
+    comparison = compare(runs, methods, seeds)
+    print(write_table(runs, comparison))
+    pictures = write_pictures(runs, comparison, image)
     print()
-    print(f"results: {study.out / 'results.json'}, {', '.join(p.name for p in [study.out / 'results.md', *pictures])}")
+    print(f"results: {runs.out / 'results.json'}, {', '.join(p.name for p in [runs.out / 'results.md', *pictures])}")
     return comparison
 
 

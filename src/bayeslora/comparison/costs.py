@@ -30,67 +30,41 @@ class Cost:
 
 @dataclass
 class Peak:
-    """The highest memory within a ``with`` block.
-
-    Attributes:
-        bytes: Bytes beyond what was held at its beginning; None while it runs, and where the system does not tell.
-    """
+    """The highest memory within a ``with`` block beyond what was held at its beginning; None while it is not known."""
 
     bytes: int | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the highest memory of a ``with`` block.
-
-    On an accelerator it is what torch allocated there; on the CPU the resident memory of the process, which Linux tells
-    (``/proc/self``) and other systems do not. Blocks inside one another make the outer one's peak too low.
-
-    Args:
-        device: Where the model is.
-
-    Yields:
-        The peak, filled in when the block ends.
-    """
-    found = Peak()
+    """Measure the highest memory of a ``with`` block, filled in when the block ends."""
+    # On an accelerator it is what torch allocated there; on the CPU the resident memory of the process, which Linux
+    # tells (/proc/self) and other systems do not. Blocks inside one another make the outer one's peak too low.
+    peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
-        found.bytes = max(0, torch.cuda.max_memory_allocated(device) - before)
+        yield peak
+        peak.bytes = max(0, torch.cuda.max_memory_allocated(device) - before)
         return
-    held = _resident("VmRSS") if _reset() else None
-    yield found
-    highest = _resident("VmHWM")
-    if held is not None and highest is not None:
-        found.bytes = max(0, highest - held)
+    resident = _resident_bytes("VmRSS") if _reset_highest() else None
+    yield peak
+    highest = _resident_bytes("VmHWM")
+    if resident is not None and highest is not None:
+        peak.bytes = max(0, highest - resident)
 
 
-def most(*amounts: int | None) -> int | None:
-    """Return the largest amount that is known.
-
-    Args:
-        *amounts: Bytes, or None.
-
-    Returns:
-        The largest; None if none is known.
-    """
-    return max((a for a in amounts if a is not None), default=None)
+def max_known(*amounts: int | None) -> int | None:
+    """Return the largest amount that is known; None if none is."""
+    return max((amount for amount in amounts if amount is not None), default=None)
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Bytes.
-    """
+    """Return the size of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _reset() -> bool:
+def _reset_highest() -> bool:
     """Let the process's highest memory begin anew, where the system can."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -99,7 +73,7 @@ def _reset() -> bool:
     return True
 
 
-def _resident(key: str) -> int | None:
+def _resident_bytes(key: str) -> int | None:
     """Return a line of the process's status in bytes, where there is one."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

@@ -1,4 +1,9 @@
-"""What a run and a prediction depend on, and the key by which they are found again."""
+"""What a run and a prediction depend on, and the key by which they are found again.
+
+A key holds everything that can change a number by more than rounding. What it leaves out is named here, with the
+reason: `IDLE_ARGUMENTS` of the Trainer and `VOLATILE` parts of configurations; beside them splits' names and true
+probabilities, which nothing is learned from, and the package's version, in whose place `VERSION` stands.
+"""
 
 from __future__ import annotations
 
@@ -6,118 +11,147 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from bayeslora.params import require_lora
+from bayeslora._typing import Tokenizer
+from bayeslora.methods import Inference
+from bayeslora.methods.base import settings
+from bayeslora.params import lora_parameters, require_lora
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.tasks.types import Split
 
+T = TypeVar("T")
+Parts = dict[str, object]
+"""What something depends on, ready for JSON."""
+
 VERSION = 1
 """To be raised when what is learned from the same inputs changes, so that older results are not taken for it."""
-_IDLE = (
-    *("output_dir", "seed", "data_seed", "run_name", "report_to", "disable_tqdm", "use_cpu", "resume_from_checkpoint"),
-    *("do_train", "do_eval", "do_predict", "prediction_loss_only", "per_device_eval_batch_size", "project", "debug"),
-    *("skip_memory_metrics", "torch_empty_cache_steps", "enable_jit_checkpoint", "ignore_data_skip", "local_rank"),
+IDLE_ARGUMENTS = (
+    # places, and what is noted there; the seed has a place of its own in the key
+    *("output_dir", "seed", "data_seed", "run_name", "report_to", "project", "disable_tqdm", "debug"),
+    # what is done beside training, and how it is gone on with
+    *("do_train", "do_eval", "do_predict", "prediction_loss_only", "per_device_eval_batch_size"),
+    *("resume_from_checkpoint", "enable_jit_checkpoint", "ignore_data_skip"),
+    # where it is computed, which is the same up to rounding, and how the memory is kept
+    *("use_cpu", "local_rank", "skip_memory_metrics", "torch_empty_cache_steps"),
+    # how rows are brought to the model, in the same order
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
 )
-"""Arguments of the Trainer that do not change what is learned; the seed has a place of its own."""
-_IDLE_GROUPS = ("logging_", "log_", "hub_", "push_to_hub", "trackio_", "include_", "ddp_")
-_CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better")
+"""Arguments of the Trainer that do not change what is learned."""
+IDLE_BEGINNINGS = ("logging_", "log_", "hub_", "push_to_hub", "trackio_", "include_", "ddp_")
+"""How groups of such arguments begin: logs, uploads, and how processes talk to each other."""
+CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better")
 """Arguments that matter only where the best of several states is kept."""
-_PLACES = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
-"""What an adapter's configuration says beside its shape; the base model is known by its fingerprint."""
+VOLATILE = (
+    # names and places: a model is known by its weights
+    *("base_model_name_or_path", "_name_or_path", "revision", "auto_mapping", "id2label", "label2id"),
+    # what transformers and PEFT note or set while they work
+    *("inference_mode", "peft_version", "transformers_version", "use_cache", "problem_type", "quantization_config"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "dtype", "torch_dtype"),
+)
+"""Parts of the model's and the adapter's configuration that are no part of a key, or have another place in it."""
+_SAMPLED = 16
+"""How many weights of each of the model's tensors are looked at."""
 
 
-def key_of(parts: Mapping[str, Any]) -> str:
-    """Return a key for what something depends on.
-
-    Args:
-        parts: What it depends on, ready for JSON.
-
-    Returns:
-        Twelve hexadecimal digits.
-    """
-    text = json.dumps({"version": VERSION, **parts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def key_of(parts: Mapping[str, object]) -> str:
+    """Return twelve hexadecimal digits for what something depends on."""
+    return _digest({"version": VERSION, **parts}, 12)
 
 
-def of_model(model: nn.Module) -> dict[str, Any]:
-    """Return what a run depends on of the model: base, dtype, quantisation, and the adapter's shape.
+def of_method(method: Inference) -> Parts:
+    """Return a method's name and settings, and the class if it is not one of ours."""
+    kind = type(method)
+    elsewhere = {} if kind.__module__.startswith("bayeslora.") else {"class": f"{kind.__module__}.{kind.__qualname__}"}
+    return {"name": method.name, **_plain(settings(method)), **elsewhere}
 
-    Args:
-        model: PEFT model.
 
-    Returns:
-        Parts of a key; the adapter's present weights are none.
-    """
-    origin, base = origin_of(model), require_lora(model).get_base_model()
-    quantised = getattr(base.config, "quantization_config", None)
+def of_model(model: nn.Module) -> Parts:
+    """Return what a run depends on of a PEFT model, of which the adapter's present weights are no part."""
+    peft = require_lora(model)
+    base = peft.get_base_model()
+    adapter, config = origin_of(model).adapter_config, base.config.to_dict()
     return {
-        "base": dict(origin.fingerprint),
+        "weights": _digest_of_weights(model),
+        "config": _digest({name: value for name, value in config.items() if name not in VOLATILE}),
         "dtype": str(base.dtype),
-        "quantised": json.loads(json.dumps(quantised, default=lambda one: getattr(one, "__dict__", str(one)))),
-        "adapter": {k: v for k, v in origin.adapter_config.items() if k not in _PLACES},
+        "quantised": _plain(getattr(base.config, "quantization_config", None)),
+        "adapter": {name: value for name, value in adapter.items() if name not in VOLATILE},
+        "adapter dtype": sorted({str(p.dtype) for p in lora_parameters(model).values()}),
+        "trainable": _digest(sorted(name for name, p in peft.named_parameters() if p.requires_grad)),
     }
 
 
-def of_rows(split: Split | None, tokenizer: Any = None) -> str | None:
-    """Return a digest of a split's rows and of how they are put to the model.
+def of_tokenizer(tokenizer: Tokenizer) -> str:
+    """Return a digest of how a tokenizer makes tokens of a text; how it pads or cuts is left out, for we do that."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    example = list(tokenizer("A test: 12.")["input_ids"])
+    return _digest([type(tokenizer).__name__, rules, special, tokenizer.model_max_length, example])
 
-    Args:
-        split: The split; its name does not count.
-        tokenizer: The model's tokenizer, known by what it makes of the first row.
 
-    Returns:
-        Hexadecimal digits; None for no split.
-    """
+def of_rows(split: Split | None) -> str | None:
+    """Return a digest of a split's rows and of how they are put to the model; None for no split."""
     if split is None:
         return None
     rows = [[e.text, e.choices, e.label, e.columns] for e in split]
-    tokens = None if tokenizer is None or not rows else list(tokenizer(split.examples[0].text)["input_ids"])
-    text = json.dumps([rows, asdict(split.format), split.classes, tokens])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest([rows, asdict(split.format), split.classes])
 
 
-def of_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Return the Trainer's arguments on which it depends what is learned.
-
-    Args:
-        args: The arguments.
-
-    Returns:
-        Those that are not the defaults, without folders, logs, trackers and loaders, and what the processes make of the
-        size of a batch.
-    """
-    idle = _IDLE_GROUPS if args.load_best_model_at_end else (*_IDLE_GROUPS, *_CHOOSING)
+def of_arguments(args: TrainingArguments) -> Parts:
+    """Return the Trainer's arguments that are not the defaults, without those on which nothing depends."""
+    beginnings = IDLE_BEGINNINGS if args.load_best_model_at_end else (*IDLE_BEGINNINGS, *CHOOSING)
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
-    found = {
+    changed = {
         name: value
         for name, value in args.to_dict().items()
-        if name not in _IDLE and not name.startswith(idle) and value != defaults.get(name)
+        if name not in IDLE_ARGUMENTS and not name.startswith(beginnings) and value != defaults.get(name)
     }
-    found["batch"], found["processes"] = args.train_batch_size, args.world_size
-    kept: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return kept
+    return _plain({**changed, "batch": args.train_batch_size, "processes": args.world_size})
 
 
-def difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs between two sets of parts.
+def difference(parts: Mapping[str, object], others: Mapping[str, object]) -> list[str]:
+    """Return the names of what differs between two sets of parts, those inside an object as ``object.name``."""
+    names = []
+    for name in sorted(parts.keys() | others.keys()):
+        one, other = parts.get(name), others.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            names += [f"{name}.{inner}" for inner in difference(one, other)]
+        elif one != other:
+            names.append(name)
+    return names
 
-    Args:
-        own: One.
-        other: The other.
 
-    Returns:
-        Names, those inside an object as ``object.name``.
-    """
-    found = []
-    for name in sorted(own.keys() | other.keys()):
-        mine, theirs = own.get(name), other.get(name)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            found += [f"{name}.{inner}" for inner in difference(mine, theirs)]
-        elif mine != theirs:
-            found.append(name)
-    return found
+def _digest_of_weights(model: nn.Module) -> str:
+    """Return a digest of some weights of every tensor of the base, without those that a run draws anew."""
+    peft = require_lora(model)
+    redrawn = {id(p) for p in lora_parameters(model).values()}
+    head = str(getattr(peft.active_peft_config, "task_type", "")).endswith(("SEQ_CLS", "TOKEN_CLS"))
+    sha = hashlib.sha256()
+    for name, p in sorted(peft.named_parameters()):
+        new = head and any(part in ("classifier", "score") for part in name.split("."))
+        if id(p) in redrawn or new or ".lora_" in name:
+            continue
+        sha.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        if p.device.type != "meta" and p.numel():
+            flat = p.detach().reshape(-1)
+            places = torch.linspace(0, len(flat) - 1, _SAMPLED, dtype=torch.float64).long().to(flat.device)
+            sha.update(str(flat[places].float().tolist()).encode())
+    return sha.hexdigest()[:16]
+
+
+def _plain(value: T) -> T:
+    """Return a value as JSON gives it back."""
+    plain: T = json.loads(json.dumps(value, default=lambda one: getattr(one, "__dict__", str(one))))
+    return plain
+
+
+def _digest(value: object, digits: int = 16) -> str:
+    """Return hexadecimal digits for what JSON can hold; what it cannot hold counts by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]

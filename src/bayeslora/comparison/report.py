@@ -19,16 +19,16 @@ from bayeslora.errors import InputError
 from bayeslora.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.cached_runs import CachedRuns
     from bayeslora.comparison.run import Comparison
 
 
-def write_table(study: Study, comparison: Comparison) -> str:
-    """Write ``results.md`` and ``results.json`` into the study's folder, and return the table with its notes."""
-    out, task = study.out, study.task
+def write_table(runs: CachedRuns, comparison: Comparison) -> str:
+    """Write ``results.md`` and ``results.json`` into their folder, and return the table with its notes."""
+    out, task = runs.out, runs.task
     rows = comparison_rows(comparison)
-    if study.resamples and task.test is not None:
-        rows = marked(comparison, rows, task.test.labels, bins=study.bins, resamples=study.resamples)
+    if runs.resamples and task.test is not None:
+        rows = marked(comparison, rows, task.test.labels, bins=runs.bins, resamples=runs.resamples)
     failed = [
         f"no row for {name}: under seed {seed} {reason}"
         for name, by_seed in comparison.failures.items()
@@ -48,9 +48,9 @@ def write_table(study: Study, comparison: Comparison) -> str:
     return "\n".join([text_table(rows), *notes])
 
 
-def write_pictures(study: Study, comparison: Comparison, image: str) -> list[Path]:
+def write_pictures(runs: CachedRuns, comparison: Comparison, image: str) -> list[Path]:
     """Draw the trade-off as the mean over the seeds, the rest of the first seed; nothing without matplotlib."""
-    test = study.task.test
+    test = runs.task.test
     assert test is not None
     seed = next(iter(next(iter(comparison.predictions.values()))))
     predictions = {name: by_seed[seed] for name, by_seed in comparison.predictions.items()}
@@ -75,9 +75,9 @@ def write_pictures(study: Study, comparison: Comparison, image: str) -> list[Pat
             ),
         }
     except InputError as error:
-        study.report(f"no figures: {error}")
+        runs.report(f"no figures: {error}")
         return []
-    files = {study.out / f"{name}.{image}": figure for name, figure in figures.items()}
+    files = {runs.out / f"{name}.{image}": figure for name, figure in figures.items()}
     for file, figure in files.items():
         save(figure, file)
     return list(files)

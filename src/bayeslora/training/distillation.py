@@ -69,22 +69,12 @@ def distill(
     Raises:
         InputError: If there are too few examples, ``held_out`` is no share, or something does not fit.
     """
-    if not len(rows):
-        raise InputError(f"{rows.name} has no examples to distil from")
-    if not 0 <= held_out < 1:
-        raise InputError(f"held_out is a share of the rows, from 0 to less than 1, and it is {held_out}")
-    apart = round(held_out * len(rows))
-    if held_out and not 0 < apart < len(rows):
-        raise InputError(
-            f"{rows.name} has {len(rows)} examples, too few to hold out {held_out:g} of them; give more, or held_out=0"
-        )
+    judges, learned = _held_out(rows, held_out, args.seed)
     draws = Draws.of(draws)
     prediction = predict(
-        model, posterior, rows, draws, mean=bool(apart), tokenizer=tokenizer, token_budget=token_budget
+        model, posterior, rows, draws, mean=bool(judges), tokenizer=tokenizer, token_budget=token_budget
     )
     write(model, posterior.mean)
-    order = torch.randperm(len(rows), generator=generator("held-out rows", args.seed)).tolist()
-    judges, learned = order[:apart], order[apart:]
     readout = readout_for(model, rows, tokenizer)
     encoded = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
     run = TrainerRun(
@@ -97,9 +87,24 @@ def distill(
         run_trainer(run)
     else:
         before = float(divergences(prediction.log_p[judges], prediction.mean_log_probs[judges]).mean())
-        settings |= {"held_out": apart, **_train_to_the_closest(run, before, posterior.mean)}
+        settings |= {"held_out": len(judges), **_train_to_the_closest(run, before, posterior.mean)}
     origin = origin_of(model, "distilled", settings, len(learned))
     return Point(read(model), scored(origin, rows.normalisation))
+
+
+def _held_out(rows: Split, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the numbers of the rows that choose what is kept, and of those that are learned from."""
+    if not len(rows):
+        raise InputError(f"{rows.name} has no examples to distil from")
+    if not 0 <= held_out < 1:
+        raise InputError(f"held_out is a share of the rows, from 0 to less than 1, and it is {held_out}")
+    apart = round(held_out * len(rows))
+    if held_out and not 0 < apart < len(rows):
+        raise InputError(
+            f"{rows.name} has {len(rows)} examples, too few to hold out {held_out:g} of them; give more, or held_out=0"
+        )
+    order = torch.randperm(len(rows), generator=generator("held-out rows", seed)).tolist()
+    return order[:apart], order[apart:]
 
 
 def _train_to_the_closest(run: TrainerRun, divergence: float, mean: Params) -> dict[str, float]:

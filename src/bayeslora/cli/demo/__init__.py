@@ -13,7 +13,7 @@ from bayeslora.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.cached_runs import CachedRuns
     from bayeslora.methods import Inference
     from bayeslora.tasks.types import Split, Task
 
@@ -60,10 +60,10 @@ def run(options: Options) -> None:
     from bayeslora.comparison.verdict import guess, in_words, verdicts
 
     with own_progress():
-        study, other = prepared(options, out)
+        runs, other = prepared(options, out)
         with opened(out, options):
-            comparison = finish(study, methods_of(options), [options.seed], "png")
-    test = study.task.test
+            comparison = finish(runs, methods_of(options), [options.seed], "png")
+    test = runs.task.test
     assert test is not None
     predictions = {name: by_seed[options.seed] for name, by_seed in comparison.predictions.items()}
     others = {name: by_seed[options.seed][other] for name, by_seed in comparison.ood.items()}
@@ -86,11 +86,11 @@ def _settings(options: Options) -> dict[str, list[str]]:
     return {"swag": [f"learning_rate={options.swag_learning_rate}"], "blob": ["update=elbo"]}
 
 
-def prepared(options: Options, out: Path, dtype: torch.dtype | None = None) -> tuple[Study, str]:
+def prepared(options: Options, out: Path, dtype: torch.dtype | None = None) -> tuple[CachedRuns, str]:
     """Return what is the same for all methods, with its files in ``out``, and the name of the other data."""
     from bayeslora.cli.build import build_arguments
     from bayeslora.cli.terminal import say
-    from bayeslora.comparison.cached_runs import Study
+    from bayeslora.comparison.cached_runs import CachedRuns
     from bayeslora.models import load_model
 
     task, name, other = _data(options)
@@ -107,8 +107,8 @@ def prepared(options: Options, out: Path, dtype: torch.dtype | None = None) -> t
     model, tokenizer = load_model(folder, task.train.classes, target_modules=modules, dtype=dtype)
     training = TrainingOptions(epochs=options.epochs, batch_size=batch, learning_rate=options.learning_rate)
     args = build_arguments(training, out / "training", options.seed)
-    study = Study(model, tokenizer, task, args, out, {name: other}, draws=options.draws, resamples=200, report=say)
-    return study, name
+    runs = CachedRuns(model, tokenizer, task, args, out, {name: other}, draws=options.draws, resamples=200, report=say)
+    return runs, name
 
 
 def _data(options: Options) -> tuple[Task, str, Split]:
