@@ -59,6 +59,9 @@ class Engine(Protocol):
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the answers of the model with drawn weights, and with the mean."""
 
+    def expect(self, passes: int) -> None:
+        """Be told of passes over all examples that `once` will be asked for."""
+
     def once(self, params: Params) -> Float[Tensor, "N C"]:
         """Return the answers of the model with some weights, in one pass."""
 
@@ -167,10 +170,6 @@ class Posterior(ABC):
     def minimum_draws(self) -> int:
         """Least number of draws of a prediction."""
         return 1
-
-    def passes(self, count: int, mean: bool) -> int:
-        """Return how often the data are passed for a number of draws, at most."""
-        return count + (mean and self.distinct is None)
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the log-probabilities of examples, by the passes that an engine makes."""

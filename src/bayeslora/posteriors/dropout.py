@@ -107,6 +107,7 @@ class TokenDropout(Posterior):
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the answers of a pass with dropout for each draw, and of one without."""
+        engine.expect(draws.count + engine.mean)
         at_mean = engine.once(self.mean) if engine.mean else None
         log_probs = []
         for k in range(draws.count):

@@ -103,10 +103,6 @@ class Linearised(Posterior):
         """`LOGIT_DRAWS`."""
         return LOGIT_DRAWS
 
-    def passes(self, count: int, mean: bool) -> int:
-        """One, however many draws."""
-        return 1
-
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""
         logits, covariances = engine.moments(self.posterior)

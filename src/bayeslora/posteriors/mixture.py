@@ -86,12 +86,6 @@ class Mixture(Posterior):
         """The most that a member wants."""
         return max(member.minimum_draws for member in self.members)
 
-    def passes(self, count: int, mean: bool) -> int:
-        """Return how often the data are passed, by each member for its own draws where it answers for itself."""
-        if self.draws_are_weights:
-            return super().passes(count, mean)
-        return sum(member.passes(n, mean) for member, n in zip(self.members, self._shares(count), strict=False))
-
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the answers with drawn weights, or those of each member in turn where they are not all weights."""
         if self.draws_are_weights:

@@ -45,13 +45,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return what recognises a base model in any dtype, on any device, quantised or not.
 
     Layer names are hashed, and a few weights of the layers that quantisation leaves alone (norms and the input
-    embedding) are kept as numbers, so that rounding can be told from another model.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-
-    Returns:
-        ``{"names": hexadecimal digest, "sketch": up to 64 numbers}``, ready for JSON.
+    embedding) are kept as up to 64 numbers, so that rounding can be told from another model.
     """
     base = require_lora(model).get_base_model()
     skip = ("lora_", "modules_to_save", "original_module")
@@ -92,58 +86,30 @@ def origin_of(
     config = {k: _plain(v) for k, v in peft.active_peft_config.to_dict().items()}
     config["inference_mode"] = True
     base = peft.get_base_model()
-    name = config.get("base_model_name_or_path") or getattr(base.config, "_name_or_path", "") or ""
+    name = str(config.get("base_model_name_or_path") or getattr(base.config, "_name_or_path", "") or "")
     return Origin(config, name, fingerprint(peft), method, dict(settings or {}), num_data)
 
 
 def check_base(origin: Origin, model: nn.Module) -> None:
-    """Refuse a base model other than the one that a posterior was trained on.
-
-    Weights may differ by rounding (another dtype); at most a tenth of the sketch may differ by more than 1 %.
-
-    Args:
-        origin: Origin of the posterior.
-        model: The model that it is to be used with.
-
-    Raises:
-        InputError: If the model's layers or weights are those of another model.
-    """
-    own = fingerprint(model)
-    theirs = origin.fingerprint
-    wanted = f"the posterior was trained on {origin.base_model or 'an unnamed model'}"
-    if own["names"] != theirs.get("names"):
-        raise InputError(f"{wanted}, and this model has other layers; load that base model")
-    a, b = torch.tensor(own["sketch"]), torch.tensor(theirs["sketch"])
+    """Refuse a base model other than the one that a posterior was trained on; rounding is no other model."""
+    here, there = fingerprint(model), origin.fingerprint
+    trained_on = f"the posterior was trained on {origin.base_model or 'an unnamed model'}"
+    if here["names"] != there.get("names"):
+        raise InputError(f"{trained_on}, and this model has other layers; load that base model")
+    a, b = torch.tensor(here["sketch"]), torch.tensor(there["sketch"])
     far = (a - b).abs() > 0.01 * torch.maximum(a.abs(), b.abs())
     if a.shape != b.shape or far.float().mean().item() > 0.1:
-        raise InputError(f"{wanted}, and this model has the same layers with other weights; load that base model")
+        raise InputError(f"{trained_on}, and this model has the same layers with other weights; load that base model")
 
 
 def scored(origin: Origin, normalisation: str | None) -> Origin:
-    """Return an origin that says how the likelihood readout's scores were normalised in training.
-
-    Args:
-        origin: The origin.
-        normalisation: That of the task's format; None if its answers are not read by likelihood.
-
-    Returns:
-        The origin; a classification head's has no normalisation.
-    """
+    """Return an origin that says how the likelihood readout's scores were normalised; a head's are not."""
     head = origin.adapter_config.get("task_type") == "SEQ_CLS"
     return replace(origin, normalisation=None if head else normalisation)
 
 
 def check_scores(origin: Origin | None, normalisation: str | None, name: str) -> None:
-    """Refuse examples whose answers would be scored in another way than in training.
-
-    Args:
-        origin: Origin of the posterior; None if it has none.
-        normalisation: That of the examples; None if their answers are not read by likelihood.
-        name: Name of the examples.
-
-    Raises:
-        InputError: If both are known and differ.
-    """
+    """Refuse examples whose answers would be scored in another way than in training, where both are known."""
     if origin is None or origin.normalisation is None or normalisation is None:
         return
     if origin.normalisation != normalisation:
@@ -153,7 +119,7 @@ def check_scores(origin: Origin | None, normalisation: str | None, name: str) ->
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Turn what PEFT keeps in a configuration into what JSON can hold."""
     if isinstance(value, set | frozenset):
         return sorted(value)

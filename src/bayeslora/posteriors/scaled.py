@@ -98,10 +98,6 @@ class Scaled(Posterior):
         """As of the posterior as it was."""
         return self.posterior.minimum_draws
 
-    def passes(self, count: int, mean: bool) -> int:
-        """As of the posterior as it was."""
-        return self.posterior.passes(count, mean)
-
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the scaled answers: by the engine, which looks at the scaled error, where draws are weights."""
         if self.draws_are_weights:

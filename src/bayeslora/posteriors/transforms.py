@@ -46,24 +46,10 @@ def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Post
 
 
 def in_last_layers(names: Iterable[str], count: int) -> Callable[[str], bool]:
-    """Return whether a parameter is in one of the last numbered layers, or in none (a head).
-
-    Args:
-        names: All parameters.
-        count: Number of layers.
-
-    Returns:
-        A predicate on their names.
-    """
-    numbers = {name: _layer(name) for name in names}
-    first = max((n for n in numbers.values() if n is not None), default=-1) - count + 1
-
-    def keep(name: str) -> bool:
-        """Return whether a parameter is among them."""
-        number = numbers[name]
-        return number is None or number >= first
-
-    return keep
+    """Return whether a parameter is in one of the last numbered layers, or in none (a head)."""
+    layers = {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
+    first = max(layers.values(), default=-1) - count + 1
+    return lambda name: layers.get(name, first) >= first
 
 
 def pruned(posterior: Posterior, fraction: float) -> Posterior:
@@ -108,9 +94,3 @@ def _rescaled(posterior: Posterior, noise: Rescaling, signal: Rescaling | None =
     if changed is None:
         raise InputError("dropout token by token has no noise in the weights; use the kind 'columns'")
     return changed
-
-
-def _layer(name: str) -> int | None:
-    """Return the number of the layer in a parameter's name."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None

@@ -78,16 +78,15 @@ def predict(
         check_scores(posterior.origin, split.normalisation, split.name)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
-    most = posterior.passes(draws.count, mean) * len(rows)
     began = time.perf_counter()
     with (
         evaluating(model),
         readout.attached(model),
-        tqdm(total=most, desc="predict", unit="row", disable=not options.progress) as bar,
+        tqdm(total=0, desc="predict", unit="row", disable=not options.progress) as bar,
     ):
         budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
         passes = Passes(model, readout, rows, classes, budget, bar.update, options)
-        engine = _Engine(passes, mean, gradient_budget(model, token_budget, split))
+        engine = _Engine(passes, mean, split, token_budget, bar)
         log_probs, at_mean = posterior.answers(engine, draws)
     components = posterior.components(len(log_probs))
     error = torch.zeros(len(split))
@@ -111,7 +110,13 @@ class _Engine:
 
     passes: Passes
     mean: bool
-    gradient_budget: int
+    split: Split
+    token_budget: int | None
+    bar: tqdm
+
+    def expect(self, passes: int) -> None:
+        """Let the bar know of passes over all examples, at most so many."""
+        self.bar.total += passes * len(self.passes.rows)
 
     @property
     def model(self) -> nn.Module:
@@ -124,15 +129,18 @@ class _Engine:
 
     def moments(self, posterior: Linearisable) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
         """Return mean and covariance of the logits of the model linearised at the mean."""
+        self.expect(1)
         passes = self.passes
         with posterior.applied(passes.model, None):
-            batches = batched(passes.model, passes.readout, passes.rows, self.gradient_budget)
+            budget = gradient_budget(passes.model, self.token_budget, self.split)
+            batches = batched(passes.model, passes.readout, passes.rows, budget)
             logits, covariances = logit_moments(passes.model, [posterior], batches, len(passes.rows), passes.done)
         return logits, covariances[0]
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the log-probabilities under drawn weights and under the mean, which counts as one draw more."""
         apart = posterior.distinct is None  # else the mean is draw 0: a point's, or that of points' first member
+        self.expect(draws.count + (self.mean and apart))
         components = posterior.components(draws.count)
         alive = torch.arange(len(self.passes.rows))
         at_mean: Tensor | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
@@ -17,7 +16,7 @@ from bayeslora._typing import Tokenizer
 from bayeslora.params import generator
 from bayeslora.prediction.generation.decoding import Step, alternatives
 
-Finish = Literal["stop", "length", "timeout", "cancelled"]
+Finish = Literal["stop", "length", "cancelled"]
 
 
 @final
@@ -56,7 +55,6 @@ class Row:
     top_p: float
     seed: int  # of the row's own stream of random numbers
     stops: tuple[str, ...]
-    deadline: float  # by `time.monotonic`; the answer ends then, whatever there is
     on_token: Callable[[TokenNote | None], None] = lambda note: None
     notes: list[TokenNote] = field(default_factory=list)
     finish: Finish | None = None
@@ -81,8 +79,6 @@ class Row:
             self.finish = "length"
         elif self.cancelled.is_set():
             self.finish = "cancelled"
-        elif time.monotonic() > self.deadline:
-            self.finish = "timeout"
         before = self._settled
         self._settled = max(before, len(self._decoded) if self.finish else self._settled_length())
         note = TokenNote(

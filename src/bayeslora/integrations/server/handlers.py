@@ -148,9 +148,8 @@ class Handler:
                 param="n",
             )  # fmt: skip
         seed = random.getrandbits(31) if body.seed is None else body.seed
-        deadline = time.monotonic() + self.limits.timeout
         return [
-            Row(ids, max_tokens, body.temperature, body.top_p, 1000 * seed + p * body.n + i, body.stops, deadline)
+            Row(ids, max_tokens, body.temperature, body.top_p, 1000 * seed + p * body.n + i, body.stops)
             for p, ids in enumerate(prompts)
             for i in range(body.n)
         ]
@@ -209,14 +208,14 @@ class Handler:
         self, job: Generation, tokens: asyncio.Queue[tuple[int, TokenNote | None]], request: Request
     ) -> AsyncIterator[tuple[int, TokenNote]]:
         """Yield tokens until all rows have ended; whoever stops listening ends the rows."""
-        left, deadline = len(job.rows), job.rows[0].deadline + POLL
+        left, deadline = len(job.rows), time.monotonic() + self.limits.timeout
         try:
             while left:
+                if time.monotonic() > deadline or await request.is_disconnected():
+                    raise late()
                 try:
                     number, note = await asyncio.wait_for(tokens.get(), POLL)
                 except TimeoutError:
-                    if time.monotonic() > deadline or await request.is_disconnected():
-                        raise late() from None
                     continue
                 if note is None:
                     left -= 1
@@ -227,8 +226,6 @@ class Handler:
                 row.cancelled.set()
         if job.error is not None:
             raise job.error
-        if any(row.finish == "timeout" for row in job.rows):
-            raise late()
 
 
 async def _events(
