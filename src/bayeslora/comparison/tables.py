@@ -10,6 +10,7 @@ from typing import Literal
 
 from bayeslora.comparison.run import Comparison
 from bayeslora.metrics.evaluation import Evaluation
+from bayeslora.metrics.layout import aligned
 from bayeslora.metrics.measures import UNCERTAINTIES, measures
 
 MEASURES = ("accuracy", "nll", "ece", "brier", "kl_to_truth", "aurc", "auroc")
@@ -103,11 +104,7 @@ def text_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     if markdown:
         head, *body = ("| " + " | ".join(line) + " |" for line in cells)
         return "\n".join([head, "|---" + "|---:" * len(headings) + "|", *body, *legend])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    head, *body = (
-        "  ".join([line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    )
+    head, *body = aligned(cells, numbers=True)
     return "\n".join([head, "─" * len(head), *body, *legend])
 
 

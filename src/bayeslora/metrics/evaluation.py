@@ -20,6 +20,7 @@ from bayeslora.errors import InputError
 from bayeslora.metrics import uncertainty
 from bayeslora.metrics.bootstrap import Sample, interval, resampled
 from bayeslora.metrics.classification import Binning, check_labels
+from bayeslora.metrics.layout import aligned
 from bayeslora.metrics.mcnemar import lost_by_draws
 from bayeslora.metrics.measures import Measure, measures
 from bayeslora.metrics.prediction import Prediction
@@ -111,14 +112,10 @@ class Evaluation:
         names = list(dict.fromkeys(name for scores in self.rows.values() for name in scores))
         cells = [["", *self.rows]]
         cells += [[name, *(_cell(scores.get(name)) for scores in self.rows.values())] for name in names]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-        ]
         sets = "".join(f", {name}: {count} examples" for name, count in self.ood.items())
         intervals = f"95 % intervals from {self.resamples} resamples" if self.resamples else "no intervals"
         head = f"{self.n} examples, {self.draws} draws, {self.bins} bins of equal {self.binning}, {intervals}{sets}"
-        return "\n".join([head, "", *lines, *(["", f"Warning: {self.warning}."] if self.warning else [])])
+        return "\n".join([head, "", *aligned(cells), *(["", f"Warning: {self.warning}."] if self.warning else [])])
 
 
 def evaluate(

@@ -16,23 +16,13 @@ from bayeslora.tasks.types import Example, Format, Normalisation, Split
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example, ready to be batched.
-
-    Attributes:
-        prompt: Token ids of the prompt.
-        answers: Token ids of each answer that may follow it; empty for a classification head.
-        label: Index of the right answer; -1 where it is not known.
-        scales: Factor on the log-likelihood of each answer; empty: none.
-        neutral: Token ids of a prompt without the question, whose log-likelihood of an answer is taken off; empty:
-            none.
-        neutral_answers: Token ids of each answer after it.
-    """
+    """One example as token ids, ready to be batched."""
 
     prompt: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    label: int
-    scales: tuple[float, ...] = ()
-    neutral: tuple[int, ...] = ()
+    answers: tuple[tuple[int, ...], ...]  # each may follow the prompt; none for a classification head
+    label: int  # of the right answer; -1 where it is not known
+    scales: tuple[float, ...] = ()  # a factor on the log-likelihood of each answer; empty: none
+    neutral: tuple[int, ...] = ()  # a prompt without the question, whose log-likelihood of an answer is taken off
     neutral_answers: tuple[tuple[int, ...], ...] = ()
 
 

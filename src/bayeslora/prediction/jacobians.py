@@ -23,15 +23,9 @@ from bayeslora.params import evaluating, lora_parameters, require_lora
 @final
 @dataclass(frozen=True)
 class Site:
-    """A parameter of a linear layer.
+    """A parameter of a linear layer: its weight, or its bias."""
 
-    Attributes:
-        name: The parameter's name on disk.
-        module: The layer.
-        bias: Whether it is the layer's bias rather than its weight.
-    """
-
-    name: str
+    name: str  # on disk
     module: nn.Module
     bias: bool
 
@@ -68,19 +62,12 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
 @final
 @dataclass(frozen=True)
 class Gradients:
-    """What one batch says about the logits' derivatives.
-
-    Attributes:
-        logits: The choices' logits [N C], float32.
-        inputs: Input of each layer [R T I], float32; R sequences, or positions with T = 1.
-        outputs: Gradient of each class's logit at the layer's output [C R T O].
-        owners: Example [R] that each of a layer's R belongs to.
-    """
+    """The choices' logits of one batch and, for each layer, what their derivatives are made of, in float32."""
 
     logits: Float[Tensor, "N C"]
-    inputs: dict[nn.Module, Float[Tensor, "R T I"]]
-    outputs: dict[nn.Module, Float[Tensor, "C R T O"]]
-    owners: dict[nn.Module, Int[Tensor, " R"]]
+    inputs: dict[nn.Module, Float[Tensor, "R T I"]]  # R sequences, or positions with T = 1
+    outputs: dict[nn.Module, Float[Tensor, "C R T O"]]  # gradient of each class's logit at the layer's output
+    owners: dict[nn.Module, Int[Tensor, " R"]]  # the example that each of the R belongs to
 
     def jacobian(self, site: Site) -> Float[Tensor, "C N O I"]:
         """Return the derivative of each example's logits by one parameter; a bias has one column."""

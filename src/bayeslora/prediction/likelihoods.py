@@ -30,14 +30,7 @@ _BLOCK = 2**24
 @final
 @dataclass(frozen=True)
 class Likelihoods:
-    """A model and the draws under which it scores texts.
-
-    Attributes:
-        model: PEFT model, a causal language model.
-        draws: The S draws.
-        readout: How the model reads the likelihood of texts.
-        token_budget: Most tokens of a batch, padding included, over all draws in it.
-    """
+    """A causal language model and the S draws under which it scores texts; the token budget is over all of them."""
 
     model: nn.Module
     draws: Sequence[Params]
@@ -68,8 +61,8 @@ class Likelihoods:
             log_likelihoods[:, columns] = sums[:, row, : len(columns)]
         return log_likelihoods, greedy
 
-    def average(self, ids: Sequence[int]) -> Float[Tensor, "T-1 V"]:
-        """Return log p̄ of what follows each of T tokens but the last, averaged over the draws at each, on the CPU."""
+    def average(self, ids: Sequence[int]) -> Float[Tensor, "T V"]:
+        """Return log p̄ of what follows each of T + 1 tokens but the last, averaged over the draws, on the CPU."""
         averages = [torch.empty(0, len(require_lora(self.model).get_base_model().get_input_embeddings().weight))]
         if len(ids) > 1:
             row = Encoded(tuple(ids[:1]), (tuple(ids[1:]),), -1)
@@ -88,19 +81,12 @@ class Likelihoods:
 @final
 @dataclass(frozen=True)
 class Total:
-    """The sum of the draws' distributions at the P positions of a context and its texts.
+    """The sum of the draws' distributions at the P positions of a context and the Q tokens of its texts."""
 
-    Attributes:
-        log_sums: log Σ_k p_k at each position.
-        position: Position [Q] at which each token of the texts is predicted.
-        token: The tokens [Q].
-        text: Number [Q] of each token's text.
-    """
-
-    log_sums: Float[Tensor, "P V"]
-    position: Int[Tensor, " Q"]
+    log_sums: Float[Tensor, "P V"]  # log Σ_k p_k
+    position: Int[Tensor, " Q"]  # at which each token is predicted
     token: Int[Tensor, " Q"]
-    text: Int[Tensor, " Q"]
+    text: Int[Tensor, " Q"]  # to which each token belongs
 
 
 Complete = Callable[[int, Total], None]

@@ -42,18 +42,14 @@ _CLOSE = 0.05
 class Reading:
     """What is made of the logits of one pass.
 
-    Attributes:
-        read: Given the logits of S stacked draws, the batch as it is for one draw, S, and the numbers of the batch's B
-            examples (none in a trial), returns the answers [S B C].
-        dtype: Dtype of the answers.
-        across_draws: Whether it looks at all draws of a batch together, so that they come before the next batch.
-        item: What an example is called in an error.
+    ``read`` is given the logits of S stacked draws, the batch as it is for one draw, S, and the numbers of the batch's
+    B examples (none in a trial), and returns the answers [S B C].
     """
 
     read: Callable[[Tensor, Batch, int, Sequence[int]], Tensor]
     dtype: torch.dtype = torch.float32
-    across_draws: bool = False
-    item: str = "example"
+    across_draws: bool = False  # it looks at all draws of a batch together, so they come before the next batch
+    item: str = "example"  # what one is called in an error
 
 
 def _scores(logits: Tensor, batch: Batch, count: int, examples: Sequence[int]) -> Float[Tensor, "S B C"]:
@@ -75,25 +71,14 @@ REWARDS = Reading(_scores, item="text")
 @final
 @dataclass(frozen=True)
 class Passes:
-    """Encoded examples and the model that answers them, its readout attached.
-
-    Attributes:
-        model: PEFT model.
-        readout: How examples are put to the model.
-        rows: The N encoded examples.
-        classes: Number C of answers of the example that has most.
-        token_budget: Most tokens of a batch, over all draws in it.
-        done: Told how many examples have passed, each counted once for every draw.
-        options: How the passes are run.
-        reading: What is read from a pass.
-    """
+    """N encoded examples and the PEFT model that answers them, its readout attached."""
 
     model: nn.Module
     readout: Readout
     rows: Sequence[Encoded]
-    classes: int
-    token_budget: int
-    done: Callable[[int], object] = lambda count: None
+    classes: int  # C, the answers of the example that has most
+    token_budget: int  # most tokens of a batch, padding included, over all draws in it
+    done: Callable[[int], object] = lambda count: None  # told of each example that has passed, once for every draw
     options: PassOptions = PassOptions()
     reading: Reading = LOG_PROBS
 
@@ -158,7 +143,6 @@ class Passes:
         """Say whether draws that differ in some parameters can be stacked; see `stacking.stacks`."""
         few = self._few()
         key = (self.readout.name, self.readout.shared)
-
         return stacks(self.model, names, lambda count: self._pass(few, count), key, share=share, needed=needed)
 
     @torch.inference_mode()
@@ -219,21 +203,13 @@ class Passes:
 @final
 @dataclass(frozen=True)
 class _Job:
-    """Draws that are stacked, and where the answers under them go.
-
-    Attributes:
-        draws: The S draws.
-        prefix: Tokens that all prompts begin with and that are run by themselves.
-        share: Whether the draws share the layers before the first that differs.
-        numbers: Numbers of the n examples.
-        answers: What is filled in.
-    """
+    """S draws that are stacked, and where the answers under them go."""
 
     draws: Sequence[Params]
-    prefix: tuple[int, ...]
-    share: bool
-    numbers: Sequence[int]
-    answers: Float[Tensor, "S n C"]
+    prefix: tuple[int, ...]  # tokens that all prompts begin with and that are run by themselves
+    share: bool  # whether the draws share the layers before the first that differs
+    numbers: Sequence[int]  # of the n examples
+    answers: Float[Tensor, "S n C"]  # filled in
 
     def of(self, draws: slice) -> _Job:
         """Return the same for some of the draws."""

@@ -41,21 +41,13 @@ Args = tuple[object, ...]
 @final
 @dataclass(frozen=True)
 class Readout:
-    """How answers are read from one model.
-
-    Attributes:
-        name: ``letters``, ``likelihood`` or ``head``.
-        tokenizer: The model's tokenizer.
-        limit: Most tokens that the model reads at once.
-        shared: Whether choices of several tokens share the pass over their prompt.
-        dtype: Dtype of the model's activations, for the attention mask of shared passes.
-    """
+    """How answers are read from one model."""
 
     name: Literal["letters", "likelihood", "head"]
     tokenizer: Tokenizer
-    limit: int | None
-    shared: bool
-    dtype: torch.dtype
+    limit: int | None  # most tokens that the model reads at once
+    shared: bool  # whether choices of several tokens share the pass over their prompt
+    dtype: torch.dtype  # of the model's activations, for the attention mask of shared passes
 
     def encode(self, split: Split) -> tuple[list[Encoded], int]:
         """Return the split as token ids, and how many prompts were cut; see `bayeslora.prediction.encoding.encode`."""

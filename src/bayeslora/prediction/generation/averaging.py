@@ -39,17 +39,12 @@ class DrawsCache(DynamicCache):
 
 @final
 class Averager:
-    """The distributions of the last position, and their average over S draws (1 where every row has its own draw).
-
-    Attributes:
-        log_probs: Log-probabilities [S R V] of the R rows' next token under each draw, float32.
-        average: log p̄ [R V].
-    """
+    """The distributions of the last position, and their average over S draws (1 where every row has its own draw)."""
 
     def __init__(self, draws: int) -> None:
         self.draws = draws
-        self.log_probs = torch.empty(0)
-        self.average = torch.empty(0)
+        self.log_probs = torch.empty(0)  # of the R rows' next token under each draw [S R V], float32
+        self.average = torch.empty(0)  # log p̄ [R V]
 
     def take(self, logits: Float[Tensor, "SR T V"]) -> Float[Tensor, "R 1 V"]:
         """Keep the last position's log-probabilities, and return their average over the draws."""

@@ -58,23 +58,14 @@ Ended = Callable[[int, list[int]], bool]
 @final
 @dataclass(frozen=True)
 class Decoder:
-    """A causal language model under S draws, ready for batches of prompts.
-
-    Attributes:
-        model: PEFT model.
-        draws: The S draws.
-        average: Whether they are averaged at each token; else the rows belong to them in S equal parts.
-        tokenizer: The model's tokenizer.
-        settings: Arguments of transformers' ``generate``; ``max_new_tokens`` is among them.
-        seed: Seed of the tokens, where they are sampled.
-    """
+    """A causal language model under S draws, ready for batches of prompts."""
 
     model: nn.Module
     draws: Sequence[Params]
-    average: bool
+    average: bool  # whether draws are averaged at each token; else the rows belong to them in S equal parts
     tokenizer: Tokenizer
-    settings: Settings
-    seed: int = 0
+    settings: Settings  # with ``max_new_tokens``
+    seed: int = 0  # of the tokens, where they are sampled
 
     def in_batches(
         self, prompts: Sequence[Sequence[int]], size: int, on_step: OnStep | None = None
