@@ -14,6 +14,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 MAX_ROOT_FILES = 8
+MAX_LINES_WITH_ANY = 150
 
 
 def read(path):
@@ -89,6 +90,11 @@ def test_a_file_and_a_function_are_short():
     assert {path: lines for path, lines in files.items() if lines > MAX_FILE_LINES} == {}
     spans = {f"{path}: {f.name}": f.end_lineno - f.lineno + 1 for path, tree in SOURCE.items() for f in functions(tree)}
     assert {name: lines for name, lines in spans.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def test_few_types_are_any():
+    lines = [line for path in SOURCE for line in read(ROOT / path).splitlines() if re.search(r"\bAny\b", line)]
+    assert len(lines) <= MAX_LINES_WITH_ANY
 
 
 def test_few_files_are_at_the_root():

@@ -6,7 +6,7 @@ import copy
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,18 +24,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods.base import TrainerKwargs
-from bayeslora.metrics import classification as metrics
+from bayeslora.metrics.measures import measures
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.readouts import Readout
 
-SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "accuracy": metrics.accuracy,
-    "nll": metrics.nll,
-    "ece": metrics.ece,
-    "brier": metrics.brier,
-}
+SCORES = ("accuracy", "nll", "ece", "brier")
 """What the Trainer's evaluations measure, of the adapter as it is then."""
 
 Rows = Encoded | tuple[Encoded, ...]
@@ -116,6 +111,7 @@ def scoring(choices: int) -> TrainerKwargs:
 
     With 0 choices the logits of all batches are equally many.
     """
+    table = measures()
 
     def log_probs(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return a batch's log-probabilities, as many in each batch: minus infinity where there is no choice."""
@@ -128,7 +124,7 @@ def scoring(choices: int) -> TrainerKwargs:
         log_p, labels = torch.as_tensor(evaluated.predictions), torch.as_tensor(evaluated.label_ids)
         if bool(log_p.isnan().any()):
             return dict.fromkeys(SCORES, math.nan)
-        return {name: float(score(log_p, labels)) for name, score in SCORES.items()}
+        return {name: float(table[name].score(log_p, labels)) for name in SCORES}
 
     return {"compute_metrics": scores, "preprocess_logits_for_metrics": log_probs}
 

@@ -35,12 +35,12 @@ class Connection:
     """How a server is reached: its address and key, and the limits of the requests; see `Adapters`."""
 
     url: str
-    api_key: str | None = field(default=None, repr=False)
-    concurrency: int = 32
-    timeout: float = 120.0
-    retries: int = 4
-    backoff: float = 0.5
-    transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
+    api_key: str | None = field(repr=False)
+    concurrency: int
+    timeout: float
+    retries: int
+    backoff: float
+    transport: httpx.AsyncBaseTransport | None = field(repr=False)
 
     def __post_init__(self) -> None:
         """Refuse an address without a scheme, and limits out of range."""

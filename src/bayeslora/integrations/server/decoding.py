@@ -32,6 +32,7 @@ class TokenNote:
     mutual_information: float
     alternatives: tuple[tuple[str, float], ...]  # the most probable tokens in its place, with their p̄
     draw_log_probs: tuple[float, ...]
+    finish: Finish | None  # why the answer ends with it, if it does
 
     def uncertainty(self) -> dict[str, object]:
         """Return what OpenAI's interface has no field for."""
@@ -90,6 +91,7 @@ class Row:
             mutual_information=max(0.0, float(step.entropy[row] - step.expected_entropy[row])),
             alternatives=alternatives(tokenizer, step, row),
             draw_log_probs=tuple(step.draw_log_probs[:, row].tolist()),
+            finish=self.finish,
         )
         self.notes.append(note)
         self.on_token(note)

@@ -22,7 +22,7 @@ from bayeslora.integrations.server.responses import ChatCompletion, Completion, 
 from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
-from bayeslora.prediction.generation.run import prompt_ids
+from bayeslora.prediction.generation.run import check_room, prompt_ids
 
 Result = TypeVar("Result")
 POLL = 0.5
@@ -130,11 +130,9 @@ class Handler:
             if messages:
                 return prompt_ids(served.model, served.tokenizer, messages, max_tokens)
             tokens = [part for part in prompt if isinstance(part, int)]
-            if not tokens:
-                raise InputError("is empty; give it at least one token")
-            if min(tokens) < 0 or max(tokens) >= len(served.tokenizer):
+            if any(not 0 <= token < len(served.tokenizer) for token in tokens):
                 raise InputError(f"must have tokens from 0 to {len(served.tokenizer) - 1}")
-            return tokens
+            return check_room(served.model, tokens, max_tokens)
         except InputError as error:
             code = "context_length_exceeded" if "more than the model's" in str(error) else None
             raise ApiError(400, f"the prompt {error}", code, "prompt") from error
@@ -238,7 +236,7 @@ async def _events(
             if opening is not None:
                 yield _event(opening)
         async for number, note in arriving:
-            yield _event(shape.piece(number, note, rows[number].finish))
+            yield _event(shape.piece(number, note))
         if with_usage:
             yield _event(shape.closing(rows))
         yield "data: [DONE]\n\n"

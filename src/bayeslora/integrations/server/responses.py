@@ -58,9 +58,9 @@ class Completion(ABC):
         ]
         return {**self.head, "object": self.kind, "choices": choices, "usage": usage(rows)}
 
-    def piece(self, index: int, note: TokenNote, finish: str | None) -> Json:
-        """Return one token of a choice, and why the choice ends with it, if it does."""
-        choice = {"index": index, "finish_reason": finish, "uncertainty": note.uncertainty(), **self.part(note)}
+    def piece(self, index: int, note: TokenNote) -> Json:
+        """Return one token of a choice."""
+        choice = {"index": index, "finish_reason": note.finish, "uncertainty": note.uncertainty(), **self.part(note)}
         return {**self.head, "object": self.piece_kind, "choices": [choice]}
 
     def closing(self, rows: Sequence[Row]) -> Json:

@@ -52,6 +52,11 @@ class Call(Generic[Result]):
     work: Callable[[], Result]
     result: Future[Result] = field(default_factory=Future)
 
+    def run(self) -> None:
+        """Do it, if somebody still waits."""
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_result(self.work())
+
     def fail(self, error: Exception) -> None:
         """Tell whoever waits what went wrong."""
         if not self.result.done():
@@ -103,7 +108,7 @@ class Worker:
                 batch = self._batch(first) if isinstance(first, Generation) else []
             try:
                 if isinstance(first, Call):
-                    first.result.set_result(first.work())
+                    first.run()
                 else:
                     self._generate(batch)
             except Exception as error:  # the thread lives on; whoever waits gets the error
@@ -114,9 +119,9 @@ class Worker:
     def _batch(self, first: Generation) -> list[Generation]:
         """Take out of the queue what fits into a batch with the first."""
         batch, count = [first], len(first.rows)
-        for job in list(self.queue):
-            same = isinstance(job, Generation) and (job.model, job.draws) == (first.model, first.draws)
-            if isinstance(job, Generation) and same and count + len(job.rows) <= self.limits.rows:
+        for job in [job for job in self.queue if isinstance(job, Generation)]:
+            same = (job.model, job.draws) == (first.model, first.draws)
+            if same and count + len(job.rows) <= self.limits.rows:
                 self.queue.remove(job)
                 batch.append(job)
                 count += len(job.rows)

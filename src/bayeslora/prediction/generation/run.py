@@ -160,6 +160,15 @@ def prompt_ids(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: 
         ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"
         ]
+    return check_room(model, ids, longest)
+
+
+def check_room(model: nn.Module, ids: Sequence[int], longest: int) -> list[int]:
+    """Return a prompt's token ids if there are any, and the model has room for them and the longest answer.
+
+    Raises:
+        InputError: If not. The sentence lacks its subject, the prompt.
+    """
     if not ids:
         raise InputError("is empty; give it at least one token")
     room = getattr(require_lora(model).get_base_model().config.get_text_config(), "max_position_embeddings", None)
