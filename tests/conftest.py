@@ -1,13 +1,10 @@
 """Run-time shape checks for the whole suite, and the fixtures that every folder of tests uses."""
 
-from __future__ import annotations
-
 import gc
 
 import jaxtyping
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 # before anything imports them: from here on a wrong shape in these modules is an error; `metrics.prediction` is not
 # among them, since it looks at shapes itself and refuses them in words
@@ -29,20 +26,20 @@ jaxtyping.install_import_hook([f"bayeslora.{name}" for name in SHAPE_CHECKED], "
 
 torch.set_num_threads(1)  # tiny models are slower on several threads, which wait for each other
 
-from support.tiny import KINDS, Kind, make_tokenizer  # noqa: E402
+from support.tiny import KINDS, make_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     return make_tokenizer()
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
+def kind(request):
     return KINDS[request.param]
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Take what is imported by now out of garbage collection, which the Trainer runs in full before every training."""
     gc.collect()
     gc.freeze()

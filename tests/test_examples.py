@@ -1,7 +1,5 @@
 """The examples that need no network run as they stand."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ OFFLINE = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
-def test_an_example_runs(name: str, tmp_path: Path) -> None:
+def test_an_example_runs(name, tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
@@ -26,7 +24,7 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_client_says_that_nothing_answers(tmp_path: Path) -> None:
+def test_the_client_says_that_nothing_answers(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "vllm_client.py", "http://127.0.0.1:9"], cwd=tmp_path, capture_output=True,
         text=True, timeout=240, check=False,

@@ -1,7 +1,5 @@
 """Loading a base model with a fresh adapter: what kind it becomes, and what is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import PeftModel

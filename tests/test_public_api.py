@@ -5,8 +5,6 @@ accepted under its former name for one release, and CHANGELOG says so. One membe
 which only raised (on `PostHoc` and on the five methods that inherited it).
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from support.cli_data import POINTS, QUICK, Home, class_rows, question_rows, write_rows
@@ -14,7 +13,7 @@ from bayeslora.cli import main
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def home(tmp_path_factory):
     path = tmp_path_factory.mktemp("home")
     for kind in ("llama", "bert"):
         make_base(kind).save_pretrained(path / kind)
@@ -27,7 +26,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.fixture(scope="session")
-def swag_run(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swag_run(home, tmp_path_factory):
     """A finished run of SWAG on multiple choice."""
     out = tmp_path_factory.mktemp("runs") / "swag"
     assert main(["train", *home.marbles(), *QUICK, *POINTS, "--draws", "3", "--out", str(out)]) == 0
@@ -35,7 +34,7 @@ def swag_run(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bert_run(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert_run(home, tmp_path_factory):
     """A finished ensemble of two classification heads."""
     out = tmp_path_factory.mktemp("runs") / "bert"
     assert main(["train", *home.bags(), *QUICK, *POINTS, "--method", "ensemble:2", "--out", str(out)]) == 0
@@ -55,10 +54,10 @@ Bay = Callable[..., Said]
 
 
 @pytest.fixture
-def bay(capsys: pytest.CaptureFixture[str]) -> Bay:
+def bay(capsys):
     """Run the command line in this process."""
 
-    def run(*words: object) -> Said:
+    def run(*words):
         capsys.readouterr()
         status = main([str(w) for w in words])
         out, err = capsys.readouterr()
@@ -68,10 +67,10 @@ def bay(capsys: pytest.CaptureFixture[str]) -> Bay:
 
 
 @pytest.fixture
-def refused(bay: Bay) -> Callable[..., str]:
+def refused(bay):
     """Run a command that is to be refused, and return its one sentence."""
 
-    def run(*words: object) -> str:
+    def run(*words):
         said = bay(*words)
         assert said.status == 2, said
         *before, sentence = said.err.splitlines()

@@ -1,7 +1,5 @@
 """What cannot be used is refused in one sentence, with status 2, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

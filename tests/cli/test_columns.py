@@ -1,7 +1,5 @@
 """Data with several columns, and normalised scores, from training to what a run then serves."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

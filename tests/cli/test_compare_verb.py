@@ -1,7 +1,5 @@
 """``compare``: shared runs are trained once, a stopped comparison goes on, and its files say what the table says."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """``export``: names of the adapters, and the line that serves them."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -15,12 +13,11 @@ from support.tiny import gaussian, make_model
 
 from bayeslora.integrations.openai.serving import vllm_command
 from bayeslora.posteriors.loading import export_draws, load_posterior
-from bayeslora.posteriors.provenance import Origin
 
 FOLDERS = {"draw-000": Path("/x/draw-000"), "draw-001": Path("/x y/draw-001")}
 
 
-def origin_with(**config: object) -> Origin:
+def origin_with(**config):
     origin = gaussian(make_model()).origin
     assert origin is not None
     return replace(origin, base_model="org/base", adapter_config={**origin.adapter_config, **config})

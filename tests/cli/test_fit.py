@@ -1,7 +1,5 @@
 """``fit``: posteriors around adapters that are trained already."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

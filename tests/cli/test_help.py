@@ -1,14 +1,11 @@
 """The command line teaches: help, examples that parse, and sentences about words that it does not know."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -137,7 +134,7 @@ def test_words_of_yaml_are_taken_as_they_are_typed(tmp_path):
     assert (options.resume, options.alpha, options.data) == (True, 0.5, "on")
 
 
-def test_yaml_gives_values_and_flags_override_them(tmp_path: Path):
+def test_yaml_gives_values_and_flags_override_them(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "learning-rate: 2e-4\nrank: 4\nmethod: map\nchoice_columns: [a, 1]\ntrainer: {max_grad_norm: 0.5}\n"

@@ -1,15 +1,12 @@
 """``--set``: every setting of every method can be given on the command line, and a bad value is refused in words."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
 import math
 import types
 import typing
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -18,7 +15,7 @@ from bayeslora.cli.values import read
 from bayeslora.errors import InputError
 from bayeslora.methods import METHODS, Ensemble, Inference, Ivon, Map, Swag
 
-VALUES: dict[tuple[str, str], Any] = {("ivon", "preset"): "arc_easy", ("blob", "preset"): "llama2"}
+VALUES = {("ivon", "preset"): "arc_easy", ("blob", "preset"): "llama2"}
 """Values that cannot be told from a setting's annotation. A newcomer's other settings are tried unasked."""
 INFINITE = (("ivon", "prior_sigma"), ("ivon", "clip_radius"), ("ivon", "price_clip"))
 """Settings that may be infinite: no prior, no clipping."""
@@ -26,14 +23,14 @@ MEMBERS = (Map(), Swag())
 """What may stand where a method is asked for."""
 
 
-def candidates(method: Inference, key: str) -> list[Any]:
+def candidates(method, key):
     """Values other than the default that a setting's annotation allows, the likeliest first."""
     default, hint = getattr(method, key), get_type_hints(type(method))[key]
     found = [VALUES[method.name, key]] if (method.name, key) in VALUES else list(_allowed(hint, default))
     return [value for value in found if value != default]
 
 
-def _allowed(hint: Any, default: Any) -> list[Any]:
+def _allowed(hint, default):
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Literal:
         return list(inside)
@@ -49,13 +46,13 @@ def _allowed(hint: Any, default: Any) -> list[Any]:
     return {bool: [True, False], int: [2, 3, 7], float: [0.25, 0.03, 2.5], type(None): [None]}.get(hint, [])
 
 
-def word(value: Any) -> str:
+def word(value):
     if isinstance(value, Inference):
         return next(name for name, make in METHODS.items() if make is type(value))
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def accepted(method: Inference, key: str) -> list[dict[str, Any]]:
+def accepted(method, key):
     """Changes with this setting that the method itself accepts: alone, else with another one that it needs."""
     others = [f.name for f in dataclasses.fields(method) if f.name != key]
     found = []
@@ -79,7 +76,7 @@ CASES = [
 ]
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one, other):
     """Equal in value and in the type of every value."""
     if isinstance(one, Inference):
         return type(one) is type(other) and all(
@@ -89,7 +86,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize(("name", "path", "key"), CASES)
-def test_every_setting_of_every_method_can_be_given_as_a_word(name: str, path: str, key: str) -> None:
+def test_every_setting_of_every_method_can_be_given_as_a_word(name, path, key):
     plain = METHODS[name]()
     inner = getattr(plain, path) if path else plain
     found = accepted(inner, key)
@@ -105,18 +102,18 @@ def test_every_setting_of_every_method_can_be_given_as_a_word(name: str, path: s
 @pytest.mark.parametrize(
     "text", ["[0.9,0.99999]", "[0.9, 0.99999]", "(0.9, 0.99999)", "0.9,0.99999", ".9,.99999"]
 )  # fmt: skip
-def test_betas_are_two_numbers_in_any_brackets_or_none(text: str) -> None:
+def test_betas_are_two_numbers_in_any_brackets_or_none(text):
     assert build_method("ivon", [f"betas={text}"]) == Ivon(betas=(0.9, 0.99999))
 
 
-def test_numbers_are_written_as_flags_take_them() -> None:
+def test_numbers_are_written_as_flags_take_them():
     assert build_method("ivon", ["prior_sigma=.02"]) == Ivon(prior_sigma=0.02)
     assert build_method("ivon", ["prior_sigma=2."]) == Ivon(prior_sigma=2.0)
     assert build_method("ivon", ["prior_sigma=inf"]) == Ivon(prior_sigma=math.inf)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_infinity_is_refused_where_it_has_no_meaning(name: str) -> None:
+def test_infinity_is_refused_where_it_has_no_meaning(name):
     method = METHODS[name]()
     for key, hint in get_type_hints(type(method)).items():
         if float in (hint, *get_args(hint)) and (name, key) not in INFINITE:
@@ -124,21 +121,21 @@ def test_infinity_is_refused_where_it_has_no_meaning(name: str) -> None:
                 build_method(name, [f"{key}=inf"])
 
 
-def test_nothing_and_truth_are_words_in_either_spelling() -> None:
+def test_nothing_and_truth_are_words_in_either_spelling():
     for nothing in ("null", "None", "none"):
         assert build_method("ivon", [f"betas={nothing}", f"preset={nothing}"]) == Ivon()
     for yes in ("true", "True"):
         assert build_method("ivon", [f"rescale_lr={yes}"]) == Ivon(rescale_lr=True)
 
 
-def test_a_whole_number_is_a_number_where_one_is_asked_for_and_stays_whole_where_it_may() -> None:
+def test_a_whole_number_is_a_number_where_one_is_asked_for_and_stays_whole_where_it_may():
     assert same(build_method("map", ["kl=1"]), Map(kl=1.0))
     assert same(build_method("swag", ["start=3"]), Swag(start=3))
     assert same(read([1, 2], tuple[float, ...], "it"), (1.0, 2.0))
     assert same(read("[a, b]", tuple[str, ...], "it"), ("a", "b"))
 
 
-def test_the_members_method_and_its_settings_are_settings_of_the_ensemble() -> None:
+def test_the_members_method_and_its_settings_are_settings_of_the_ensemble():
     assert build_method("ensemble:2", ["member=swag", "member.rank=9"]) == Ensemble(2, Swag(rank=9))
     assert build_method("ensemble", ["together=true", "kl=0.5"]) == Ensemble(5, Map(kl=0.5), together=True)
 
@@ -161,17 +158,17 @@ def test_the_members_method_and_its_settings_are_settings_of_the_ensemble() -> N
         ("swag", "scale=nan", "scale must be a number or null, and it is"),
     ],
 )
-def test_a_bad_value_is_refused_with_the_setting_and_what_it_may_be(name: str, setting: str, told: str) -> None:
+def test_a_bad_value_is_refused_with_the_setting_and_what_it_may_be(name, setting, told):
     with pytest.raises(InputError, match=told):
         build_method(name, [setting])
 
 
-def test_a_setting_that_is_given_twice_is_refused() -> None:
+def test_a_setting_that_is_given_twice_is_refused():
     with pytest.raises(InputError, match="the setting 'rank' is given a second time, as 'rank=3'; keep one of the two"):
         build_method("swag", ["rank=2", "rank=3"])
 
 
-def test_a_tuple_is_a_word_of_compare_and_a_list_of_a_file(refused: Any, home: Any, tmp_path: Path) -> None:
+def test_a_tuple_is_a_word_of_compare_and_a_list_of_a_file(refused, home, tmp_path):
     from bayeslora.cli.compare import Options, build_methods
     from bayeslora.cli.parse import parse
     from bayeslora.cli.train import Options as Train

@@ -1,7 +1,5 @@
 """``train`` and what its folder then serves: ``evaluate``, ``predict`` and ``export``."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,22 +28,22 @@ class Work:
     predicted: int = 0
     lines: list[str] = field(default_factory=list)
 
-    def taken(self) -> tuple[int, int]:
+    def taken(self):
         found = (self.trained, self.predicted)
         self.trained = self.predicted = 0
         return found
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+def work(monkeypatch):
     seen = Work()
     train, predict = transformers.Trainer.train, module.predict
 
-    def training(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def training(self, *args, **kwargs):
         seen.trained += 1
         return train(self, *args, **kwargs)
 
-    def predicting(*args: Any, **kwargs: Any) -> Any:
+    def predicting(*args, **kwargs):
         seen.predicted += 1
         return predict(*args, **kwargs)
 
@@ -55,7 +52,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     return seen
 
 
-def cached(tokenizer: Any, out: Path, lines: list[str], **changes: Any) -> CachedRuns:
+def cached(tokenizer, out, lines, **changes):
     args = arguments(out / "training", max_steps=4)
     return CachedRuns(
         make_model(lora_dropout=0.1), tokenizer, make_task(readout="likelihood"), args, out, resamples=0, draws=2,
@@ -63,23 +60,23 @@ def cached(tokenizer: Any, out: Path, lines: list[str], **changes: Any) -> Cache
     )  # fmt: skip
 
 
-def rated(own: CachedRuns) -> CachedRuns:
+def rated(own):
     return replace(own, args=arguments(own.out / "training", max_steps=4, learning_rate=7e-3))
 
 
-def other_rows(own: CachedRuns, split: str) -> CachedRuns:
+def other_rows(own, split):
     rows = getattr(own.task, split)
     return replace(own, task=replace(own.task, **{split: rows.take(range(len(rows) - 1))}))
 
 
-def other_text(own: CachedRuns) -> CachedRuns:
+def other_text(own):
     rows = own.task.train
     assert rows is not None
     changed = tuple(replace(e, text=e.text.replace("bag", "dark bag")) for e in rows)
     return replace(own, task=replace(own.task, train=replace(rows, examples=changed)))
 
 
-def other_template(own: CachedRuns) -> CachedRuns:
+def other_template(own):
     splits = {
         name: replace(rows, format=replace(rows.format, template="{text}"))
         for name in ("train", "validation", "test")
@@ -88,13 +85,13 @@ def other_template(own: CachedRuns) -> CachedRuns:
     return replace(own, task=replace(own.task, **splits))
 
 
-def other_base(own: CachedRuns) -> CachedRuns:
+def other_base(own):
     with torch.no_grad():
         own.model.get_input_embeddings().weight.mul_(1.01)
     return own
 
 
-CHANGES: dict[str, tuple[Callable[[CachedRuns], CachedRuns], tuple[int, int]]] = {
+CHANGES = {
     "nothing": (lambda own: own, (0, 0)),
     "learning rate": (rated, (2, 3)),
     "train rows": (lambda own: other_rows(own, "train"), (2, 3)),
@@ -112,9 +109,7 @@ CHANGES: dict[str, tuple[Callable[[CachedRuns], CachedRuns], tuple[int, int]]] =
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(
-    what: str, work: Work, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(what, work, tokenizer, tmp_path):
     change, wanted = CHANGES[what]
     before = compare(cached(tokenizer, tmp_path, work.lines), METHODS, [0])
     assert work.taken() == (2, 3)
@@ -138,7 +133,7 @@ def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(
     assert torch.equal(again.predictions["swag"][0].log_probs, before.predictions["swag"][0].log_probs)
 
 
-def test_more_seeds_and_more_methods_take_over_what_is_there(work: Work, tokenizer: Any, tmp_path: Path) -> None:
+def test_more_seeds_and_more_methods_take_over_what_is_there(work, tokenizer, tmp_path):
     own = cached(tokenizer, tmp_path, work.lines)
     compare(own, {"map": Map()}, [0])
     assert work.taken() == (1, 1)
@@ -148,7 +143,7 @@ def test_more_seeds_and_more_methods_take_over_what_is_there(work: Work, tokeniz
     assert work.taken() == (4, 4)  # under each seed a second member and SWAG
 
 
-def test_of_a_tempered_posterior_too_the_prediction_follows_the_run(work: Work, tokenizer: Any, tmp_path: Path) -> None:
+def test_of_a_tempered_posterior_too_the_prediction_follows_the_run(work, tokenizer, tmp_path):
     own = replace(cached(tokenizer, tmp_path, work.lines), temperatures=(0.1, 1.0), scaling=True)
     compare(own, {"noise": Isotropic(0.01)}, [0])
     work.taken()
@@ -158,14 +153,14 @@ def test_of_a_tempered_posterior_too_the_prediction_follows_the_run(work: Work, 
     assert work.taken() == (0, 4)  # test rows, and validation rows at two temperatures, and the better of them
 
 
-def test_the_report_says_what_differs_from_the_run_that_is_there(work: Work, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_report_says_what_differs_from_the_run_that_is_there(work, tokenizer, tmp_path):
     compare(cached(tokenizer, tmp_path, work.lines), {"map": Map()}, [0])
     assert not any("has other" in line for line in work.lines)
     compare(rated(cached(tokenizer, tmp_path, work.lines)), {"map": Map()}, [0])
     assert "seed 0: training map, run 1 (one that is there has other training.learning_rate)" in work.lines
 
 
-def test_the_key_of_arguments_knows_what_chooses_the_best_state(tmp_path: Path) -> None:
+def test_the_key_of_arguments_knows_what_chooses_the_best_state(tmp_path):
     plain = of_arguments(arguments(tmp_path))
     assert of_arguments(arguments(tmp_path / "x", save_strategy="steps", save_steps=3, report_to="none")) == plain
     choosing = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
@@ -175,7 +170,7 @@ def test_the_key_of_arguments_knows_what_chooses_the_best_state(tmp_path: Path) 
         assert of_arguments(arguments(tmp_path, **{name: value})) != plain
 
 
-def test_names_and_paths_are_no_part_of_a_key(tokenizer: Any) -> None:
+def test_names_and_paths_are_no_part_of_a_key(tokenizer):
     split = make_task(readout="likelihood").test
     assert of_rows(replace(split, name="elsewhere")) == of_rows(split)
     model, moved = make_model(), make_model()
@@ -184,15 +179,15 @@ def test_names_and_paths_are_no_part_of_a_key(tokenizer: Any) -> None:
 
 
 def test_a_method_fitted_afterwards_does_not_depend_on_how_it_was_trained_but_on_what_came_of_it(
-    work: Work, tokenizer: Any, tmp_path: Path
-) -> None:
+    work, tokenizer, tmp_path
+):
     own = cached(tokenizer, tmp_path, work.lines)
     runs = [planned(one, Laplace(), 0) for one in (own, rated(own))]
     assert runs[0].depends["training"] is None
     assert runs[0].key != runs[1].key  # by the key of the MAP run that they start from
 
 
-def test_rows_that_differ_in_a_column_of_the_template_alone_have_another_digest() -> None:
+def test_rows_that_differ_in_a_column_of_the_template_alone_have_another_digest():
     shape = Format(template="{premise} {hypothesis}")
     splits = [
         Split("t", (Example("", ("no", "yes"), 0, columns=(("premise", text), ("hypothesis", "It rains."))),), shape)

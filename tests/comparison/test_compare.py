@@ -1,9 +1,6 @@
 """`compare` and `planned_steps` on the tiny models."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ from bayeslora.posteriors.loading import load_posterior
 from bayeslora.tasks.types import Task
 
 
-def cached(tokenizer, out: Path, **changes) -> CachedRuns:
+def cached(tokenizer, out, **changes):
     task = changes.pop("task", make_task(readout="likelihood"))
     args = arguments(out / "training", **changes)
-    lines: list[str] = []
+    lines = []
     return CachedRuns(make_model("llama"), tokenizer, task, args, out, resamples=0, draws=2, report=lines.append)
 
 

@@ -1,7 +1,5 @@
 """Measuring memory and disk."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

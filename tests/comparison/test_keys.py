@@ -1,57 +1,53 @@
 """Every field of what goes into a comparison changes a key, or is known, with the reason, not to matter."""
 
-from __future__ import annotations
-
 import copy
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 from support.tiny import arguments, make_model, make_task, make_tokenizer
 from tokenizers import normalizers
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
 from bayeslora.comparison import keys
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, planned, prediction_inputs
 from bayeslora.comparison.costs import Cost
 from bayeslora.comparison.keys import key_of, of_arguments, of_method, of_model, of_rows, of_tokenizer
-from bayeslora.methods import METHODS, Inference, Map, PostHoc, Swag
+from bayeslora.methods import METHODS, Map, PostHoc, Swag
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Example, Format, Split, Task
 from bayeslora.training.run import fit
 
 
-def cached() -> CachedRuns:
+def cached():
     task = make_task(readout="likelihood")
     return CachedRuns(make_model(lora_dropout=0.1), make_tokenizer(), task, arguments("training"), Path("out"))
 
 
-def run_key(runs: CachedRuns, method: Inference | None = None) -> str:
+def run_key(runs, method=None):
     return planned(runs, method or Map(), 0).key
 
 
-def prediction_key(runs: CachedRuns) -> str:
+def prediction_key(runs):
     assert runs.task.test is not None
     return key_of({"posterior": run_key(runs), **prediction_inputs(runs, runs.task.test, 0)})
 
 
-def fewer(split: Split | None) -> Split:
+def fewer(split):
     assert split is not None
     return split.take(range(len(split) - 1))
 
 
-def other_tokenizer() -> PreTrainedTokenizerFast:
+def other_tokenizer():
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     return tokenizer
 
 
 OTHER = make_task(readout="likelihood")
-RUNS: dict[str, tuple[object, str]] = {
+RUNS = {
     "model": (make_model(r=4, lora_dropout=0.1), "a run"),
     "tokenizer": (other_tokenizer(), "a run"),
     "task": (replace(OTHER, train=fewer(OTHER.train)), "a run"),
@@ -69,12 +65,12 @@ RUNS: dict[str, tuple[object, str]] = {
 }
 
 
-def test_every_field_of_cached_runs_changes_a_key_or_has_a_reason_not_to() -> None:
+def test_every_field_of_cached_runs_changes_a_key_or_has_a_reason_not_to():
     assert RUNS.keys() == {f.name for f in fields(CachedRuns)}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_changed_field_changes_the_key_of_what_depends_on_it(name: str) -> None:
+def test_a_changed_field_changes_the_key_of_what_depends_on_it(name):
     value, changes = RUNS[name]
     one, other = cached(), replace(cached(), **{name: value})
     method = Swag() if changes == "a run of SWAG" else Map()
@@ -82,19 +78,19 @@ def test_a_changed_field_changes_the_key_of_what_depends_on_it(name: str) -> Non
     assert (prediction_key(one) != prediction_key(other)) == (changes in ("a run", "a prediction"))
 
 
-def test_the_seed_and_the_member_are_in_the_key() -> None:
+def test_the_seed_and_the_member_are_in_the_key():
     runs, test = cached(), OTHER.test
     assert test is not None
     assert len({planned(runs, Map(), seed, member).key for seed in (0, 1) for member in (0, 1)}) == 4
     assert prediction_inputs(runs, test, 0) != prediction_inputs(runs, test, 1)
 
 
-def test_what_is_tempered_has_a_key_of_its_own() -> None:
-    one = Learned(object(), Cost(0.0, None, None, 0), "key")  # type: ignore[arg-type]
+def test_what_is_tempered_has_a_key_of_its_own():
+    one = Learned(object(), Cost(0.0, None, None, 0), "key")
     assert len({one.key, one.keyed(1.0).key, one.keyed(0.1).key}) == 3
 
 
-TASKS: dict[str, tuple[Task, str]] = {
+TASKS = {
     "name": (replace(OTHER, name="elsewhere"), "nothing: a name"),
     "train": (replace(OTHER, train=fewer(OTHER.train)), "a run"),
     "validation": (replace(OTHER, validation=fewer(OTHER.validation)), "a run"),
@@ -102,7 +98,7 @@ TASKS: dict[str, tuple[Task, str]] = {
 }
 
 
-def test_every_split_of_a_task_is_in_a_key() -> None:
+def test_every_split_of_a_task_is_in_a_key():
     assert TASKS.keys() == {f.name for f in fields(Task)}
     for task, changes in TASKS.values():
         one, other = cached(), replace(cached(), task=task)
@@ -112,7 +108,7 @@ def test_every_split_of_a_task_is_in_a_key() -> None:
 
 EXAMPLE = Example("Is it wet?", ("no", "yes"), 1, None, (("premise", "It rains."),))
 FORMAT = Format("{text}", "likelihood")
-ROWS: dict[str, dict[str, object]] = {
+ROWS = {
     "Example": {
         "text": "Is it dry?",
         "choices": ("yes", "no"),
@@ -137,7 +133,7 @@ IDLE_OF_ROWS = {
 }
 
 
-def test_every_field_of_a_row_and_of_its_format_is_in_the_digest_or_has_a_reason_not_to() -> None:
+def test_every_field_of_a_row_and_of_its_format_is_in_the_digest_or_has_a_reason_not_to():
     split = Split("t", (EXAMPLE,), FORMAT)
     for value, place in ((EXAMPLE, "examples"), (FORMAT, "format"), (split, "")):
         kind = type(value).__name__
@@ -149,7 +145,7 @@ def test_every_field_of_a_row_and_of_its_format_is_in_the_digest_or_has_a_reason
             assert (of_rows(whole) != of_rows(split)) == ((kind, name) not in IDLE_OF_ROWS), name
 
 
-def test_every_field_of_draws_is_in_the_key_of_a_prediction_but_for_the_seed_which_is_the_runs() -> None:
+def test_every_field_of_draws_is_in_the_key_of_a_prediction_but_for_the_seed_which_is_the_runs():
     changes = {"count": 3, "seed": 9, "sampling": "sobol", "tolerance": 0.1, "minimum": 7}
     assert changes.keys() == {f.name for f in fields(Draws)}
     runs, test = cached(), OTHER.test
@@ -159,7 +155,7 @@ def test_every_field_of_draws_is_in_the_key_of_a_prediction_but_for_the_seed_whi
         assert (prediction_inputs(other, test, 0) != prediction_inputs(runs, test, 0)) == (name != "seed")
 
 
-def test_every_argument_of_the_trainer_is_in_the_key_or_is_named_among_those_that_do_not_matter() -> None:
+def test_every_argument_of_the_trainer_is_in_the_key_or_is_named_among_those_that_do_not_matter():
     plain = arguments("training")
     for field in fields(TrainingArguments):
         if not field.init or field.name == "output_dir":
@@ -176,9 +172,9 @@ def test_every_argument_of_the_trainer_is_in_the_key_or_is_named_among_those_tha
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_setting_of_a_method_is_in_the_key(name: str) -> None:
+def test_every_setting_of_a_method_is_in_the_key(name):
     method = METHODS[name]()
-    assert of_method(method).keys() == {"name"} | {f.name for f in fields(method)}  # type: ignore[arg-type]
+    assert of_method(method).keys() == {"name"} | {f.name for f in fields(method)}
 
 
 @dataclass(frozen=True)
@@ -186,11 +182,11 @@ class Mine(Map):
     """A method of one's own under a name that is taken."""
 
 
-def test_a_method_of_ones_own_is_not_taken_for_ours() -> None:
+def test_a_method_of_ones_own_is_not_taken_for_ours():
     assert key_of(of_method(Mine())) != key_of(of_method(Map()))
 
 
-MODELS: dict[str, Callable[[torch.nn.Module], object]] = {
+MODELS = {
     "a weight that quantisation would change": lambda m: next(
         p for n, p in m.named_parameters() if n.endswith("v_proj.base_layer.weight") or "mlp" in n
     ).data.mul_(1.01),
@@ -200,7 +196,7 @@ MODELS: dict[str, Callable[[torch.nn.Module], object]] = {
     "the adapter's configuration": lambda m: setattr(m.peft_config["default"], "lora_alpha", 77),
     "the base's dtype": lambda m: m.bfloat16(),
 }
-IDLE_OF_MODELS: dict[str, Callable[[torch.nn.Module], object]] = {
+IDLE_OF_MODELS = {
     "the adapter's weights, which are drawn anew": lambda m: [
         p.data.add_(1) for n, p in m.named_parameters() if "lora_" in n
     ],
@@ -211,14 +207,14 @@ IDLE_OF_MODELS: dict[str, Callable[[torch.nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("what", [*MODELS, *IDLE_OF_MODELS])
-def test_of_a_model_all_but_its_place_and_the_adapters_present_weights_counts(what: str) -> None:
+def test_of_a_model_all_but_its_place_and_the_adapters_present_weights_counts(what):
     model, same = make_model(), make_model()
     assert of_model(model) == of_model(same)
     (MODELS | IDLE_OF_MODELS)[what](model)
     assert (of_model(model) != of_model(same)) == (what in MODELS)
 
 
-def test_a_new_head_is_drawn_anew_and_no_part_of_the_key() -> None:
+def test_a_new_head_is_drawn_anew_and_no_part_of_the_key():
     model, other = make_model("bert"), make_model("bert")
     for name, p in model.named_parameters():
         if "classifier" in name:
@@ -226,7 +222,7 @@ def test_a_new_head_is_drawn_anew_and_no_part_of_the_key() -> None:
     assert of_model(model) == of_model(other)
 
 
-def test_how_a_tokenizer_was_used_is_no_part_of_the_key_and_what_it_makes_of_texts_is() -> None:
+def test_how_a_tokenizer_was_used_is_no_part_of_the_key_and_what_it_makes_of_texts_is():
     tokenizer, same = make_tokenizer(), make_tokenizer()
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=2)
     assert of_tokenizer(tokenizer) == of_tokenizer(same)
@@ -237,7 +233,7 @@ def test_how_a_tokenizer_was_used_is_no_part_of_the_key_and_what_it_makes_of_tex
     assert of_tokenizer(tokenizer) != of_tokenizer(make_tokenizer())
 
 
-PARAMETERS: dict[Callable[..., object], set[str]] = {
+PARAMETERS = {
     # model, posterior and split are in the key; with a mean always; the rest are the same up to rounding
     predict: {"model", "posterior", "split", "draws", "mean", "tokenizer", "token_budget", "options"},
     # no callbacks are given; a run goes on from its own folder
@@ -248,5 +244,5 @@ PARAMETERS: dict[Callable[..., object], set[str]] = {
 
 
 @pytest.mark.parametrize("function", PARAMETERS, ids=lambda f: f.__qualname__)
-def test_whoever_adds_a_parameter_has_to_say_whether_it_belongs_in_the_key(function: Callable[..., object]) -> None:
+def test_whoever_adds_a_parameter_has_to_say_whether_it_belongs_in_the_key(function):
     assert set(inspect.signature(function).parameters) == PARAMETERS[function]

@@ -1,7 +1,5 @@
 """The figures show the numbers of the metrics, their files are whole, and their words do not overlap."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys

@@ -1,12 +1,9 @@
 """Marks of a comparison's table: the best of a column, and what the test rows do not tell from it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from bayeslora.comparison.costs import Cost
 from bayeslora.comparison.run import Comparison
@@ -18,7 +15,7 @@ from bayeslora.metrics.prediction import Prediction
 ROWS = 300
 
 
-def prediction(labels: Tensor, sharpness: float, seed: int) -> Prediction:
+def prediction(labels, sharpness, seed):
     """Three draws that give the right answer a head start."""
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, ROWS, 3, generator=rng)
@@ -27,7 +24,7 @@ def prediction(labels: Tensor, sharpness: float, seed: int) -> Prediction:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Comparison, Tensor]:
+def made():
     """A good method, the same once more, and a poor one, under two seeds."""
     labels = torch.randint(3, (ROWS,), generator=torch.Generator().manual_seed(9))
     flat = torch.zeros(ROWS, dtype=torch.long)
@@ -43,7 +40,7 @@ def made() -> tuple[Comparison, Tensor]:
     return found, labels
 
 
-def test_a_clearly_worse_row_has_no_mark_and_an_equal_one_is_tied(made: tuple[Comparison, Tensor]) -> None:
+def test_a_clearly_worse_row_has_no_mark_and_an_equal_one_is_tied(made):
     found, labels = made
     rows = {row.name: row.marks for row in marked(found, comparison_rows(found), labels, resamples=400)}
     for heading in ("accuracy", "NLL", "Brier", "AURC"):
@@ -56,7 +53,7 @@ def test_a_clearly_worse_row_has_no_mark_and_an_equal_one_is_tied(made: tuple[Co
     assert not any("train s" in marks for marks in rows.values())
 
 
-def test_the_tie_of_a_row_with_itself_is_a_tie_whatever_the_order(made: tuple[Comparison, Tensor]) -> None:
+def test_the_tie_of_a_row_with_itself_is_a_tie_whatever_the_order(made):
     found, labels = made
     twice = replace(
         found,
@@ -70,7 +67,7 @@ def test_the_tie_of_a_row_with_itself_is_a_tie_whatever_the_order(made: tuple[Co
     assert marks == ["best", "tied"]
 
 
-def test_the_table_shows_the_marks_and_says_what_they_mean(made: tuple[Comparison, Tensor]) -> None:
+def test_the_table_shows_the_marks_and_says_what_they_mean(made):
     found, labels = made
     rows = marked(found, comparison_rows(found), labels, resamples=50)
     for markdown in (False, True):

@@ -1,7 +1,5 @@
 """Tables of comparisons: what a row holds, and how a cell is written."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -16,7 +14,7 @@ from bayeslora.metrics.prediction import Prediction
 LABELS = torch.tensor([0, 1, 1, 0])
 
 
-def prediction(draws: int, seed: int) -> Prediction:
+def prediction(draws, seed):
     noise = torch.Generator().manual_seed(seed)
     log_probs = torch.randn(draws, 4, 3, generator=noise).log_softmax(-1)
     mean = log_probs[0] if draws == 1 else torch.randn(4, 3, generator=noise).log_softmax(-1)
@@ -24,7 +22,7 @@ def prediction(draws: int, seed: int) -> Prediction:
 
 
 @pytest.fixture
-def comparison() -> Comparison:
+def comparison():
     seeds = (0, 1)
     predictions = {"map": {s: prediction(1, s) for s in seeds}, "swag": {s: prediction(3, s) for s in seeds}}
     ood = {m: {s: {"other": p} for s, p in by.items()} for m, by in predictions.items()}

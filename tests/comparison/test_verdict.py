@@ -1,7 +1,5 @@
 """The closing sentences of a comparison: they follow from the numbers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import PeftModel
@@ -30,11 +28,11 @@ class Learned:
 
 
 @pytest.fixture(scope="session")
-def learn(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Learned]:
+def learn(tokenizer, tmp_path_factory):
     """Train a method on a kind of model by their names, or return what was trained before."""
-    done: dict[tuple[str, str], Learned] = {}
+    done = {}
 
-    def once(method: str, kind: str) -> Learned:
+    def once(method, kind):
         if (method, kind) not in done:
             folder = tmp_path_factory.mktemp(f"{method}-{kind}")
             row = KINDS[kind]

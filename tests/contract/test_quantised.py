@@ -1,9 +1,5 @@
 """Every method on 8-bit and 4-bit bases (bitsandbytes, on the CPU too)."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from datasets import Dataset
@@ -29,7 +25,7 @@ BITS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
     size = {"hidden_size": 64, "intermediate_size": 128}  # a row must be a whole block of 64 for 4-bit
     config = LlamaConfig(
@@ -42,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return path
 
 
-def quantised(folder: Any, bits: str, dropout: float = 0.0) -> Any:
+def quantised(folder, bits, dropout=0.0):
     base = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**BITS[bits]), dtype=torch.float32, device_map="cpu"
     )
@@ -56,7 +52,7 @@ def quantised(folder: Any, bits: str, dropout: float = 0.0) -> Any:
 
 @pytest.mark.parametrize("name", [row.param() for row in TABLE.values() if LM in row.kinds])
 @pytest.mark.parametrize("bits", BITS)
-def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, tokenizer: Any, tmp_path: Any) -> None:
+def test_a_method_learns_on_a_quantised_base(bits, name, folder, tokenizer, tmp_path):
     # the readout passes over the model in evaluation mode first, after which every layer must still learn
     checkpointing = name in ("ivon", "blob")
     model, task, method = quantised(folder, bits, DROPOUT), make_task(readout="likelihood"), TABLE[name].method
@@ -78,7 +74,7 @@ def test_a_method_learns_on_a_quantised_base(bits: str, name: str, folder: Any, 
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits: str, folder: Any, tokenizer: Any) -> None:
+def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits, folder, tokenizer):
     model, split = quantised(folder, bits), make_task(readout="likelihood").test
     posterior = gaussian(model)
     together = predict(model, posterior, split, 3, tokenizer=tokenizer)
@@ -88,7 +84,7 @@ def test_stacked_draws_answer_as_the_loop_does_on_a_quantised_base(bits: str, fo
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_posterior_is_read_on_the_base_in_full_precision(bits: str, folder: Any, tokenizer: Any) -> None:
+def test_a_posterior_is_read_on_the_base_in_full_precision(bits, folder, tokenizer):
     model, split = quantised(folder, bits), make_task(readout="likelihood").test
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
     plain = get_peft_model(LlamaForCausalLM.from_pretrained(folder), lora)
@@ -97,7 +93,7 @@ def test_a_posterior_is_read_on_the_base_in_full_precision(bits: str, folder: An
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_text_is_generated_from_the_average_of_plain_passes(bits: str, folder: Any, tokenizer: Any) -> None:
+def test_text_is_generated_from_the_average_of_plain_passes(bits, folder, tokenizer):
     model, prompt = quantised(folder, bits), "Question: bag holds 3 red, 5 blue"
     posterior = gaussian(model)
     model.get_base_model().generation_config.eos_token_id = None  # a text of full length
@@ -114,9 +110,7 @@ def test_text_is_generated_from_the_average_of_plain_passes(bits: str, folder: A
 
 @pytest.mark.parametrize("trainer", [SFTTrainer, DPOTrainer])
 @pytest.mark.parametrize("name", ["map", "swag", "ivon", "blob"])
-def test_a_method_learns_in_trl_which_casts_the_adapter(
-    name: str, trainer: Any, folder: Any, tokenizer: Any, tmp_path: Any
-) -> None:
+def test_a_method_learns_in_trl_which_casts_the_adapter(name, trainer, folder, tokenizer, tmp_path):
     model, method = quantised(folder, "4-bit"), TABLE[name].method
     before = read(model)
     config = SFTConfig if trainer is SFTTrainer else DPOConfig

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,38 +46,36 @@ class Tracker(TrainerCallback):
 
     said: ClassVar[list[dict[str, Any]]] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args, state, control, logs=None, **_):
         self.said.append({**logs, "step": state.global_step})
 
 
 @pytest.fixture(autouse=True)
-def nothing_said() -> None:
+def nothing_said():
     Tracker.said.clear()
 
 
 @pytest.fixture
-def tracked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def tracked(monkeypatch):
     """Arguments of a run that reports to a tracker of the Trainer's own."""
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
 
-    def make(folder: Path, **changes: Any) -> Any:
+    def make(folder, **changes):
         return arguments(folder, report_to=["trackio"], logging_strategy="steps", logging_steps=1, **changes)
 
     return make
 
 
-def losses() -> list[dict[str, Any]]:
+def losses():
     return [line for line in Tracker.said if "loss" in line]
 
 
-def evaluations() -> list[dict[str, Any]]:
+def evaluations():
     return [line for line in Tracker.said if "eval_loss" in line]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_tracker_is_told_the_methods_figures_with_each_loss(
-    name: str, tracked: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_tracker_is_told_the_methods_figures_with_each_loss(name, tracked, tokenizer, tmp_path):
     fit(make_model(), make_task(readout="likelihood"), METHODS[name], tracked(tmp_path), tokenizer=tokenizer)
     assert len(losses()) == 8
     wanted = {f"{name}_{figure}" for figure in FIGURES[name]}
@@ -90,13 +87,13 @@ def test_a_tracker_is_told_the_methods_figures_with_each_loss(
 SENTENCES = [("Question: bag holds 1 red, 2 blue.\nAnswer:", " blue"), ("bag holds 2 red, 1 blue.\nAnswer:", " red")]
 
 
-def stock(model: Any, args: Any, tokenizer: Any, **kwargs: Any) -> Trainer:
+def stock(model, args, tokenizer, **kwargs):
     """A Trainer of a language model, as a user has it."""
     rows = [{"input_ids": (ids := tokenizer(a + b)["input_ids"]), "labels": ids} for a, b in SENTENCES[:1] * ROWS]
     return Trainer(model, args, train_dataset=rows, **kwargs)
 
 
-def sft(model: Any, args: Any, tokenizer: Any, **kwargs: Any) -> SFTTrainer:
+def sft(model, args, tokenizer, **kwargs):
     rows = Dataset.from_list([{"prompt": a, "completion": b} for a, b in SENTENCES * (ROWS // 2)])
     same = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to",
             "disable_tqdm", "logging_strategy", "logging_steps", "use_cpu", "seed")  # fmt: skip
@@ -106,9 +103,7 @@ def sft(model: Any, args: Any, tokenizer: Any, **kwargs: Any) -> SFTTrainer:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("build", [stock, sft], ids=["transformers", "trl"])
-def test_a_tracker_of_ones_own_trainer_is_told_them_too(
-    build: Any, name: str, tracked: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_tracker_of_ones_own_trainer_is_told_them_too(build, name, tracked, tokenizer, tmp_path):
     model = make_model("llama", lora_dropout=DROPOUT)
     trainer = build(model, tracked(tmp_path), tokenizer, **METHODS[name].trainer_kwargs(model, ROWS))
     trainer.train()
@@ -119,8 +114,8 @@ def test_a_tracker_of_ones_own_trainer_is_told_them_too(
 
 
 def test_a_tracker_that_is_added_to_a_trainer_later_is_told_them_and_the_other_callbacks_keep_their_order(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+    tokenizer, tmp_path
+):
     model = make_model()
     kwargs = Swag(start=0).trainer_kwargs(model, ROWS)
     figures = next(one for one in kwargs["callbacks"] if isinstance(one, MetricsCallback))
@@ -138,7 +133,7 @@ def test_a_tracker_that_is_added_to_a_trainer_later_is_told_them_and_the_other_c
     assert "swag_snapshots" in losses()[-1]
 
 
-def test_every_member_of_an_ensemble_reports(tracked: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_every_member_of_an_ensemble_reports(tracked, tokenizer, tmp_path):
     fit(make_model(), make_task(readout="likelihood"), Ensemble(2, Ivon()), tracked(tmp_path), tokenizer=tokenizer)
     assert sum("ivon_sigma" in line for line in losses()) == 16
 
@@ -146,13 +141,13 @@ def test_every_member_of_an_ensemble_reports(tracked: Any, tokenizer: Any, tmp_p
 class Keep(TrainerCallback):
     """Keeps what the figures are made of as it is at the last step."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         model = kwargs["model"]
         layers = [m for m in model.modules() if type(m).__name__ == "BlobLinear"]
         self.blob = [(layer.weight.detach().clone(), layer.spread.detach().clone()) for layer in layers]
 
 
-def test_the_figures_of_ivon_are_those_of_its_posterior(tracked: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_figures_of_ivon_are_those_of_its_posterior(tracked, tokenizer, tmp_path):
     posterior = fit(make_model(), make_task(readout="likelihood"), Ivon(), tracked(tmp_path), tokenizer=tokenizer)
     sigma = torch.cat([v.flatten() for v in posterior.variance.values()]).sqrt()
     last = losses()[-1]
@@ -163,7 +158,7 @@ def test_the_figures_of_ivon_are_those_of_its_posterior(tracked: Any, tokenizer:
     assert 0 <= last["ivon_clipped"] <= 1
 
 
-def test_the_figures_of_blob_are_its_divergence_and_deviations(tracked: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_figures_of_blob_are_its_divergence_and_deviations(tracked, tokenizer, tmp_path):
     keep, method = Keep(), Blob(kl_cycle=3, prior_sigma=0.2, temperature=0.5)
     model = make_model()
     task = make_task(readout="likelihood")
@@ -176,7 +171,7 @@ def test_the_figures_of_blob_are_its_divergence_and_deviations(tracked: Any, tok
     assert [line["blob_kl_weight"] for line in losses()] == [0.5 * kl_weight(step, 3) for step in range(8)]
 
 
-def test_the_figures_of_swag_are_what_it_has_collected(tracked: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_figures_of_swag_are_what_it_has_collected(tracked, tokenizer, tmp_path):
     method = Swag("diagonal", start=2, interval=1, rank=3)
     posterior = fit(make_model(), make_task(readout="likelihood"), method, tracked(tmp_path), tokenizer=tokenizer)
     assert [line["swag_snapshots"] for line in losses()] == [0, 0, 1, 2, 3, 4, 5, 6]
@@ -187,9 +182,7 @@ def test_the_figures_of_swag_are_what_it_has_collected(tracked: Any, tokenizer: 
 
 
 @pytest.mark.parametrize("name", ["llama-letters", "llama-likelihood", "llama-bf16", "bert", "bert-bf16"])
-def test_each_evaluation_measures_the_adapter_as_it_is_then(
-    name: str, tracked: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_each_evaluation_measures_the_adapter_as_it_is_then(name, tracked, tokenizer, tmp_path):
     kind = KINDS[name]
     model, task = kind.build(), kind.task()
     args = tracked(tmp_path, eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=3)
@@ -207,8 +200,8 @@ def test_each_evaluation_measures_the_adapter_as_it_is_then(
 
 
 @pytest.mark.parametrize("method", [Ivon(), Blob(), Swag()], ids=lambda m: m.name)
-def test_the_scores_of_an_evaluation_do_not_change_what_is_learned(method: Any, tokenizer: Any, tmp_path: Path) -> None:
-    def train(folder: str, **changes: Any) -> Any:
+def test_the_scores_of_an_evaluation_do_not_change_what_is_learned(method, tokenizer, tmp_path):
+    def train(folder, **changes):
         args = arguments(tmp_path / folder, eval_strategy="steps", eval_steps=2, **changes)
         return fit(make_model(), make_task(readout="likelihood"), method, args, tokenizer=tokenizer)
 
@@ -216,7 +209,7 @@ def test_the_scores_of_an_evaluation_do_not_change_what_is_learned(method: Any, 
     assert all(torch.equal(plain.draw(1)[name], watched.draw(1)[name]) for name in plain.mean)
 
 
-def test_the_best_checkpoint_can_be_chosen_by_a_calibration_score(tracked: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_best_checkpoint_can_be_chosen_by_a_calibration_score(tracked, tokenizer, tmp_path):
     args = tracked(
         tmp_path, eval_strategy="steps", eval_steps=4, metric_for_best_model="brier", greater_is_better=False,
     )  # fmt: skip
@@ -225,9 +218,7 @@ def test_the_best_checkpoint_can_be_chosen_by_a_calibration_score(tracked: Any, 
     assert len(evaluations()) == 2
 
 
-def test_members_that_are_trained_together_are_evaluated_by_their_loss_alone(
-    tracked: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_members_that_are_trained_together_are_evaluated_by_their_loss_alone(tracked, tokenizer, tmp_path):
     args = tracked(tmp_path, eval_strategy="steps", eval_steps=4)
     method = Ensemble(2, together=True)
     fit(make_model(), make_task(readout="likelihood"), method, args, tokenizer=tokenizer)
@@ -236,16 +227,14 @@ def test_members_that_are_trained_together_are_evaluated_by_their_loss_alone(
 
 
 @pytest.mark.parametrize("changes", [{"batch_eval_metrics": True}, {"prediction_loss_only": True}], ids=str)
-def test_arguments_that_do_without_scores_still_serve(
-    changes: dict[str, Any], tracked: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_arguments_that_do_without_scores_still_serve(changes, tracked, tokenizer, tmp_path):
     args = tracked(tmp_path, eval_strategy="epoch", **changes)
     fit(make_model(), make_task(readout="likelihood"), Map(), args, tokenizer=tokenizer)
     assert evaluations()
     assert not any(EVALUATED & line.keys() for line in evaluations())
 
 
-def test_choices_that_a_batch_lacks_have_no_probability_and_an_overflow_is_no_crash() -> None:
+def test_choices_that_a_batch_lacks_have_no_probability_and_an_overflow_is_no_crash():
     run = scoring(4)
     log_p = run["preprocess_logits_for_metrics"](torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([1]))
     assert log_p.shape == (1, 4)
@@ -276,7 +265,7 @@ print("FOUND", json.dumps(SQLiteStorage.get_logs("bags", "one")))
 
 
 @pytest.mark.slow
-def test_a_real_tracker_has_the_figures_on_its_disk(tmp_path: Path) -> None:
+def test_a_real_tracker_has_the_figures_on_its_disk(tmp_path):
     pytest.importorskip("trackio")
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     here = str(Path(__file__).parents[1])

@@ -1,37 +1,33 @@
 """Every method in trainers that are not ours: the stock Trainer of transformers and TRL's SFTTrainer."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from support.methods_table import DROPOUT, LEARNERS, TABLE
 from support.tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Blob, Ensemble, Inference, Map, Swag
+from bayeslora.methods import Blob, Ensemble, Map, Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
-from bayeslora.posteriors import LowRankGaussian, Posterior
+from bayeslora.posteriors import LowRankGaussian
 from bayeslora.posteriors.loading import load_posterior
 
 ROWS = 16
 
 
-def sentences() -> list[tuple[str, str]]:
+def sentences():
     """Prompts and completions."""
     return [(f"Question: bag holds {n} red, {n % 7} blue.\nAnswer:", " " + COLOURS[n % 4]) for n in range(ROWS)]
 
 
-def language_model_batch(tokenizer: Any, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+def language_model_batch(tokenizer, rows):
     """What a user's own collator gives: ids, mask, and labels on the completion and the end of the text alone."""
     batch = dict(
         tokenizer(
@@ -44,19 +40,19 @@ def language_model_batch(tokenizer: Any, rows: list[tuple[str, str]]) -> dict[st
     return {**batch, "labels": labels}
 
 
-def stock(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> Trainer:
+def stock(model, args, tokenizer, kwargs):
     args.remove_unused_columns = False
     return Trainer(model, args, lambda rows: language_model_batch(tokenizer, rows), sentences(), **kwargs)
 
 
-def sft_arguments(folder: Path, **changes: Any) -> SFTConfig:
+def sft_arguments(folder, **changes):
     plain = arguments(folder)
     same = ("max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to", "disable_tqdm",
             "logging_strategy", "use_cpu", "seed")  # fmt: skip
     return SFTConfig(str(folder), **({name: getattr(plain, name) for name in same} | changes))
 
 
-def sft(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any], **more: Any) -> SFTTrainer:
+def sft(model, args, tokenizer, kwargs, **more):
     rows = Dataset.from_list([{"prompt": a, "completion": b} for a, b in sentences()])
     return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, **more, **kwargs)
 
@@ -64,13 +60,13 @@ def sft(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any], **more: A
 TRAINERS = {"transformers": (arguments, stock), "trl": (sft_arguments, sft)}
 
 
-def chat_tokenizer() -> Any:
+def chat_tokenizer():
     found = make_tokenizer()
     found.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
     return found
 
 
-def chats(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> SFTTrainer:
+def chats(model, args, tokenizer, kwargs):
     """An SFTTrainer on messages, which go through the chat template."""
     turns = [
         {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in sentences()
@@ -78,7 +74,7 @@ def chats(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> SFTT
     return SFTTrainer(model, args, train_dataset=Dataset.from_list(turns), processing_class=chat_tokenizer(), **kwargs)
 
 
-def packed_arguments(folder: Path, **changes: Any) -> SFTConfig:
+def packed_arguments(folder, **changes):
     return sft_arguments(folder, packing=True, max_length=64, **changes)
 
 
@@ -86,7 +82,7 @@ SHAPES = {"chats": (sft_arguments, chats), "packed": (packed_arguments, sft)}
 """Other shapes of an SFTTrainer's rows; those that are packed follow each other in one row of a batch."""
 
 
-def trained(method: Inference, args: Any, make: Any, tokenizer: Any) -> tuple[PeftModel, Posterior]:
+def trained(method, args, make, tokenizer):
     """The loop that the documentation shows."""
     model = make_model("llama", lora_dropout=DROPOUT)
     if isinstance(method, Ensemble):
@@ -106,7 +102,7 @@ def trained(method: Inference, args: Any, make: Any, tokenizer: Any) -> tuple[Pe
     + [row.param(trainer) for trainer in ("trl", "chats") for row in LEARNERS]
     + [row.param("packed") for row in LEARNERS if row.packed],
 )
-def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_method_learns_in_any_trainer(name, trainer, tokenizer, tmp_path):
     method = TABLE[name].method
     make_arguments, make = (TRAINERS | SHAPES)[trainer]
     before = read(make_model("llama", lora_dropout=DROPOUT))
@@ -122,7 +118,7 @@ def test_a_method_learns_in_any_trainer(name: str, trainer: str, tokenizer: Any,
     assert same_params(load_posterior(tmp_path / "posterior").draw(1), posterior.draw(1))
 
 
-def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer: Any, tmp_path: Path) -> None:
+def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer, tmp_path):
     method = Swag(start=2, interval=1)
     found = []
     for name, (make_arguments, make) in TRAINERS.items():
@@ -135,7 +131,7 @@ def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer: Any, tmp_pat
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_packed_rows_have_the_loss_of_rows_apart(tokenizer: Any, tmp_path: Path) -> None:
+def test_packed_rows_have_the_loss_of_rows_apart(tokenizer, tmp_path):
     model = make_model("llama")
     trainer = sft(model, packed_arguments(tmp_path, bf16=False, gradient_checkpointing=False), tokenizer, {})
     batch = next(iter(trainer.get_train_dataloader()))
@@ -151,21 +147,19 @@ def test_packed_rows_have_the_loss_of_rows_apart(tokenizer: Any, tmp_path: Path)
     torch.testing.assert_close(together, apart)
 
 
-def counted(trainer: Any, blob: Any) -> float:
+def counted(trainer, blob):
     """The tokens by which BLoB divides its divergence at the end of a run."""
     trainer.train()
     return float(blob["callbacks"][0].tokens.per_row)
 
 
-def labels_of(trainer: Any) -> int:
+def labels_of(trainer):
     """The tokens that are trained in an epoch: a causal model does not predict the first."""
     return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in trainer.get_train_dataloader())
 
 
 @pytest.mark.parametrize("shape", ["transformers", "trl", "chats", "packed"])
-def test_the_divergence_is_divided_by_the_tokens_of_a_row_where_the_loss_is_their_mean(
-    shape: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_divergence_is_divided_by_the_tokens_of_a_row_where_the_loss_is_their_mean(shape, tokenizer, tmp_path):
     make_arguments, make = (TRAINERS | SHAPES)[shape]
     for rows in (ROWS, 10 * ROWS):  # N is the user's: the number of rows, or of tokens, where a row is then a token
         model, args = make_model("llama"), make_arguments(tmp_path / f"run-{rows}", max_steps=-1, num_train_epochs=2)
@@ -177,7 +171,7 @@ def test_the_divergence_is_divided_by_the_tokens_of_a_row_where_the_loss_is_thei
         assert not model._forward_pre_hooks
 
 
-def test_a_loss_of_whole_rows_leaves_the_divergence_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_loss_of_whole_rows_leaves_the_divergence_as_it_is(tokenizer, tmp_path):
     model = make_model("llama")
     kwargs = Blob().trainer_kwargs(model, ROWS) | {"compute_loss_func": answer_loss}
     assert counted(stock(model, arguments(tmp_path / "own"), tokenizer, kwargs), kwargs) == 1.0
@@ -188,12 +182,12 @@ def test_a_loss_of_whole_rows_leaves_the_divergence_as_it_is(tokenizer: Any, tmp
 class OwnLoss(SFTTrainer):
     """A Trainer that takes ``compute_loss_func`` and does not ask it."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
         outputs = model(**inputs, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
-def test_a_kl_term_that_the_trainer_leaves_out_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_kl_term_that_the_trainer_leaves_out_is_refused(tokenizer, tmp_path):
     model, method = make_model("llama"), Map(kl=0.1)
     rows = Dataset.from_list([{"prompt": a, "completion": b} for a, b in sentences()])
     trainer = OwnLoss(
@@ -204,7 +198,7 @@ def test_a_kl_term_that_the_trainer_leaves_out_is_refused(tokenizer: Any, tmp_pa
         trainer.train()
 
 
-def test_swag_serves_the_adapter_that_sft_trainer_makes_itself(tokenizer: Any, tmp_path: Path) -> None:
+def test_swag_serves_the_adapter_that_sft_trainer_makes_itself(tokenizer, tmp_path):
     method, base = Swag(), make_base("llama")
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=TARGETS["llama"])
     trainer = sft(base, sft_arguments(tmp_path), tokenizer, method.trainer_kwargs(base, ROWS), peft_config=config)
@@ -214,14 +208,14 @@ def test_swag_serves_the_adapter_that_sft_trainer_makes_itself(tokenizer: Any, t
     assert posterior.mean.keys() == lora_parameters(trainer.model).keys()
 
 
-def test_members_with_the_same_seed_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_members_with_the_same_seed_are_refused(tokenizer, tmp_path):
     model, method, args = make_model("llama"), Ensemble(2), arguments(tmp_path, max_steps=1)
     stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
     with pytest.raises(InputError, match="member_arguments"):
         stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
 
 
-def test_an_ensemble_with_members_missing_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_an_ensemble_with_members_missing_is_refused(tokenizer, tmp_path):
     model, method = make_model("llama"), Ensemble(2)
     args = method.member_arguments(arguments(tmp_path, max_steps=1), 0)
     stock(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
@@ -232,14 +226,14 @@ def test_an_ensemble_with_members_missing_is_refused(tokenizer: Any, tmp_path: P
 class StopAfter(TrainerCallback):
     """Ends a run after three steps, as a time limit would."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_):
         control.should_training_stop = state.global_step >= 3
 
 
 @pytest.mark.parametrize(("name", "stopped"), [("ensemble", 0), ("ensemble", 1), ("multiswag", 1)])
 def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrupted_one(
-    name: str, stopped: int, tokenizer: Any, tmp_path: Path
-) -> None:
+    name, stopped, tokenizer, tmp_path
+):
     method = TABLE[name].method
     early = pytest.raises(InputError, match="collected 0 snapshots") if name == "multiswag" else nullcontext()
     _, whole = trained(method, arguments(tmp_path / "whole"), stock, tokenizer)
@@ -261,13 +255,13 @@ def test_a_member_that_was_stopped_is_resumed_and_the_ensemble_is_the_uninterrup
 
 
 @pytest.mark.parametrize("name", ["swag", "ensemble"])
-def test_a_posterior_without_training_is_refused(name: str) -> None:
+def test_a_posterior_without_training_is_refused(name):
     with pytest.raises(InputError, match="was not trained with"):
         TABLE[name].method.posterior(make_model("llama"))
 
 
 @pytest.mark.parametrize("name", TABLE)
 @pytest.mark.parametrize("num_data", [0, -1, 2.5])
-def test_a_number_of_examples_that_is_none_is_refused(name: str, num_data: Any) -> None:
+def test_a_number_of_examples_that_is_none_is_refused(name, num_data):
     with pytest.raises(InputError, match="num_data"):
         TABLE[name].method.trainer_kwargs(make_model("llama"), num_data)

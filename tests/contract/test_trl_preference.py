@@ -1,29 +1,23 @@
 """Every method on preferences: TRL's DPOTrainer and RewardTrainer, and rewards under draws."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from support.methods_table import DROPOUT, LEARNERS, TABLE
 from support.preferences import PAIRS, ROWS, TEXTS, reward_model
 from support.tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
-from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
-from bayeslora.methods import Blob, Ensemble, Inference, Ivon, Map, Swag
+from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
 from bayeslora.params import lora_parameters, read, swapped
-from bayeslora.posteriors import Point, Posterior
+from bayeslora.posteriors import Point
 from bayeslora.prediction.rewards import predict_rewards, preference_probability
 from bayeslora.training.trainer_kwargs import kwargs_for
 
 
-def configured(kind: Any, folder: Path, **changes: Any) -> Any:
+def configured(kind, folder, **changes):
     plain = arguments(folder)
     same = ("max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to", "disable_tqdm",
             "logging_strategy", "use_cpu", "seed")  # fmt: skip
@@ -31,28 +25,26 @@ def configured(kind: Any, folder: Path, **changes: Any) -> Any:
     return kind(str(folder), **({name: getattr(plain, name) for name in same} | exact | changes))
 
 
-def dpo(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> DPOTrainer:
+def dpo(model, args, tokenizer, kwargs):
     """A DPOTrainer whose reference is the base model, the adapter off, also for an ensemble's next members."""
     trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **kwargs)
     trainer.model.delete_adapter("ref")
     return trainer
 
 
-def reward(model: Any, args: Any, tokenizer: Any, kwargs: dict[str, Any]) -> RewardTrainer:
+def reward(model, args, tokenizer, kwargs):
     return RewardTrainer(
         model, args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **kwargs
     )  # fmt: skip
 
 
-TRAINERS: dict[str, Any] = {
+TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig, dpo, lambda **lora: make_model("llama", **lora)),
     "reward": (RewardTrainer, RewardConfig, reward, reward_model),
 }
 
 
-def trained(
-    method: Inference, trainer: str, folder: Path, tokenizer: Any, **changes: Any
-) -> tuple[PeftModel, Posterior]:
+def trained(method, trainer, folder, tokenizer, **changes):
     """The loop that the documentation shows."""
     kind, config, make, build = TRAINERS[trainer]
     model, args = build(lora_dropout=DROPOUT), configured(config, folder, **changes)
@@ -64,7 +56,7 @@ def trained(
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("name", [row.param() for row in LEARNERS if not row.own_loss])
-def test_a_method_learns_from_preferences(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_method_learns_from_preferences(name, trainer, tokenizer, tmp_path):
     start = read(TRAINERS[trainer][3]())
     model, posterior = trained(TABLE[name].method, trainer, tmp_path, tokenizer)
     assert posterior.origin is not None
@@ -82,13 +74,13 @@ def test_a_method_learns_from_preferences(name: str, trainer: str, tokenizer: An
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_kl_term_is_refused_where_the_trainer_has_its_own_loss(trainer: str) -> None:
+def test_a_kl_term_is_refused_where_the_trainer_has_its_own_loss(trainer):
     kind, _, _, build = TRAINERS[trainer]
     with pytest.raises(InputError, match=f"{kind.__name__} computes a loss of its own"):
         kwargs_for(kind, Map(kl=0.1), build(), ROWS)
 
 
-def test_a_map_run_is_the_plain_dpo_run_bit_for_bit(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_map_run_is_the_plain_dpo_run_bit_for_bit(tokenizer, tmp_path):
     found = []
     for make in (lambda model: {}, lambda model: Map().trainer_kwargs(model, ROWS)):
         model = make_model("llama", lora_dropout=DROPOUT)
@@ -99,7 +91,7 @@ def test_a_map_run_is_the_plain_dpo_run_bit_for_bit(tokenizer: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["ivon", "blob"])
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_gradient_checkpointing_sees_the_same_noise(name: str, trainer: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_gradient_checkpointing_sees_the_same_noise(name, trainer, tokenizer, tmp_path):
     plain, again = (
         trained(TABLE[name].method, trainer, tmp_path, tokenizer, gradient_checkpointing=value)[1]
         for value in (False, True)
@@ -107,7 +99,7 @@ def test_gradient_checkpointing_sees_the_same_noise(name: str, trainer: str, tok
     assert same_params(plain.draw(0), again.draw(0))
 
 
-def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def log_probs(model, batch):
     """Log-probability of each row's completion by a pass in evaluation mode."""
     ids, labels = batch["input_ids"], batch["labels"][:, 1:]
     with torch.no_grad():
@@ -118,9 +110,7 @@ def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("reference", ["base", "copy"])
 @pytest.mark.parametrize("name", ["ivon", "blob"])
-def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(
-    name: str, reference: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(name, reference, tokenizer, tmp_path):
     model, seen = make_model("llama"), []
     kwargs = kwargs_for(DPOTrainer, TABLE[name].method, model, ROWS)
     rows = Dataset.from_list(PAIRS)
@@ -130,7 +120,7 @@ def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(
     if reference == "base":
         model.delete_adapter("ref")
 
-    def look(_: Any, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
+    def look(_, args, inputs, outputs):
         seen.append((torch.is_grad_enabled(), inputs, outputs.log_probs.detach().sum(1)))
 
     model.register_forward_hook(look, with_kwargs=True)
@@ -145,13 +135,13 @@ def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(
     assert not torch.allclose(first, log_probs(make_model("llama"), inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_chosen_and_rejected_are_under_the_same_draw_of_ivon(tokenizer: Any, tmp_path: Path) -> None:
+def test_chosen_and_rejected_are_under_the_same_draw_of_ivon(tokenizer, tmp_path):
     model, method, seen = make_model("llama"), Ivon(), []
     trainer = dpo(
         model, configured(DPOConfig, tmp_path, max_steps=3), tokenizer, kwargs_for(DPOTrainer, method, model, 16)
     )
 
-    def look(_: Any, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
+    def look(_, args, inputs, outputs):
         if torch.is_grad_enabled():
             own = trainer.optimizer.optimizer
             draw = {name: (own.mean(p) + own.noise(p)).clone() for name, p in lora_parameters(model).items()}
@@ -166,7 +156,7 @@ def test_chosen_and_rejected_are_under_the_same_draw_of_ivon(tokenizer: Any, tmp
     assert not any(torch.equal(seen[0][0][name], seen[1][0][name]) for name in seen[0][0])
 
 
-def test_dpo_trains_the_adapter_that_it_makes_itself(tokenizer: Any, tmp_path: Path) -> None:
+def test_dpo_trains_the_adapter_that_it_makes_itself(tokenizer, tmp_path):
     method, base = Swag(), make_base("llama")
     trainer = DPOTrainer(
         base, args=configured(DPOConfig, tmp_path), train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer,
@@ -177,7 +167,7 @@ def test_dpo_trains_the_adapter_that_it_makes_itself(tokenizer: Any, tmp_path: P
     assert method.posterior(trainer.model).mean.keys() == lora_parameters(trainer.model).keys()
 
 
-def test_an_optimiser_is_given_where_its_class_is_not_taken(tokenizer: Any, tmp_path: Path) -> None:
+def test_an_optimiser_is_given_where_its_class_is_not_taken(tokenizer, tmp_path):
     found = []
     for kind in (SFTTrainer, DPOTrainer):
         model, method = make_model("llama"), Ivon()
@@ -192,7 +182,7 @@ def test_an_optimiser_is_given_where_its_class_is_not_taken(tokenizer: Any, tmp_
         kwargs_for(DPOTrainer, Ivon(), make_base("llama"), ROWS)
 
 
-def test_texts_and_chats_are_encoded_as_the_reward_trainer_does(tmp_path: Path) -> None:
+def test_texts_and_chats_are_encoded_as_the_reward_trainer_does(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
     model = reward_model()
@@ -207,7 +197,7 @@ def test_texts_and_chats_are_encoded_as_the_reward_trainer_does(tmp_path: Path) 
         torch.testing.assert_close(found[0], wanted)
 
 
-def test_draws_of_a_trained_reward_model_disagree_about_rewards(tokenizer: Any, tmp_path: Path) -> None:
+def test_draws_of_a_trained_reward_model_disagree_about_rewards(tokenizer, tmp_path):
     model, posterior = trained(Ensemble(2, Blob()), "reward", tmp_path, tokenizer)
     found = predict_rewards(model, posterior, TEXTS, 4, tokenizer=tokenizer)
     assert found.shape == (4, len(TEXTS))

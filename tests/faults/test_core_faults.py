@@ -1,11 +1,6 @@
 """Models, adapters and examples that do not fit, and that it is said in words."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Map, Swag
 from bayeslora.params import initialise, read
-from bayeslora.posteriors import Point, Posterior
+from bayeslora.posteriors import Point
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.prediction import predict, readout_for
 from bayeslora.tasks.types import Example, Format, Split
@@ -27,16 +22,16 @@ LM_TASK = make_task(readout="likelihood")
 
 
 @pytest.fixture
-def asked(tokenizer: Any) -> Callable[..., Any]:
+def asked(tokenizer):
     """Predict with a posterior over the usual tiny model."""
 
-    def ask(model: Any, posterior: Posterior | None = None, split: Split = LM_TASK.test) -> Any:
+    def ask(model, posterior=None, split=LM_TASK.test):
         return predict(model, posterior or gaussian(make_model()), split, draws=1, tokenizer=tokenizer)
 
     return ask
 
 
-def other_weights() -> Any:
+def other_weights():
     model = make_model()
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(1.0)
@@ -62,18 +57,18 @@ def other_weights() -> Any:
     ],
     ids=["layers", "weights", "rank", "fewer targets", "more targets", "no adapter", "IA3"],
 )
-def test_a_model_that_does_not_fit_is_refused(asked: Any, make: Callable[[], Any], said: str) -> None:
+def test_a_model_that_does_not_fit_is_refused(asked, make, said):
     with pytest.raises(InputError, match=said):
         asked(make())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_same_base_in_another_precision_is_the_same_base(asked: Any, dtype: torch.dtype) -> None:
+def test_the_same_base_in_another_precision_is_the_same_base(asked, dtype):
     assert asked(make_model(dtype=dtype)).draws == 1
 
 
 @pytest.mark.parametrize("method", [Map(), Swag(), Ensemble(2)], ids=lambda m: m.name)
-def test_training_without_an_adapter_is_refused(method: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_training_without_an_adapter_is_refused(method, tokenizer, tmp_path):
     with pytest.raises(InputError, match="without an adapter"):
         fit(make_base("llama"), LM_TASK, method, arguments(tmp_path), tokenizer=tokenizer)
 
@@ -87,21 +82,19 @@ def test_training_without_an_adapter_is_refused(method: Any, tokenizer: Any, tmp
     ],
     ids=str,
 )
-def test_an_ensemble_of_adapters_without_a_second_start_is_refused(
-    lora: dict[str, Any], said: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_an_ensemble_of_adapters_without_a_second_start_is_refused(lora, said, tokenizer, tmp_path):
     with pytest.raises(InputError, match=said):
         fit(make_model(**lora), LM_TASK, Ensemble(2), arguments(tmp_path), tokenizer=tokenizer)
 
 
-def test_swag_serves_dora(tokenizer: Any, tmp_path: Path) -> None:
+def test_swag_serves_dora(tokenizer, tmp_path):
     model = make_model(use_dora=True)
     posterior = fit(model, LM_TASK, Swag(), arguments(tmp_path), tokenizer=tokenizer)
     assert any("magnitude" in name for name in posterior.mean)
     assert predict(model, posterior, LM_TASK.test, draws=2, tokenizer=tokenizer).draws == 2
 
 
-def test_dropout_draws_of_an_adapter_without_dropout_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_dropout_draws_of_an_adapter_without_dropout_are_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="lora_dropout"):
         fit(make_model(), LM_TASK, Ensemble(1, dropout_draws=True), arguments(tmp_path), tokenizer=tokenizer)
 
@@ -114,12 +107,12 @@ def test_dropout_draws_of_an_adapter_without_dropout_are_refused(tokenizer: Any,
         (lambda: Ensemble(2, Swag(), dropout_draws=True), "members that are points"),
     ],
 )
-def test_an_ensemble_without_meaning_is_refused(make: Callable[[], Any], said: str) -> None:
+def test_an_ensemble_without_meaning_is_refused(make, said):
     with pytest.raises(InputError, match=said):
         make()
 
 
-def test_an_adapter_of_another_start_is_refused_before_it_is_written() -> None:
+def test_an_adapter_of_another_start_is_refused_before_it_is_written():
     model = make_model(use_dora=True)
     before = read(model)
     with pytest.raises(InputError, match="DoRA"):
@@ -127,21 +120,21 @@ def test_an_adapter_of_another_start_is_refused_before_it_is_written() -> None:
     assert same_params(read(model), before)
 
 
-def test_the_adapters_dtype_does_not_matter_to_what_is_read() -> None:
+def test_the_adapters_dtype_does_not_matter_to_what_is_read():
     model = make_model()
     assert all(p.dtype == torch.float32 for p in read(model.half()).values())
 
 
-def one(text: str = "bag holds 1 red, 2 blue.", choices: tuple[str, ...] = ("red", "blue"), **form: Any) -> Split:
+def one(text="bag holds 1 red, 2 blue.", choices=("red", "blue"), **form):
     return Split("bags/test", (Example(text, choices, 0),), Format(**({"template": ""} | form)))
 
 
-def test_a_split_without_examples_is_refused(asked: Any) -> None:
+def test_a_split_without_examples_is_refused(asked):
     with pytest.raises(InputError, match="bags/test has no examples"):
         asked(make_model(), split=LM_TASK.test.take([]))
 
 
-def test_a_choice_that_becomes_no_token_is_refused(tokenizer: Any) -> None:
+def test_a_choice_that_becomes_no_token_is_refused(tokenizer):
     strips = make_tokenizer()
     strips.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
     readout = readout_for(make_model(), one(readout="likelihood"), strips)
@@ -149,7 +142,7 @@ def test_a_choice_that_becomes_no_token_is_refused(tokenizer: Any) -> None:
         readout.encode(one(choices=("red", ""), readout="likelihood"))
 
 
-def test_a_choice_that_grows_together_with_the_prompt_is_refused() -> None:
+def test_a_choice_that_grows_together_with_the_prompt_is_refused():
     lines = make_tokenizer()
     lines.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]+|\n"), "isolated")
     lines.backend_tokenizer.model = models.WordLevel({"<unk>": 0, "Answer:": 1, "\n": 2}, unk_token="<unk>")
@@ -158,7 +151,7 @@ def test_a_choice_that_grows_together_with_the_prompt_is_refused() -> None:
         readout_for(make_model(), split, lines).encode(split)
 
 
-def test_letters_that_are_no_tokens_of_their_own_are_refused(tokenizer: Any) -> None:
+def test_letters_that_are_no_tokens_of_their_own_are_refused(tokenizer):
     split = one(choices=tuple("123456789"), readout="letters")  # the vocabulary ends with G
     with pytest.raises(InputError, match="letters are not one token each"):
         readout_for(make_model(), split, tokenizer).encode(split)
@@ -168,7 +161,7 @@ LONG = "bag holds " + "1 red, " * 60 + "2 blue."
 
 
 @pytest.mark.parametrize("readout", ["letters", "likelihood"])
-def test_a_prompt_longer_than_the_model_is_refused_or_cut_and_counted(asked: Any, readout: str) -> None:
+def test_a_prompt_longer_than_the_model_is_refused_or_cut_and_counted(asked, readout):
     model = make_model()
     with pytest.raises(InputError, match=r"row 0 of bags/test has \d+ tokens, and the model reads at most"):
         asked(model, split=one(LONG, readout=readout))
@@ -177,7 +170,7 @@ def test_a_prompt_longer_than_the_model_is_refused_or_cut_and_counted(asked: Any
     assert asked(model, split=both).truncated == 1
 
 
-def test_a_long_text_for_a_classification_head_is_refused_or_cut_and_counted(tokenizer: Any) -> None:
+def test_a_long_text_for_a_classification_head_is_refused_or_cut_and_counted(tokenizer):
     model = KINDS["bert"].build()
     point = Point(read(model), origin_of(model))
     split = Split("bags/test", (Example(LONG, ("a", "b", "c")),), Format("{text}"), ("a", "b", "c"))
@@ -187,24 +180,24 @@ def test_a_long_text_for_a_classification_head_is_refused_or_cut_and_counted(tok
     assert predict(model, point, cut, tokenizer=tokenizer).truncated == 1
 
 
-def test_an_answer_longer_than_the_model_is_refused(asked: Any) -> None:
+def test_an_answer_longer_than_the_model_is_refused(asked):
     split = one(choices=("red", "dark " * 200 + "green"), readout="likelihood", max_length=64)
     with pytest.raises(InputError, match="row 0 of bags/test has a choice longer than the model's 128 tokens"):
         asked(make_model(), split=split)
 
 
-def test_a_prompt_of_no_tokens_is_refused(asked: Any) -> None:
+def test_a_prompt_of_no_tokens_is_refused(asked):
     for split in (one("", template="{text}", readout="likelihood"), one(readout="likelihood", max_length=0)):
         with pytest.raises(InputError, match="row 0 of bags/test has a prompt without a token"):
             asked(make_model(), split=split)
 
 
-def classes(count: int, readout: str = "auto") -> Split:
+def classes(count, readout="auto"):
     names = ("red", "blue", "green", "gold")[:count]
     return Split("bags/test", (Example("bag", names, 0),), Format("", readout, kind="class"), names)
 
 
-def headless() -> Any:
+def headless():
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     base = LlamaModel(LlamaConfig(vocab_size=80, **size))
     return get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
@@ -221,26 +214,24 @@ def headless() -> Any:
     ],
     ids=["classes", "letters with head", "choices with head", "head without head", "headless"],
 )
-def test_a_readout_that_does_not_fit_the_model_is_refused(
-    make: Callable[[], Any], split: Split, said: str, tokenizer: Any
-) -> None:
+def test_a_readout_that_does_not_fit_the_model_is_refused(make, split, said, tokenizer):
     with pytest.raises(InputError, match=said):
         readout_for(make(), split, tokenizer)
 
 
-def test_a_head_without_a_padding_token_is_refused() -> None:
+def test_a_head_without_a_padding_token_is_refused():
     bare = make_tokenizer()
     bare.pad_token = None
     with pytest.raises(InputError, match="padding token"):
         readout_for(KINDS["bert"].build(), classes(3), bare)
 
 
-def test_a_model_without_a_saved_tokenizer_is_asked_for_one() -> None:
+def test_a_model_without_a_saved_tokenizer_is_asked_for_one():
     with pytest.raises(InputError, match="pass tokenizer="):
         readout_for(make_model(), one())
 
 
-def test_no_draws_are_refused(asked: Any, tokenizer: Any) -> None:
+def test_no_draws_are_refused(asked, tokenizer):
     with pytest.raises(InputError, match="draws must be at least 1"):
         predict(make_model(), gaussian(make_model()), LM_TASK.test, draws=0, tokenizer=tokenizer)
     assert gaussian(make_model()).count(1) == 1

@@ -1,15 +1,10 @@
 """Damaged folders, full disks and folders in the way: it is said in words and nothing is lost."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from support.tiny import gaussian, make_model, same_params
@@ -24,25 +19,25 @@ from bayeslora.posteriors.provenance import origin_of
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path):
     """A posterior on disk."""
     gaussian(make_model()).save_pretrained(tmp_path / "posterior")
     return tmp_path / "posterior"
 
 
-def change(path: Path, **values: Any) -> None:
+def change(path, **values):
     config = json.loads(path.read_text()) | values
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def flip(path: Path) -> None:
+def flip(path):
     """Change one bit of the last tensor."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGE = {
     "not a posterior": (lambda f: (f / "posterior_config.json").unlink(), "is not a posterior of bayeslora"),
     "config cut": (lambda f: (f / "posterior_config.json").write_text('{"family": "Po'), "cannot be read"),
     "config no object": (lambda f: (f / "posterior_config.json").write_text("[1]"), "does not hold a JSON object"),
@@ -63,7 +58,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_posterior_is_refused_and_the_file_named(saved: Path, damage: str) -> None:
+def test_a_damaged_posterior_is_refused_and_the_file_named(saved, damage):
     harm, said = DAMAGE[damage]
     harm(saved)
     with pytest.raises(InputError, match=said) as caught:
@@ -71,7 +66,7 @@ def test_a_damaged_posterior_is_refused_and_the_file_named(saved: Path, damage: 
     assert str(saved) in str(caught.value)
 
 
-def test_values_that_cannot_be_are_refused_even_with_the_right_checksum(tmp_path: Path) -> None:
+def test_values_that_cannot_be_are_refused_even_with_the_right_checksum(tmp_path):
     posterior = gaussian(make_model())
     next(iter(posterior.variance.values())).fill_(-1.0)  # behind the back of the frozen dataclass
     posterior.save_pretrained(tmp_path / "p")
@@ -79,14 +74,14 @@ def test_values_that_cannot_be_are_refused_even_with_the_right_checksum(tmp_path
         load_posterior(tmp_path / "p")
 
 
-def test_cut_safetensors_are_refused_even_with_the_right_checksum(saved: Path) -> None:
+def test_cut_safetensors_are_refused_even_with_the_right_checksum(saved):
     os.truncate(saved / "posterior.safetensors", 100)
     change(saved / "posterior_config.json", sha256={})
     with pytest.raises(InputError, match="cannot be read"):
         load_posterior(saved)
 
 
-def test_a_mixture_with_a_member_missing_is_refused(tmp_path: Path) -> None:
+def test_a_mixture_with_a_member_missing_is_refused(tmp_path):
     model = make_model()
     Mixture((gaussian(model), gaussian(model)), origin_of(model)).save_pretrained(tmp_path / "m")
     shutil.rmtree(tmp_path / "m" / "member-1")
@@ -94,19 +89,19 @@ def test_a_mixture_with_a_member_missing_is_refused(tmp_path: Path) -> None:
         load_posterior(tmp_path / "m")
 
 
-def test_a_name_that_is_neither_folder_nor_repository_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="neither a folder nor a repository"):
         load_posterior("no/such/folder/at all")
 
 
-def test_a_posterior_without_an_origin_cannot_be_written(tmp_path: Path) -> None:
+def test_a_posterior_without_an_origin_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="without an origin"):
         Point(read(make_model())).save_pretrained(tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_kept_unless_it_may_be_replaced(saved: Path) -> None:
+def test_a_folder_that_is_there_is_kept_unless_it_may_be_replaced(saved):
     model = make_model()
     other = Point({n: 2 * p for n, p in read(model).items()}, origin_of(model))
     (saved / "notes.txt").write_text("mine")
@@ -118,14 +113,14 @@ def test_a_folder_that_is_there_is_kept_unless_it_may_be_replaced(saved: Path) -
     assert os.listdir(saved.parent) == [saved.name]
 
 
-def test_an_empty_folder_may_be_written_to(tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_written_to(tmp_path):
     (tmp_path / "p").mkdir()
     gaussian(make_model()).save_pretrained(tmp_path / "p")
     assert os.listdir(tmp_path) == ["p"]
     load_posterior(tmp_path / "p")
 
 
-def test_a_file_in_the_way_is_refused_and_replaced_when_allowed(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_refused_and_replaced_when_allowed(tmp_path):
     (tmp_path / "p").write_text("mine")
     with pytest.raises(InputError, match="is there already"):
         gaussian(make_model()).save_pretrained(tmp_path / "p")
@@ -135,17 +130,17 @@ def test_a_file_in_the_way_is_refused_and_replaced_when_allowed(tmp_path: Path) 
     load_posterior(tmp_path / "p")
 
 
-def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
         gaussian(make_model()).save_pretrained(tmp_path / "file" / "p")
 
 
-def fails_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+def fails_at(monkeypatch, owner, name, call):
     """Make one call of a function fail as it does on a full disk."""
     real, count = getattr(owner, name), 0
 
-    def full(*args: Any, **kwargs: Any) -> Any:
+    def full(*args, **kwargs):
         nonlocal count
         count += 1
         if count == call:
@@ -159,9 +154,7 @@ FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "write_j
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), FULL, ids=lambda value: str(getattr(value, "__name__", value)))
-def test_a_full_disk_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int
-) -> None:
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, owner, name, call):
     posterior = gaussian(make_model())
     fails_at(monkeypatch, owner, name, call)
     with pytest.raises(InputError, match="No space left"):
@@ -174,9 +167,7 @@ def test_a_full_disk_leaves_nothing_behind(
     [*FULL, (files.os, "replace", 2)],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
-def test_a_full_disk_leaves_the_old_folder_as_it_was(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int
-) -> None:
+def test_a_full_disk_leaves_the_old_folder_as_it_was(saved, monkeypatch, owner, name, call):
     old = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = make_model()
     fails_at(monkeypatch, owner, name, call)
@@ -188,7 +179,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == old
 
 
-def test_a_full_disk_leaves_no_exported_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_exported_draw(tmp_path, monkeypatch):
     fails_at(monkeypatch, storage, "save_file", 3)
     with pytest.raises(InputError, match="No space left"):
         export_draws(gaussian(make_model()), tmp_path / "draws", 5)

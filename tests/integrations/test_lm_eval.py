@@ -1,7 +1,5 @@
 """The evaluation harness on a posterior: against its own plain model, draw by draw, and against values by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

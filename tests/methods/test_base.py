@@ -1,7 +1,5 @@
 """What methods that learn and methods that are fitted share, and what only one kind has."""
 
-from __future__ import annotations
-
 import pytest
 from support.tiny import make_model
 
@@ -12,7 +10,7 @@ from bayeslora.methods.trainer_log import MetricsCallback
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_learns_or_is_fitted_and_never_both(name: str) -> None:
+def test_a_method_learns_or_is_fitted_and_never_both(name):
     method = METHODS[name]()
     assert isinstance(method, Inference)
     assert isinstance(method, Method) != isinstance(method, PostHoc)
@@ -20,7 +18,7 @@ def test_a_method_learns_or_is_fitted_and_never_both(name: str) -> None:
     assert hasattr(method, "fit") == isinstance(method, PostHoc)
 
 
-def test_a_method_that_is_fitted_trains_plainly_and_notes_the_run() -> None:
+def test_a_method_that_is_fitted_trains_plainly_and_notes_the_run():
     model = make_model()
     kwargs = Laplace().trainer_kwargs(model, 24)
     assert kwargs.keys() == {"callbacks"}
@@ -31,14 +29,14 @@ def test_a_method_that_is_fitted_trains_plainly_and_notes_the_run() -> None:
     assert record.num_data == 24
 
 
-def test_the_settings_of_a_method_inside_a_method_have_its_name() -> None:
+def test_the_settings_of_a_method_inside_a_method_have_its_name():
     found = settings(Ensemble(2, Swag("diagonal")))
     assert found["members"] == 2
     assert found["member"] == {"name": "swag", **settings(Swag("diagonal"))}
     assert "name" not in settings(Map())
 
 
-def test_metrics_are_in_the_log_alone_where_nobody_has_a_list_of_callbacks() -> None:
+def test_metrics_are_in_the_log_alone_where_nobody_has_a_list_of_callbacks():
     class State:
         log_history = [{"loss": 1.0}]  # noqa: RUF012
 

@@ -1,10 +1,7 @@
 """With ``load_best_model_at_end`` mean and spread are of the same checkpoint."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,38 +28,38 @@ METHODS = {"ivon": Ivon(sigma0=0.05), "blob": Blob(), "blob-elbo": Blob("elbo")}
 class BestAt(TrainerCallback):
     """Makes the evaluation after one step the best."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self.step = step
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+    def on_evaluate(self, args, state, control, metrics, **_):
         metrics["eval_loss"] = abs(state.global_step - self.step)
 
 
 class StopAfter(TrainerCallback):
     """Ends a run after a step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_):
         control.should_training_stop = state.global_step >= self.step
 
 
 class Removes(TrainerCallback):
     """Deletes what a pattern finds in the output folder when the last checkpoint is written."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern):
         self.pattern = pattern
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args, state, control, **_):
         if state.global_step == state.max_steps:
             for path in Path(args.output_dir).glob(self.pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture
-def run(tokenizer: Any, tmp_path: Path) -> Any:
-    def train(method: Any, *callbacks: Any, half: bool = False, **changes: Any) -> Any:
+def run(tokenizer, tmp_path):
+    def train(method, *callbacks, half=False, **changes):
         model = make_model(dtype=torch.bfloat16 if half else torch.float32)
         for p in lora_parameters(model).values():
             p.data = p.data.to(torch.bfloat16 if half else torch.float32)
@@ -74,7 +71,7 @@ def run(tokenizer: Any, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_spread_is_that_of_the_step_of_the_mean(run: Any, name: str, half: bool) -> None:
+def test_the_spread_is_that_of_the_step_of_the_mean(run, name, half):
     method = METHODS[name]
     there = run(method, StopAfter(4), half=half, **SAME)
     last = run(method, half=half, **SAME)
@@ -85,7 +82,7 @@ def test_the_spread_is_that_of_the_step_of_the_mean(run: Any, name: str, half: b
 
 
 @pytest.mark.parametrize("name", ["ivon", "blob"])
-def test_checkpoints_without_the_optimiser_serve(run: Any, name: str) -> None:
+def test_checkpoints_without_the_optimiser_serve(run, name):
     method = METHODS[name]
     there = run(method, StopAfter(4), **SAME)
     best = run(method, BestAt(4), **BEST, save_only_model=True, save_total_limit=1)
@@ -93,22 +90,20 @@ def test_checkpoints_without_the_optimiser_serve(run: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ivon", "blob"])
-def test_a_best_checkpoint_without_its_spread_is_refused(run: Any, name: str) -> None:
+def test_a_best_checkpoint_without_its_spread_is_refused(run, name):
     with pytest.raises(InputError, match=r"the best checkpoint has no readable .* train with load_best_model_at_end"):
         run(METHODS[name], BestAt(4), Removes("checkpoint-4/bayeslora_*.safetensors"), **BEST)
 
 
 @pytest.mark.parametrize("name", ["ivon", "blob"])
-def test_mean_and_spread_are_the_last_where_the_best_checkpoint_is_gone(run: Any, name: str) -> None:
+def test_mean_and_spread_are_the_last_where_the_best_checkpoint_is_gone(run, name):
     last = run(METHODS[name], **SAME)
     gone = run(METHODS[name], BestAt(4), Removes("checkpoint-4"), **BEST)
     assert same_params(gone.mean, last.mean)
     assert same_params(gone.variance, last.variance)
 
 
-def test_an_ensembles_member_in_ones_own_trainer_has_the_spread_of_its_mean(
-    run: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_an_ensembles_member_in_ones_own_trainer_has_the_spread_of_its_mean(run, tokenizer, tmp_path):
     model, method = make_model(), Ensemble(1, Ivon(sigma0=0.05))
     readout = readout_for(model, TASK.train, tokenizer)
     rows, held_out = (readout.encode(split)[0] for split in (TASK.train, TASK.validation))
@@ -125,7 +120,7 @@ def test_an_ensembles_member_in_ones_own_trainer_has_the_spread_of_its_mean(
     assert same_params(found[0].variance, found[1].variance)
 
 
-def test_swag_is_of_the_whole_path_and_says_so(run: Any, caplog: Any) -> None:
+def test_swag_is_of_the_whole_path_and_says_so(run, caplog):
     method = Swag(start=2, interval=1)
     whole = run(method)
     assert "load_best_model_at_end" not in caplog.text

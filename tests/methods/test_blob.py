@@ -1,7 +1,5 @@
 """BLoB against its equations (arXiv 2406.11675): the KL term, its schedule, flipout, and both updates by hand."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

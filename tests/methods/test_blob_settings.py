@@ -1,16 +1,14 @@
 """BLoB's settings: the start and the prior in units of each matrix, the temperature of the divergence, and presets."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from support.tiny import arguments, make_model, make_task, make_tokenizer, same_params
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
@@ -26,17 +24,17 @@ from bayeslora.metrics.classification import accuracy, ece, nll
 class Reader(nn.Module):
     """One linear layer, to adapt."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.read = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.read.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.read(x)[..., 0]
+    def forward(self, x):
+        found = self.read(x)[..., 0]
         return found
 
 
-def adapted(width: int) -> PeftModel:
+def adapted(width):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return get_peft_model(Reader(width), LoraConfig(r=8, lora_alpha=16, target_modules=["read"]))
@@ -45,7 +43,7 @@ def adapted(width: int) -> PeftModel:
 class Run:
     """A training loop that calls BLoB as a Trainer does."""
 
-    def __init__(self, method: Blob, model: PeftModel, steps: int, rows: int, rate: float = 2e-3) -> None:
+    def __init__(self, method, model, steps, rows, rate=2e-3):
         self.model, self.args = model, TrainingArguments("unused", per_device_train_batch_size=8, use_cpu=True)
         self.state = SimpleNamespace(global_step=0, max_steps=steps)
         self.callback = method.trainer_kwargs(model, rows)["callbacks"][0]
@@ -54,15 +52,15 @@ class Run:
         self.tell("on_train_begin")
         model.train()
 
-    def tell(self, event: str) -> None:
+    def tell(self, event):
         getattr(self.callback, event)(self.args, self.state, None, model=self.model, optimizer=self.optimizer)
 
     @property
-    def layer(self) -> BlobLinear:
+    def layer(self):
         (found,) = self.callback.layers.values()
         return found
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, loss):
         self.optimizer.zero_grad()
         loss.backward()
         self.tell("on_pre_optimizer_step")
@@ -172,7 +170,7 @@ def test_a_resumed_run_has_the_prior_of_the_start(tmp_path, update):
     assert same_params(again.variance, whole.variance)
 
 
-def simulated(method: Blob | Map, steps: int) -> tuple[Tensor, Tensor, Tensor, float]:
+def simulated(method, steps):
     """Train by a method on 200 rows of a logistic model in 384 directions, of which the data say little but of a few.
 
     Returns:
@@ -196,7 +194,7 @@ def simulated(method: Blob | Map, steps: int) -> tuple[Tensor, Tensor, Tensor, f
     a, b = run.layer.weight.detach(), model.base_model.model.read.lora_B["default"].weight.detach()
     omega = run.layer.spread.detach().square()
 
-    def answers(matrix: Tensor) -> Tensor:
+    def answers(matrix):
         """Log-probabilities of both answers on the other rows."""
         logits = 2 * (x[200:] @ matrix.T @ b.T)[:, 0]
         return torch.stack([functional.logsigmoid(-logits), functional.logsigmoid(logits)], 1)
@@ -207,7 +205,7 @@ def simulated(method: Blob | Map, steps: int) -> tuple[Tensor, Tensor, Tensor, f
 
 
 @pytest.fixture(scope="module")
-def plain() -> tuple[Tensor, Tensor]:
+def plain():
     """MAP's answers after 6,000 steps, and the labels."""
     mean, _, labels, _ = simulated(Map(), 6000)
     return mean, labels

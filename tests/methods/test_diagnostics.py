@@ -1,9 +1,5 @@
 """The figures of the log: what they mean, and that they cost neither copies of all parameters nor waiting."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,19 +13,19 @@ from bayeslora.methods.trainer_log import spread
 SHAPES = ((8, 128), (64, 8), (8, 96), (5,))
 
 
-def trained(steps: int = 3) -> IvonOptimizer:
+def trained(steps=3):
     rng = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in SHAPES]
     optimizer = IvonOptimizer(params, 0.1, ess=50, hess_init=0.5, betas=(0.9, 0.9), weight_decay=0.1, clip_radius=0.2)
     for _ in range(steps):
         optimizer.zero_grad()
         with optimizer.sampled():
-            sum((k + 1) * p.pow(4).mean() for k, p in enumerate(params)).backward()  # type: ignore[union-attr]
+            sum((k + 1) * p.pow(4).mean() for k, p in enumerate(params)).backward()
         optimizer.step()
     return optimizer
 
 
-def flat(optimizer: IvonOptimizer) -> dict[str, Tensor]:
+def flat(optimizer):
     """h, σ and the update of all coordinates, as vectors."""
     group = optimizer.param_groups[0]
     states = [optimizer.state[p] for p in group["params"]]
@@ -39,7 +35,7 @@ def flat(optimizer: IvonOptimizer) -> dict[str, Tensor]:
     return {"hess": hess, "sigma": (50 * (hess + 0.1)).rsqrt(), "update": (momentum + 0.1 * mean) / (hess + 0.1)}
 
 
-def test_the_figures_are_shares_and_averages_over_all_coordinates() -> None:
+def test_the_figures_are_shares_and_averages_over_all_coordinates():
     optimizer = trained()
     all_of, found = flat(optimizer), diagnostics(optimizer)
     wanted = {
@@ -60,7 +56,7 @@ class Seen(TorchDispatchMode):
 
     largest = asked = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         self.asked += func is torch.ops.aten._local_scalar_dense.default
         if isinstance(found, Tensor):
@@ -68,7 +64,7 @@ class Seen(TorchDispatchMode):
         return found
 
 
-def test_no_tensor_is_larger_than_a_parameter_and_one_look_waits_for_the_device(monkeypatch: Any) -> None:
+def test_no_tensor_is_larger_than_a_parameter_and_one_look_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(module, "SAMPLE", 300)
     optimizer = trained()
     with Seen() as seen:
@@ -77,7 +73,7 @@ def test_no_tensor_is_larger_than_a_parameter_and_one_look_waits_for_the_device(
     assert seen.asked <= 1
 
 
-def test_the_median_of_many_coordinates_is_that_of_a_sample_that_meets_every_row_and_column(monkeypatch: Any) -> None:
+def test_the_median_of_many_coordinates_is_that_of_a_sample_that_meets_every_row_and_column(monkeypatch):
     columns = torch.arange(1.0, 9.0).expand(4096, 8)
     rows = torch.arange(1.0, 4097.0)[:, None].expand(4096, 8) / 512
     exact = [float(torch.cat([columns.flatten(), rows.flatten()]).median()), float(columns.mean())]

@@ -1,10 +1,6 @@
 """The seeds of an ensemble's members, their order, and what an older version numbered otherwise."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 from support.tiny import arguments, make_model, make_task, same_params
@@ -31,21 +27,21 @@ class StopAtError(Exception):
 class StopAt(TrainerCallback):
     """Raises after so many steps of all runs together."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self.left = step
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_, **__):
         self.left -= 1
         if not self.left:
             raise StopAtError
 
 
-def seeds(seed: int, members: int, folder: Path, **changes: Any) -> list[Any]:
+def seeds(seed, members, folder, **changes):
     args = arguments(folder, **({"seed": seed} | changes))
     return [Ensemble(members).member_arguments(args, k) for k in range(members)]
 
 
-def test_ensembles_of_different_seeds_share_no_member(tmp_path: Path) -> None:
+def test_ensembles_of_different_seeds_share_no_member(tmp_path):
     every = [own.seed for seed in range(100) for own in seeds(seed, 10, tmp_path)]
     assert len(set(every)) == 1000
     orders = [own.data_seed for seed in range(100) for own in seeds(0, 10, tmp_path, data_seed=seed)]
@@ -53,7 +49,7 @@ def test_ensembles_of_different_seeds_share_no_member(tmp_path: Path) -> None:
     assert {own.data_seed for own in seeds(5, 3, tmp_path)} == {None}
 
 
-def test_the_first_member_has_the_ensembles_seed_and_all_seeds_serve_every_generator(tmp_path: Path) -> None:
+def test_the_first_member_has_the_ensembles_seed_and_all_seeds_serve_every_generator(tmp_path):
     for seed in (0, 3, 2**31 - 1):
         own = [args.seed for args in seeds(seed, 5, tmp_path)]
         assert own[0] == seed
@@ -62,7 +58,7 @@ def test_the_first_member_has_the_ensembles_seed_and_all_seeds_serve_every_gener
             set_seed(one)
 
 
-def test_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_members_are_in_the_order_of_their_numbers(tmp_path):
     model, method = make_model(), Ensemble(4)
     own = [args.seed for args in seeds(3, 4, tmp_path)]
     points = {seed: Point({name: value + k for name, value in read(model).items()}) for k, seed in enumerate(own)}
@@ -76,7 +72,7 @@ def test_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [m.mean for m in method.posterior(model).members] == [points[one].mean for one in own]
 
 
-def test_a_member_alone_is_that_of_the_ensemble(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_member_alone_is_that_of_the_ensemble(tokenizer, tmp_path):
     model = make_model(lora_dropout=0.1)
     whole = fit(model, TASK, Ensemble(2), arguments(tmp_path / "whole"), tokenizer=tokenizer)
     own = seeds(arguments(tmp_path).seed, 2, tmp_path / "alone")[1]
@@ -86,11 +82,11 @@ def test_a_member_alone_is_that_of_the_ensemble(tokenizer: Any, tmp_path: Path) 
 
 
 @pytest.fixture
-def begun(tokenizer: Any, tmp_path: Path) -> Any:
+def begun(tokenizer, tmp_path):
     """An ensemble of two that broke off in its second member, and what goes on with it."""
     save = {"save_strategy": "steps", "save_steps": 2}
 
-    def train(method: Ensemble, seed: int = 3, *callbacks: Any) -> Any:
+    def train(method, seed=3, *callbacks):
         args = arguments(tmp_path / "run", seed=seed, **save)
         model = make_model(lora_dropout=0.1)
         return fit(model, TASK, method, args, tokenizer=tokenizer, resume=True, callbacks=callbacks)
@@ -100,7 +96,7 @@ def begun(tokenizer: Any, tmp_path: Path) -> Any:
     return train
 
 
-def test_going_on_with_other_seeds_is_refused(begun: Any, tmp_path: Path) -> None:
+def test_going_on_with_other_seeds_is_refused(begun, tmp_path):
     with pytest.raises(InputError, match="begun with other seeds of its members"):
         begun(Ensemble(2), 4)
     (tmp_path / "run" / "members.json").unlink()  # an older version kept none
@@ -108,7 +104,7 @@ def test_going_on_with_other_seeds_is_refused(begun: Any, tmp_path: Path) -> Non
         begun(Ensemble(2))
 
 
-def test_an_ensemble_that_is_whole_is_read_whatever_its_seeds_were(begun: Any, tmp_path: Path) -> None:
+def test_an_ensemble_that_is_whole_is_read_whatever_its_seeds_were(begun, tmp_path):
     whole = begun(Ensemble(2))
     longer = begun(Ensemble(3))  # goes on with one member more
     assert [same_params(a.mean, b.mean) for a, b in zip(whole.members, longer.members, strict=False)] == [True, True]
@@ -117,12 +113,12 @@ def test_an_ensemble_that_is_whole_is_read_whatever_its_seeds_were(begun: Any, t
     assert all(same_params(a.mean, b.mean) for a, b in zip(again.members, longer.members, strict=True))
 
 
-def test_a_member_in_ones_own_trainer_is_not_resumed_with_another_seed(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_member_in_ones_own_trainer_is_not_resumed_with_another_seed(tokenizer, tmp_path):
     model, method = make_model(), Ensemble(2)
     readout = readout_for(model, TASK.train, tokenizer)
     rows = readout.encode(TASK.train)[0]
 
-    def train(own: Any, *more: Any, resume: bool = False) -> None:
+    def train(own, *more, resume=False):
         kwargs = method.trainer_kwargs(model, len(rows))
         kwargs["callbacks"] += more
         with readout.attached(model):
@@ -141,12 +137,12 @@ def test_a_member_in_ones_own_trainer_is_not_resumed_with_another_seed(tokenizer
         train(own, resume=True)
 
 
-def cached(tokenizer: Any, out: Path) -> CachedRuns:
+def cached(tokenizer, out):
     args = arguments(out / "training", max_steps=2)
     return CachedRuns(make_model(), tokenizer, TASK, args, out, resamples=0, draws=2, report=lambda _: None)
 
 
-def test_comparisons_of_different_seeds_share_no_run(tokenizer: Any, tmp_path: Path) -> None:
+def test_comparisons_of_different_seeds_share_no_run(tokenizer, tmp_path):
     assert len({member_seed(seed, k) for seed in range(50) for k in range(10)}) == 500
     own = cached(tokenizer, tmp_path)
     for seed in (0, 1):

@@ -1,7 +1,5 @@
 """IVON in the Trainer: where the noise is and where it is not, its log, several processes, and what is refused."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

@@ -1,7 +1,5 @@
 """IVON's optimiser against its equations (arXiv 2402.17641, algorithm 1) and against exact posteriors."""
 
-from __future__ import annotations
-
 import copy
 import math
 

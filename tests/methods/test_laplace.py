@@ -1,23 +1,20 @@
 """Laplace-LoRA against dense matrices and the exact posterior of linear regression."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.tiny import KINDS, make_model, make_task, same_state, state_of
-from torch import Tensor, nn
+from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Laplace
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated, ggn_root
 from bayeslora.methods.laplace.method import log_occam_factor, maximise_marginal_likelihood
 from bayeslora.methods.laplace.sketch import Factor
-from bayeslora.params import Params, lora_parameters, read
+from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, Draws, KroneckerGaussian, Linearised
 from bayeslora.posteriors.linearised import LOGIT_DRAWS, logit_draws
 from bayeslora.prediction import predict
@@ -29,7 +26,7 @@ from bayeslora.prediction.readouts import readout_for
 DATA, SIDE, OUT, NOISE = 30, 4, 2, 0.3
 
 
-def dense_jacobian(model: Any, batches: Any, examples: int, names: list[str]) -> tuple[Tensor, Tensor]:
+def dense_jacobian(model, batches, examples, names):
     """Logits [N C] and their derivatives [N C P], one backward pass at a time; the readout is attached."""
     own = lora_parameters(model)
     for p in own.values():
@@ -64,7 +61,7 @@ MODELS = {
 }
 
 
-def prepared(name: str, tokenizer: Any, budget: int = 60) -> tuple[Any, Any, Any, Any]:
+def prepared(name, tokenizer, budget=60):
     """A model, its readout, some rows and their batches."""
     kind, readout_name, options = MODELS[name]
     alone = options.get("alone", False)
@@ -81,7 +78,7 @@ def prepared(name: str, tokenizer: Any, budget: int = 60) -> tuple[Any, Any, Any
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_jacobians_are_those_of_one_backward_pass_for_each_logit(name: str, tokenizer: Any) -> None:
+def test_jacobians_are_those_of_one_backward_pass_for_each_logit(name, tokenizer):
     model, readout, rows, batches = prepared(name, tokenizer)
     sites = linear_sites(model)
     before = state_of(model)
@@ -98,19 +95,19 @@ def test_jacobians_are_those_of_one_backward_pass_for_each_logit(name: str, toke
         torch.testing.assert_close(own, jacobian[order, :classes], rtol=1e-4, atol=1e-6)
 
 
-def hessian_root(logits: Tensor) -> Tensor:
+def hessian_root(logits):
     p = logits.softmax(-1)
     return torch.diag_embed(p) - p[:, :, None] * p[:, None]
 
 
-def test_the_root_of_the_hessian_is_one_also_where_a_choice_is_missing() -> None:
+def test_the_root_of_the_hessian_is_one_also_where_a_choice_is_missing():
     logits = torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.0, -math.inf]])
     root = ggn_root(logits)
     torch.testing.assert_close(root @ root.mT, hessian_root(logits))
 
 
 @pytest.mark.parametrize("name", ["llama-likelihood", "bert"])
-def test_the_diagonal_is_that_of_the_dense_gauss_newton_matrix(name: str, tokenizer: Any) -> None:
+def test_the_diagonal_is_that_of_the_dense_gauss_newton_matrix(name, tokenizer):
     model, readout, rows, batches = prepared(name, tokenizer)
     curvature = DiagonalCurvature(linear_sites(model))
     with readout.attached(model):
@@ -124,7 +121,7 @@ def test_the_diagonal_is_that_of_the_dense_gauss_newton_matrix(name: str, tokeni
 
 @pytest.mark.parametrize("tokens", ["expand", "reduce"])
 @pytest.mark.parametrize("structure", ["kron", "diag"])
-def test_the_curvature_does_not_depend_on_the_batches(structure: str, tokens: str, tokenizer: Any) -> None:
+def test_the_curvature_does_not_depend_on_the_batches(structure, tokens, tokenizer):
     found = []
     for budget in (30, 4000):
         model, readout, rows, batches = prepared("llama-likelihood", tokenizer, budget)
@@ -139,7 +136,7 @@ def test_the_curvature_does_not_depend_on_the_batches(structure: str, tokens: st
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_on_one_example_with_one_token_k_fac_is_the_whole_matrix(tokenizer: Any) -> None:
+def test_on_one_example_with_one_token_k_fac_is_the_whole_matrix(tokenizer):
     model, readout, rows, _ = prepared("bert", tokenizer)
     rows = rows.take([0])
     batches = batched(model, readout, readout.encode(rows)[0], 60)
@@ -163,17 +160,17 @@ def test_on_one_example_with_one_token_k_fac_is_the_whole_matrix(tokenizer: Any)
 class Regression(nn.Module):
     """Two outputs, linear in the input, in the dress of a model with logits."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.lin = nn.Linear(SIDE, OUT, bias=False)
         self.config = SimpleNamespace(to_dict=dict)
 
-    def forward(self, input_ids: Tensor, x: Tensor) -> Any:
+    def forward(self, input_ids, x):
         return SimpleNamespace(logits=self.lin(x[input_ids[:, 0]]))
 
 
 @pytest.fixture
-def regression() -> Any:
+def regression():
     """A model that is linear in B, its data, features [N R], targets less the base's answer, and the prior's λ."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -188,7 +185,7 @@ def regression() -> Any:
 
 
 @pytest.mark.parametrize("tokens", ["expand", "reduce"])
-def test_laplace_is_the_exact_posterior_of_linear_regression(regression: Any, tokens: str) -> None:
+def test_laplace_is_the_exact_posterior_of_linear_regression(regression, tokens):
     model, batches, features, residual, precision = regression
     (site,) = linear_sites(model, lambda name: "lora_B" in name)
     gram = features.T @ features / NOISE**2 + precision * torch.eye(3)
@@ -213,11 +210,11 @@ def test_laplace_is_the_exact_posterior_of_linear_regression(regression: Any, to
     assert found == pytest.approx(float(marginal.log_prob(residual.T.contiguous()).sum()), rel=1e-5)
 
 
-def spectra_of(values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def spectra_of(values):
     return {"w": (values.double(), torch.ones(values.shape, dtype=torch.float64))}
 
 
-def test_the_evidence_is_largest_where_its_derivative_is_zero() -> None:
+def test_the_evidence_is_largest_where_its_derivative_is_zero():
     h, mean = torch.tensor([0.1, 3.0, 40.0, 0.0]), {"w": torch.tensor([0.5, -1.0, 0.2, 0.1])}
     best = maximise_marginal_likelihood(spectra_of(h), mean)
     # d/dλ = ½ (P/λ − |θ|² − Σ 1/(h+λ)) = 0
@@ -228,14 +225,14 @@ def test_the_evidence_is_largest_where_its_derivative_is_zero() -> None:
     assert at[1] > at[2]
 
 
-def test_an_evidence_without_a_maximum_is_refused() -> None:
+def test_an_evidence_without_a_maximum_is_refused():
     with pytest.raises(InputError, match="the loss has no curvature"):
         maximise_marginal_likelihood(spectra_of(torch.zeros(3)), {"w": torch.ones(3)})
     with pytest.raises(InputError, match="every parameter is zero"):
         maximise_marginal_likelihood(spectra_of(torch.ones(3)), {"w": torch.zeros(3)})
 
 
-def test_a_sketch_of_low_rank_is_exact_in_any_order_and_small() -> None:
+def test_a_sketch_of_low_rank_is_exact_in_any_order_and_small():
     rng = torch.Generator().manual_seed(0)
     vectors = torch.randn(500, 5, generator=rng) @ torch.randn(5, 300, generator=rng)
     found = []
@@ -256,7 +253,7 @@ def test_a_sketch_of_low_rank_is_exact_in_any_order_and_small() -> None:
         )
 
 
-def test_what_a_sketch_leaves_out_keeps_the_trace() -> None:
+def test_what_a_sketch_leaves_out_keeps_the_trace():
     vectors = torch.randn(4000, 100, generator=torch.Generator().manual_seed(1))
     factor = Factor(100, 20, "x", torch.device("cpu"))
     factor.add(vectors)
@@ -266,7 +263,7 @@ def test_what_a_sketch_leaves_out_keeps_the_trace() -> None:
 
 
 @pytest.fixture(params=["kron", "diag"])
-def fitted(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[Any, Any, Any, Linearised]:
+def fitted(request, tokenizer):
     model, readout, rows, batches = prepared("llama-likelihood", tokenizer)
     task = make_task(readout="likelihood")
     posterior = Laplace(request.param, prior=30.0).fit(model, task, tokenizer=tokenizer)
@@ -274,7 +271,7 @@ def fitted(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[Any, Any, An
     return model, readout, (rows, batches), posterior
 
 
-def dense(p: KroneckerGaussian | DiagonalGaussian, names: list[str]) -> Tensor:
+def dense(p, names):
     blocks = []
     for name in names:
         size = p.mean[name].numel()
@@ -285,7 +282,7 @@ def dense(p: KroneckerGaussian | DiagonalGaussian, names: list[str]) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def test_the_logits_covariance_is_the_jacobian_times_the_weights(fitted: Any) -> None:
+def test_the_logits_covariance_is_the_jacobian_times_the_weights(fitted):
     model, readout, (rows, batches), posterior = fitted
     names = [s.name for s in linear_sites(model)]
     with readout.attached(model):
@@ -296,7 +293,7 @@ def test_the_logits_covariance_is_the_jacobian_times_the_weights(fitted: Any) ->
     torch.testing.assert_close(covariances[0], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_linearised_predictions_average_draws_of_the_logits(fitted: Any, tokenizer: Any) -> None:
+def test_linearised_predictions_average_draws_of_the_logits(fitted, tokenizer):
     model, readout, (rows, batches), posterior = fitted
     found = predict(model, posterior, rows, draws=Draws(7, seed=3), tokenizer=tokenizer)
     with readout.attached(model):
@@ -310,7 +307,7 @@ def test_linearised_predictions_average_draws_of_the_logits(fitted: Any, tokeniz
     assert torch.equal(again.log_probs, found.log_probs)
 
 
-def test_draws_of_logits_have_their_moments() -> None:
+def test_draws_of_logits_have_their_moments():
     root = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.0], [-0.2, 0.1, 0.0]])  # a singular covariance
     logits, covariance = torch.tensor([[1.0, 0.0, -1.0]]), (root @ root.T)[None]
     draws = logit_draws(logits, covariance, 20_000, 0)[:, 0]
@@ -319,7 +316,7 @@ def test_draws_of_logits_have_their_moments() -> None:
     torch.testing.assert_close(torch.cov(draws.T), covariance[0], rtol=0, atol=5 * math.sqrt(2 / 20_000))
 
 
-def test_little_curvature_and_a_weak_prior_mean_more_uncertainty(tokenizer: Any) -> None:
+def test_little_curvature_and_a_weak_prior_mean_more_uncertainty(tokenizer):
     model, _, rows, _ = prepared("llama-likelihood", tokenizer)
     task = make_task(readout="likelihood")
     information = []
@@ -332,7 +329,7 @@ def test_little_curvature_and_a_weak_prior_mean_more_uncertainty(tokenizer: Any)
     assert information[2] < 1e-4
 
 
-def test_the_prior_is_chosen_on_validation_rows_and_noise_kept_to_the_last_layers(tokenizer: Any) -> None:
+def test_the_prior_is_chosen_on_validation_rows_and_noise_kept_to_the_last_layers(tokenizer):
     model, *_ = prepared("llama-likelihood", tokenizer)
     task = make_task(readout="likelihood")
     posterior = Laplace(prior="validation", last_layers=1).fit(model, task, tokenizer=tokenizer)
@@ -343,11 +340,11 @@ def test_the_prior_is_chosen_on_validation_rows_and_noise_kept_to_the_last_layer
     assert posterior.posterior.precision in CANDIDATES
 
 
-def poisoned(params: Params) -> Params:
+def poisoned(params):
     return {name: torch.full_like(p, math.nan) for name, p in params.items()}
 
 
-def test_a_fit_that_fails_says_so(tokenizer: Any) -> None:
+def test_a_fit_that_fails_says_so(tokenizer):
     model, *_ = prepared("llama-likelihood", tokenizer)
     task = make_task(readout="likelihood")
     with pytest.raises(InputError, match="leaves Laplace no parameter"):
@@ -367,7 +364,7 @@ def test_a_fit_that_fails_says_so(tokenizer: Any) -> None:
             Laplace(**settings)
 
 
-def test_dora_is_refused_in_words(tokenizer: Any) -> None:
+def test_dora_is_refused_in_words(tokenizer):
     model = make_model("llama", use_dora=True)
     with pytest.raises(InputError, match="not a weight of a linear layer"):
         Laplace().fit(model, make_task(readout="likelihood"), tokenizer=tokenizer)

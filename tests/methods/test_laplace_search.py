@@ -1,9 +1,6 @@
 """What Laplace's search of the prior precision shares, what waits for a device, and the memory of its batches."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +22,7 @@ from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
 
 
-def prepared(tokenizer: Any, structure: str = "kron") -> tuple[Any, Any, Any, Any, Any]:
+def prepared(tokenizer, structure="kron"):
     """A model, its readout, some rows, their batches and the curvature on them; no factor is held exactly."""
     model = make_model(target_modules=["q_proj", "v_proj", "lm_head"]).eval()
     rows = make_task(readout="likelihood").train.take(range(9))
@@ -38,7 +35,7 @@ def prepared(tokenizer: Any, structure: str = "kron") -> tuple[Any, Any, Any, An
     return model, readout, rows, batches, curvature
 
 
-def by_each(model: Any, posterior: Any, batches: Any, rows: Any) -> torch.Tensor:
+def by_each(model, posterior, batches, rows):
     """Covariances [N C C] of the logits by moving every Jacobian through the eigenvectors of one posterior."""
     sites = linear_sites(model)
     found = torch.zeros(len(rows), *[max(len(e.choices) for e in rows)] * 2)
@@ -59,7 +56,7 @@ def by_each(model: Any, posterior: Any, batches: Any, rows: Any) -> torch.Tensor
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])
-def test_posteriors_together_have_the_covariances_that_each_has_by_itself(structure: str, tokenizer: Any) -> None:
+def test_posteriors_together_have_the_covariances_that_each_has_by_itself(structure, tokenizer):
     model, readout, rows, batches, curvature = prepared(tokenizer, structure)
     posteriors = [curvature.posterior(read(model), precision, None) for precision in (1e-2, 1.0, 30.0, 1e6)]
     posteriors += [pruned(posteriors[1], 0.3), pruned(posteriors[2], 0.3)]  # a strength for each entry
@@ -75,7 +72,7 @@ def test_posteriors_together_have_the_covariances_that_each_has_by_itself(struct
             torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
 
 
-def test_the_search_projects_a_jacobian_once_for_all_prior_precisions(tokenizer: Any, monkeypatch: Any) -> None:
+def test_the_search_projects_a_jacobian_once_for_all_prior_precisions(tokenizer, monkeypatch):
     model, readout, rows, batches, curvature = prepared(tokenizer)
     posteriors = [curvature.posterior(read(model), precision, None) for precision in CANDIDATES]
     calls = []
@@ -92,18 +89,18 @@ def test_the_search_projects_a_jacobian_once_for_all_prior_precisions(tokenizer:
 class Waits(TorchDispatchMode):
     """Counts the operations that a device has to finish its work for."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         picks = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
         scalar = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         self.count += picks or scalar
         return func(*args, **(kwargs or {}))
 
 
-def test_a_factor_does_not_wait_for_its_device() -> None:
+def test_a_factor_does_not_wait_for_its_device():
     factor = Factor(50, 8, "x", torch.device("cpu"))
     with Waits() as waits:
         factor.add(torch.randn(20, 50))
@@ -113,7 +110,7 @@ def test_a_factor_does_not_wait_for_its_device() -> None:
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])
-def test_the_curvature_waits_as_often_for_many_layers_as_for_one(structure: str, tokenizer: Any) -> None:
+def test_the_curvature_waits_as_often_for_many_layers_as_for_one(structure, tokenizer):
     model, readout, rows, batches, _ = prepared(tokenizer)
     counts = []
     for sites in (linear_sites(model)[:1], linear_sites(model)):
@@ -124,7 +121,7 @@ def test_the_curvature_waits_as_often_for_many_layers_as_for_one(structure: str,
     assert counts[0] == counts[1]
 
 
-def test_differentiated_batches_take_the_memory_of_their_device(monkeypatch: Any) -> None:
+def test_differentiated_batches_take_the_memory_of_their_device(monkeypatch):
     model, split = make_model("llama", torch.bfloat16), make_split("test", 5, 2, classes=True)  # three choices
     assert gradient_budget(model, None, split) == 2048 // 3
     assert gradient_budget(model, 90, split) == 30
@@ -137,7 +134,7 @@ def test_differentiated_batches_take_the_memory_of_their_device(monkeypatch: Any
         assert gradient_budget(model, None, split) == wanted
 
 
-def test_layers_that_are_not_called_are_refused_before_the_training(tokenizer: Any) -> None:
+def test_layers_that_are_not_called_are_refused_before_the_training(tokenizer):
     task = make_task(readout="likelihood")
     for targets in (
         {"target_modules": [], "target_parameters": ["q_proj.weight"]},

@@ -1,9 +1,6 @@
 """The two kinds of MC dropout against the moments of inverted dropout; column masks are in test_posteriors."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from bayeslora.prediction import predict
 RATE, DRAWS = 0.3, 3000
 
 
-def test_each_token_has_its_own_mask_with_the_moments_of_dropout() -> None:
+def test_each_token_has_its_own_mask_with_the_moments_of_dropout():
     model = make_model().eval()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).expand(DRAWS, 2, 32)
@@ -39,7 +36,7 @@ def test_each_token_has_its_own_mask_with_the_moments_of_dropout() -> None:
     assert (correlation.abs() <= 5 / math.sqrt(DRAWS)).all()  # tokens are independent
 
 
-def test_masks_are_a_function_of_seed_and_draw_and_leave_the_global_generator_alone(tokenizer: Any) -> None:
+def test_masks_are_a_function_of_seed_and_draw_and_leave_the_global_generator_alone(tokenizer):
     model, task = make_model(lora_dropout=RATE), make_task(readout="likelihood")
     posterior = McDropout("tokens").fit(model, task)
     torch.manual_seed(0)
@@ -52,7 +49,7 @@ def test_masks_are_a_function_of_seed_and_draw_and_leave_the_global_generator_al
     assert not torch.equal(other.log_probs, one.log_probs)
 
 
-def test_the_rate_is_the_adapters_or_the_one_given() -> None:
+def test_the_rate_is_the_adapters_or_the_one_given():
     task = make_task(readout="likelihood")
     found = McDropout().fit(make_model(lora_dropout=RATE), task)
     assert isinstance(found, ColumnDropout)
@@ -66,13 +63,13 @@ def test_the_rate_is_the_adapters_or_the_one_given() -> None:
      ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "an adapted bare parameter"),
      ({"use_dora": True}, "DoRA")],
 )  # fmt: skip
-def test_token_masks_are_refused_where_no_layer_has_an_input_for_them(targets: Any, said: str) -> None:
+def test_token_masks_are_refused_where_no_layer_has_an_input_for_them(targets, said):
     model, task = make_model(**targets), make_task(readout="likelihood")
     with pytest.raises(InputError, match=f"MC dropout by tokens serves plain LoRA on modules, and .* is {said}"):
         McDropout("tokens", rate=RATE).check(model, task)
 
 
-def test_no_dropout_and_no_weights_are_refused_in_words(tmp_path: Any) -> None:
+def test_no_dropout_and_no_weights_are_refused_in_words(tmp_path):
     task = make_task(readout="likelihood")
     for kind in ("tokens", "columns"):
         with pytest.raises(InputError, match="trained without dropout"):

@@ -1,11 +1,7 @@
 """The loss, its regularisers, and the ensemble's mutual information against values worked out by hand."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,23 +18,23 @@ from bayeslora.prediction import predict, readout_for
 from bayeslora.training.run import fit
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_loss_over_choices_is_the_mean_cross_entropy() -> None:
+def test_the_loss_over_choices_is_the_mean_cross_entropy():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, -math.inf]])
     loss = answer_loss({"logits": logits}, torch.tensor([1, 0]))
     assert loss.item() == pytest.approx((-math.log(0.75) - math.log(1.0)) / 2, abs=1e-7)
 
 
-def test_the_loss_over_choices_is_divided_by_the_items_of_the_whole_batch() -> None:
+def test_the_loss_over_choices_is_divided_by_the_items_of_the_whole_batch():
     logits, labels = normal(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     parts = [answer_loss({"logits": logits[i : i + 2]}, labels[i : i + 2], 6) for i in (0, 2, 4)]
     torch.testing.assert_close(sum(parts), answer_loss({"logits": logits}, labels), rtol=1e-6, atol=0)
 
 
-def test_the_loss_of_a_language_model_is_the_one_of_transformers() -> None:
+def test_the_loss_of_a_language_model_is_the_one_of_transformers():
     model = make_model("llama").eval()
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
@@ -48,10 +44,10 @@ def test_the_loss_of_a_language_model_is_the_one_of_transformers() -> None:
 
 
 @pytest.fixture
-def batch(tokenizer: Any) -> Any:
+def batch(tokenizer):
     """A model with its readout attached, and one batch."""
 
-    def make(kind: str) -> Any:
+    def make(kind):
         model, task = KINDS[kind].build(), KINDS[kind].task()
         readout = readout_for(model, task.train, tokenizer)
         return model, readout, readout.collate(readout.encode(task.train)[0][:6])
@@ -59,7 +55,7 @@ def batch(tokenizer: Any) -> Any:
     return make
 
 
-def kl_of(model: Any, readout: Any, inputs: dict[str, torch.Tensor], weight: float, items: Any = None) -> Any:
+def kl_of(model, readout, inputs, weight, items=None):
     """Run one training batch as the Trainer would; return outputs, loss, and the callback's loss."""
     callback, moment = KlToBase(weight), (arguments("unused"), TrainerState(), TrainerControl())
     labels = inputs["labels"]
@@ -72,7 +68,7 @@ def kl_of(model: Any, readout: Any, inputs: dict[str, torch.Tensor], weight: flo
 
 
 @pytest.mark.parametrize("kind", ["llama-letters", "llama-likelihood", "qwen2", "gpt2"])
-def test_the_kl_term_is_the_divergence_from_the_model_without_its_adapter(kind: str, batch: Any) -> None:
+def test_the_kl_term_is_the_divergence_from_the_model_without_its_adapter(kind, batch):
     model, readout, inputs = batch(kind)
     ours, loss = kl_of(model, readout, inputs, 0.7)
     model.eval()  # the base answers without dropout
@@ -87,7 +83,7 @@ def test_the_kl_term_is_the_divergence_from_the_model_without_its_adapter(kind: 
     assert loss.item() > answer_loss({"logits": ours}, inputs["labels"]).item()
 
 
-def test_the_kl_terms_gradient_is_the_one_of_its_formula(batch: Any) -> None:
+def test_the_kl_terms_gradient_is_the_one_of_its_formula(batch):
     model, readout, inputs = batch("llama-likelihood")
     (found := kl_of(model, readout, inputs, 0.7)[1]).backward()
     got = {n: p.grad.clone() for n, p in lora_parameters(model).items()}
@@ -108,7 +104,7 @@ def test_the_kl_terms_gradient_is_the_one_of_its_formula(batch: Any) -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_the_kl_term_is_zero_when_b_is_zero(batch: Any) -> None:
+def test_the_kl_term_is_zero_when_b_is_zero(batch):
     model, readout, inputs = batch("llama-likelihood")
     with torch.no_grad():
         for name, p in lora_parameters(model).items():
@@ -117,7 +113,7 @@ def test_the_kl_term_is_zero_when_b_is_zero(batch: Any) -> None:
     torch.testing.assert_close(loss, answer_loss({"logits": ours}, inputs["labels"]), rtol=0, atol=1e-6)
 
 
-def test_the_kl_term_leaves_the_model_as_it_was(batch: Any) -> None:
+def test_the_kl_term_leaves_the_model_as_it_was(batch):
     model, readout, inputs = batch("llama-likelihood")
     model.train()
     before = state_of(model)
@@ -125,19 +121,19 @@ def test_the_kl_term_leaves_the_model_as_it_was(batch: Any) -> None:
     assert same_state(model, before)
 
 
-def test_the_kl_term_is_for_training_only(batch: Any) -> None:
+def test_the_kl_term_is_for_training_only(batch):
     model, readout, inputs = batch("llama-letters")
     with torch.no_grad():
         ours, loss = kl_of(model, readout, inputs, 50.0)
     assert torch.equal(loss, answer_loss({"logits": ours}, inputs["labels"]))
 
 
-def test_the_kl_term_of_a_new_head_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_kl_term_of_a_new_head_is_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="classifier"):
         fit(KINDS["bert"].build(), KINDS["bert"].task(), Map(kl=0.1), arguments(tmp_path), tokenizer=tokenizer)
 
 
-def trained_with(tokenizer: Any, folder: Path, optimizer: Any = None, callbacks: Any = ()) -> Any:
+def trained_with(tokenizer, folder, optimizer=None, callbacks=()):
     """Six steps of AdamW over a language model's own loss, with a schedule and clipping."""
     model = make_model("llama")
     split = make_task(readout="likelihood").train
@@ -154,8 +150,8 @@ def trained_with(tokenizer: Any, folder: Path, optimizer: Any = None, callbacks:
     return read(model)
 
 
-def test_decoupled_decay_is_adamws_own_bit_for_bit(tokenizer: Any, tmp_path: Path) -> None:
-    def grouped(model: Any) -> torch.optim.AdamW:
+def test_decoupled_decay_is_adamws_own_bit_for_bit(tokenizer, tmp_path):
+    def grouped(model):
         own = lora_parameters(model)
         return torch.optim.AdamW(
             [
@@ -172,7 +168,7 @@ def test_decoupled_decay_is_adamws_own_bit_for_bit(tokenizer: Any, tmp_path: Pat
     assert not any(torch.equal(ours[name], none[name]) for name in ours)
 
 
-def test_strong_decay_of_b_leads_back_to_the_base_model(tokenizer: Any, tmp_path: Path) -> None:
+def test_strong_decay_of_b_leads_back_to_the_base_model(tokenizer, tmp_path):
     model, task = make_model("llama"), make_task()
     args = arguments(tmp_path, lr_scheduler_type="constant", learning_rate=1e-3)
     before, after = read(model), fit(model, task, Map(weight_decay_b=900.0), args, tokenizer=tokenizer).mean
@@ -184,12 +180,12 @@ def test_strong_decay_of_b_leads_back_to_the_base_model(tokenizer: Any, tmp_path
 
 
 class Untouched(TrainerCallback):
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_, **__):
         raise AssertionError("training began")
 
 
 @pytest.mark.parametrize("method", [Map(weight_decay_b=100.0), Map(weight_decay=60.0, weight_decay_b=40.0)], ids=str)
-def test_decay_that_would_turn_signs_is_refused_before_training(method: Map, tokenizer: Any, tmp_path: Path) -> None:
+def test_decay_that_would_turn_signs_is_refused_before_training(method, tokenizer, tmp_path):
     with pytest.raises(InputError, match="not below 1"):
         fit(
             make_model(), make_task(), method, arguments(tmp_path, learning_rate=0.01), tokenizer=tokenizer,
@@ -200,28 +196,28 @@ def test_decay_that_would_turn_signs_is_refused_before_training(method: Map, tok
 @pytest.mark.parametrize(
     "settings", [{"weight_decay": -1.0}, {"weight_decay_b": -1.0}, {"kl": -0.1}, {"early_stopping": 0}], ids=str
 )
-def test_settings_without_meaning_are_refused(settings: dict[str, Any]) -> None:
+def test_settings_without_meaning_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         Map(**settings)
 
 
-def test_early_stopping_without_evaluation_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_early_stopping_without_evaluation_is_refused(tokenizer, tmp_path):
     callbacks = Map(early_stopping=2).trainer_kwargs(make_model(), 24)["callbacks"]
     with pytest.raises(InputError, match="load_best_model_at_end"):
         trained_with(tokenizer, tmp_path, callbacks=callbacks)
 
 
-def test_early_stopping_without_a_validation_split_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_early_stopping_without_a_validation_split_is_refused(tokenizer, tmp_path):
     task = replace(make_task(), validation=None)
     with pytest.raises(InputError, match="validation split"):
         fit(make_model(), task, Map(early_stopping=2), arguments(tmp_path), tokenizer=tokenizer)
 
 
-def test_early_stopping_ends_with_the_best_adapter(tokenizer: Any, tmp_path: Path) -> None:
+def test_early_stopping_ends_with_the_best_adapter(tokenizer, tmp_path):
     task, seen = make_task(readout="likelihood"), {}
 
     class Diary(TrainerCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
             seen[metrics["eval_loss"]] = read(kwargs["model"])
 
     args = arguments(
@@ -233,7 +229,7 @@ def test_early_stopping_ends_with_the_best_adapter(tokenizer: Any, tmp_path: Pat
     assert same_params(posterior.mean, seen[min(seen)])
 
 
-def test_two_certain_and_opposite_members_have_mutual_information_ln_2(tokenizer: Any) -> None:
+def test_two_certain_and_opposite_members_have_mutual_information_ln_2(tokenizer):
     kind = KINDS["bert"]
     model, split = kind.build(), kind.task().test
     base = read(model)
@@ -251,13 +247,13 @@ def test_two_certain_and_opposite_members_have_mutual_information_ln_2(tokenizer
     torch.testing.assert_close(prediction.probs[:, :2], torch.full((len(split), 2), 0.5), rtol=1e-6, atol=0)
 
 
-def test_equal_members_have_no_mutual_information(tokenizer: Any) -> None:
+def test_equal_members_have_no_mutual_information(tokenizer):
     model, split = make_model(), make_task().test
     mixture = Mixture((Point(read(model)), Point(read(model))))
     assert torch.equal(predict(model, mixture, split, tokenizer=tokenizer).mutual_information, torch.zeros(len(split)))
 
 
-def test_probabilities_of_members_are_averaged_and_not_logits(tokenizer: Any) -> None:
+def test_probabilities_of_members_are_averaged_and_not_logits(tokenizer):
     model, split = make_model(), make_task(readout="likelihood").test
     members = (Point(read(model)), Point({n: -3 * p for n, p in read(model).items()}))
     alone = [predict(model, m, split, tokenizer=tokenizer).probs for m in members]

@@ -1,11 +1,7 @@
 """SWAG against numpy and against the schedule it is specified by."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +15,7 @@ from bayeslora.methods import Swag
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.methods.swag import Moments, hold
 from bayeslora.params import lora_parameters, read
-from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
+from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.training.run import fit
 
@@ -29,22 +25,22 @@ STEPS, PEAK = 12, 1e-2
 class Diary(TrainerCallback):
     """Writes down the adapter after each step, and the learning rate that the step was made with."""
 
-    def __init__(self) -> None:
-        self.iterates: list[dict[str, torch.Tensor]] = []
-        self.rates: list[float] = []
+    def __init__(self):
+        self.iterates = []
+        self.rates = []
 
-    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *_, **kwargs):
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
 
-    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *_, **kwargs):
         self.iterates.append(read(kwargs["model"]))
 
 
 @pytest.fixture
-def run(tokenizer: Any, tmp_path: Path) -> Any:
+def run(tokenizer, tmp_path):
     """Train with SWAG; return the posterior and the diary."""
 
-    def train(method: Swag, *, model: Any = None, resume: bool = False, stop: Any = None, **changes: Any) -> Any:
+    def train(method, *, model=None, resume=False, stop=None, **changes):
         diary = Diary()
         schedule = {"max_steps": STEPS, "learning_rate": PEAK, "lr_scheduler_type": "linear", "warmup_steps": 2}
         posterior = fit(
@@ -61,11 +57,11 @@ def run(tokenizer: Any, tmp_path: Path) -> Any:
     return train
 
 
-def stacked(iterates: list[dict[str, torch.Tensor]], name: str) -> np.ndarray:
+def stacked(iterates, name):
     return np.stack([iterate[name].numpy().astype(np.float64) for iterate in iterates])
 
 
-def assert_moments(posterior: Posterior, collected: list[dict[str, torch.Tensor]], scale: float = 1.0) -> None:
+def assert_moments(posterior, collected, scale=1.0):
     assert isinstance(posterior, DiagonalGaussian | LowRankGaussian)
     for name, variance in posterior.variance.items():
         values = stacked(collected, name)
@@ -73,34 +69,34 @@ def assert_moments(posterior: Posterior, collected: list[dict[str, torch.Tensor]
         np.testing.assert_allclose(variance, np.maximum(scale * values.var(0), 1e-30), rtol=1e-3, atol=1e-12)
 
 
-def test_mean_and_variance_are_those_of_the_collected_iterates(run: Any) -> None:
+def test_mean_and_variance_are_those_of_the_collected_iterates(run):
     posterior, diary = run(Swag(start=4, interval=2))
     collected = diary.iterates[5::2]  # after steps 6, 8, 10, 12
     assert_moments(posterior, collected)
     assert posterior.rank == 4
 
 
-def test_the_diagonal_kind_has_the_same_variance_at_scale_one(run: Any) -> None:
+def test_the_diagonal_kind_has_the_same_variance_at_scale_one(run):
     posterior, diary = run(Swag("diagonal", start=4, interval=2))
     assert isinstance(posterior, DiagonalGaussian)
     assert_moments(posterior, diary.iterates[5::2])
 
 
-def test_swa_is_the_mean_alone(run: Any) -> None:
+def test_swa_is_the_mean_alone(run):
     posterior, diary = run(Swag("swa", start=4, interval=2))
     assert isinstance(posterior, Point)
     for name, value in posterior.mean.items():
         np.testing.assert_allclose(value, stacked(diary.iterates[5::2], name).mean(0), rtol=1e-5, atol=1e-8)
 
 
-def test_snapshots_are_the_last_k_iterates_as_they_were(run: Any) -> None:
+def test_snapshots_are_the_last_k_iterates_as_they_were(run):
     posterior, diary = run(Swag(start=2, interval=1, rank=3))
     for name, kept in posterior.snapshots.items():
         assert torch.equal(kept, torch.stack([iterate[name] for iterate in diary.iterates[-3:]]))
     assert_moments(posterior, diary.iterates[2:])  # the moments count all ten
 
 
-def half_precision() -> Any:
+def half_precision():
     """A model whose base and adapter are in bfloat16, as TRL makes them."""
     model = make_model(dtype=torch.bfloat16)
     for p in lora_parameters(model).values():
@@ -108,7 +104,7 @@ def half_precision() -> Any:
     return model
 
 
-def test_an_adapter_in_bf16_trains_and_is_summed_up_in_float32(run: Any) -> None:
+def test_an_adapter_in_bf16_trains_and_is_summed_up_in_float32(run):
     model = half_precision()
     posterior, diary = run(Swag(start=2, interval=1), model=model)
     assert all(p.dtype == torch.float32 for p in lora_parameters(model).values())
@@ -117,7 +113,7 @@ def test_an_adapter_in_bf16_trains_and_is_summed_up_in_float32(run: Any) -> None
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["known to the Trainer", "added afterwards"])
-def test_an_adapter_in_bf16_moves_at_a_small_rate(late: bool, tokenizer: Any, tmp_path: Path) -> None:
+def test_an_adapter_in_bf16_moves_at_a_small_rate(late, tokenizer, tmp_path):
     model, method = half_precision(), Swag(start=2, interval=1, learning_rate=1e-5)
     split = make_task(readout="likelihood").train
     readout = readout_for(model, split, tokenizer)
@@ -136,7 +132,7 @@ def test_an_adapter_in_bf16_moves_at_a_small_rate(late: bool, tokenizer: Any, tm
     assert float(moved.float().mean()) > 0.99
 
 
-def test_a_resumed_run_of_an_adapter_in_bf16_is_the_whole_one(run: Any) -> None:
+def test_a_resumed_run_of_an_adapter_in_bf16_is_the_whole_one(run):
     method = Swag(start=2, interval=1)
     whole, _ = run(method, model=half_precision())
     save = {"save_strategy": "steps", "save_steps": 3}
@@ -146,7 +142,7 @@ def test_a_resumed_run_of_an_adapter_in_bf16_is_the_whole_one(run: Any) -> None:
         assert same_params(getattr(resumed, part), getattr(whole, part))
 
 
-def test_moments_copy_what_they_are_given_to_the_cpu() -> None:
+def test_moments_copy_what_they_are_given_to_the_cpu():
     moments, value = Moments(rank=2), torch.zeros(3)
     moments.add({"w": value})
     value += 1
@@ -155,7 +151,7 @@ def test_moments_copy_what_they_are_given_to_the_cpu() -> None:
         Moments(rank=2).add({"w": torch.zeros(3, device="meta")})
 
 
-def test_a_path_that_does_not_move_is_warned_of(run: Any, caplog: Any) -> None:
+def test_a_path_that_does_not_move_is_warned_of(run, caplog):
     run(Swag(start=2, interval=1), weight_decay=0.0)
     assert not caplog.messages
     run(Swag("swa", start=2, interval=1, learning_rate=1e-30), weight_decay=0.0)
@@ -166,11 +162,11 @@ def test_a_path_that_does_not_move_is_warned_of(run: Any, caplog: Any) -> None:
     assert "learning_rate" in caplog.text
 
 
-def test_a_path_that_stands_still_in_bf16_is_warned_of_with_the_cause(run: Any, caplog: Any) -> None:
+def test_a_path_that_stands_still_in_bf16_is_warned_of_with_the_cause(run, caplog):
     model = half_precision()
 
     class Late(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, *_, **__):
             for p in lora_parameters(model).values():
                 p.data = p.data.bfloat16()
 
@@ -178,7 +174,7 @@ def test_a_path_that_stands_still_in_bf16_is_warned_of_with_the_cause(run: Any, 
     assert "the adapter is in torch.bfloat16, in which small steps are lost" in caplog.text
 
 
-def test_a_tiny_variance_beside_a_large_mean_is_found() -> None:
+def test_a_tiny_variance_beside_a_large_mean_is_found():
     # E[θ²] − θ̄² in float32 loses everything here: θ̄² is 1e4 and its spacing 1e-3, ten times the variance
     generator = torch.Generator().manual_seed(0)
     values = 100 + 0.01 * torch.randn(50, 200, generator=generator)
@@ -192,7 +188,7 @@ def test_a_tiny_variance_beside_a_large_mean_is_found() -> None:
     assert (np.abs(naive / exact.var(0) - 1) > 1).mean() > 0.5
 
 
-def test_a_parameter_that_does_not_move_has_the_floor_as_its_variance(run: Any) -> None:
+def test_a_parameter_that_does_not_move_has_the_floor_as_its_variance(run):
     posterior, _ = run(Swag(start=2, interval=1, learning_rate=1e-30), weight_decay=0.0)
     assert all(bool((v == 1e-30).any()) for v in posterior.variance.values())
     assert all(bool((v >= 1e-30).all()) for v in posterior.variance.values())
@@ -211,28 +207,26 @@ def test_a_parameter_that_does_not_move_has_the_floor_as_its_variance(run: Any) 
         (6, None, [7, 8, 9, 10, 11, 12]),  # 2K = 10 times does not fit into 6 steps: every step
     ],
 )
-def test_collections_come_every_interval_after_the_start(run: Any, start: Any, interval: Any, collected: Any) -> None:
+def test_collections_come_every_interval_after_the_start(run, start, interval, collected):
     posterior, diary = run(Swag(start=start, interval=interval, rank=6))
     for name, kept in posterior.snapshots.items():
         assert torch.equal(kept, torch.stack([diary.iterates[step - 1][name] for step in collected]))
 
 
-def test_an_interval_that_is_left_open_collects_twice_k_times(run: Any) -> None:
+def test_an_interval_that_is_left_open_collects_twice_k_times(run):
     posterior, diary = run(Swag(start=0, rank=2), max_steps=12)
     assert_moments(posterior, diary.iterates[2::3])  # 12 // 4 = 3
     assert len(diary.iterates[2::3]) == 4
 
 
-def linear(step: int) -> float:
+def linear(step):
     """The Trainer's linear schedule with two steps of warm-up."""
     return PEAK * (step / 2 if step < 2 else (STEPS - step) / (STEPS - 2))
 
 
 @pytest.mark.parametrize(("rate", "held"), [(None, PEAK / 10), (3e-3, 3e-3)])
 @pytest.mark.parametrize(("start", "first"), [(5, 5), (0.5, 6), (0, 0)])
-def test_the_rate_is_the_schedules_before_the_start_and_constant_after(
-    run: Any, start: Any, first: int, rate: Any, held: float
-) -> None:
+def test_the_rate_is_the_schedules_before_the_start_and_constant_after(run, start, first, rate, held):
     _, diary = run(Swag(start=start, interval=2, learning_rate=rate))
     wanted = [linear(step) if step < first else held for step in range(STEPS)]
     np.testing.assert_allclose(diary.rates, wanted, rtol=1e-12)
@@ -241,15 +235,15 @@ def test_the_rate_is_the_schedules_before_the_start_and_constant_after(
 class StopAfter(TrainerCallback):
     """Ends a run after a step, as a time limit would."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_):
         control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9])
-def test_a_resumed_run_has_the_rates_and_the_snapshots_of_the_whole_one(run: Any, stop: int) -> None:
+def test_a_resumed_run_has_the_rates_and_the_snapshots_of_the_whole_one(run, stop):
     method = Swag(start=4, interval=1, rank=4)
     whole, diary = run(method)
     save = {"save_strategy": "steps", "save_steps": 3}
@@ -262,7 +256,7 @@ def test_a_resumed_run_has_the_rates_and_the_snapshots_of_the_whole_one(run: Any
         assert same_params(getattr(resumed, part), getattr(whole, part))
 
 
-def test_resuming_without_the_collected_moments_is_refused(run: Any, tmp_path: Path) -> None:
+def test_resuming_without_the_collected_moments_is_refused(run, tmp_path):
     save = {"save_strategy": "steps", "save_steps": 6}
     run(Swag(start=2, interval=1), stop=StopAfter(6), **save)
     (tmp_path / "run" / "checkpoint-6" / "bayeslora_swag.safetensors").write_bytes(b"torn")
@@ -271,12 +265,12 @@ def test_resuming_without_the_collected_moments_is_refused(run: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(("kind", "scale", "used"), [("full", None, 0.5), ("full", 1.0, 1.0), ("full", 0.0, 0.0)])
-def test_the_scale_of_the_low_rank_kind_is_a_half_unless_given(run: Any, kind: Any, scale: Any, used: float) -> None:
+def test_the_scale_of_the_low_rank_kind_is_a_half_unless_given(run, kind, scale, used):
     posterior, _ = run(Swag(kind, start=2, interval=1, scale=scale))
     assert posterior.scale == used
 
 
-def test_the_scale_of_the_diagonal_kind_multiplies_the_variance(run: Any) -> None:
+def test_the_scale_of_the_diagonal_kind_multiplies_the_variance(run):
     posterior, diary = run(Swag("diagonal", start=2, interval=1, scale=0.25))
     assert_moments(posterior, diary.iterates[2:], scale=0.25)
 
@@ -286,7 +280,7 @@ def test_the_scale_of_the_diagonal_kind_multiplies_the_variance(run: Any) -> Non
     [Swag(start=11, interval=1), Swag(start=4, interval=5), Swag(start=30), Swag("diagonal", start=11, interval=1)],
     ids=str,
 )
-def test_too_few_snapshots_are_refused_before_training(run: Any, method: Swag) -> None:
+def test_too_few_snapshots_are_refused_before_training(run, method):
     model = make_model()
     before = read(model)
     with pytest.raises(InputError, match="train longer, start earlier or collect more often"):
@@ -294,7 +288,7 @@ def test_too_few_snapshots_are_refused_before_training(run: Any, method: Swag) -
     assert same_params(read(model), before)
 
 
-def test_swa_is_content_with_one_snapshot(run: Any) -> None:
+def test_swa_is_content_with_one_snapshot(run):
     posterior, diary = run(Swag("swa", start=11, interval=1))
     assert same_params(posterior.mean, diary.iterates[-1])
 
@@ -307,12 +301,12 @@ def test_swa_is_content_with_one_snapshot(run: Any) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_settings_without_meaning_are_refused(settings: dict[str, Any]) -> None:
+def test_settings_without_meaning_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         replace(Swag(), **settings)
 
 
-def test_a_schedule_that_is_no_function_of_the_step_is_refused() -> None:
+def test_a_schedule_that_is_no_function_of_the_step_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(InputError, match="lr_scheduler_type"):
         hold(ReduceLROnPlateau(optimizer), 0, 0.1)

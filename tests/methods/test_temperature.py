@@ -1,15 +1,11 @@
 """Temperature and vector scaling against known answers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from support.tiny import gaussian, make_model, make_task
-from torch import Tensor
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Isotropic, Temperature
@@ -26,7 +22,7 @@ ROWS, CLASSES = 20_000, 4
 
 
 @pytest.fixture(scope="module")
-def truth() -> tuple[Tensor, Split]:
+def truth():
     """True log-probabilities [N C], and rows whose labels are drawn from them."""
     rng = torch.Generator().manual_seed(0)
     log_p = torch.randn(ROWS, CLASSES, generator=rng).mul(1.5).log_softmax(-1)
@@ -35,7 +31,7 @@ def truth() -> tuple[Tensor, Split]:
     return log_p, Split("rows", tuple(Example("", choices, k) for k in labels), Format(template=""), choices)
 
 
-def test_temperature_scaling_recovers_a_known_temperature(truth: tuple[Tensor, Split]) -> None:
+def test_temperature_scaling_recovers_a_known_temperature(truth):
     log_p, rows = truth
     # the estimate of log T has a standard error of about .01 here; a fixed seed makes the outcome fixed
     for temperature in (0.4, 2.5):
@@ -46,7 +42,7 @@ def test_temperature_scaling_recovers_a_known_temperature(truth: tuple[Tensor, S
             assert not found[f"{of}.bias"].any()
 
 
-def test_vector_scaling_recovers_weights_and_biases(truth: tuple[Tensor, Split]) -> None:
+def test_vector_scaling_recovers_weights_and_biases(truth):
     log_p, rows = truth
     weight, bias = torch.tensor([0.5, 1.0, 2.0, 1.5]), torch.tensor([0.4, -0.4, 0.3, -0.3])
     true = scale(log_p, weight, bias)
@@ -61,7 +57,7 @@ def test_vector_scaling_recovers_weights_and_biases(truth: tuple[Tensor, Split])
     assert nll(fitted, rows.labels) <= nll(true, rows.labels)
 
 
-def test_a_temperature_that_the_rows_do_not_bound_is_reported(truth: tuple[Tensor, Split], caplog: Any) -> None:
+def test_a_temperature_that_the_rows_do_not_bound_is_reported(truth, caplog):
     log_p, rows = truth
     answers = log_p.argmax(-1).tolist()
     right = replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows.examples, answers, strict=True)))
@@ -73,7 +69,7 @@ def test_a_temperature_that_the_rows_do_not_bound_is_reported(truth: tuple[Tenso
     assert not caplog.text
 
 
-def test_draws_are_scaled_one_by_one_and_have_a_temperature_of_their_own(truth: tuple[Tensor, Split]) -> None:
+def test_draws_are_scaled_one_by_one_and_have_a_temperature_of_their_own(truth):
     log_p, rows = truth
     rng = torch.Generator().manual_seed(1)
     draws = (3 * log_p + 2 * torch.randn(5, ROWS, CLASSES, generator=rng)).log_softmax(-1)
@@ -84,7 +80,7 @@ def test_draws_are_scaled_one_by_one_and_have_a_temperature_of_their_own(truth: 
     assert at[1] < min(at[0], at[2])
 
 
-def test_scaling_keeps_the_answers_of_the_mean_and_absent_choices() -> None:
+def test_scaling_keeps_the_answers_of_the_mean_and_absent_choices():
     log_probs = torch.tensor([[0.1, 0.5, 0.4], [0.7, 0.3, 0.0]]).log()
     found = scale(log_probs, torch.tensor([0.3]), torch.zeros(1))
     assert torch.equal(found.argmax(-1), log_probs.argmax(-1))
@@ -94,7 +90,7 @@ def test_scaling_keeps_the_answers_of_the_mean_and_absent_choices() -> None:
         scale(log_probs, torch.ones(2), torch.zeros(2))
 
 
-def test_a_scaled_posterior_predicts_what_scaling_its_predictions_gives(tokenizer: Any) -> None:
+def test_a_scaled_posterior_predicts_what_scaling_its_predictions_gives(tokenizer):
     model, task = make_model("bert"), make_task(classes=True)
     inner = gaussian(model)
     scaled = Temperature("vector").fit(model, task, start=inner, tokenizer=tokenizer, seed=2)
@@ -104,7 +100,7 @@ def test_a_scaled_posterior_predicts_what_scaling_its_predictions_gives(tokenize
     assert torch.equal(found.mean_log_probs, scaled.apply(plain.mean_log_probs, "mean"))
 
 
-def test_what_cannot_be_scaled_is_refused(tokenizer: Any) -> None:
+def test_what_cannot_be_scaled_is_refused(tokenizer):
     model, task = make_model(), make_task(readout="likelihood")
     few = task.train.take([k for k, e in enumerate(task.train) if len(e.choices) == 4][:3])
     with pytest.raises(InputError, match=r"at least 4 of them, and .* has 3"):
@@ -117,13 +113,13 @@ def test_what_cannot_be_scaled_is_refused(tokenizer: Any) -> None:
         Temperature("matrix")
 
 
-def test_the_line_search_finds_the_smallest_of_several_minima_and_ends() -> None:
+def test_the_line_search_finds_the_smallest_of_several_minima_and_ends():
     assert smallest(lambda x: math.cos(3 * x) + 0.1 * (x - 3) ** 2, 0, 6) == pytest.approx(3.13851, abs=1e-4)
     assert smallest(lambda x: x, -1, 1) == -1
     assert smallest(lambda x: -x, -1, 1) == 1
 
 
-def test_isotropic_noise_chosen_on_validation_rows_is_the_best_of_its_grid(tokenizer: Any) -> None:
+def test_isotropic_noise_chosen_on_validation_rows_is_the_best_of_its_grid(tokenizer):
     model, task = make_model(), make_task(readout="likelihood")
     found = Isotropic("validation", draws=4).fit(model, task, tokenizer=tokenizer, seed=1)
     (sigma,) = {round(float(v.sqrt().max()), 6) for v in found.variance.values()}

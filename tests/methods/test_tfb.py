@@ -1,10 +1,7 @@
 """TFB against its definition."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -22,13 +19,13 @@ from bayeslora.prediction import predict
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 
 
-def matrices(rows: int = 7, rank: int = 3, columns: int = 5) -> dict[str, torch.Tensor]:
+def matrices(rows=7, rank=3, columns=5):
     rng = torch.Generator().manual_seed(0)
     return {A: torch.randn(rank, columns, generator=rng), B: torch.randn(rows, rank, generator=rng)}
 
 
 @pytest.mark.parametrize("rows", [7, 2])  # more and fewer than the rank
-def test_the_product_stays_and_the_rows_of_b_are_orthogonal(rows: int) -> None:
+def test_the_product_stays_and_the_rows_of_b_are_orthogonal(rows):
     before = matrices(rows)
     after, unit = reparametrised(before)
     torch.testing.assert_close(after[B] @ after[A], before[B] @ before[A], rtol=1e-5, atol=1e-6)
@@ -39,7 +36,7 @@ def test_the_product_stays_and_the_rows_of_b_are_orthogonal(rows: int) -> None:
     assert not unit[A][kept:].any()
 
 
-def test_the_update_has_isotropic_noise_in_the_column_space_of_b() -> None:
+def test_the_update_has_isotropic_noise_in_the_column_space_of_b():
     before, sigma = matrices(), 0.7
     after, unit = reparametrised(before)
     variance = (sigma * unit[A]).square()
@@ -49,7 +46,7 @@ def test_the_update_has_isotropic_noise_in_the_column_space_of_b() -> None:
         torch.testing.assert_close(covariance, sigma**2 * u @ u.T, rtol=0, atol=1e-5)
 
 
-def test_directions_that_b_lacks_have_no_noise_and_a_zero_b_is_refused() -> None:
+def test_directions_that_b_lacks_have_no_noise_and_a_zero_b_is_refused():
     before = matrices()
     before[B][:, 2] = before[B][:, 0] + before[B][:, 1]
     after, unit = reparametrised(before)
@@ -60,19 +57,19 @@ def test_directions_that_b_lacks_have_no_noise_and_a_zero_b_is_refused() -> None
 
 
 @pytest.mark.parametrize("edge", [1e-4, 0.0099, 0.01, 0.37, 900.0])
-def test_the_search_ends_just_below_the_edge(edge: float) -> None:
+def test_the_search_ends_just_below_the_edge(edge):
     found = largest(lambda sigma: sigma <= edge, 5)
     assert found <= edge < found * 2 ** (1 / 2**5) * (1 + 1e-9)
 
 
-def test_a_search_without_an_end_is_refused() -> None:
+def test_a_search_without_an_end_is_refused():
     with pytest.raises(InputError, match="no noise that the anchors' loss notices"):
         largest(lambda sigma: True, 5)
     with pytest.raises(InputError, match="no noise that the anchors' loss bears"):
         largest(lambda sigma: False, 5)
 
 
-def unlabelled(task: Any) -> Any:
+def unlabelled(task):
     """The task with no label in its training and validation rows."""
     bare = {
         part: replace(split, examples=tuple(replace(e, label=None) for e in split))
@@ -81,7 +78,7 @@ def unlabelled(task: Any) -> Any:
     return replace(task, **bare)
 
 
-def sharper(model: Any, factor: float) -> Any:
+def sharper(model, factor):
     """A model whose logits are larger, so that its adapter's answers are surer than they are right."""
     model.get_base_model().lm_head.weight.data.mul_(factor)
     return model
@@ -89,9 +86,7 @@ def sharper(model: Any, factor: float) -> Any:
 
 @pytest.mark.parametrize("anchors", ["train", "validation"])
 @pytest.mark.parametrize("factor", [1.0, 40.0])  # an unsure adapter, and one with a loss of next to nothing
-def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_is_borne(
-    anchors: Any, factor: float, tokenizer: Any
-) -> None:
+def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_is_borne(anchors, factor, tokenizer):
     model, task = sharper(make_model(), factor), unlabelled(make_task(readout="likelihood"))
     start = Point(read(model))
     method = Tfb(tolerance=0.01, anchors=anchors, floor=0.3)
@@ -107,7 +102,7 @@ def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_i
     assert abs(judge.nll(wider, method.draws) - own) > borne
 
 
-def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true_labels(tokenizer: Any) -> None:
+def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true_labels(tokenizer):
     model, task = sharper(make_model(), 400.0), make_task(readout="likelihood")
     start, judge = Point(read(model)), Judge(model, task.train, tokenizer, 4, 2048)
     own = judge.nll(start, 1)
@@ -122,7 +117,7 @@ def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true
         method.check(model, unlabelled(task))
 
 
-def test_the_anchors_of_rows_sorted_by_class_have_every_class() -> None:
+def test_the_anchors_of_rows_sorted_by_class_have_every_class():
     rows = make_task(classes=True, rows=600).train
     rows = rows.take(sorted(range(len(rows)), key=lambda i: rows.examples[i].label))
     found = anchored(rows, 60, 3)
@@ -133,13 +128,13 @@ def test_the_anchors_of_rows_sorted_by_class_have_every_class() -> None:
     assert anchored(rows, 600, 3) is rows
 
 
-def test_a_task_without_anchors_is_refused() -> None:
+def test_a_task_without_anchors_is_refused():
     model, task = make_model(), make_task(readout="likelihood")
     with pytest.raises(InputError, match="the task has none"):
         Tfb(anchors="validation").check(model, replace(task, validation=None))
 
 
-def test_the_mean_answers_as_the_adapter_did_and_a_given_sigma_is_taken(tokenizer: Any) -> None:
+def test_the_mean_answers_as_the_adapter_did_and_a_given_sigma_is_taken(tokenizer):
     model, task = make_model("gpt2"), make_task(readout="letters")
     before = read(model)
     found = Tfb(sigma=0.01).fit(model, task, tokenizer=tokenizer)

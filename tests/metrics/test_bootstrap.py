@@ -1,7 +1,5 @@
 """The bootstrap against known sampling distributions, and its invariances."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

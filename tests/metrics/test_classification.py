@@ -1,7 +1,5 @@
 """Scores against values worked out by hand, and their invariances."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Selective answering and out-of-distribution detection against values worked out by hand, ties included."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

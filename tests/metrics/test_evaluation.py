@@ -1,7 +1,5 @@
 """`evaluate`: every predictor, every score, the same numbers as the pure functions."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """The warning where the draws lose right answers that the mean has: when it is there, and when it is not."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -19,7 +17,7 @@ ROWS = 200
 LABELS = torch.zeros(ROWS, dtype=torch.long)
 
 
-def prediction(lost: int, won: int, *, mean: bool = True) -> Prediction:
+def prediction(lost, won, *, mean=True):
     """Draws that lose some right answers of the mean, and win others; both are wrong on the last fifty rows."""
     right, wrong = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.1, 0.9]).log()
     by_mean = [right] * 150 + [wrong] * 50

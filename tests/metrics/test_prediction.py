@@ -1,7 +1,5 @@
 """The value object `Prediction`: what it derives, what it refuses, and its file."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

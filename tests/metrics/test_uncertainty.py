@@ -1,7 +1,5 @@
 """Uncertainties against closed forms, and the identities that they obey."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,14 +1,11 @@
 """Curvatures against laplace-torch, where it is installed (the `parity` extra)."""
 
-from __future__ import annotations
-
 from collections import UserDict
-from typing import Any
 
 import pytest
 import torch
 from support.tiny import make_model, make_task
-from torch import Tensor, nn
+from torch import nn
 
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.laplace.method import log_occam_factor
@@ -24,16 +21,16 @@ curvature_of = pytest.importorskip("laplace.curvature")
 class Logits(nn.Module):
     """The model as laplace-torch wants it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, data: Any) -> Tensor:
+    def forward(self, data):
         return self.model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
 
 
 @pytest.fixture
-def problem(tokenizer: Any) -> Any:
+def problem(tokenizer):
     """A classifier with adapters on the values, whose tokens all reach the answer, and rows of one length."""
     model = make_model("bert", target_modules=["value"]).eval()
     task = make_task(classes=True)
@@ -50,7 +47,7 @@ def problem(tokenizer: Any) -> Any:
     return model, rows, batches
 
 
-def theirs(problem: Any, structure: str) -> Any:
+def theirs(problem, structure):
     model, rows, batches = problem
     data = [UserDict({**batch, "labels": rows.labels[order]}) for order, batch in batches]
 
@@ -65,7 +62,7 @@ def theirs(problem: Any, structure: str) -> Any:
     return la
 
 
-def test_the_diagonal_is_laplace_torchs(problem: Any) -> None:
+def test_the_diagonal_is_laplace_torchs(problem):
     model, rows, batches = problem
     ours = DiagonalCurvature(linear_sites(model))
     accumulated(model, ours, batches, rows.labels)
@@ -76,7 +73,7 @@ def test_the_diagonal_is_laplace_torchs(problem: Any) -> None:
     torch.testing.assert_close(found, la.H.float(), rtol=1e-3, atol=1e-7)
 
 
-def test_the_kronecker_factors_and_the_evidence_are_laplace_torchs(problem: Any) -> None:
+def test_the_kronecker_factors_and_the_evidence_are_laplace_torchs(problem):
     model, rows, batches = problem
     ours = KroneckerCurvature(linear_sites(model), 40)
     log_likelihood = accumulated(model, ours, batches, rows.labels)

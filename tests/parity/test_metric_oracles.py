@@ -1,7 +1,5 @@
 """Scores against torchmetrics and scikit-learn on random predictions, with and without ties."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve

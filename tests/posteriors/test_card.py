@@ -1,14 +1,11 @@
 """The card in a posterior's folder: what it says, that the Hub and PEFT can read it, and where it comes from."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,16 +16,16 @@ from support.tiny import gaussian, make_base, make_model, make_task, make_tokeni
 
 from bayeslora.cli import main
 from bayeslora.errors import InputError
-from bayeslora.metrics.evaluation import Estimate, Evaluation, evaluate
+from bayeslora.metrics.evaluation import Estimate, evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import read
-from bayeslora.posteriors import Mixture, Point, Posterior
+from bayeslora.posteriors import Mixture, Point
 from bayeslora.posteriors.card import name_card, write_card
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import origin_of
 
 
-def named(base: str = "org/base", method: str = "swag", **settings: Any) -> Posterior:
+def named(base="org/base", method="swag", **settings):
     """A posterior of a base model that has a name on the Hub."""
     posterior = gaussian(make_model())
     origin = replace(posterior.origin, base_model=base, method=method, settings=settings, num_data=1234)
@@ -36,17 +33,17 @@ def named(base: str = "org/base", method: str = "swag", **settings: Any) -> Post
 
 
 @pytest.fixture(scope="module")
-def scores() -> Evaluation:
+def scores():
     logits = torch.randn(3, 13, 4, generator=torch.Generator().manual_seed(0))
     log_p = logits.log_softmax(-1)
     return evaluate(Prediction(log_p, mean_log_probs=log_p[0]), make_task().test.labels, resamples=50)
 
 
-def metrics_of(card: ModelCard) -> dict[tuple[str, str], Any]:
+def metrics_of(card):
     return {(result.metric_args["predictor"], result.metric_type): result for result in card.data.eval_results}
 
 
-def test_every_saved_posterior_has_a_card_that_the_hub_reads(tmp_path: Path) -> None:
+def test_every_saved_posterior_has_a_card_that_the_hub_reads(tmp_path):
     named().save_pretrained(tmp_path / "p")
     card = ModelCard.load(tmp_path / "p" / "README.md")
     assert card.data.base_model == "org/base"
@@ -58,7 +55,7 @@ def test_every_saved_posterior_has_a_card_that_the_hub_reads(tmp_path: Path) -> 
     assert "model-index" not in card.content
 
 
-def test_the_card_says_method_settings_data_files_and_how_to_load(tmp_path: Path) -> None:
+def test_the_card_says_method_settings_data_files_and_how_to_load(tmp_path):
     named(start=0.5, rank=5, interval=None).save_pretrained(tmp_path / "p")
     text = (tmp_path / "p" / "README.md").read_text()
     for said in (
@@ -79,9 +76,7 @@ def test_the_card_says_method_settings_data_files_and_how_to_load(tmp_path: Path
     assert "## Evaluation" not in text
 
 
-def test_the_code_on_the_card_loads_the_posterior_and_exports_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
-) -> None:
+def test_the_code_on_the_card_loads_the_posterior_and_exports_draws(tmp_path, monkeypatch, tokenizer):
     make_base("llama").save_pretrained(tmp_path / "org" / "base")
     posterior = named("org/base")
     monkeypatch.chdir(tmp_path / "org")  # so that the base's name is no folder when the card is written
@@ -90,7 +85,7 @@ def test_the_code_on_the_card_loads_the_posterior_and_exports_draws(
     assert len(code) == 2
     monkeypatch.chdir(tmp_path)
     tokenizer.save_pretrained("org/base")
-    here: dict[str, Any] = {"split": make_task(readout="likelihood").test}
+    here = {"split": make_task(readout="likelihood").test}
     for part in code:
         exec(part, here)
     assert here["prediction"].draws == 10
@@ -98,7 +93,7 @@ def test_the_code_on_the_card_loads_the_posterior_and_exports_draws(
     assert len(list((tmp_path / "adapters").iterdir())) == 10
 
 
-def test_an_evaluation_is_in_the_metadata_with_its_intervals(tmp_path: Path, scores: Evaluation) -> None:
+def test_an_evaluation_is_in_the_metadata_with_its_intervals(tmp_path, scores):
     named().save_pretrained(tmp_path / "p", evaluation=scores, task="openbookqa/test")
     card = ModelCard.load(tmp_path / "p" / "README.md")
     assert card.data.model_name == "swag base"
@@ -122,9 +117,7 @@ def test_an_evaluation_is_in_the_metadata_with_its_intervals(tmp_path: Path, sco
     assert "average over 3 draws" in card.text
 
 
-def test_scores_of_other_data_are_in_the_table_alone_and_numbers_that_are_not_finite_in_no_metadata(
-    tmp_path: Path, scores: Evaluation
-) -> None:
+def test_scores_of_other_data_are_in_the_table_alone_and_numbers_that_are_not_finite_in_no_metadata(tmp_path, scores):
     other = {"mmlu/auroc_entropy": Estimate(0.75, math.nan, math.nan), "nll": Estimate(math.inf, math.nan, math.nan)}
     changed = replace(scores, rows={"draws": scores.rows["draws"] | other}, ood={"mmlu": 9})
     named().save_pretrained(tmp_path / "p", evaluation=changed, task="My own quiz!")
@@ -139,7 +132,7 @@ def test_scores_of_other_data_are_in_the_table_alone_and_numbers_that_are_not_fi
     }
 
 
-def test_a_classifiers_card_is_one_of_text_classification(tmp_path: Path, scores: Evaluation) -> None:
+def test_a_classifiers_card_is_one_of_text_classification(tmp_path, scores):
     posterior = gaussian(make_model("bert"))
     posterior.save_pretrained(tmp_path / "p", evaluation=scores)
     card = ModelCard.load(tmp_path / "p" / "README.md")
@@ -149,7 +142,7 @@ def test_a_classifiers_card_is_one_of_text_classification(tmp_path: Path, scores
     assert "AutoModelForSequenceClassification" in card.text
 
 
-def test_a_base_model_and_data_in_folders_are_not_named_on_the_card(tmp_path: Path, scores: Evaluation) -> None:
+def test_a_base_model_and_data_in_folders_are_not_named_on_the_card(tmp_path, scores):
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "quiz.csv").write_text("")
@@ -161,7 +154,7 @@ def test_a_base_model_and_data_in_folders_are_not_named_on_the_card(tmp_path: Pa
     assert "quiz.csv" in card.content
 
 
-def test_a_mixtures_card_is_in_its_folder_and_says_how_many_members_it_has(tmp_path: Path) -> None:
+def test_a_mixtures_card_is_in_its_folder_and_says_how_many_members_it_has(tmp_path):
     model = make_model()
     Mixture((gaussian(model), gaussian(model)), origin_of(model, "ensemble")).save_pretrained(tmp_path / "m")
     text = (tmp_path / "m" / "README.md").read_text()
@@ -170,7 +163,7 @@ def test_a_mixtures_card_is_in_its_folder_and_says_how_many_members_it_has(tmp_p
     assert not (tmp_path / "m" / "member-0" / "README.md").exists()
 
 
-def test_a_posterior_of_which_nothing_is_known_has_a_card(tmp_path: Path) -> None:
+def test_a_posterior_of_which_nothing_is_known_has_a_card(tmp_path):
     model = make_model()
     origin = replace(
         origin_of(model), base_model="", adapter_config={**origin_of(model).adapter_config, "task_type": None}
@@ -181,7 +174,7 @@ def test_a_posterior_of_which_nothing_is_known_has_a_card(tmp_path: Path) -> Non
     assert "one adapter, without a spread" in card.text
 
 
-def test_peft_loads_the_folder_and_goes_on_with_the_card(tmp_path: Path) -> None:
+def test_peft_loads_the_folder_and_goes_on_with_the_card(tmp_path):
     posterior = named()
     posterior.save_pretrained(tmp_path / "p")
     plain = PeftModel.from_pretrained(make_base("llama"), tmp_path / "p")
@@ -194,9 +187,7 @@ def test_peft_loads_the_folder_and_goes_on_with_the_card(tmp_path: Path) -> None
     assert after.text.count("### Framework versions") == 1
 
 
-def test_a_card_is_written_anew_with_the_evaluation_and_nothing_else_changes(
-    tmp_path: Path, scores: Evaluation
-) -> None:
+def test_a_card_is_written_anew_with_the_evaluation_and_nothing_else_changes(tmp_path, scores):
     named().save_pretrained(tmp_path / "p")
     before = {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()}
     write_card(tmp_path / "p", evaluation=scores, task="openbookqa", name="org/mine")
@@ -208,7 +199,7 @@ def test_a_card_is_written_anew_with_the_evaluation_and_nothing_else_changes(
     load_posterior(tmp_path / "p")
 
 
-def test_a_name_is_put_into_a_card_that_has_the_line_and_into_no_other(tmp_path: Path) -> None:
+def test_a_name_is_put_into_a_card_that_has_the_line_and_into_no_other(tmp_path):
     named().save_pretrained(tmp_path / "p")
     card = tmp_path / "p" / "README.md"
     before = card.read_text()
@@ -222,18 +213,18 @@ def test_a_name_is_put_into_a_card_that_has_the_line_and_into_no_other(tmp_path:
     assert not card.exists()
 
 
-def test_a_folder_without_a_posterior_gets_no_card(tmp_path: Path) -> None:
+def test_a_folder_without_a_posterior_gets_no_card(tmp_path):
     with pytest.raises(InputError, match="is not a posterior of bayeslora") as caught:
         write_card(tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def full(*_: Any, **__: Any) -> None:
+def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_leaves_the_card_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_card_as_it_was(tmp_path, monkeypatch):
     named().save_pretrained(tmp_path / "p")
     before = (tmp_path / "p" / "README.md").read_text()
     files = sorted(os.listdir(tmp_path / "p"))
@@ -244,10 +235,10 @@ def test_a_full_disk_leaves_the_card_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert sorted(os.listdir(tmp_path / "p")) == files
 
 
-def test_a_disk_that_is_full_at_the_card_leaves_no_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_the_card_leaves_no_posterior(tmp_path, monkeypatch):
     write = Path.write_text
 
-    def stops(path: Path, *args: Any, **kwargs: Any) -> int:
+    def stops(path, *args, **kwargs):
         if path.name == "README.md":
             full()
         return write(path, *args, **kwargs)
@@ -258,7 +249,7 @@ def test_a_disk_that_is_full_at_the_card_leaves_no_posterior(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_of_the_command_line_ends_with_its_scores_on_the_card(tmp_path: Path) -> None:
+def test_a_run_of_the_command_line_ends_with_its_scores_on_the_card(tmp_path):
     make_base("llama").save_pretrained(tmp_path / "llama")
     make_tokenizer().save_pretrained(tmp_path / "llama")
     for name, count, seed in (("train", 20, 0), ("test", 13, 2)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -35,11 +34,11 @@ class FakeHub:
     tokens: set[Any] = field(default_factory=set)
     messages: list[str] = field(default_factory=list)
 
-    def files(self, repo_id: str) -> dict[str, bytes]:
+    def files(self, repo_id):
         main = self.root / repo_id / "main"
         return {str(path.relative_to(main)): path.read_bytes() for path in main.rglob("*") if path.is_file()}
 
-    def create_repo(self, api: HfApi, repo_id: str, *, private: bool | None = None, exist_ok: bool = False) -> RepoUrl:
+    def create_repo(self, api, repo_id, *, private=None, exist_ok=False):
         validate_repo_id(repo_id)
         full = repo_id if "/" in repo_id else f"me/{repo_id}"
         assert exist_ok or not (self.root / full).exists()
@@ -48,9 +47,7 @@ class FakeHub:
         self.tokens.add(api.token)
         return RepoUrl(f"https://huggingface.co/{full}")
 
-    def upload_folder(
-        self, api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
-    ) -> None:
+    def upload_folder(self, api, *, repo_id, folder_path, commit_message, delete_patterns):
         main = self.root / repo_id / "main"
         for name in filter_repo_objects(self.files(repo_id), allow_patterns=delete_patterns):
             (main / name).unlink()
@@ -59,7 +56,7 @@ class FakeHub:
         self.tokens.add(api.token)
         shutil.copytree(main, self.root / repo_id / f"commit-{len(self.messages)}")
 
-    def snapshot_download(self, repo_id: str, *, revision: str | None = None, token: Any = None) -> str:
+    def snapshot_download(self, repo_id, *, revision=None, token=None):
         validate_repo_id(repo_id)
         folder = self.root / repo_id / (revision or "main")
         self.tokens.add(token)
@@ -69,7 +66,7 @@ class FakeHub:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def hub(tmp_path, monkeypatch):
     fake = FakeHub(tmp_path / "hub")
     monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: fake.create_repo(*args, **kwargs))
     monkeypatch.setattr(HfApi, "upload_folder", lambda *args, **kwargs: fake.upload_folder(*args, **kwargs))
@@ -77,11 +74,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     return fake
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_pushed_posterior_comes_back_bit_for_bit(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_pushed_posterior_comes_back_bit_for_bit(hub, tmp_path):
     posterior = gaussian(make_model())
     posterior.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="org/mine")
     assert hub.files("org/mine") == contents(tmp_path / "out")
@@ -93,7 +90,7 @@ def test_a_pushed_posterior_comes_back_bit_for_bit(hub: FakeHub, tmp_path: Path)
     assert same_params(load_adapter("org/mine").mean, posterior.mean)
 
 
-def test_a_mixture_comes_back_with_its_members(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_mixture_comes_back_with_its_members(hub, tmp_path):
     model = make_model()
     mixture = Mixture((gaussian(model), Point(read(model), origin_of(model))), origin_of(model, "ensemble"))
     mixture.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="org/mixture")
@@ -101,20 +98,20 @@ def test_a_mixture_comes_back_with_its_members(hub: FakeHub, tmp_path: Path) -> 
     assert all(same_params(back.draw(k), mixture.draw(k)) for k in range(4))
 
 
-def test_the_pushed_folder_is_a_plain_peft_adapter(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_pushed_folder_is_a_plain_peft_adapter(hub, tmp_path):
     posterior = gaussian(make_model())
     posterior.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="org/mine")
     plain = PeftModel.from_pretrained(make_base("llama"), fetch("org/mine"))
     assert same_params(read(plain), posterior.mean)
 
 
-def test_the_repository_has_the_folders_name_unless_one_is_given(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_repository_has_the_folders_name_unless_one_is_given(hub, tmp_path):
     gaussian(make_model()).save_pretrained(tmp_path / "bags-swag", push_to_hub=True)
     assert 'name = "me/bags-swag"' in hub.files("me/bags-swag")["README.md"].decode()
     assert 'name = "me/bags-swag"' in (tmp_path / "bags-swag" / "README.md").read_text()
 
 
-def test_private_token_and_message_are_handed_on(hub: FakeHub, tmp_path: Path) -> None:
+def test_private_token_and_message_are_handed_on(hub, tmp_path):
     options = {"private": True, "token": "hf_mine", "commit_message": "First"}
     gaussian(make_model()).save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="org/mine", **options)
     load_posterior("org/mine", token="hf_mine")
@@ -126,7 +123,7 @@ def test_private_token_and_message_are_handed_on(hub: FakeHub, tmp_path: Path) -
     assert hub.messages[1] == "Upload a posterior of bayeslora"
 
 
-def test_an_earlier_revision_stays_what_it_was(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_earlier_revision_stays_what_it_was(hub, tmp_path):
     first = gaussian(make_model())
     second = Point({name: 2 * p for name, p in first.mean.items()}, first.origin)
     for posterior in (first, second):
@@ -135,7 +132,7 @@ def test_an_earlier_revision_stays_what_it_was(hub: FakeHub, tmp_path: Path) -> 
     assert same_params(load_posterior("org/mine").mean, second.mean)
 
 
-def test_nothing_of_an_earlier_posterior_is_left_in_the_repository(hub: FakeHub, tmp_path: Path) -> None:
+def test_nothing_of_an_earlier_posterior_is_left_in_the_repository(hub, tmp_path):
     model = make_model()
     mixture = Mixture((gaussian(model), gaussian(model)), origin_of(model, "ensemble"))
     point = Point(read(model), origin_of(model))
@@ -149,7 +146,7 @@ def test_nothing_of_an_earlier_posterior_is_left_in_the_repository(hub: FakeHub,
     assert type(load_posterior("org/mine")) is Point
 
 
-def test_a_folder_of_a_run_is_pushed_with_its_card(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_folder_of_a_run_is_pushed_with_its_card(hub, tmp_path):
     gaussian(make_model()).save_pretrained(tmp_path / "run" / "posterior")
     assert push(tmp_path / "run" / "posterior", "org/run") == "org/run"
     text = hub.files("org/run")["README.md"].decode()
@@ -158,14 +155,14 @@ def test_a_folder_of_a_run_is_pushed_with_its_card(hub: FakeHub, tmp_path: Path)
     assert text == (tmp_path / "run" / "posterior" / "README.md").read_text().replace('"posterior"', '"org/run"')
 
 
-def test_what_is_no_posterior_is_not_pushed(hub: FakeHub, tmp_path: Path) -> None:
+def test_what_is_no_posterior_is_not_pushed(hub, tmp_path):
     (tmp_path / "private.txt").write_text("mine")
     with pytest.raises(InputError, match="is not a posterior of bayeslora"):
         push(tmp_path, "org/mine")
     assert not hub.root.exists()
 
 
-def refused_push(folder: Path, repo_id: str = "org/mine") -> str:
+def refused_push(folder, repo_id="org/mine"):
     """Save with a push that fails, and return the sentence; the folder is whole."""
     posterior = gaussian(make_model())
     with pytest.raises(InputError) as caught:
@@ -179,18 +176,14 @@ def refused_push(folder: Path, repo_id: str = "org/mine") -> str:
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "-org/mine", "org/with space", ""])
-def test_a_name_that_no_repository_can_have_is_refused_when_the_folder_is_there(
-    name: str, hub: FakeHub, tmp_path: Path
-) -> None:
+def test_a_name_that_no_repository_can_have_is_refused_when_the_folder_is_there(name, hub, tmp_path):
     assert "write it as org/name" in refused_push(tmp_path / "out", name)
 
 
-def test_a_push_that_breaks_off_can_be_made_again(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_that_breaks_off_can_be_made_again(hub, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 
-        def breaks(*_: Any, **__: Any) -> None:
+        def breaks(*_, **__):
             raise ConnectionError("reset by peer")
 
         patch.setattr(HfApi, "upload_folder", breaks)
@@ -200,10 +193,8 @@ def test_a_push_that_breaks_off_can_be_made_again(
     assert hub.files("org/mine") == contents(tmp_path / "out")
 
 
-def test_what_nobody_thought_of_is_said_in_its_first_line(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def breaks(*_: Any, **__: Any) -> None:
+def test_what_nobody_thought_of_is_said_in_its_first_line(hub, tmp_path, monkeypatch):
+    def breaks(*_, **__):
         raise RuntimeError("the store is full.\nTraceback of another language")
 
     monkeypatch.setattr(HfApi, "upload_folder", breaks)
@@ -211,12 +202,12 @@ def test_what_nobody_thought_of_is_said_in_its_first_line(
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def server(monkeypatch):
     """A Hub that answers every request with one status, to the real client."""
-    answer: dict[str, Any] = {"status": 500, "headers": {}}
+    answer = {"status": 500, "headers": {}}
 
     class Refuses(BaseHTTPRequestHandler):
-        def answers(self) -> None:
+        def answers(self):
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.send_response(answer["status"])
             for key, value in answer["headers"].items():
@@ -227,7 +218,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
         do_GET = do_POST = do_HEAD = answers  # noqa: N815
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_):
             pass
 
     own = HTTPServer(("127.0.0.1", 0), Refuses)
@@ -237,7 +228,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", place)
 
-    def set_answer(status: int, code: str = "") -> None:
+    def set_answer(status, code=""):
         answer["status"], answer["headers"] = status, {"X-Error-Code": code} if code else {}
 
     yield set_answer
@@ -254,9 +245,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         (404, "RepoNotFound", "there is none of that name, or it is private"),
     ],
 )
-def test_a_hub_that_refuses_a_push_is_put_in_words(
-    status: int, code: str, said: str, server: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_hub_that_refuses_a_push_is_put_in_words(status, code, said, server, tmp_path):
     server(status, code)
     assert said in refused_push(tmp_path / "out")
 
@@ -271,16 +260,14 @@ def test_a_hub_that_refuses_a_push_is_put_in_words(
         (500, "", None, "500 Internal Server Error"),
     ],
 )
-def test_a_hub_that_refuses_to_give_is_put_in_words(
-    status: int, code: str, revision: str | None, said: str, server: Callable[..., None]
-) -> None:
+def test_a_hub_that_refuses_to_give_is_put_in_words(status, code, revision, said, server):
     server(status, code)
     with pytest.raises(InputError, match=said) as caught:
         load_posterior("org/mine", revision=revision)
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_network_it_is_said_and_the_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_it_is_said_and_the_folder_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "the Hub could not be reached" in refused_push(tmp_path / "out")

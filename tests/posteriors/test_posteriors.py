@@ -1,11 +1,7 @@
 """The families of posteriors against their closed forms."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +24,6 @@ from support.families import (
     vector,
 )
 from support.tiny import same_params
-from torch import Tensor
 
 from bayeslora.errors import InputError
 from bayeslora.posteriors import (
@@ -38,7 +33,6 @@ from bayeslora.posteriors import (
     LowRankGaussian,
     Mixture,
     Point,
-    Posterior,
     Scaled,
     TokenDropout,
 )
@@ -49,12 +43,12 @@ Z = 5.0
 the draws are the same in every run."""
 
 
-def sample(posterior: Posterior, count: int = DRAWS) -> Tensor:
+def sample(posterior, count=DRAWS):
     """Draws as rows of a matrix."""
     return torch.stack([vector(posterior.draw(k)) for k in range(count)])
 
 
-def assert_moments(draws: Tensor, centre: Tensor, covariance: Tensor) -> None:
+def assert_moments(draws, centre, covariance):
     """Compare sample moments with the true ones, in units of their standard errors under normality."""
     sd = covariance.diagonal().sqrt()
     noise = sd > 0
@@ -66,23 +60,23 @@ def assert_moments(draws: Tensor, centre: Tensor, covariance: Tensor) -> None:
     assert ((found - covariance).abs() <= Z * error).all()
 
 
-def test_a_low_rank_gaussian_has_the_covariance_of_its_formula() -> None:
+def test_a_low_rank_gaussian_has_the_covariance_of_its_formula():
     p = low_rank()
     assert_moments(sample(p), vector(p.mean), dense_covariance(p))
 
 
-def test_a_diagonal_gaussian_has_its_mean_and_variance_and_no_covariance() -> None:
+def test_a_diagonal_gaussian_has_its_mean_and_variance_and_no_covariance():
     p = diagonal()
     full = vector(p.variance | {HEAD: torch.zeros(SHAPES[HEAD])})
     assert_moments(sample(p), vector(p.mean), full.diag())
 
 
-def test_a_kronecker_gaussian_has_the_inverse_of_its_precision_as_covariance() -> None:
+def test_a_kronecker_gaussian_has_the_inverse_of_its_precision_as_covariance():
     p = kronecker()
     assert_moments(sample(p), vector(p.mean), dense_kronecker(p))
 
 
-def test_a_kronecker_gaussians_products_and_variances_are_those_of_the_dense_matrix() -> None:
+def test_a_kronecker_gaussians_products_and_variances_are_those_of_the_dense_matrix():
     p = kronecker()
     covariance, offset = dense_kronecker(p), 0
     for name in SHAPES:
@@ -97,7 +91,7 @@ def test_a_kronecker_gaussians_products_and_variances_are_those_of_the_dense_mat
             torch.testing.assert_close(p.variance(name), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_low_rank_draw_is_linear_in_its_noise_with_the_factor_of_the_covariance() -> None:
+def test_a_low_rank_draw_is_linear_in_its_noise_with_the_factor_of_the_covariance():
     # the draw is mean + [√(scale·Σ) | √(scale/(K−1)) Dᵀ] (ε₁, ε₂): with the diagonal off a draw reveals its ε₂, and the
     # same ε₂ then predicts the draws of other snapshots exactly
     p = replace(low_rank(), variance={name: torch.zeros(SHAPES[name]) for name in SPREAD}, scale=1.0)
@@ -114,7 +108,7 @@ def test_a_low_rank_draw_is_linear_in_its_noise_with_the_factor_of_the_covarianc
         torch.testing.assert_close((other[A0] - p.mean[A0]).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_the_diagonal_part_of_a_low_rank_draw_is_a_diagonal_draw() -> None:
+def test_the_diagonal_part_of_a_low_rank_draw_is_a_diagonal_draw():
     still = {name: mean()[name].expand(4, *SHAPES[name]) for name in SPREAD}
     p = LowRankGaussian(mean(), variance(), still, scale=0.5)
     half = DiagonalGaussian(mean(), {name: v / 2 for name, v in variance().items()})
@@ -122,7 +116,7 @@ def test_the_diagonal_part_of_a_low_rank_draw_is_a_diagonal_draw() -> None:
         torch.testing.assert_close(vector(p.draw(index)), vector(half.draw(index)), rtol=0, atol=1e-6)
 
 
-def test_column_dropout_keeps_the_mean_and_has_the_variance_of_inverted_dropout() -> None:
+def test_column_dropout_keeps_the_mean_and_has_the_variance_of_inverted_dropout():
     p, rate = dropout(), 0.25
     draws = sample(p)
     noisy = vector({name: torch.full(SHAPES[name], float(name in p.strength)) for name in SHAPES}) > 0
@@ -137,7 +131,7 @@ def test_column_dropout_keeps_the_mean_and_has_the_variance_of_inverted_dropout(
     torch.testing.assert_close(draws[:, noisy], values, rtol=1e-6, atol=0)
 
 
-def test_column_dropout_drops_whole_columns_of_each_matrix_by_itself() -> None:
+def test_column_dropout_drops_whole_columns_of_each_matrix_by_itself():
     p = dropout()
     zeros = {name: torch.stack([p.draw(k)[name] == 0 for k in range(200)]) for name in p.strength}
     for found in zeros.values():
@@ -148,7 +142,7 @@ def test_column_dropout_drops_whole_columns_of_each_matrix_by_itself() -> None:
 GOLDEN = {"a": [1.74893439, 1.86700821, -0.03356599], "b": [0.39449903, -0.77374285, -1.00828111]}
 
 
-def test_a_draw_is_a_fixed_function_of_seed_index_and_name() -> None:
+def test_a_draw_is_a_fixed_function_of_seed_index_and_name():
     # golden numbers: a draw must not change from one release to the next, or saved predictions could not be repeated
     p = DiagonalGaussian({"a": torch.zeros(3), "b": torch.zeros(3)}, {"a": torch.ones(3), "b": torch.ones(3)})
     draw = p.draw(1, seed=2)
@@ -156,7 +150,7 @@ def test_a_draw_is_a_fixed_function_of_seed_index_and_name() -> None:
     torch.testing.assert_close(draw["b"], torch.tensor(GOLDEN["b"]), rtol=0, atol=1e-6)
 
 
-def test_draw_k_of_a_mixture_is_draw_k_div_m_of_member_k_mod_m() -> None:
+def test_draw_k_of_a_mixture_is_draw_k_div_m_of_member_k_mod_m():
     members = tuple(Point({"a": torch.full((2,), float(m))}) for m in range(3))
     mixture = Mixture(members)
     assert [int(mixture.draw(k)["a"][0]) for k in range(7)] == [0, 1, 2, 0, 1, 2, 0]
@@ -164,7 +158,7 @@ def test_draw_k_of_a_mixture_is_draw_k_div_m_of_member_k_mod_m() -> None:
     assert same_params(first.draw(6, seed=4), diagonal().draw(3, seed=4))
 
 
-def test_equal_members_of_a_mixture_have_independent_streams() -> None:
+def test_equal_members_of_a_mixture_have_independent_streams():
     p = DiagonalGaussian({"a": torch.zeros(50)}, {"a": torch.ones(50)})
     mixture = Mixture((p, p, p))
     draws = torch.stack([mixture.draw(k)["a"] for k in range(3 * 400)]).view(400, 3, 50)
@@ -174,12 +168,12 @@ def test_equal_members_of_a_mixture_have_independent_streams() -> None:
         assert abs((draws[:, i] * draws[:, j]).mean().item()) <= Z / math.sqrt(400 * 50)
 
 
-def test_a_mixtures_mean_is_its_first_members() -> None:
+def test_a_mixtures_mean_is_its_first_members():
     members = (Point({"a": torch.ones(2)}), Point({"a": torch.zeros(2)}))
     assert same_params(Mixture(members).mean, members[0].mean)
 
 
-def with_noise(value: float) -> dict[str, Any]:
+def with_noise(value):
     return {"mean": mean(), "variance": variance() | {A0: torch.full(SHAPES[A0], value)}}
 
 
@@ -213,6 +207,6 @@ def with_noise(value: float) -> dict[str, Any]:
         (lambda: Mixture((Point(mean()), Point({A0: mean()[A0]}))), "member 1"),
     ],
 )
-def test_a_posterior_that_cannot_be_is_refused(make: Callable[[], Posterior], said: str) -> None:
+def test_a_posterior_that_cannot_be_is_refused(make, said):
     with pytest.raises(InputError, match=said):
         make()

@@ -1,7 +1,5 @@
 """What can be done to a posterior of any family, against values worked out by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -23,7 +21,6 @@ from support.families import (
     vector,
 )
 from support.tiny import same_params
-from torch import Tensor
 
 from bayeslora.errors import InputError
 from bayeslora.posteriors import (
@@ -33,13 +30,12 @@ from bayeslora.posteriors import (
     LowRankGaussian,
     Mixture,
     Point,
-    Posterior,
 )
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
 
 
 @pytest.fixture(params=FAMILIES)
-def posterior(request: pytest.FixtureRequest) -> Posterior:
+def posterior(request):
     return FAMILIES[request.param]()
 
 
@@ -56,21 +52,19 @@ def posterior(request: pytest.FixtureRequest) -> Posterior:
         ("PG", 5, 6),
     ],
 )
-def test_draws_are_shared_equally_and_never_repeated(members: str | None, asked: int, given: int) -> None:
+def test_draws_are_shared_equally_and_never_repeated(members, asked, given):
     made = {"P": Point(mean()), "G": diagonal()}
-    p: Posterior = (
-        diagonal() if members is None else made["P"] if members == "P" else Mixture(tuple(made[m] for m in members))
-    )
+    p = diagonal() if members is None else made["P"] if members == "P" else Mixture(tuple(made[m] for m in members))
     assert p.count(asked) == given
 
 
 @pytest.mark.parametrize("draws", [0, -3])
-def test_no_draws_is_refused(draws: int) -> None:
+def test_no_draws_is_refused(draws):
     with pytest.raises(InputError, match="at least 1"):
         Point(mean()).count(draws)
 
 
-def covariance_of(posterior: Posterior) -> Tensor:
+def covariance_of(posterior):
     """Exact covariance of a family that has a simple one."""
     match posterior:
         case DiagonalGaussian():
@@ -87,7 +81,7 @@ def covariance_of(posterior: Posterior) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 4.0])
 @pytest.mark.parametrize("family", ["diagonal", "low-rank", "dropout", "kronecker"])
-def test_temperature_multiplies_the_covariance_and_keeps_the_mean(family: str, temperature: float) -> None:
+def test_temperature_multiplies_the_covariance_and_keeps_the_mean(family, temperature):
     p = FAMILIES[family]()
     hot = tempered(p, temperature)
     assert type(hot) is type(p)
@@ -98,14 +92,14 @@ def test_temperature_multiplies_the_covariance_and_keeps_the_mean(family: str, t
     torch.testing.assert_close(vector(hot.draw(3)) - vector(p.mean), moved, rtol=1e-4, atol=1e-5)
 
 
-def test_temperature_zero_is_the_mean_for_every_family(posterior: Posterior) -> None:
+def test_temperature_zero_is_the_mean_for_every_family(posterior):
     cold = tempered(posterior, 0.0)
     for k in range(4):
         member = posterior.members[k % 2] if isinstance(posterior, Mixture) else posterior
         torch.testing.assert_close(vector(cold.draw(k)), vector(member.mean), rtol=0, atol=0)
 
 
-def test_a_mixture_is_tempered_member_by_member() -> None:
+def test_a_mixture_is_tempered_member_by_member():
     hot = tempered(Mixture((diagonal(), low_rank())), 2.0)
     assert isinstance(hot, Mixture)
     for found, wanted in zip(hot.members, (tempered(diagonal(), 2.0), tempered(low_rank(), 2.0)), strict=True):
@@ -113,14 +107,14 @@ def test_a_mixture_is_tempered_member_by_member() -> None:
 
 
 @pytest.mark.parametrize("temperature", [-0.1, math.inf, math.nan])
-def test_a_temperature_without_meaning_is_refused(temperature: float) -> None:
+def test_a_temperature_without_meaning_is_refused(temperature):
     with pytest.raises(InputError, match="temperature"):
         tempered(diagonal(), temperature)
 
 
 @pytest.mark.parametrize(("layers", "noisy"), [(0, set()), (1, {A1}), (2, {A0, B0, A1}), (9, {A0, B0, A1})])
 @pytest.mark.parametrize("family", ["diagonal", "low-rank"])
-def test_noise_stays_in_the_last_layers(family: str, layers: int, noisy: set[str]) -> None:
+def test_noise_stays_in_the_last_layers(family, layers, noisy):
     p = FAMILIES[family]()
     kept = restricted(p, layers)
     draw, free = kept.draw(2), p.draw(2)
@@ -129,19 +123,19 @@ def test_noise_stays_in_the_last_layers(family: str, layers: int, noisy: set[str
         assert same_params(kept.mean, p.mean)
 
 
-def test_parameters_outside_the_numbered_layers_keep_their_noise() -> None:
+def test_parameters_outside_the_numbered_layers_keep_their_noise():
     p = DiagonalGaussian(mean(), variance() | {HEAD: torch.ones(SHAPES[HEAD])})
     assert not torch.equal(restricted(p, 0).draw(0)[HEAD], p.mean[HEAD])
 
 
-def test_dropout_noise_stays_in_the_last_layers() -> None:
+def test_dropout_noise_stays_in_the_last_layers():
     p = dropout()
     draws = [restricted(p, 1).draw(k) for k in range(20)]
     assert all(torch.equal(d[A0], p.mean[A0]) for d in draws)
     assert all(same_params({A1: d[A1]}, {A1: p.draw(k)[A1]}) for k, d in enumerate(draws))
 
 
-def test_noise_stays_where_a_predicate_says(posterior: Posterior) -> None:
+def test_noise_stays_where_a_predicate_says(posterior):
     kept = restricted(posterior, lambda name: "lora_A" in name)
     for k in range(4):
         draw, free = kept.draw(k), posterior.draw(k)
@@ -149,14 +143,14 @@ def test_noise_stays_where_a_predicate_says(posterior: Posterior) -> None:
         torch.testing.assert_close(draw[B0], posterior.mean[B0], rtol=0, atol=0)
 
 
-def test_the_marginal_deviation_is_the_root_of_the_covariances_diagonal() -> None:
+def test_the_marginal_deviation_is_the_root_of_the_covariances_diagonal():
     for p in (diagonal(), low_rank()):
         found = p.standard_deviation() | {HEAD: torch.zeros(SHAPES[HEAD])}
         torch.testing.assert_close(vector(found), covariance_of(p).diagonal().sqrt(), rtol=1e-5, atol=0)
     assert Point(mean()).standard_deviation() == {}
 
 
-def test_pruning_removes_exactly_the_lowest_signal_to_noise_of_each_matrix() -> None:
+def test_pruning_removes_exactly_the_lowest_signal_to_noise_of_each_matrix():
     signal = {
         A0: torch.tensor([[1.0, -8.0, 3.0], [-4.0, 5.0, 6.0]]),
         B0: torch.tensor([[100.0, 200.0], [-300.0, 400.0]]),
@@ -175,7 +169,7 @@ def test_pruning_removes_exactly_the_lowest_signal_to_noise_of_each_matrix() -> 
 
 @pytest.mark.parametrize(("fraction", "removed"), [(0.0, 0), (0.4, 2), (1.0, 6)])
 @pytest.mark.parametrize("family", ["diagonal", "low-rank"])
-def test_pruning_removes_the_share_asked_for_rounded_down(family: str, fraction: float, removed: int) -> None:
+def test_pruning_removes_the_share_asked_for_rounded_down(family, fraction, removed):
     p = FAMILIES[family]()
     cut = pruned(p, fraction)
     assert int((cut.mean[A0] == 0).sum()) == removed
@@ -188,24 +182,24 @@ def test_pruning_removes_the_share_asked_for_rounded_down(family: str, fraction:
     assert torch.equal(cut.mean[HEAD], p.mean[HEAD])  # without noise
 
 
-def test_a_parameter_without_noise_is_never_pruned() -> None:
+def test_a_parameter_without_noise_is_never_pruned():
     p = DiagonalGaussian({A0: torch.tensor([0.001, 5.0])}, {A0: torch.tensor([0.0, 1.0])})
     assert torch.equal(pruned(p, 1.0).mean[A0], torch.tensor([0.001, 0.0]))
 
 
-def test_a_point_is_not_pruned_and_a_mixture_member_by_member() -> None:
+def test_a_point_is_not_pruned_and_a_mixture_member_by_member():
     assert same_params(pruned(Point(mean()), 1.0).mean, mean())
     cut = pruned(Mixture((diagonal(), low_rank())), 0.4)
     assert isinstance(cut, Mixture)
     assert same_params(cut.members[1].mean, pruned(low_rank(), 0.4).mean)
 
 
-def test_dropout_cannot_be_pruned() -> None:
+def test_dropout_cannot_be_pruned():
     with pytest.raises(InputError, match="ColumnDropout"):
         pruned(dropout(), 0.5)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
-def test_a_share_outside_zero_to_one_is_refused(fraction: float) -> None:
+def test_a_share_outside_zero_to_one_is_refused(fraction):
     with pytest.raises(InputError, match="fraction"):
         pruned(diagonal(), fraction)

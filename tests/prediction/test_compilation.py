@@ -1,16 +1,11 @@
 """Compiled layers answer and learn as plain ones do."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
 import torch
-from support.tiny import Kind, arguments, gaussian, make_model, make_split, make_task, same_state, state_of
+from support.tiny import arguments, gaussian, make_model, make_split, make_task, same_state, state_of
 
 import bayeslora as bl
 from bayeslora.errors import InputError
@@ -19,7 +14,7 @@ from bayeslora.prediction import compilation as module
 
 
 @pytest.fixture(autouse=True)
-def _without_shape_checks() -> Iterator[None]:
+def _without_shape_checks():
     """The checks of shapes cannot be traced."""
     jaxtyping.config.update("jaxtyping_disable", True)
     torch._dynamo.reset()
@@ -28,11 +23,11 @@ def _without_shape_checks() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def quick(monkeypatch):
     """Trace layers without making machine code of them; the list grows with each graph."""
-    graphs: list[Any] = []
+    graphs = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
@@ -41,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return graphs
 
 
-def test_draws_are_the_same(quick: list[Any], kind: Kind, tokenizer: Any) -> None:
+def test_draws_are_the_same(quick, kind, tokenizer):
     model = kind.build()
     split = kind.task().test
     before = state_of(model)
@@ -55,7 +50,7 @@ def test_draws_are_the_same(quick: list[Any], kind: Kind, tokenizer: Any) -> Non
     torch.testing.assert_close(layers.log_probs.exp(), plain.log_probs.exp(), rtol=0, atol=close)
 
 
-def test_training_is_the_same(quick: list[Any], tokenizer: Any, tmp_path: Path) -> None:
+def test_training_is_the_same(quick, tokenizer, tmp_path):
     found = []
     for compile_ in (False, True):
         args = arguments(tmp_path / str(compile_), max_steps=6, torch_compile=compile_)
@@ -68,8 +63,8 @@ def test_training_is_the_same(quick: list[Any], tokenizer: Any, tmp_path: Path) 
         torch.testing.assert_close(found[1][name], value)
 
 
-def test_what_cannot_be_compiled_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    def fails(graph: Any, inputs: Any) -> Any:
+def test_what_cannot_be_compiled_is_refused_in_words(monkeypatch, tokenizer):
+    def fails(graph, inputs):
         raise RuntimeError("no compiler was found")
 
     compile_ = torch.compile
@@ -90,7 +85,7 @@ def test_what_cannot_be_compiled_is_refused_in_words(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_machine_code_gives_the_same_draws(tokenizer: Any) -> None:
+def test_machine_code_gives_the_same_draws(tokenizer):
     model, split = make_model(), make_split("test", 7, 2, classes=False)
     plain, layers = (
         predict(model, gaussian(model), split, 3, tokenizer=tokenizer, options=PassOptions(compile=c))

@@ -6,17 +6,13 @@ inputs to where it is. What this proves is that our code between the layers move
 place (the CPU) is not looked at.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import send_to_device
 from support.tiny import gaussian, make_model, make_split
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -34,11 +30,11 @@ from bayeslora.training.distillation import soft_loss
 FIRST, SECOND = "cuda:0", "cuda:1"
 
 
-def place(value: Tensor) -> str:
+def place(value):
     return getattr(value, "_place", "cpu")
 
 
-def put(value: Tensor, where: str) -> Tensor:
+def put(value, where):
     value._place = where
     return value
 
@@ -46,7 +42,7 @@ def put(value: Tensor, where: str) -> Tensor:
 class Elsewhere(TorchFunctionMode):
     """Tensors are where their name says, and do not meet others."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if getattr(func, "__self__", None) is Tensor.device:
             return torch.device(place(args[0]))
@@ -67,7 +63,7 @@ class Elsewhere(TorchFunctionMode):
                 put(value, where)
         return found
 
-    def moved(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def moved(self, func, args, kwargs):
         where = "cpu" if func is Tensor.cpu else place(args[0])
         rest = []
         for value in args[1:]:
@@ -85,18 +81,18 @@ class Elsewhere(TorchFunctionMode):
         return put(found.view_as(found) if found is args[0] else found, where)
 
 
-def move_inputs(module: nn.Module, where: str) -> None:
+def move_inputs(module, where):
     """Do as accelerate's hooks do: what a module is given goes to its place."""
     plain = module.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args, **kwargs):
         return plain(*send_to_device(args, where), **send_to_device(kwargs, where))
 
     module.forward = forward
 
 
 @contextmanager
-def spread(model: Any) -> Iterator[None]:
+def spread(model):
     """Put the second layer, the last norm and the head on the second device, all else on the first."""
     base = model.get_base_model()
     later = (base.model.layers[1], base.model.norm, base.lm_head)
@@ -110,7 +106,7 @@ def spread(model: Any) -> Iterator[None]:
         yield
 
 
-def both(work: Callable[[Any], Any]) -> tuple[Any, Any]:
+def both(work):
     """What is found on one device, and on two."""
     plain, apart = make_model().eval(), make_model().eval()
     wanted = work(plain)
@@ -122,13 +118,13 @@ def both(work: Callable[[Any], Any]) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     "how", [{"token_budget": 300}, {"token_budget": 300, "options": PassOptions(stack=False)}, {"token_budget": 60}]
 )
-def test_prediction_by_draws_is_that_of_one_device(normalisation: Any, how: Any, tokenizer: Any) -> None:
+def test_prediction_by_draws_is_that_of_one_device(normalisation, how, tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="likelihood", normalisation=normalisation)
     wanted, found = both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, **how).log_probs)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_common_beginning_is_kept_where_its_layers_are(tokenizer: Any) -> None:
+def test_a_common_beginning_is_kept_where_its_layers_are(tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="letters", before="Question: red holds 1 blue. " * 4)
     wanted, found = both(
         lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, token_budget=300).log_probs
@@ -136,10 +132,10 @@ def test_a_common_beginning_is_kept_where_its_layers_are(tokenizer: Any) -> None
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_labels_and_counts_meet_the_scores_where_these_are(tokenizer: Any) -> None:
+def test_labels_and_counts_meet_the_scores_where_these_are(tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="likelihood")
 
-    def losses(model: Any) -> list[Tensor]:
+    def losses(model):
         readout = readout_for(model, split, tokenizer)
         apart = place(next(model.parameters())) == FIRST
         batch = {k: v.to(FIRST) if apart else v for k, v in readout.collate(readout.encode(split)[0]).items()}
@@ -158,10 +154,10 @@ def test_labels_and_counts_meet_the_scores_where_these_are(tokenizer: Any) -> No
 
 
 @pytest.mark.parametrize("kind", [DiagonalCurvature, KroneckerCurvature])
-def test_curvature_is_summed_where_each_layer_is(kind: Any, tokenizer: Any) -> None:
+def test_curvature_is_summed_where_each_layer_is(kind, tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="likelihood")
 
-    def predicted(model: Any) -> Tensor:
+    def predicted(model):
         readout = readout_for(model, split, tokenizer)
         sites = linear_sites(model)
         curvature = kind(sites) if kind is DiagonalCurvature else kind(sites, 8)
@@ -175,11 +171,11 @@ def test_curvature_is_summed_where_each_layer_is(kind: Any, tokenizer: Any) -> N
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_texts_are_scored_where_the_head_is(tokenizer: Any) -> None:
+def test_texts_are_scored_where_the_head_is(tokenizer):
     split = make_split("test", 1, 5, classes=False, readout="likelihood")
     pairs = [((3, 4, 5), (6, 7)), ((3, 4, 5), (8,)), ((9, 10), (11, 12, 13))]
 
-    def scored(model: Any) -> Tensor:
+    def scored(model):
         draws = [gaussian(model).draw(k, 0) for k in range(2)]
         readout = readout_for(model, split, tokenizer)
         return Likelihoods(model, draws, readout, 100).of(pairs, lambda _: None)[0]
@@ -188,7 +184,7 @@ def test_texts_are_scored_where_the_head_is(tokenizer: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_pretence_refuses_two_places() -> None:
+def test_the_pretence_refuses_two_places():
     a, b = put(torch.ones(2), FIRST), put(torch.ones(2), SECOND)
     with Elsewhere(), pytest.raises(RuntimeError, match=r"cuda:0.*cuda:1"):
         functional.mse_loss(a, b)

@@ -1,14 +1,10 @@
 """The likelihood readout's normalisations: by hand, in every way of running them, in training as in prediction."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from support.tiny import arguments, gaussian, make_model, make_split, make_task
-from torch import Tensor, nn
 from torch.nn import functional
 
 from bayeslora.errors import InputError
@@ -19,27 +15,27 @@ from bayeslora.prediction import PassOptions, predict, readout_for
 from bayeslora.prediction.jacobians import differentiated, linear_sites
 from bayeslora.prediction.passes import batched
 from bayeslora.tasks.templates import answer_text, neutral_prompt, render, resolve_format
-from bayeslora.tasks.types import Format, Normalisation, Split, Task
+from bayeslora.tasks.types import Format, Task
 from bayeslora.training.run import fit
 
-EVERY: tuple[Normalisation, ...] = ("sum", "characters", "tokens", "unconditional")
+EVERY = ("sum", "characters", "tokens", "unconditional")
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def normalised(source: Split, kind: Normalisation) -> Split:
+def normalised(source, kind):
     return replace(source, format=replace(source.format, normalisation=kind))
 
 
-def split_of(kind: Normalisation, rows: int = 9) -> Split:
+def split_of(kind, rows=9):
     return normalised(make_split("test", rows, 5, classes=False, readout="likelihood"), kind)
 
 
-def task_of(kind: Normalisation) -> Task:
+def task_of(kind):
     found = make_task(readout="likelihood")
     return Task("bags", *(normalised(s, kind) for s in (found.train, found.validation, found.test) if s is not None))
 
 
-def log_likelihood(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -> tuple[Tensor, int]:
+def log_likelihood(model, tokenizer, prompt, answer):
     """One sequence: the sum of the answer's token log-probabilities from full logits, and how many tokens it has."""
     start = len(tokenizer(prompt)["input_ids"])
     ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
@@ -47,7 +43,7 @@ def log_likelihood(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -
     return sum((log_p[t - 1, ids[0, t]] for t in range(start, ids.shape[1])), torch.tensor(0.0)), ids.shape[1] - start
 
 
-def by_hand(model: nn.Module, split: Split, tokenizer: Any) -> list[Tensor]:
+def by_hand(model, split, tokenizer):
     """Each example's log-probabilities by the definition of its normalisation."""
     form, found = resolve_format(split.format, "likelihood"), []
     for example in split:
@@ -68,7 +64,7 @@ def by_hand(model: nn.Module, split: Split, tokenizer: Any) -> list[Tensor]:
     return found
 
 
-def assert_rows(found: Tensor, wanted: list[Tensor]) -> None:
+def assert_rows(found, wanted):
     for row, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(row[: len(want)], want, **EXACT)
         assert (row[len(want) :] == -torch.inf).all()
@@ -77,9 +73,7 @@ def assert_rows(found: Tensor, wanted: list[Tensor]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", EVERY)
-def test_training_scores_are_those_by_hand_with_shared_prompts_and_without(
-    kind: Normalisation, architecture: str, tokenizer: Any
-) -> None:
+def test_training_scores_are_those_by_hand_with_shared_prompts_and_without(kind, architecture, tokenizer):
     model, split = make_model(architecture).eval(), split_of(kind)
     readout = readout_for(model, split, tokenizer)
     wanted = by_hand(model, split, tokenizer)
@@ -96,7 +90,7 @@ def test_training_scores_are_those_by_hand_with_shared_prompts_and_without(
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", EVERY)
-def test_choices_of_one_token_are_normalised_by_hand_too(kind: Normalisation, tokenizer: Any) -> None:
+def test_choices_of_one_token_are_normalised_by_hand_too(kind, tokenizer):
     model, split = make_model().eval(), split_of(kind)
     single = replace(split, examples=tuple(replace(e, choices=("red", "blue", "green")) for e in split))
     readout = readout_for(model, single, tokenizer)
@@ -111,9 +105,7 @@ def test_choices_of_one_token_are_normalised_by_hand_too(kind: Normalisation, to
 @torch.no_grad()
 @pytest.mark.parametrize("budget", [1, 70, 4000])
 @pytest.mark.parametrize("kind", EVERY)
-def test_prediction_has_the_training_scores_under_stacked_draws_as_in_a_loop(
-    kind: Normalisation, budget: int, tokenizer: Any
-) -> None:
+def test_prediction_has_the_training_scores_under_stacked_draws_as_in_a_loop(kind, budget, tokenizer):
     model, split = make_model().eval(), split_of(kind)
     posterior = gaussian(model)
     usual = {"draws": Draws(3, seed=4), "tokenizer": tokenizer, "token_budget": budget}
@@ -127,7 +119,7 @@ def test_prediction_has_the_training_scores_under_stacked_draws_as_in_a_loop(
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_a_beginning_that_is_run_once_changes_no_normalised_score(kind: Normalisation, tokenizer: Any) -> None:
+def test_a_beginning_that_is_run_once_changes_no_normalised_score(kind, tokenizer):
     model, split = make_model().eval(), split_of(kind)
     told = "Question: red holds 1 blue, old gold holds 2 dark green, pale red holds 3 blue. Answer: green.\n"
     long = replace(split, examples=tuple(replace(e, text=told + e.text) for e in split))
@@ -137,14 +129,14 @@ def test_a_beginning_that_is_run_once_changes_no_normalised_score(kind: Normalis
     torch.testing.assert_close(once.log_probs, whole.log_probs, rtol=0, atol=2e-5)
 
 
-def test_the_neutral_prompt_is_passed_once_for_each_different_choice_and_draw(tokenizer: Any) -> None:
+def test_the_neutral_prompt_is_passed_once_for_each_different_choice_and_draw(tokenizer):
     model, split = make_model().eval(), split_of("unconditional", rows=24)
     posterior, usual = gaussian(model), {"tokenizer": tokenizer, "mean": False, "token_budget": 60}
     for kind in EVERY:  # the trials
         predict(model, posterior, normalised(split, kind), 3, **usual)
-    spent: dict[str, int] = {}
+    spent = {}
     for kind in ("sum", "unconditional"):
-        counts: list[int] = []
+        counts = []
         head = model.get_base_model().get_output_embeddings()
         hook = head.register_forward_hook(lambda _m, _i, out, counts=counts: counts.append(out.shape[0]))
         predict(model, posterior, normalised(split, kind), 3, **usual)
@@ -159,7 +151,7 @@ def test_the_neutral_prompt_is_passed_once_for_each_different_choice_and_draw(to
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_gradient_is_that_of_the_scores_by_hand(kind: Normalisation, shared: bool, tokenizer: Any) -> None:
+def test_the_gradient_is_that_of_the_scores_by_hand(kind, shared, tokenizer):
     model, split = make_model().eval(), split_of(kind)
     readout = replace(readout_for(model, split, tokenizer), shared=shared)
     with readout.attached(model):
@@ -174,11 +166,11 @@ def test_the_gradient_is_that_of_the_scores_by_hand(kind: Normalisation, shared:
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_training_minimises_the_normalised_loss(kind: Normalisation, tokenizer: Any, tmp_path: Any) -> None:
+def test_training_minimises_the_normalised_loss(kind, tokenizer, tmp_path):
     task = task_of(kind)
     model = make_model()
 
-    def loss() -> float:
+    def loss():
         rows = zip(by_hand(model.eval(), task.train, tokenizer), task.train.labels, strict=True)
         return float(-sum(row[label] for row, label in rows)) / len(task.train)
 
@@ -189,7 +181,7 @@ def test_training_minimises_the_normalised_loss(kind: Normalisation, tokenizer: 
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("shared", [True, False])
-def test_jacobians_are_those_of_the_normalised_scores(kind: Normalisation, shared: bool, tokenizer: Any) -> None:
+def test_jacobians_are_those_of_the_normalised_scores(kind, shared, tokenizer):
     model, split = make_model().eval(), split_of(kind, rows=3)
     readout = replace(readout_for(model, split, tokenizer), shared=shared)
     rows = readout.encode(split)[0]
@@ -208,7 +200,7 @@ def test_jacobians_are_those_of_the_normalised_scores(kind: Normalisation, share
                     torch.testing.assert_close(found.jacobian(site)[c, place].reshape(grad.shape), grad, **EXACT)
 
 
-def test_laplace_takes_every_normalisation(tokenizer: Any, tmp_path: Any) -> None:
+def test_laplace_takes_every_normalisation(tokenizer, tmp_path):
     for kind in EVERY:
         task, model = task_of(kind), make_model()
         posterior = fit(model, task, Laplace(prior=10.0), arguments(tmp_path, max_steps=2), tokenizer=tokenizer)
@@ -218,9 +210,7 @@ def test_laplace_takes_every_normalisation(tokenizer: Any, tmp_path: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", ["characters", "unconditional"])
-def test_members_trained_together_are_those_of_separate_runs(
-    kind: Normalisation, tokenizer: Any, tmp_path: Any
-) -> None:
+def test_members_trained_together_are_those_of_separate_runs(kind, tokenizer, tmp_path):
     task, found = task_of(kind), []
     for together in (False, True):
         method = Ensemble(member=Map(), members=2, together=together)
@@ -231,7 +221,7 @@ def test_members_trained_together_are_those_of_separate_runs(
             torch.testing.assert_close(other.mean[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_the_neutral_prompt_is_what_the_template_ends_with() -> None:
+def test_the_neutral_prompt_is_what_the_template_ends_with():
     assert neutral_prompt(resolve_format(Format(""), "likelihood")) == "Answer:"
     assert neutral_prompt(resolve_format(Format("", kind="class"), "likelihood")) == "Label:"
     assert neutral_prompt(Format("{text} It {{is}}")) == "It {is}"
@@ -239,7 +229,7 @@ def test_the_neutral_prompt_is_what_the_template_ends_with() -> None:
 
 
 @pytest.mark.parametrize("readout", ["letters", "head"])
-def test_other_readouts_have_no_normalisation(readout: Any) -> None:
+def test_other_readouts_have_no_normalisation(readout):
     with pytest.raises(InputError, match="normalisation 'tokens': use readout='likelihood'"):
         resolve_format(Format("", readout, normalisation="tokens"), readout)
     assert resolve_format(Format("", normalisation="tokens"), readout).normalisation == "sum"

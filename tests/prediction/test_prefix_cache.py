@@ -1,13 +1,10 @@
 """A common beginning that is run once gives what whole prompts give."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from support.tiny import Kind, make_model, make_split, same_state, state_of
+from support.tiny import make_model, make_split, same_state, state_of
 
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Draws, Point
@@ -15,30 +12,29 @@ from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import prefix_cache as prefix
 from bayeslora.prediction.encoding import Encoded
-from bayeslora.tasks.types import Split
 
 INSTRUCTION = "Question: red holds 1 blue, old gold holds 2 dark green, pale red holds 3 blue. Answer: green.\n"
 
 
-def instructed(split: Split) -> Split:
+def instructed(split):
     """The same examples after an instruction of 34 tokens."""
     examples = tuple(replace(e, text=INSTRUCTION + e.text) for e in split)
     return replace(split, examples=examples)
 
 
-def posteriors(model: Any) -> dict[str, Any]:
+def posteriors(model):
     mean = read(model)
     gaussian = DiagonalGaussian(mean, {name: torch.full_like(value, 0.01) for name, value in mean.items()})
     return {"point": Point(mean), "gaussian": gaussian, "last-layer": restricted(gaussian, 1)}
 
 
-def tokens_in(model: Any) -> tuple[list[int], Any]:
+def tokens_in(model):
     """The number of tokens in each pass over the layers, and the hook that counts them."""
-    found: list[int] = []
+    found = []
     base = model.get_base_model()
     layers = getattr(base, base.base_model_prefix)
 
-    def note(_: Any, args: Any, kwargs: Any) -> None:
+    def note(_, args, kwargs):
         found.append((args[0] if args else kwargs["input_ids"]).numel())
 
     return found, layers.register_forward_pre_hook(note, with_kwargs=True)
@@ -46,7 +42,7 @@ def tokens_in(model: Any) -> tuple[list[int], Any]:
 
 @pytest.mark.parametrize("name", ["point", "gaussian", "last-layer"])
 @pytest.mark.parametrize("budget", [150, 4000])
-def test_a_beginning_that_is_run_once_changes_no_answer(name: str, budget: int, kind: Kind, tokenizer: Any) -> None:
+def test_a_beginning_that_is_run_once_changes_no_answer(name, budget, kind, tokenizer):
     model = kind.build()
     posterior, split = posteriors(model)[name], instructed(kind.task().test)
     before = state_of(model)
@@ -68,8 +64,8 @@ def test_a_beginning_that_is_run_once_changes_no_answer(name: str, budget: int, 
         assert (spent < 0.8 * sum(counts)) == (kind.model != "bert")
 
 
-def test_the_beginning_is_the_longest_that_leaves_every_prompt_a_token() -> None:
-    def common(*prompts: tuple[int, ...]) -> tuple[int, ...]:
+def test_the_beginning_is_the_longest_that_leaves_every_prompt_a_token():
+    def common(*prompts):
         return prefix.common_prefix([Encoded(p, ((1,),), 0) for p in prompts])
 
     assert common((1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 9, 9)) == (1, 2)
@@ -79,7 +75,7 @@ def test_the_beginning_is_the_longest_that_leaves_every_prompt_a_token() -> None
     assert common((1, 2, 3)) == ()
 
 
-def test_prompts_without_a_long_beginning_are_run_whole(tokenizer: Any) -> None:
+def test_prompts_without_a_long_beginning_are_run_whole(tokenizer):
     model, split = make_model("llama"), make_split("test", 6, 2, classes=False, readout="letters")
     counts, hook = tokens_in(model)
     predict(model, Point(read(model)), split, tokenizer=tokenizer)
@@ -87,7 +83,7 @@ def test_prompts_without_a_long_beginning_are_run_whole(tokenizer: Any) -> None:
     assert len(counts) == 1
 
 
-def test_a_model_that_does_not_go_on_from_kept_keys_is_given_whole_prompts(tokenizer: Any) -> None:
+def test_a_model_that_does_not_go_on_from_kept_keys_is_given_whole_prompts(tokenizer):
     model, split = make_model("llama"), instructed(make_split("test", 6, 2, classes=False, readout="letters"))
     wanted = predict(model, Point(read(model)), split, tokenizer=tokenizer, options=PassOptions(share_prefix=False))
     model = make_model("llama")  # another object: the outcome of a trial is kept with the model

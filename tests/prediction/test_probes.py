@@ -1,11 +1,7 @@
 """A trial of what a model allows: its outcome is kept, and a lack of memory is no outcome."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +14,11 @@ from bayeslora.prediction.stacking import StackedLinear
 
 
 @contextmanager
-def stacked_passes(model: Any, failing: float) -> Iterator[list[int]]:
+def stacked_passes(model, failing):
     """The number of draws of each stacked pass; so many of the passes run out of memory."""
     layer, seen = model.base_model.model.model.layers[1], list[int]()
 
-    def before(*_: Any) -> None:
+    def before(*_):
         adapter = layer.self_attn.q_proj.lora_A["default"]
         if isinstance(adapter, StackedLinear):
             seen.append(len(adapter.weight))
@@ -36,19 +32,19 @@ def stacked_passes(model: Any, failing: float) -> Iterator[list[int]]:
         handle.remove()
 
 
-def answers(model: Any, tokenizer: Any) -> torch.Tensor:
+def answers(model, tokenizer):
     split = make_split("test", 5, 2, classes=False, readout="letters")
     return predict(model, gaussian(model), split, 3, tokenizer=tokenizer).log_probs
 
 
-def test_a_trial_that_runs_out_of_memory_once_is_made_again(tokenizer: Any) -> None:
+def test_a_trial_that_runs_out_of_memory_once_is_made_again(tokenizer):
     model = make_model()
     with stacked_passes(model, failing=1) as seen:
         answers(model, tokenizer)
     assert max(seen) == 4  # three draws and the mean
 
 
-def test_a_lack_of_memory_is_not_remembered_as_a_trait_of_the_model(tokenizer: Any, caplog: Any) -> None:
+def test_a_lack_of_memory_is_not_remembered_as_a_trait_of_the_model(tokenizer, caplog):
     model = make_model()
     with stacked_passes(model, failing=math.inf) as seen:
         short = answers(model, tokenizer)
@@ -65,10 +61,10 @@ def test_a_lack_of_memory_is_not_remembered_as_a_trait_of_the_model(tokenizer: A
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "MPS backend out of memory (MPS allocated: 9 GB)",
 ])  # fmt: skip
-def test_a_lack_of_memory_is_known_in_every_librarys_words(words: str) -> None:
+def test_a_lack_of_memory_is_known_in_every_librarys_words(words):
     model, made = torch.nn.Linear(1, 1), []
 
-    def trial() -> bool:
+    def trial():
         made.append(None)
         if len(made) <= 2:
             raise RuntimeError(words)
@@ -78,7 +74,7 @@ def test_a_lack_of_memory_is_known_in_every_librarys_words(words: str) -> None:
     assert tried(model, "something", trial)
 
 
-def test_generation_that_runs_out_of_memory_does_not_blame_the_adapter() -> None:
+def test_generation_that_runs_out_of_memory_does_not_blame_the_adapter():
     model = make_model()
     drawn = [gaussian(model).draw(k) for k in range(2)]
     with (
@@ -92,10 +88,10 @@ def test_generation_that_runs_out_of_memory_does_not_blame_the_adapter() -> None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("x"), None])
-def test_other_outcomes_are_kept_with_the_model(error: Exception | None) -> None:
+def test_other_outcomes_are_kept_with_the_model(error):
     model, made = torch.nn.Linear(1, 1), []
 
-    def trial() -> bool:
+    def trial():
         made.append(None)
         if error is not None:
             raise error

@@ -1,24 +1,20 @@
 """Every way of reading an answer against a plain loop over full logits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from support.tiny import COLOURS, KINDS, arguments, make_model, make_split, make_task, same_params, same_state, state_of
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import TrainerCallback
 
 from bayeslora.methods import Map
 from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Point
-from bayeslora.prediction import Readout, predict, readout_for
+from bayeslora.prediction import predict, readout_for
 from bayeslora.prediction.generation import generate
 from bayeslora.tasks.templates import answer_text, render, resolve_format
-from bayeslora.tasks.types import Split
 from bayeslora.training.run import fit
 
 LANGUAGE_MODELS = ("llama", "qwen2", "gpt2")
@@ -26,15 +22,15 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(params=LANGUAGE_MODELS)
-def model(request: pytest.FixtureRequest) -> Any:
+def model(request):
     return make_model(request.param).eval()
 
 
-def split_of(readout: str, rows: int = 9) -> Split:
+def split_of(readout, rows=9):
     return make_split("test", rows, 5, classes=False, readout=readout)
 
 
-def plain_loop(model: nn.Module, split: Split, tokenizer: Any, readout: str) -> list[Tensor]:
+def plain_loop(model, split, tokenizer, readout):
     """One sequence at a time: the sum of each choice's token log-probabilities, from full logits."""
     form = resolve_format(split.format, readout)
     found = []
@@ -50,14 +46,14 @@ def plain_loop(model: nn.Module, split: Split, tokenizer: Any, readout: str) -> 
     return found
 
 
-def batched(model: nn.Module, readout: Readout, split: Split) -> Tensor:
+def batched(model, readout, split):
     """All examples in one batch."""
     batch = readout.collate(readout.encode(split)[0])
     with readout.attached(model):
         return model(**batch).logits.log_softmax(-1)
 
 
-def assert_rows(found: Tensor, wanted: list[Tensor]) -> None:
+def assert_rows(found, wanted):
     assert found.shape == (len(wanted), max(map(len, wanted)))
     for row, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(row[: len(want)], want, **EXACT)
@@ -65,7 +61,7 @@ def assert_rows(found: Tensor, wanted: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def test_shared_prompts_separate_sequences_and_a_plain_loop_agree(model: Any, tokenizer: Any) -> None:
+def test_shared_prompts_separate_sequences_and_a_plain_loop_agree(model, tokenizer):
     split = split_of("likelihood")
     readout = readout_for(model, split, tokenizer)
     assert readout.shared
@@ -77,7 +73,7 @@ def test_shared_prompts_separate_sequences_and_a_plain_loop_agree(model: Any, to
 
 
 @torch.no_grad()
-def test_choices_of_one_token_agree_with_a_plain_loop(model: Any, tokenizer: Any) -> None:
+def test_choices_of_one_token_agree_with_a_plain_loop(model, tokenizer):
     split = split_of("likelihood")
     single = replace(split, examples=tuple(replace(e, choices=("red", "blue", "gold")) for e in split))
     wanted = plain_loop(model, single, tokenizer, "likelihood")
@@ -85,7 +81,7 @@ def test_choices_of_one_token_agree_with_a_plain_loop(model: Any, tokenizer: Any
 
 
 @torch.no_grad()
-def test_letters_are_the_letters_rows_of_full_logits_at_the_last_position(model: Any, tokenizer: Any) -> None:
+def test_letters_are_the_letters_rows_of_full_logits_at_the_last_position(model, tokenizer):
     split = split_of("letters")
     readout = readout_for(model, split, tokenizer)
     rows, _ = readout.encode(split)
@@ -100,7 +96,7 @@ def test_letters_are_the_letters_rows_of_full_logits_at_the_last_position(model:
 
 @torch.no_grad()
 @pytest.mark.parametrize("readout_name", ["letters", "likelihood"])
-def test_neither_padding_nor_company_matters(model: Any, tokenizer: Any, readout_name: str) -> None:
+def test_neither_padding_nor_company_matters(model, tokenizer, readout_name):
     split = split_of(readout_name)
     readout = readout_for(model, split, tokenizer)
     together = batched(model, readout, split)
@@ -110,7 +106,7 @@ def test_neither_padding_nor_company_matters(model: Any, tokenizer: Any, readout
 
 
 @torch.no_grad()
-def test_padding_does_not_matter_to_a_classification_head(tokenizer: Any) -> None:
+def test_padding_does_not_matter_to_a_classification_head(tokenizer):
     model, split = KINDS["bert"].build().eval(), KINDS["bert"].task().test
     readout = readout_for(model, split, tokenizer)
     together = batched(model, readout, split)
@@ -121,7 +117,7 @@ def test_padding_does_not_matter_to_a_classification_head(tokenizer: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_token_budget_changes_nothing(kind: str, tokenizer: Any) -> None:
+def test_the_token_budget_changes_nothing(kind, tokenizer):
     model, split = KINDS[kind].build(), KINDS[kind].task().test
     found = [
         predict(model, Point(read(model)), split, tokenizer=tokenizer, token_budget=n).log_probs for n in (1, 70, 10**6)
@@ -134,11 +130,11 @@ def test_the_token_budget_changes_nothing(kind: str, tokenizer: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_head_sees_the_positions_that_are_asked_for_and_no_others(model: Any, tokenizer: Any, shared: bool) -> None:
+def test_the_head_sees_the_positions_that_are_asked_for_and_no_others(model, tokenizer, shared):
     split = split_of("likelihood")
     readout = replace(readout_for(model, split, tokenizer), shared=shared)
     rows, _ = readout.encode(split)
-    seen: list[int] = []
+    seen = []
     head = model.get_base_model().get_output_embeddings()
     handle = head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[:-1].numel()))
     batch = readout.collate(rows)
@@ -153,9 +149,7 @@ def test_the_head_sees_the_positions_that_are_asked_for_and_no_others(model: Any
 
 @pytest.mark.parametrize("readout_name", ["letters", "likelihood"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_is_the_one_of_the_plain_loop(
-    model: Any, tokenizer: Any, readout_name: str, checkpointing: bool
-) -> None:
+def test_the_gradient_is_the_one_of_the_plain_loop(model, tokenizer, readout_name, checkpointing):
     split = split_of(readout_name)
     readout = readout_for(model, split, tokenizer)
     if checkpointing:
@@ -176,7 +170,7 @@ def test_the_gradient_is_the_one_of_the_plain_loop(
         assert p.grad.abs().max() > 1e-4
 
 
-def test_attaching_a_readout_leaves_no_trace(model: Any, tokenizer: Any) -> None:
+def test_attaching_a_readout_leaves_no_trace(model, tokenizer):
     before = state_of(model)
     readout = readout_for(model, split_of("likelihood"), tokenizer)
     with pytest.raises(ZeroDivisionError), readout.attached(model):
@@ -187,16 +181,14 @@ def test_attaching_a_readout_leaves_no_trace(model: Any, tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize("readout_name", ["letters", "likelihood"])
-def test_a_callback_may_predict_and_generate_while_the_model_trains(
-    readout_name: str, tokenizer: Any, tmp_path: Any
-) -> None:
+def test_a_callback_may_predict_and_generate_while_the_model_trains(readout_name, tokenizer, tmp_path):
     task = make_task(readout=readout_name)
-    seen: list[Any] = []
+    seen = []
 
     class Watching(TrainerCallback):
         """Predicts and generates after every epoch."""
 
-        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_epoch_end(self, args, state, control, **kwargs):
             """Predict and generate."""
             here = Point(read(kwargs["model"]))
             answers = predict(kwargs["model"], here, task.test, 1, tokenizer=tokenizer)
@@ -213,13 +205,13 @@ def test_a_callback_may_predict_and_generate_while_the_model_trains(
     assert seen[-1][1] == text[0].token_ids
 
 
-def test_sharing_is_left_to_attention_that_takes_a_mask(model: Any, tokenizer: Any) -> None:
+def test_sharing_is_left_to_attention_that_takes_a_mask(model, tokenizer):
     model.get_base_model().config._attn_implementation = "flash_attention_2"
     assert not readout_for(model, split_of("likelihood"), tokenizer).shared
 
 
 @torch.no_grad()
-def test_eager_attention_agrees_with_the_plain_loop(tokenizer: Any) -> None:
+def test_eager_attention_agrees_with_the_plain_loop(tokenizer):
     model, split = make_model("llama").eval(), split_of("likelihood")
     wanted = plain_loop(model, split, tokenizer, "likelihood")
     model.get_base_model().set_attn_implementation("eager")
@@ -228,7 +220,7 @@ def test_eager_attention_agrees_with_the_plain_loop(tokenizer: Any) -> None:
     assert_rows(batched(model, readout, split), wanted)
 
 
-def test_a_prompt_that_is_cut_loses_its_beginning_and_is_counted(model: Any, tokenizer: Any) -> None:
+def test_a_prompt_that_is_cut_loses_its_beginning_and_is_counted(model, tokenizer):
     split = split_of("likelihood")
     cut = replace(split, format=replace(split.format, max_length=16))
     rows, count = readout_for(model, cut, tokenizer).encode(cut)
@@ -242,7 +234,7 @@ def test_a_prompt_that_is_cut_loses_its_beginning_and_is_counted(model: Any, tok
     assert predict(model, Point(read(model)), cut, tokenizer=tokenizer).truncated == count
 
 
-def test_answers_are_tokenised_as_they_follow_the_prompt(model: Any, tokenizer: Any) -> None:
+def test_answers_are_tokenised_as_they_follow_the_prompt(model, tokenizer):
     split = split_of("likelihood")
     row = readout_for(model, split, tokenizer).encode(split)[0][0]
     assert ["".join(tokenizer.convert_ids_to_tokens(list(answer))) for answer in row.answers] == [

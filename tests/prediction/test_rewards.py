@@ -1,22 +1,17 @@
 """Rewards under draws: they are those of plain passes, whatever is stacked."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from support.preferences import TEXTS, reward_model
 from support.tiny import gaussian, make_model, same_state, state_of
-from torch import Tensor
 
 from bayeslora.errors import InputError
 from bayeslora.params import read, swapped
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior
+from bayeslora.posteriors import Linearised, Mixture, Point
 from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
 
 
-def plain_rewards(model: Any, posterior: Posterior, tokenizer: Any, draws: int) -> Tensor:
+def plain_rewards(model, posterior, tokenizer, draws):
     """Each draw by itself, each text by itself."""
     found = []
     for k in range(draws):
@@ -28,7 +23,7 @@ def plain_rewards(model: Any, posterior: Posterior, tokenizer: Any, draws: int) 
 
 @pytest.mark.parametrize("stack", [True, False])
 @pytest.mark.parametrize("budget", [None, 60])
-def test_rewards_are_those_of_plain_passes(stack: bool, budget: int | None, tokenizer: Any) -> None:
+def test_rewards_are_those_of_plain_passes(stack, budget, tokenizer):
     model = reward_model()
     mean = gaussian(model)
     other = Point({name: p + 0.1 for name, p in mean.mean.items()})
@@ -44,7 +39,7 @@ def test_rewards_are_those_of_plain_passes(stack: bool, budget: int | None, toke
         assert float(found.std(0).min()) > 1e-3
 
 
-def test_what_is_made_of_rewards() -> None:
+def test_what_is_made_of_rewards():
     chosen, rejected = torch.tensor([[1.0, 0.0], [3.0, 5.0]]), torch.tensor([[0.0, 0.0], [1.0, 5.0]])
     wanted = torch.tensor([(torch.sigmoid(torch.tensor(1.0)) + torch.sigmoid(torch.tensor(2.0))) / 2, 0.5])
     torch.testing.assert_close(preference_probability(chosen, rejected), wanted)
@@ -55,7 +50,7 @@ def test_what_is_made_of_rewards() -> None:
     assert torch.equal(penalised_rewards(chosen[:1], 1.0), chosen[0])
 
 
-def test_what_cannot_be_rewarded_is_refused(tokenizer: Any) -> None:
+def test_what_cannot_be_rewarded_is_refused(tokenizer):
     model = reward_model()
     point = Point(read(model))
     for other in (make_model("llama"), make_model("bert")):
@@ -77,11 +72,11 @@ def test_what_cannot_be_rewarded_is_refused(tokenizer: Any) -> None:
         penalised_rewards(torch.zeros(2, 3), 1.0, torch.zeros(4, 3))
 
 
-def test_draws_share_a_pass_and_one_too_large_for_memory_is_halved(tokenizer: Any) -> None:
+def test_draws_share_a_pass_and_one_too_large_for_memory_is_halved(tokenizer):
     model = reward_model()
     posterior, sizes = gaussian(model), []
 
-    def crowded(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+    def crowded(_, args, inputs):
         sizes.append(len(args[0] if args else inputs["hidden_states"]))
         if sizes[-1] > 12:
             raise RuntimeError("CUDA out of memory.")

@@ -1,15 +1,10 @@
 """Draws stacked in one pass answer as draws one after the other, for every model, readout and family."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from support.tiny import Kind, make_model, make_split, make_task, same_state, state_of
-from torch import Tensor
+from support.tiny import make_model, make_split, make_task, same_state, state_of
 
 from bayeslora.errors import InputError
 from bayeslora.params import read
@@ -30,28 +25,28 @@ from bayeslora.prediction.batching import grouped, schedule
 from bayeslora.prediction.stacking import StackedLinear, layers_that_differ
 
 
-def spread(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def spread(model):
     mean = read(model)
     return mean, {name: torch.full_like(value, 0.01) for name, value in mean.items()}
 
 
-def diagonal(model: Any) -> DiagonalGaussian:
+def diagonal(model):
     return DiagonalGaussian(*spread(model))
 
 
-def only_a(model: Any) -> DiagonalGaussian:
+def only_a(model):
     mean, variance = spread(model)
     return DiagonalGaussian(mean, {name: v for name, v in variance.items() if "lora_A" in name})
 
 
-def low_rank(model: Any) -> LowRankGaussian:
+def low_rank(model):
     mean, variance = spread(model)
     rng = torch.Generator().manual_seed(5)
     snapshots = {n: m + 0.1 * torch.randn(3, *m.shape, generator=rng) for n, m in mean.items()}
     return LowRankGaussian(mean, variance, snapshots)
 
 
-def kronecker(model: Any) -> KroneckerGaussian:
+def kronecker(model):
     mean, _ = spread(model)
     matrices = {name: value for name, value in mean.items() if value.ndim == 2}
     values = [{n: torch.ones(m.shape[k] + 1) for n, m in matrices.items()} for k in (0, 1)]
@@ -60,12 +55,12 @@ def kronecker(model: Any) -> KroneckerGaussian:
     return KroneckerGaussian(mean, values[0], vectors[0], values[1], vectors[1], strength, 50.0)
 
 
-def dropout(model: Any) -> ColumnDropout:
+def dropout(model):
     mean, _ = spread(model)
     return ColumnDropout(mean, 0.3, {name: 1.0 for name in mean if "lora_A" in name})
 
 
-def ensemble(model: Any) -> Mixture:
+def ensemble(model):
     mean, _ = spread(model)
     rng = torch.Generator().manual_seed(6)
     return Mixture(tuple(
@@ -90,28 +85,28 @@ FAMILIES = {
 
 
 @contextmanager
-def counted() -> Iterator[list[tuple[int, int]]]:
+def counted():
     """Passes of stacked layers: the number of draws, and the rows that came in."""
-    found: list[tuple[int, int]] = []
+    found = []
     forward = StackedLinear.forward
 
-    def counting(self: StackedLinear, input: Tensor) -> Tensor:
+    def counting(self, input):
         found.append((len(self.weight), len(input)))
         return forward(self, input)
 
-    StackedLinear.forward = counting  # type: ignore[method-assign]
+    StackedLinear.forward = counting
     try:
         yield found
     finally:
-        StackedLinear.forward = forward  # type: ignore[method-assign]
+        StackedLinear.forward = forward
 
 
-def tolerance(kind: Kind) -> dict[str, float]:
+def tolerance(kind):
     return {"rtol": 0, "atol": 0.05 if kind.dtype == torch.bfloat16 else 2e-5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stacked_draws_answer_as_the_loop_does(family: str, kind: Kind, tokenizer: Any) -> None:
+def test_stacked_draws_answer_as_the_loop_does(family, kind, tokenizer):
     model = kind.build()
     posterior, split = FAMILIES[family](model), kind.task().test
     before = state_of(model)
@@ -134,7 +129,7 @@ def test_stacked_draws_answer_as_the_loop_does(family: str, kind: Kind, tokenize
     assert torch.equal(again.log_probs, together.log_probs)
 
 
-def test_layers_before_the_first_noisy_one_see_the_batch_once(kind: Kind, tokenizer: Any) -> None:
+def test_layers_before_the_first_noisy_one_see_the_batch_once(kind, tokenizer):
     model, split = kind.build(), kind.task().test
     posterior, rows = restricted(diagonal(model), 1), []
     noisy = frozenset(posterior.variance) & {n for n in posterior.variance if ".1." in n}
@@ -148,7 +143,7 @@ def test_layers_before_the_first_noisy_one_see_the_batch_once(kind: Kind, tokeni
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
-def test_any_module_may_be_adapted_those_without_linear_adapters_go_one_by_one(targets: Any, tokenizer: Any) -> None:
+def test_any_module_may_be_adapted_those_without_linear_adapters_go_one_by_one(targets, tokenizer):
     model = make_model("llama", target_modules=targets)
     posterior, split = diagonal(model), make_split("test", 5, 2, classes=False, readout="likelihood")
     with counted() as calls:
@@ -158,7 +153,7 @@ def test_any_module_may_be_adapted_those_without_linear_adapters_go_one_by_one(t
     torch.testing.assert_close(together.log_probs, one_by_one.log_probs, rtol=0, atol=2e-5)
 
 
-def test_a_model_that_mixes_its_rows_is_not_stacked(tokenizer: Any) -> None:
+def test_a_model_that_mixes_its_rows_is_not_stacked(tokenizer):
     model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
     layer = model.base_model.model.model.layers[0]
     layer.register_forward_hook(lambda _, __, out: (out[0] if isinstance(out, tuple) else out).flip(0))
@@ -170,11 +165,11 @@ def test_a_model_that_mixes_its_rows_is_not_stacked(tokenizer: Any) -> None:
     assert len(calls) == tried  # which is made once
 
 
-def test_the_model_is_restored_after_an_exception_in_a_batch(tokenizer: Any) -> None:
+def test_the_model_is_restored_after_an_exception_in_a_batch(tokenizer):
     model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
     before = state_of(model)
 
-    def fail(*_: Any) -> None:
+    def fail(*_):
         if isinstance(model.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"], StackedLinear):
             raise KeyboardInterrupt
 
@@ -185,14 +180,14 @@ def test_the_model_is_restored_after_an_exception_in_a_batch(tokenizer: Any) -> 
     assert same_state(model, before)
 
 
-def test_a_batch_too_large_for_memory_is_halved_with_a_notice(tokenizer: Any, caplog: Any) -> None:
+def test_a_batch_too_large_for_memory_is_halved_with_a_notice(tokenizer, caplog):
     model, split = make_model("llama"), make_split("test", 9, 2, classes=False, readout="letters")
     posterior = diagonal(model)
     wanted = predict(model, posterior, split, 5, tokenizer=tokenizer)
     sizes = []
 
-    def limited(most: int) -> Any:
-        def fail(_: Any, args: Any) -> None:
+    def limited(most):
+        def fail(_, args):
             sizes.append(args[0].numel())
             if args[0].numel() > most:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -211,10 +206,10 @@ def test_a_batch_too_large_for_memory_is_halved_with_a_notice(tokenizer: Any, ca
     handle.remove()
 
 
-def test_other_errors_of_a_batch_are_not_swallowed(tokenizer: Any) -> None:
+def test_other_errors_of_a_batch_are_not_swallowed(tokenizer):
     model, split = make_model("llama"), make_split("test", 3, 2, classes=False, readout="letters")
 
-    def fail(*_: Any) -> None:
+    def fail(*_):
         raise RuntimeError("something else")
 
     model.base_model.model.model.layers[0].register_forward_hook(fail)
@@ -222,7 +217,7 @@ def test_other_errors_of_a_batch_are_not_swallowed(tokenizer: Any) -> None:
         predict(model, Point(read(model)), split, tokenizer=tokenizer)
 
 
-def test_stacks_are_no_larger_than_a_quarter_of_the_model(tokenizer: Any) -> None:
+def test_stacks_are_no_larger_than_a_quarter_of_the_model(tokenizer):
     model = make_model("llama", r=16, target_modules="all-linear")
     base, own = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in read(model).values())
     assert base // (4 * own) < 2  # this adapter is large for its base
@@ -231,7 +226,7 @@ def test_stacks_are_no_larger_than_a_quarter_of_the_model(tokenizer: Any) -> Non
     assert not calls
 
 
-def test_every_example_is_in_one_batch_within_the_budget() -> None:
+def test_every_example_is_in_one_batch_within_the_budget():
     lengths = [3, 50, 7, 7, 120, 400, 1, 33]
     for most in (1, 3, 10):
         plan = schedule(lengths, 100, most)
@@ -245,7 +240,7 @@ def test_every_example_is_in_one_batch_within_the_budget() -> None:
     assert schedule(lengths, 10**6, 10) == {10: [[5, 4, 1, 7, 2, 3, 0, 6]]}
 
 
-def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch: Any) -> None:
+def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch):
     model = make_model("llama", torch.bfloat16)
     assert memory.default_token_budget(model) == 2048
     monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
@@ -257,17 +252,17 @@ def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch: Any) -> 
         assert memory.default_token_budget(model) == wanted
 
 
-def test_the_longest_examples_come_first() -> None:
+def test_the_longest_examples_come_first():
     assert grouped([5, 9, 1], 18) == [[1, 0], [2]]
     assert grouped([5, 9, 1], 2) == [[1], [0], [2]]
 
 
-def test_stacked_layers_have_each_rows_of_their_own() -> None:
+def test_stacked_layers_have_each_rows_of_their_own():
     layer = StackedLinear(torch.tensor([[[1.0]], [[10.0]]]), torch.tensor([[0.0], [5.0]]))
     assert layer(torch.ones(4, 3, 1)).flatten().tolist() == [1.0] * 6 + [15.0] * 6
 
 
-def test_prediction_is_the_same_inside_inference_mode(tokenizer: Any) -> None:
+def test_prediction_is_the_same_inside_inference_mode(tokenizer):
     model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="likelihood")
     wanted = predict(model, diagonal(model), split, 3, tokenizer=tokenizer)
     with torch.inference_mode():

@@ -1,10 +1,7 @@
 """Rows from files and streams."""
 
-from __future__ import annotations
-
 import io
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -30,22 +27,22 @@ CSV = 'text,label\n"a ""b"", c",x\nd\u2028é,y\n'
         ("r.tsv", 'text\tlabel\n"a ""b"", c"\tx\nd\u2028é\ty\n'),
     ],
 )
-def test_every_text_format_gives_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
+def test_every_text_format_gives_the_same_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     assert list(read_rows(tmp_path / name)) == ROWS
 
 
-def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
+def test_parquet_gives_the_same_rows(tmp_path):
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "r.parquet"))
     assert list(read_rows(tmp_path / "r.parquet")) == ROWS
 
 
 @pytest.mark.parametrize("content", [JSONL, json.dumps(ROWS), CSV])
-def test_a_stream_is_recognised_by_its_first_character(content: str) -> None:
+def test_a_stream_is_recognised_by_its_first_character(content):
     assert list(read_rows(io.StringIO(content))) == ROWS
 
 
-def test_lines_are_those_of_the_file() -> None:
+def test_lines_are_those_of_the_file():
     assert read_rows(io.StringIO('{"a": 1}\n\n{"a": 2}\n'), name="in").where(1) == "in line 3"
     assert read_rows(io.StringIO('a,b\n"1\n1",2\n\n3,4\n'), name="in").where(1) == "in line 5"
 
@@ -65,7 +62,7 @@ def test_lines_are_those_of_the_file() -> None:
         ("r.parquet", "a", "is not a readable parquet file"),
     ],
 )
-def test_a_malformed_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_a_malformed_file_is_refused_with_the_place(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as caught:
         read_rows(tmp_path / name)
@@ -74,25 +71,25 @@ def test_a_malformed_file_is_refused_with_the_place(tmp_path: Path, name: str, c
     assert "\n" not in str(caught.value)
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "r.csv").write_bytes(b"text\ncaf\xe9\n")
     with pytest.raises(InputError, match="not UTF-8"):
         read_rows(tmp_path / "r.csv")
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="no file"):
         read_rows(tmp_path / "r.csv")
 
 
-def test_parquet_from_a_stream_and_unknown_formats_are_refused() -> None:
+def test_parquet_from_a_stream_and_unknown_formats_are_refused():
     with pytest.raises(InputError, match="path of the file"):
         read_rows(io.StringIO(""), file_format="parquet")
     with pytest.raises(InputError, match="unknown"):
         read_rows(io.StringIO(""), file_format="xml")
 
 
-def test_the_first_stem_that_is_there_is_found_and_two_endings_are_refused(tmp_path: Path) -> None:
+def test_the_first_stem_that_is_there_is_found_and_two_endings_are_refused(tmp_path):
     assert find_file(tmp_path, ("valid", "dev")) is None
     (tmp_path / "dev.csv").touch()
     assert find_file(tmp_path, ("valid", "dev")) == tmp_path / "dev.csv"

@@ -1,9 +1,5 @@
 """The known tasks, from rows laid out as on the Hub; no network."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import datasets
 import pytest
 
@@ -19,7 +15,7 @@ BOOLQ = {"question": "is it", "passage": "It is.", "answer": True}
 MMLU = {"question": "q?", "subject": "s", "choices": ["1", "2", "3"], "answer": 1}
 SST2 = {"text": "a fine film", "label": 1, "label_text": "positive"}
 TREC = {"text": "Who ?", "coarse_label": 1, "fine_label": 3}
-LAYOUTS: dict[str, tuple[Row, str, tuple[str, ...]]] = {
+LAYOUTS = {
     "winogrande": (WINOGRANDE, "Ann met Bo; _ smiled.", ("Ann", "Bo")),
     "arc": (ARC, "q?", ("1", "2", "3")),
     "openbookqa": (OPENBOOKQA, "q?", ("1", "2", "3")),
@@ -36,8 +32,8 @@ SPLITS = {
 }
 
 
-def hub(row: Row, calls: list[tuple[str, str | None, str]], count: int = 20) -> Callable[..., list[Row]]:
-    def load_dataset(repository: str, config: str | None = None, *, split: str) -> list[Row]:
+def hub(row, calls, count=20):
+    def load_dataset(repository, config=None, *, split):
         calls.append((repository, config, split))
         return [row] * count
 
@@ -45,10 +41,10 @@ def hub(row: Row, calls: list[tuple[str, str | None, str]], count: int = 20) -> 
 
 
 @pytest.mark.parametrize("name", [*KNOWN_TASKS, "mmlu:anatomy"])
-def test_every_known_task_reads_the_layout_of_its_repository(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_known_task_reads_the_layout_of_its_repository(name, monkeypatch):
     family = next(key for key in LAYOUTS if name.startswith(key))
     row, text, choices = LAYOUTS[family]
-    calls: list[tuple[str, str | None, str]] = []
+    calls = []
     monkeypatch.setattr(datasets, "load_dataset", hub(row, calls))
     task = load_task(name)
     assert task.test is not None
@@ -59,14 +55,14 @@ def test_every_known_task_reads_the_layout_of_its_repository(name: str, monkeypa
     assert task.test.classes == (choices if family in {"boolq", "sst2", "trec"} else None)
 
 
-def test_digits_and_letters_are_matched_to_the_choices_own_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_and_letters_are_matched_to_the_choices_own_labels(monkeypatch):
     digits = ARC | {"choices": {"text": ["4", "3", "2"], "label": ["1", "2", "3"]}, "answerKey": "3"}
     monkeypatch.setattr(datasets, "load_dataset", hub(digits, []))
     assert load_task("arc_easy").test.examples[0].label == 2
 
 
-def test_a_group_of_subjects_is_its_configurations_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, str | None, str]] = []
+def test_a_group_of_subjects_is_its_configurations_one_after_the_other(monkeypatch):
+    calls = []
     monkeypatch.setattr(datasets, "load_dataset", hub(MMLU, calls, count=3))
     assert len(load_task("mmlu_cs").test) == 12
     assert [config for _, config, _ in calls] == [
@@ -77,22 +73,22 @@ def test_a_group_of_subjects_is_its_configurations_one_after_the_other(monkeypat
     ]
 
 
-def test_the_validation_split_of_the_hub_is_used_whole_and_train_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_validation_split_of_the_hub_is_used_whole_and_train_is_not_cut(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", hub(SST2, []))
     task = load_task("sst2")
     assert [len(task.train), len(task.validation), len(task.test)] == [20, 20, 20]
 
 
-def test_where_validation_serves_as_test_it_is_held_out_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_validation_serves_as_test_it_is_held_out_of_train(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", hub(BOOLQ, []))
     task = load_task("boolq")
     assert [len(task.train), len(task.validation), len(task.test)] == [18, 2, 20]
 
 
-def test_a_repository_with_a_script_is_read_from_its_parquet_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_with_a_script_is_read_from_its_parquet_copy(monkeypatch):
     revisions = []
 
-    def load_dataset(repository: str, config: str | None, *, split: str, revision: str | None = None) -> list[Row]:
+    def load_dataset(repository, config, *, split, revision=None):
         revisions.append(revision)
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found trec.py")
@@ -113,10 +109,8 @@ def test_a_repository_with_a_script_is_read_from_its_parquet_copy(monkeypatch: p
         (RuntimeError("something else"), "could not be loaded"),
     ],
 )
-def test_a_failure_of_the_hub_is_one_sentence_that_offers_a_folder(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load_dataset(*args: object, **options: object) -> None:
+def test_a_failure_of_the_hub_is_one_sentence_that_offers_a_folder(error, said, monkeypatch):
+    def load_dataset(*args, **options):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -127,12 +121,12 @@ def test_a_failure_of_the_hub_is_one_sentence_that_offers_a_folder(
     assert "\n" not in str(caught.value)
 
 
-def test_names_are_found_whatever_their_case_and_dashes() -> None:
+def test_names_are_found_whatever_their_case_and_dashes():
     assert find_task("ARC-Easy") is KNOWN_TASKS["arc_easy"]
     assert find_task("mmlu:nothing") is None
 
 
-def test_there_are_57_distinct_subjects() -> None:
+def test_there_are_57_distinct_subjects():
     assert len(set(MMLU_SUBJECTS)) == len(MMLU_SUBJECTS) == 57
     assert {c for row in KNOWN_TASKS.values() if row.folder == "mmlu" for c in row.configs} < set(MMLU_SUBJECTS)
 
@@ -140,6 +134,6 @@ def test_there_are_57_distinct_subjects() -> None:
 @pytest.mark.parametrize(
     ("name", "said"), [("openbokqa", "openbookqa"), ("mmlu:anatomi", "mmlu:anatomy"), ("zzz", "winogrande_s")]
 )
-def test_an_unknown_task_is_refused_with_names_that_are_known(name: str, said: str) -> None:
+def test_an_unknown_task_is_refused_with_names_that_are_known(name, said):
     with pytest.raises(InputError, match=f"Unknown task '{name}'.*{said}"):
         load_task(name)

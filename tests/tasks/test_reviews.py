@@ -1,7 +1,5 @@
 """Short reviews: their odds, their labels, and that no review stands twice."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Facts about the generated task: what is called the truth is the truth, and nothing leaks between its parts."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -13,12 +11,11 @@ import pytest
 
 from bayeslora.errors import InputError
 from bayeslora.tasks.synthetic import DIE_TEMPLATES, URN_TEMPLATES, WHEEL_TEMPLATES, chance_ood, chance_task
-from bayeslora.tasks.types import Example, Split
 
 TEMPLATES = (*URN_TEMPLATES, *DIE_TEMPLATES, *WHEEL_TEMPLATES)
 
 
-def stated_count(sentence: str, outcome: str) -> int:
+def stated_count(sentence, outcome):
     """Read back how often the sentence says that an outcome occurs: ``3 red`` or ``red on 3``."""
     before = re.findall(rf"\b(\d+) {outcome}\b", sentence)
     after = re.findall(rf"\b{outcome} on (\d+)\b", sentence)
@@ -26,7 +23,7 @@ def stated_count(sentence: str, outcome: str) -> int:
     return int(count)
 
 
-def all_rows() -> list[Example]:
+def all_rows():
     task = chance_task()
     return [*task.train, *task.validation, *task.test]
 
@@ -105,7 +102,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(make):
 
 
 def test_rows_do_not_depend_on_the_hash_seed_of_python():
-    def digest() -> str:
+    def digest():
         return hashlib.sha256(repr((chance_task(seed=7), chance_ood(seed=7))).encode()).hexdigest()
 
     code = (
@@ -133,7 +130,7 @@ def test_sizes_and_names_are_those_asked_for():
     assert len(chance_ood(8)) == 8
 
 
-def template_pattern(template: str) -> re.Pattern[str]:
+def template_pattern(template):
     return re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(template)))
 
 
@@ -167,7 +164,7 @@ def test_races_are_won_by_each_of_two_runners_equally_often():
     assert abs(sum(labels) - len(labels) / 2) < 5 * math.sqrt(len(labels)) / 2
 
 
-def splits() -> list[Split]:
+def splits():
     task = chance_task()
     return [task.train, task.validation, task.test, chance_ood()]
 

@@ -1,9 +1,6 @@
 """One adapter in the place of many draws."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from bayeslora.posteriors import DiagonalGaussian, Point
 from bayeslora.training.distillation import distill, divergences, soft_loss
 
 
-def test_the_loss_is_the_divergence_of_the_answers() -> None:
+def test_the_loss_is_the_divergence_of_the_answers():
     log_p = torch.randn(5, 3).log_softmax(-1)
     log_p[4] = torch.tensor([0.3, 0.7, 0.0]).log()
     logits = torch.randn(3, 3, requires_grad=True)
@@ -37,7 +34,7 @@ def test_the_loss_is_the_divergence_of_the_answers() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-likelihood", "gpt2", "bert"])
-def test_a_distilled_adapter_answers_as_the_draws_do(name: str, tokenizer: Any, tmp_path: Any) -> None:
+def test_a_distilled_adapter_answers_as_the_draws_do(name, tokenizer, tmp_path):
     kind = KINDS[name]
     model, rows = kind.build(), kind.task().train
     unlabelled = replace(rows, examples=tuple(replace(e, label=None) for e in rows))
@@ -51,7 +48,7 @@ def test_a_distilled_adapter_answers_as_the_draws_do(name: str, tokenizer: Any, 
     assert found.origin is not None
     assert found.origin.method == "distilled"
 
-    def divergence(log_q: torch.Tensor) -> float:
+    def divergence(log_q):
         gap = (wanted.log_p - log_q).masked_fill(torch.isneginf(wanted.log_p), 0)
         return float((wanted.probs * gap).sum(-1).mean())
 
@@ -62,7 +59,7 @@ def test_a_distilled_adapter_answers_as_the_draws_do(name: str, tokenizer: Any, 
     assert same_params({n: p.detach() for n, p in lora_parameters(loaded).items()}, found.mean)
 
 
-def test_there_must_be_rows(tokenizer: Any, tmp_path: Any) -> None:
+def test_there_must_be_rows(tokenizer, tmp_path):
     model = KINDS["gpt2"].build()
     nothing = replace(KINDS["gpt2"].task().train, examples=())
     with pytest.raises(InputError, match="no examples to distil from"):
@@ -76,9 +73,7 @@ def test_there_must_be_rows(tokenizer: Any, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("rate", [2e-2, 1e2])
-def test_the_epoch_that_comes_closest_on_held_out_rows_is_kept(
-    rate: float, tokenizer: Any, tmp_path: Any, caplog: Any
-) -> None:
+def test_the_epoch_that_comes_closest_on_held_out_rows_is_kept(rate, tokenizer, tmp_path, caplog):
     kind = KINDS["bert"]
     model, rows = kind.build(), kind.task().train
     mean = read(model)
@@ -92,7 +87,7 @@ def test_the_epoch_that_comes_closest_on_held_out_rows_is_kept(
     assert told["held_out"] == len(judges)
     assert found.origin.num_data == len(rows) - len(judges)
 
-    def divergence(log_q: torch.Tensor | None) -> float:
+    def divergence(log_q):
         assert log_q is not None
         return float(divergences(said.log_p[judges], log_q[judges]).mean())
 

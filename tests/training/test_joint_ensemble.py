@@ -1,9 +1,6 @@
 """Members of an ensemble that are trained in one pass are those of separate runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from bayeslora.params import read
 LONG = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3}
 
 
-def sober(kind: str) -> Any:
+def sober(kind):
     """A model without dropout of its own."""
     model = make_model(kind)
     for module in model.modules():
@@ -28,14 +25,14 @@ def sober(kind: str) -> Any:
     return model
 
 
-def members(kind: str, method: Ensemble, folder: Path, tokenizer: Any, readout: str = "auto", **more: Any) -> list[Any]:
+def members(kind, method, folder, tokenizer, readout="auto", **more):
     model = sober(kind)
     task = make_task(classes=kind == "bert", readout=readout)
     found = bl.fit(model, task, method, arguments(folder, **LONG, **more), tokenizer=tokenizer)
     return [member.mean for member in found.members]
 
 
-CASES: dict[str, tuple[str, Map, dict[str, Any]]] = {
+CASES = {
     "llama": ("llama", Map(), {}),
     "llama-likelihood": ("llama", Map(), {"readout": "likelihood"}),
     "gpt2-accumulated": ("gpt2", Map(), {"gradient_accumulation_steps": 2}),
@@ -48,7 +45,7 @@ CASES: dict[str, tuple[str, Map, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_members_are_those_of_separate_runs(case: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_members_are_those_of_separate_runs(case, tokenizer, tmp_path):
     kind, member, more = CASES[case]
     apart = members(kind, Ensemble(3, member), tmp_path / "apart", tokenizer, **more)
     joint = members(kind, Ensemble(3, member, together=True), tmp_path / "joint", tokenizer, **more)
@@ -59,11 +56,11 @@ def test_members_are_those_of_separate_runs(case: str, tokenizer: Any, tmp_path:
     assert any((joint[0][name] - joint[1][name]).abs().max() > 1e-3 for name in joint[0])
 
 
-def test_a_run_that_breaks_off_is_resumed_and_leaves_the_model_as_it_was(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_run_that_breaks_off_is_resumed_and_leaves_the_model_as_it_was(tokenizer, tmp_path):
     method, task = Ensemble(2, together=True), make_task()
 
     class Breaks(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_begin(self, args, state, control, **_):
             if state.global_step == 9:
                 raise KeyboardInterrupt
 
@@ -84,11 +81,11 @@ def test_a_run_that_breaks_off_is_resumed_and_leaves_the_model_as_it_was(tokeniz
     torch.testing.assert_close(again.members[1].mean, resumed.members[1].mean)
 
 
-def test_the_loss_in_evaluation_is_the_members_mean(tokenizer: Any, tmp_path: Path) -> None:
-    seen: dict[str, list[float]] = {}
+def test_the_loss_in_evaluation_is_the_members_mean(tokenizer, tmp_path):
+    seen = {}
 
     class Notes(TrainerCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        def on_evaluate(self, args, state, control, metrics=None, **_):
             seen.setdefault(Path(args.output_dir).parent.name, []).append(metrics["eval_loss"])
 
     for together in (False, True):
@@ -99,7 +96,7 @@ def test_the_loss_in_evaluation_is_the_members_mean(tokenizer: Any, tmp_path: Pa
     assert seen["True"] == pytest.approx([(first + third) / 2, (second + fourth) / 2], rel=1e-4)
 
 
-def test_what_cannot_share_a_pass_is_refused_in_words(tokenizer: Any, tmp_path: Path) -> None:
+def test_what_cannot_share_a_pass_is_refused_in_words(tokenizer, tmp_path):
     with pytest.raises(InputError, match="must be points"):
         Ensemble(2, Swag(), together=True)
     with pytest.raises(InputError, match="stop early"):

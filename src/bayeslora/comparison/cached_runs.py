@@ -193,8 +193,8 @@ def predicted(
     path = runs.out / f"seed-{seed}" / f"{stem}-{key_of(depends)}.safetensors"
     log = path.with_suffix(".json")
     if path.exists():
-        noted = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
-        return Prediction.load(path), noted.get("memory")
+        record = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
+        return Prediction.load(path), record.get("memory")
     runs.report(f"seed {seed}: {name} answers {split.name} ({len(split)} rows)")
     with peak_memory(device_of(runs.model)) as peak:
         prediction = predict(
@@ -229,8 +229,10 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
         seconds += time.perf_counter() - began
         posterior.save_pretrained(folder, overwrite=True)
         write_json(log, {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends})
-    noted = json.loads(log.read_text(encoding="utf-8"))
-    return Learned(load_posterior(folder), Cost(noted["seconds"], None, noted["memory"], folder_bytes(folder)), run.key)
+    record = json.loads(log.read_text(encoding="utf-8"))
+    return Learned(
+        load_posterior(folder), Cost(record["seconds"], None, record["memory"], folder_bytes(folder)), run.key
+    )
 
 
 def _trained(runs: CachedRuns, run: Run, start: Posterior | None) -> Posterior:

@@ -59,8 +59,8 @@ def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int =
     for done in range(0, resamples, sets):
         arrays: list[Tensor] = []
         for sample, rows in zip(samples, sizes, strict=True):
-            drawn = torch.randint(rows, (min(sets, resamples - done), rows), generator=generator)
-            arrays += [array[drawn.to(array.device)] for array in sample]
+            index = torch.randint(rows, (min(sets, resamples - done), rows), generator=generator)
+            arrays += [array[index.to(array.device)] for array in sample]
         scores.append(score(*arrays))
     return torch.cat(scores) if scores else torch.empty(0)
 

@@ -223,7 +223,7 @@ def _estimates(table: Mapping[str, Measure], *samples: Sample, resamples: int, s
     if resamples:
         low, high = interval(resampled(scores, *samples, resamples=resamples, seed=seed))
     numbers = zip(values.tolist(), low.tolist(), high.tolist(), strict=True)
-    return {name: Estimate(*three) for name, three in zip(table, numbers, strict=True)}
+    return {name: Estimate(*estimate) for name, estimate in zip(table, numbers, strict=True)}
 
 
 def _cell(estimate: Estimate | None) -> str:

@@ -6,13 +6,11 @@ comparison's tables and the marks of significance read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from torch import Tensor
-
+from bayeslora.metrics.bootstrap import Score
 from bayeslora.metrics.classification import (
     Binning,
     accuracy,
@@ -33,7 +31,7 @@ class Measure:
     ``heading``: the column's in a comparison's table; empty for a score that it leaves out.
     """
 
-    score: Callable[..., Tensor]
+    score: Score
     needs: Literal["labels", "probs", "ood"] = "labels"
     higher_is_better: bool = False
     heading: str = ""

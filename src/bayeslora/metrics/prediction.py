@@ -245,7 +245,7 @@ def _fields(metadata: Mapping[str, str], source: Path) -> _Fields:
     try:
         fields = json.loads(metadata[_FORMAT])
         version, components, seconds = int(fields["version"]), fields["components"], fields["seconds"]
-        known = _Fields(
+        values = _Fields(
             components=None if components is None else tuple(int(member) for member in components),
             truncated=int(fields["truncated"]),
             readout=str(fields["readout"]),
@@ -257,4 +257,4 @@ def _fields(metadata: Mapping[str, str], source: Path) -> _Fields:
         raise InputError(
             f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it."
         )
-    return known
+    return values

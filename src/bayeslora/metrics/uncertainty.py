@@ -62,9 +62,9 @@ def mutual_information(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]
 
 def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     """Compute 1 - (1/S) Σ_s 1[argmax p_s = argmax p̄]: the share of draws whose answer is not that of their average."""
-    there = taken(log_probs)
-    agrees = (log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)) & there
-    return 1 - agrees.sum(0).to(log_probs.dtype) / there.sum(0)
+    was_taken = taken(log_probs)
+    agrees = (log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)) & was_taken
+    return 1 - agrees.sum(0).to(log_probs.dtype) / was_taken.sum(0)
 
 
 def between_within(
@@ -95,12 +95,12 @@ def monte_carlo_error(
     its place, which is an upper bound on average. A unit is a draw or, if ``paired``, a member's antithetic draws 2k
     and 2k + 1, of which only the average is a sample.
     """
-    probs, there = log_probs.double().exp(), taken(log_probs)
+    probs, was_taken = log_probs.double().exp(), taken(log_probs)
     members = sorted(set(components)) if components is not None else [0]
     strata = []
     for member in members:
         of_member = [k for k in range(len(probs)) if components is None or components[k] == member]
-        p, t = probs[of_member], there[of_member]
+        p, t = probs[of_member], was_taken[of_member]
         if paired and len(of_member) > 1:
             even = len(of_member) // 2 * 2
             both = t[:even].view(-1, 2, t.shape[1]).all(1)

@@ -1,7 +1,5 @@
 """Worlds without the Hub, without pip, and with a pip that has one wheel."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import subprocess
@@ -57,7 +55,7 @@ def no_pip(monkeypatch):
 @pytest.fixture
 def pip(case, monkeypatch):
     """Replace pip by a copy from a shelf of one wheel; return the commands that were run."""
-    commands: list[list[str]] = []
+    commands = []
 
     def run(command, **_):
         commands.append(command)

@@ -1,7 +1,5 @@
 """``demo``: methods side by side, on its own data and on a known task, and a summary made of the numbers."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Facts about how the demo's models are found: the order of the roads; each holds for the model and the encoder."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path

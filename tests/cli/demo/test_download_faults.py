@@ -1,7 +1,5 @@
 """Nothing half-made is ever used, and whatever is in the way is said in one sentence."""
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import subprocess

@@ -1,7 +1,5 @@
 """The client of servers of plain adapters, against our own server, which serves each draw as a model."""
 
-from __future__ import annotations
-
 import torch
 from support.serving import DRAWN, running, served
 from support.tiny import gaussian, make_model, make_split
@@ -10,7 +8,7 @@ import bayeslora as bl
 from bayeslora.integrations.openai.client import Adapters
 
 
-def test_predictions_are_those_of_the_library(tokenizer) -> None:
+def test_predictions_are_those_of_the_library(tokenizer):
     model = make_model("llama")
     split = make_split("test", 6, 2, classes=False, readout="likelihood")
     wanted = bl.predict(model, gaussian(model), split, 3, tokenizer=tokenizer)

@@ -3,13 +3,9 @@
 The server is a stand-in with vLLM's answers: an app that holds draws of a tiny model's posterior under names.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import pytest
@@ -29,16 +25,16 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture
-def stand() -> Stand:
+def stand():
     model = make_model("llama")
     return Stand(model, gaussian(model), make_tokenizer())
 
 
-def split_of(readout: str = "likelihood", *, classes: bool = False, rows: int = 5) -> Any:
+def split_of(readout="likelihood", *, classes=False, rows=5):
     return make_split("test", rows, 2, classes=classes, readout=readout)
 
 
-def here(stand: Stand, split: Any) -> bl.Prediction:
+def here(stand, split):
     return bl.predict(stand.model, stand.posterior, split, len(NAMES), tokenizer=stand.tokenizer)
 
 
@@ -46,7 +42,7 @@ def here(stand: Stand, split: Any) -> bl.Prediction:
 @pytest.mark.parametrize(
     ("readout", "classes"), [("likelihood", False), ("letters", False), ("auto", False), ("auto", True)]
 )
-def test_the_prediction_is_that_of_the_same_draws_here(stand: Stand, sent: str, readout: str, classes: bool) -> None:
+def test_the_prediction_is_that_of_the_same_draws_here(stand, sent, readout, classes):
     split = split_of(readout, classes=classes)
     before = read(stand.model)
     found = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None).predict(split)
@@ -64,7 +60,7 @@ def test_the_prediction_is_that_of_the_same_draws_here(stand: Stand, sent: str, 
 
 @pytest.mark.parametrize("sent", ["texts", "tokens"])
 @pytest.mark.parametrize("normalisation", ["characters", "tokens", "unconditional"])
-def test_normalised_scores_are_those_here(stand: Stand, sent: str, normalisation: Any) -> None:
+def test_normalised_scores_are_those_here(stand, sent, normalisation):
     split = replace(split_of(), format=Format("", "likelihood", normalisation=normalisation))
     client = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None)
     if (sent, normalisation) == ("texts", "tokens"):
@@ -78,20 +74,20 @@ def test_normalised_scores_are_those_here(stand: Stand, sent: str, normalisation
 
 
 @pytest.mark.parametrize("opening", ["<s>", "<|begin_of_text|>"])
-def test_a_token_that_opens_texts_does_not_move_the_choices(stand: Stand, opening: str) -> None:
+def test_a_token_that_opens_texts_does_not_move_the_choices(stand, opening):
     stand.opening = opening
     torch.testing.assert_close(stand.client().predict(split_of()).log_probs, here(stand, split_of()).log_probs, **CLOSE)
 
 
 @pytest.mark.parametrize("sent", ["texts", "tokens"])
-def test_a_server_that_must_write_a_token_is_asked_for_one(stand: Stand, sent: str) -> None:
+def test_a_server_that_must_write_a_token_is_asked_for_one(stand, sent):
     stand.least = 1
     found = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None, concurrency=1).predict(split_of())
     torch.testing.assert_close(found.log_probs, here(stand, split_of()).log_probs, **CLOSE)
     assert [body["max_tokens"] for body in stand.asked].count(0) <= len(NAMES) * len(split_of())
 
 
-def test_prompts_are_cut_as_they_are_here(stand: Stand) -> None:
+def test_prompts_are_cut_as_they_are_here(stand):
     split = replace(split_of(), format=Format("", "likelihood", max_length=9))
     found = stand.client(tokenizer=stand.tokenizer).predict(split)
     assert found.truncated == len(split)
@@ -100,7 +96,7 @@ def test_prompts_are_cut_as_they_are_here(stand: Stand) -> None:
         stand.client().predict(split)
 
 
-def test_the_adapters_are_found_and_the_base_is_not_among_them(stand: Stand) -> None:
+def test_the_adapters_are_found_and_the_base_is_not_among_them(stand):
     client = stand.client(names=())
     assert client.served() == NAMES
     assert client.predict(split_of(rows=2)).draws == len(NAMES)
@@ -110,7 +106,7 @@ def test_the_adapters_are_found_and_the_base_is_not_among_them(stand: Stand) -> 
 
 
 @pytest.mark.parametrize("sent", ["texts", "tokens"])
-def test_texts_are_scored_by_the_mean_of_their_likelihoods(stand: Stand, sent: str) -> None:
+def test_texts_are_scored_by_the_mean_of_their_likelihoods(stand, sent):
     prompt, texts = "Question: bag holds 3 red", [", 5 blue", " green", "."]
     client = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None)
     ids = stand.tokenizer(prompt)["input_ids"]
@@ -124,7 +120,7 @@ def test_texts_are_scored_by_the_mean_of_their_likelihoods(stand: Stand, sent: s
     torch.testing.assert_close(client.score(prompt, texts), wanted.exp().mean(0).log(), **CLOSE)
 
 
-def test_one_answer_of_each_draw_is_what_the_draws_generate_here(stand: Stand) -> None:
+def test_one_answer_of_each_draw_is_what_the_draws_generate_here(stand):
     stand.model.get_base_model().generation_config.eos_token_id = None
     prompts = ["Question: bag holds 3 red, 5 blue", "Answer"]
     wanted = bl.generate_each(
@@ -142,7 +138,7 @@ def test_one_answer_of_each_draw_is_what_the_draws_generate_here(stand: Stand) -
         assert bool(mine.answers[0].entropy.isnan().all())
 
 
-def test_several_answers_of_a_draw_have_seeds_of_their_own(stand: Stand) -> None:
+def test_several_answers_of_a_draw_have_seeds_of_their_own(stand):
     found = stand.client().generate_each(["Answer"], max_tokens=3, n=2, seed=7, same=lambda a, b: True, top_p=0.9)[0]
     assert found.draws == (0, 0, 1, 1, 2, 2)
     assert found.semantic_entropy == 0
@@ -150,18 +146,18 @@ def test_several_answers_of_a_draw_have_seeds_of_their_own(stand: Stand) -> None
     assert stand.asked[0]["top_p"] == 0.9
 
 
-def test_requests_are_sent_again_after_503_and_429(stand: Stand) -> None:
+def test_requests_are_sent_again_after_503_and_429(stand):
     stand.faults = [503, 429, 502, 503]
     found = stand.client(names=(), retries=4).predict(split_of())
     torch.testing.assert_close(found.log_probs, here(stand, split_of()).log_probs, **CLOSE)
     assert not stand.faults
 
 
-def test_waits_between_tries_double(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
+def test_waits_between_tries_double(stand, monkeypatch):
+    waits = []
     sleep = asyncio.sleep
 
-    async def note(seconds: float) -> None:
+    async def note(seconds):
         waits.append(seconds)
         await sleep(0)
 
@@ -172,16 +168,16 @@ def test_waits_between_tries_double(stand: Stand, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("bound", [1, 3])
-def test_no_more_requests_are_under_way_than_allowed(stand: Stand, bound: int) -> None:
+def test_no_more_requests_are_under_way_than_allowed(stand, bound):
     stand.wait = 0.01
     stand.client(concurrency=bound).predict(split_of())
     assert stand.busiest == bound
 
 
-def test_it_works_over_the_network_and_where_a_loop_runs_already(stand: Stand) -> None:
+def test_it_works_over_the_network_and_where_a_loop_runs_already(stand):
     wanted = here(stand, split_of()).log_probs
 
-    async def notebook(client: Adapters) -> bl.Prediction:
+    async def notebook(client):
         return client.predict(split_of())
 
     stand.key = "secret"
@@ -197,7 +193,7 @@ def test_it_works_over_the_network_and_where_a_loop_runs_already(stand: Stand) -
         replace(client, retries=1, backoff=0).predict(split_of())
 
 
-def one_sentence(work: Callable[[], Any]) -> str:
+def one_sentence(work):
     with pytest.raises(InputError) as caught:
         work()
     said = str(caught.value)
@@ -206,7 +202,7 @@ def one_sentence(work: Callable[[], Any]) -> str:
     return said
 
 
-def test_faults_of_the_server_are_said_in_one_sentence(stand: Stand) -> None:
+def test_faults_of_the_server_are_said_in_one_sentence(stand):
     split = split_of(rows=2)
     said = one_sentence(lambda: stand.client(names=["draw-000", "draw-009"]).predict(split))
     assert "no adapter 'draw-009'; it has draw-000, draw-001, draw-002" in said
@@ -221,13 +217,13 @@ def test_faults_of_the_server_are_said_in_one_sentence(stand: Stand) -> None:
 
 @pytest.mark.parametrize("least", [0, 1])
 @pytest.mark.parametrize("sent", ["texts", "tokens"])
-def test_a_server_that_does_not_echo_is_told_from_one_that_does(stand: Stand, sent: str, least: int) -> None:
+def test_a_server_that_does_not_echo_is_told_from_one_that_does(stand, sent, least):
     stand.echoes, stand.least = False, least
     client = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None)
     assert "log-probabilities" in one_sentence(lambda: client.predict(split_of(rows=2)))
 
 
-def test_another_kind_of_server_is_refused() -> None:
+def test_another_kind_of_server_is_refused():
     app = FastAPI()
     app.get("/v1/models")(lambda: ["a list"])
     client = Adapters("http://other", transport=httpx.ASGITransport(app))
@@ -246,11 +242,11 @@ def test_another_kind_of_server_is_refused() -> None:
         ({"timeout": 0.0}, "timeout"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], told: str) -> None:
+def test_settings_without_a_meaning_are_refused(settings, told):
     assert told in one_sentence(lambda: Adapters(**({"url": "http://a"} | settings)))
 
 
-def test_what_cannot_be_asked_is_refused(stand: Stand) -> None:
+def test_what_cannot_be_asked_is_refused(stand):
     client = stand.client()
     assert "has no examples" in one_sentence(lambda: client.predict(split_of(rows=0)))
     assert "classification head" in one_sentence(lambda: client.predict(split_of("head")))
@@ -262,12 +258,12 @@ def test_what_cannot_be_asked_is_refused(stand: Stand) -> None:
     assert not stand.asked
 
 
-def echo(*tokens: str) -> list[dict[str, Any]]:
+def echo(*tokens):
     values = [None, *(-1.0 for _ in tokens[1:])]
     return [{"text": "Answer: red", "logprobs": {"tokens": list(tokens), "token_logprobs": values}}]
 
 
-def test_the_choice_is_found_by_the_text_of_its_tokens() -> None:
+def test_the_choice_is_found_by_the_text_of_its_tokens():
     row = Query("row 0", "Answer:", (" red",))
     assert echoed_log_likelihoods(row, echo("Answer", ":", " red"), 0) == [-1.0]
     assert echoed_log_likelihoods(row, echo("<s>", "Answer", ":", " r", "ed"), 0) == [-2.0]

@@ -1,21 +1,16 @@
 """A server with a tiny model for each file of tests, and the official client."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
-
 import openai
 import pytest
 from support.serving import running, served
 
 
 @pytest.fixture(scope="module")
-def address(tokenizer: Any) -> Iterator[str]:
+def address(tokenizer):
     with running(served(tokenizer)) as (found, _):
         yield found
 
 
 @pytest.fixture
-def client(address: str) -> openai.OpenAI:
+def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="anything", max_retries=0)

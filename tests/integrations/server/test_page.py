@@ -1,10 +1,6 @@
 """The page, in a real browser."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from support.serving import running, served
@@ -20,7 +16,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     with sync_api.sync_playwright() as play:
         found = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield found
@@ -28,9 +24,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
+def page(browser, address):
     found = browser.new_page(bypass_csp=True)  # its policy allows no evaluated code, which the tests need
-    wrong: list[str] = []
+    wrong = []
     found.on("pageerror", lambda error: wrong.append(str(error)))
     found.on(
         "console", lambda said: wrong.append(said.text) if said.type == "error" and "400" not in said.text else None
@@ -43,7 +39,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     found.close()
 
 
-def answered(page: Any, kind: str, prompt: str) -> None:
+def answered(page, kind, prompt):
     page.select_option("#kind", kind)
     page.fill("#prompt", prompt)
     page.fill("#longest", "9")
@@ -53,7 +49,7 @@ def answered(page: Any, kind: str, prompt: str) -> None:
     )
 
 
-def test_tokens_are_coloured_and_told(page: Any) -> None:
+def test_tokens_are_coloured_and_told(page):
     answered(page, "text", "bag holds 3 red")
     assert "9 tokens" in page.inner_text("#said")
     colours = page.eval_on_selector_all(".token", "all => all.map(t => t.style.backgroundColor)")
@@ -63,7 +59,7 @@ def test_tokens_are_coloured_and_told(page: Any) -> None:
     assert page.locator("#tip table:last-child tr").count() == 5
 
 
-def test_the_keyboard_is_enough(page: Any) -> None:
+def test_the_keyboard_is_enough(page):
     answered(page, "chat", "bag holds 3 red")
     page.focus("#answer")
     page.keyboard.press("ArrowRight")
@@ -77,13 +73,13 @@ def test_the_keyboard_is_enough(page: Any) -> None:
     assert page.inner_text("#drawn") == "4"
 
 
-def test_one_draw_agrees_with_itself(page: Any) -> None:
+def test_one_draw_agrees_with_itself(page):
     page.evaluate("document.getElementById('draws').value = 1")
     answered(page, "text", "bag holds 3 red")
     assert "disagreement 0.000 on average" in page.inner_text("#said")
 
 
-def test_choosing(page: Any) -> None:
+def test_choosing(page):
     page.select_option("#kind", "choose")
     page.fill("#prompt", "bag holds 3 red, 5 blue.")
     page.fill("#options", "red\nblue\n")
@@ -93,7 +89,7 @@ def test_choosing(page: Any) -> None:
     assert "%" in page.inner_text("#said")
 
 
-def test_errors_are_said(page: Any) -> None:
+def test_errors_are_said(page):
     page.select_option("#kind", "choose")
     page.fill("#prompt", "bag")
     page.fill("#options", "red")
@@ -103,7 +99,7 @@ def test_errors_are_said(page: Any) -> None:
     assert "two different" in page.inner_text("#said")
 
 
-def test_a_long_answer_can_be_stopped(page: Any) -> None:
+def test_a_long_answer_can_be_stopped(page):
     page.select_option("#kind", "text")
     page.fill("#prompt", "bag")
     page.fill("#longest", "120")
@@ -114,7 +110,7 @@ def test_a_long_answer_can_be_stopped(page: Any) -> None:
     assert page.locator(".token").count() <= 120
 
 
-def test_a_key_is_asked_for(browser: Any, tokenizer: Any) -> None:
+def test_a_key_is_asked_for(browser, tokenizer):
     with running(served(tokenizer), Limits(api_key="secret")) as (address, _):
         page = browser.new_page(bypass_csp=True)
         page.goto(address)

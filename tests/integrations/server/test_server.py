@@ -1,11 +1,8 @@
 """The server, asked by OpenAI's own client and by hand."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import openai
@@ -24,20 +21,20 @@ PROMPT = "Question: bag holds 3 red, 5 blue"
 CHAT = [{"role": "user", "content": "bag holds 3 red"}]
 
 
-def own(tokenizer: Any, prompt: str, draws: int = 3, **how: Any) -> bl.Answer:
+def own(tokenizer, prompt, draws=3, **how):
     model = make_model("llama")
     return bl.generate(
         model, gaussian(model), [prompt], draws, tokenizer=tokenizer, eos_token_id=None, **{"max_new_tokens": 6, **how}
     )[0]
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client):
     names = [m.id for m in client.models.list()]
     assert names == ["tiny", "tiny/mean", "tiny/draw-000", "tiny/draw-001", "tiny/draw-002", "tiny/draw-003"]
     assert client.models.retrieve("tiny/draw-001").id == "tiny/draw-001"
 
 
-def test_a_completion_is_that_of_the_library(client: openai.OpenAI, tokenizer: Any) -> None:
+def test_a_completion_is_that_of_the_library(client, tokenizer):
     found = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=2)
     wanted = own(tokenizer, PROMPT)
     choice = found.choices[0]
@@ -55,7 +52,7 @@ def test_a_completion_is_that_of_the_library(client: openai.OpenAI, tokenizer: A
     assert found.usage.prompt_tokens == len(tokenizer(PROMPT)["input_ids"])
 
 
-def test_parts_of_the_posterior_are_models(client: openai.OpenAI, tokenizer: Any) -> None:
+def test_parts_of_the_posterior_are_models(client, tokenizer):
     model = make_model("llama")
     posterior = gaussian(model)
     for name, params in (("tiny/mean", posterior.mean), ("tiny/draw-002", posterior.draw(2))):
@@ -68,8 +65,8 @@ def test_parts_of_the_posterior_are_models(client: openai.OpenAI, tokenizer: Any
         assert found.uncertainty["max_mutual_information"] == 0
 
 
-def test_a_chat_and_its_stream_say_the_same(client: openai.OpenAI, tokenizer: Any) -> None:
-    how: dict[str, Any] = {"model": "tiny", "messages": CHAT, "max_tokens": 7, "temperature": 0, "logprobs": True}
+def test_a_chat_and_its_stream_say_the_same(client, tokenizer):
+    how = {"model": "tiny", "messages": CHAT, "max_tokens": 7, "temperature": 0, "logprobs": True}
     whole = client.chat.completions.create(top_logprobs=3, **how)
     assert (
         whole.choices[0].message.content == own(tokenizer, "Question: bag holds 3 red Answer:", max_new_tokens=7).text
@@ -85,10 +82,10 @@ def test_a_chat_and_its_stream_say_the_same(client: openai.OpenAI, tokenizer: An
     assert pieces[1].choices[0].uncertainty["alternatives"][0]["token"]
 
 
-def test_streamed_completions_end_at_a_stop_string(client: openai.OpenAI, tokenizer: Any) -> None:
+def test_streamed_completions_end_at_a_stop_string(client, tokenizer):
     whole = own(tokenizer, PROMPT)
     stop = whole.tokens[3].strip() or whole.tokens[3]
-    how: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0, "stop": [stop, "zzz"]}
+    how = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0, "stop": [stop, "zzz"]}
     once = client.completions.create(**how).choices[0]
     assert once.text == whole.text.split(stop)[0]
     assert once.finish_reason == "stop"
@@ -96,8 +93,8 @@ def test_streamed_completions_end_at_a_stop_string(client: openai.OpenAI, tokeni
     assert "".join(p.choices[0].text for p in pieces) == once.text
 
 
-def test_a_seed_gives_the_same_text_in_any_company(client: openai.OpenAI) -> None:
-    def sampled(seed: int) -> list[str]:
+def test_a_seed_gives_the_same_text_in_any_company(client):
+    def sampled(seed):
         found = client.completions.create(
             model="tiny", prompt=PROMPT, max_tokens=6, temperature=1.5, top_p=0.9, seed=seed, n=2
         )
@@ -111,7 +108,7 @@ def test_a_seed_gives_the_same_text_in_any_company(client: openai.OpenAI) -> Non
     assert alone[0][0] != alone[0][1]
 
 
-def test_echo_scores_a_prompt(client: openai.OpenAI, tokenizer: Any) -> None:
+def test_echo_scores_a_prompt(client, tokenizer):
     found = client.completions.create(
         model="tiny/draw-001", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1
     ).choices[0]
@@ -130,7 +127,7 @@ def test_echo_scores_a_prompt(client: openai.OpenAI, tokenizer: Any) -> None:
     ]
 
 
-def test_classification_is_prediction(address: str, tokenizer: Any) -> None:
+def test_classification_is_prediction(address, tokenizer):
     choices, text = ["red", "blue", "dark green"], "bag holds 3 red, 5 blue."
     body = {"model": "tiny", "input": [text, "bag"], "choices": choices, "draws": 4}
     found = httpx.post(f"{address}/v1/classify", json=body).json()
@@ -143,10 +140,10 @@ def test_classification_is_prediction(address: str, tokenizer: Any) -> None:
     assert found["data"][0]["mutual_information"] == pytest.approx(float(wanted.mutual_information[0]), abs=1e-4)
 
 
-def test_requests_that_come_together_share_a_batch(tokenizer: Any) -> None:
+def test_requests_that_come_together_share_a_batch(tokenizer):
     with running(served(tokenizer)) as (address, worker):
 
-        def one(k: int) -> str:
+        def one(k):
             body = {"model": "tiny", "prompt": f"bag holds {k}", "max_tokens": 40, "temperature": 0}
             return httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
 
@@ -183,7 +180,7 @@ def test_requests_that_come_together_share_a_batch(tokenizer: Any) -> None:
         ("nothing", {}, 404, "Not Found"),
     ],
 )  # fmt: skip
-def test_bad_requests_get_openais_error(path: str, body: dict[str, Any], status: int, said: str, address: str) -> None:
+def test_bad_requests_get_openais_error(path, body, status, said, address):
     found = httpx.post(f"{address}/v1/{path}", json=body)
     assert found.status_code == status
     error = found.json()["error"]
@@ -191,20 +188,20 @@ def test_bad_requests_get_openais_error(path: str, body: dict[str, Any], status:
     assert said in error["message"]
 
 
-def test_bodies_that_are_no_json_or_too_large(address: str) -> None:
+def test_bodies_that_are_no_json_or_too_large(address):
     found = httpx.post(f"{address}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert (found.status_code, found.json()["error"]["type"]) == (400, "invalid_request_error")
     large = b'{"model": "' + b"x" * 2**20 + b'"}'
     assert httpx.post(f"{address}/v1/completions", content=large).status_code == 413
 
-    def parts() -> Any:
+    def parts():
         for _ in range(20):
             yield b"x" * 2**17
 
     assert httpx.post(f"{address}/v1/completions", content=parts()).status_code == 413
 
 
-def test_a_key(tokenizer: Any) -> None:
+def test_a_key(tokenizer):
     with running(served(tokenizer), Limits(api_key="secret")) as (address, _):
         assert httpx.get(f"{address}/").status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401
@@ -213,11 +210,11 @@ def test_a_key(tokenizer: Any) -> None:
         assert openai.OpenAI(base_url=f"{address}/v1", api_key="secret").models.list().data
 
 
-def test_a_full_queue_and_a_late_answer(tokenizer: Any) -> None:
+def test_a_full_queue_and_a_late_answer(tokenizer):
     with running(served(tokenizer), Limits(waiting=1, rows=1, timeout=0.4)) as (address, worker):
         begun, go = threading.Event(), threading.Event()
 
-        def hold() -> None:
+        def hold():
             begun.set()
             go.wait(20)
 
@@ -236,7 +233,7 @@ def test_a_full_queue_and_a_late_answer(tokenizer: Any) -> None:
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
 
-def test_a_client_that_goes_away_ends_its_row(tokenizer: Any) -> None:
+def test_a_client_that_goes_away_ends_its_row(tokenizer):
     with running(served(tokenizer)) as (address, worker):
         body = {"model": "tiny", "prompt": "bag", "max_tokens": 110, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as found:
@@ -246,7 +243,7 @@ def test_a_client_that_goes_away_ends_its_row(tokenizer: Any) -> None:
         assert worker.thread.is_alive()
 
 
-def test_an_encoder_only_classifies(tokenizer: Any) -> None:
+def test_an_encoder_only_classifies(tokenizer):
     model = make_model("bert")
     like = Split("input", (), Format("", "head", (), None, "class"), ("red", "blue", "green"))
     what = Served("bert", model, tokenizer, gaussian(model), 3, 4, like)
@@ -259,14 +256,14 @@ def test_an_encoder_only_classifies(tokenizer: Any) -> None:
         assert wrong.status_code == 400
 
 
-def test_rows_of_columns_fill_the_template_and_lacking_ones_are_refused(tokenizer: Any) -> None:
+def test_rows_of_columns_fill_the_template_and_lacking_ones_are_refused(tokenizer):
     choices = ["red", "blue"]
     form = Format("bag holds {first} red, {second} blue. {text} Answer:", "likelihood", normalisation="tokens")
     what = served(tokenizer, like=Split("input", (), form), text_column="asked")
     rows = [{"first": 3, "second": "5", "asked": "Question"}, {"first": 1, "second": 2, "text": "Answer", "id": 4}]
     with running(what) as (address, _):
 
-        def ask(given: Any) -> httpx.Response:
+        def ask(given):
             return httpx.post(
                 f"{address}/v1/classify", json={"model": "tiny", "input": given, "choices": choices}, timeout=60
             )

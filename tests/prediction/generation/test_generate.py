@@ -1,21 +1,16 @@
 """Generation: token by token it is the average of plain passes, whatever transformers does around it."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
 from support.tiny import gaussian, make_base, make_model, same_state, state_of
-from torch import Tensor
 from transformers import TextIteratorStreamer
 
 import bayeslora as bl
 from bayeslora.errors import InputError
 from bayeslora.params import read, swapped
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled
-from bayeslora.prediction.generation import Step
 from bayeslora.prediction.generation import semantic as groups
 
 CAUSAL = ("llama", "qwen2", "gpt2")
@@ -25,13 +20,13 @@ ONE = {f"{of}.{part}": torch.ones(1) for of in ("draws", "mean") for part in ("w
 
 
 @pytest.fixture(params=CAUSAL)
-def model(request: pytest.FixtureRequest) -> Any:
+def model(request):
     found = make_model(request.param)
     found.get_base_model().generation_config.eos_token_id = None  # texts of full length
     return found
 
 
-def plain(model: Any, posterior: Any, tokenizer: Any, prompt: str, tokens: list[int]) -> Tensor:
+def plain(model, posterior, tokenizer, prompt, tokens):
     """Each draw's log-probabilities [S T V] of each next token, in passes without a cache."""
     ids = tokenizer(prompt)["input_ids"]
     found = []
@@ -42,7 +37,7 @@ def plain(model: Any, posterior: Any, tokenizer: Any, prompt: str, tokens: list[
     return torch.stack(found)
 
 
-def test_each_token_is_the_most_probable_on_average(model: Any, tokenizer: Any) -> None:
+def test_each_token_is_the_most_probable_on_average(model, tokenizer):
     posterior, before = gaussian(model), state_of(model)
     answers = bl.generate(model, posterior, PROMPTS, DRAWS, tokenizer=tokenizer, max_new_tokens=7)
     assert same_state(model, before)
@@ -67,7 +62,7 @@ def test_each_token_is_the_most_probable_on_average(model: Any, tokenizer: Any) 
         assert answer.finished == "length"
 
 
-def test_a_point_is_generated_from_as_transformers_does(model: Any, tokenizer: Any) -> None:
+def test_a_point_is_generated_from_as_transformers_does(model, tokenizer):
     base = model.get_base_model()
     ids = tokenizer(PROMPTS[0], return_tensors="pt")
     whole = base.eval().generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0]
@@ -78,7 +73,7 @@ def test_a_point_is_generated_from_as_transformers_does(model: Any, tokenizer: A
 
 
 @pytest.mark.parametrize("size", [1, 2, None])
-def test_batches_do_not_matter(size: int | None, model: Any, tokenizer: Any) -> None:
+def test_batches_do_not_matter(size, model, tokenizer):
     prompts = [*PROMPTS, "Question: bag holds 9 green"]
     how = {"tokenizer": tokenizer, "max_new_tokens": 5}
     alone = [bl.generate(model, gaussian(model), [p], DRAWS, **how)[0] for p in prompts]
@@ -90,13 +85,13 @@ def test_batches_do_not_matter(size: int | None, model: Any, tokenizer: Any) -> 
 
 
 @pytest.mark.parametrize("ask", [bl.generate, bl.generate_each])
-def test_a_batch_too_large_for_memory_is_halved(ask: Any, tokenizer: Any) -> None:
+def test_a_batch_too_large_for_memory_is_halved(ask, tokenizer):
     model, sizes = make_model("llama"), []
     prompts = [*PROMPTS, "Question: bag holds 9 green"]
     how = {"tokenizer": tokenizer, "max_new_tokens": 3, "eos_token_id": None}
     wanted = ask(model, gaussian(model), prompts, DRAWS, **how)
 
-    def crowded(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+    def crowded(_, args, inputs):
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > largest:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -115,10 +110,10 @@ def test_a_batch_too_large_for_memory_is_halved(ask: Any, tokenizer: Any) -> Non
     handle.remove()
 
 
-def test_what_was_told_is_not_generated_again(tokenizer: Any) -> None:
+def test_what_was_told_is_not_generated_again(tokenizer):
     model, seen = make_model("llama"), []
 
-    def crowded(*_: Any) -> None:
+    def crowded(*_):
         if seen:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -130,8 +125,8 @@ def test_what_was_told_is_not_generated_again(tokenizer: Any) -> None:
     assert len(seen) == 1
 
 
-def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(model: Any, tokenizer: Any) -> None:
-    def sampled(seed: int) -> list[tuple[int, ...]]:
+def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(model, tokenizer):
+    def sampled(seed):
         found = bl.generate(
             model, gaussian(model), PROMPTS, bl.Draws(DRAWS, seed), tokenizer=tokenizer, max_new_tokens=8,
             do_sample=True, temperature=1.5, num_return_sequences=2,
@@ -148,7 +143,7 @@ def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(mode
     assert len(first) == 4
 
 
-def test_sampling_follows_the_average(tokenizer: Any) -> None:
+def test_sampling_follows_the_average(tokenizer):
     model = make_model("llama")
     posterior = gaussian(model)
     answers = bl.generate(
@@ -161,7 +156,7 @@ def test_sampling_follows_the_average(tokenizer: Any) -> None:
     assert float((drawn - wanted).abs().sum()) < 0.16  # the expected distance of 4000 draws from 80 classes is 0.11
 
 
-def test_beams_are_scored_by_the_average(model: Any, tokenizer: Any) -> None:
+def test_beams_are_scored_by_the_average(model, tokenizer):
     how = {"tokenizer": tokenizer, "max_new_tokens": 6}
     greedy = bl.generate(model, gaussian(model), PROMPTS, DRAWS, **how)
     beams = bl.generate(model, gaussian(model), PROMPTS, DRAWS, num_beams=3, **how)
@@ -172,7 +167,7 @@ def test_beams_are_scored_by_the_average(model: Any, tokenizer: Any) -> None:
         torch.testing.assert_close(one.log_probs, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_end_of_a_text(tokenizer: Any) -> None:
+def test_the_end_of_a_text(tokenizer):
     model = make_model("llama")
     how = {"tokenizer": tokenizer, "max_new_tokens": 8, "eos_token_id": None}
     whole = bl.generate(model, gaussian(model), PROMPTS, DRAWS, **how)
@@ -190,10 +185,10 @@ def test_the_end_of_a_text(tokenizer: Any) -> None:
     assert other.text == whole[1].text.split(stop)[0]
 
 
-def test_steps_are_told_as_they_happen_and_can_end_it(tokenizer: Any) -> None:
+def test_steps_are_told_as_they_happen_and_can_end_it(tokenizer):
     model, seen = make_model("llama"), []
 
-    def note(step: Step) -> bool:
+    def note(step):
         seen.append(step)
         return len(seen) == 3
 
@@ -211,14 +206,14 @@ def test_steps_are_told_as_they_happen_and_can_end_it(tokenizer: Any) -> None:
     assert len(seen) == 3
 
 
-def test_text_streams_as_it_does_in_transformers(tokenizer: Any) -> None:
+def test_text_streams_as_it_does_in_transformers(tokenizer):
     model, streamer = make_model("llama"), TextIteratorStreamer(tokenizer, skip_prompt=True)
     how = {"tokenizer": tokenizer, "max_new_tokens": 6, "eos_token_id": None}
     answer = bl.generate(model, gaussian(model), PROMPTS[:1], DRAWS, streamer=streamer, **how)[0]
     assert "".join(streamer) == answer.text
 
 
-def test_a_chat_goes_through_its_template(tokenizer: Any) -> None:
+def test_a_chat_goes_through_its_template(tokenizer):
     model = make_model("llama")
     chat = [{"role": "user", "content": "bag holds 3 red"}]
     with pytest.raises(InputError, match="prompt 0 is a chat"):
@@ -235,7 +230,7 @@ def test_a_chat_goes_through_its_template(tokenizer: Any) -> None:
     )
 
 
-def test_one_answer_a_draw(model: Any, tokenizer: Any) -> None:
+def test_one_answer_a_draw(model, tokenizer):
     posterior = gaussian(model)
     how = {"tokenizer": tokenizer, "max_new_tokens": 6}
     found = bl.generate_each(model, posterior, PROMPTS, DRAWS, **how)
@@ -249,13 +244,13 @@ def test_one_answer_a_draw(model: Any, tokenizer: Any) -> None:
     assert twice.draws == (0, 0, 0, 1, 1, 1)
 
 
-def answers(*texts: str) -> bl.Answers:
+def answers(*texts):
     empty = torch.zeros(0)
     made = tuple(bl.Answer(t, (), (), empty, torch.zeros(1, 0), empty, empty, (), "stop") for t in texts)
     return bl.Answers.of(made, tuple(range(len(texts))))
 
 
-def test_answers_that_say_the_same() -> None:
+def test_answers_that_say_the_same():
     found = answers("The red one.", "red one", "Blue", "a blue!")
     assert found.groups == (0, 0, 1, 1)
     assert found.semantic_entropy == pytest.approx(math.log(2))
@@ -265,7 +260,7 @@ def test_answers_that_say_the_same() -> None:
     assert answers("x", "x").semantic_entropy == 0.0
 
 
-def test_judges_of_meaning(tokenizer: Any) -> None:
+def test_judges_of_meaning(tokenizer):
     encoder = make_base("bert").eval().bert
     near = bl.by_embedding(encoder, tokenizer, threshold=0.999)
     assert near("bag holds red", "bag holds red")
@@ -282,7 +277,7 @@ def test_judges_of_meaning(tokenizer: Any) -> None:
     assert bl.by_entailment(classifier, tokenizer)("red", "blue")
 
 
-def test_what_cannot_be_generated_is_refused_in_words(tokenizer: Any) -> None:
+def test_what_cannot_be_generated_is_refused_in_words(tokenizer):
     model = make_model("llama")
     posterior, before = gaussian(model), state_of(model)
     for change, said in (
@@ -310,7 +305,7 @@ def test_what_cannot_be_generated_is_refused_in_words(tokenizer: Any) -> None:
     assert same_state(model, before)
 
 
-def test_a_mixture_of_points(model: Any, tokenizer: Any) -> None:
+def test_a_mixture_of_points(model, tokenizer):
     posterior = gaussian(model)
     members = Mixture(tuple(Point(posterior.draw(k)) for k in range(DRAWS)))
     how = {"tokenizer": tokenizer, "max_new_tokens": 5}
@@ -319,8 +314,8 @@ def test_a_mixture_of_points(model: Any, tokenizer: Any) -> None:
     assert [a.token_ids for a in one] == [a.token_ids for a in other]
 
 
-def test_antithetic_draws_come_in_pairs(tokenizer: Any) -> None:
+def test_antithetic_draws_come_in_pairs(tokenizer):
     model = make_model("llama")
-    how: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 2}
+    how = {"tokenizer": tokenizer, "max_new_tokens": 2}
     each = bl.generate_each(model, gaussian(model), PROMPTS[:1], bl.Draws(3, sampling="antithetic"), **how)[0]
     assert each.draws == (0, 1, 2, 3)
