@@ -101,7 +101,6 @@ def test_few_files_are_at_the_root():
     assert len(list(SRC.glob("*.py"))) <= MAX_ROOT_FILES
 
 
-@pytest.mark.xfail(reason="on its way")
 def test_tests_reach_for_nothing_private():
     private = {name for tree in SOURCE.values() for node in ast.walk(tree) if is_private(name := bound(node))}
     reached = {
@@ -110,7 +109,6 @@ def test_tests_reach_for_nothing_private():
     assert reached == set()
 
 
-@pytest.mark.xfail(reason="on its way")
 def test_no_caller_is_looked_up_on_the_stack():
     assert [path for path in SOURCE if "_getframe" in read(ROOT / path)] == []
 
@@ -126,7 +124,6 @@ def test_the_global_generator_is_seeded_in_one_forked_place():
     assert all(any(forks(node) and seeds(node) for node in ast.walk(tree)) for tree in SOURCE.values() if seeds(tree))
 
 
-@pytest.mark.xfail(reason="on its way")
 def test_no_family_of_posteriors_is_asked_for_outside_its_room():
     named = {path: families() & set(asked_for(tree)) for path, tree in SOURCE.items() if "/posteriors/" not in path}
     assert {path: names for path, names in named.items() if names} == {}

@@ -20,7 +20,7 @@ from transformers.integrations import integration_utils
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.methods import Blob, Ensemble, Ivon, Map, Swag
-from bayeslora.methods.blob.method import kl_divergence, kl_weight
+from bayeslora.methods.blob.terms import kl_divergence, kl_weight
 from bayeslora.methods.ivon.settings import default_ess
 from bayeslora.methods.trainer_log import MetricsCallback
 from bayeslora.metrics import classification as metrics

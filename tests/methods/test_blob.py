@@ -16,7 +16,7 @@ from bayeslora import fit
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Map
 from bayeslora.methods.blob.layer import BlobLinear, Flipout, attach, begin, detach, sign_words
-from bayeslora.methods.blob.method import kl_divergence, kl_weight, paper_cycle
+from bayeslora.methods.blob.terms import kl_divergence, kl_weight, paper_cycle
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import initialise, lora_parameters, read
 from bayeslora.prediction.readouts import readout_for

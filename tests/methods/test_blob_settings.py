@@ -16,8 +16,7 @@ from bayeslora import fit
 from bayeslora.errors import InputError
 from bayeslora.methods import Blob, Map
 from bayeslora.methods.blob.layer import BlobLinear
-from bayeslora.methods.blob.method import PRESETS, kl_divergence, kl_weight
-from bayeslora.methods.blob.terms import Scale, paper_step
+from bayeslora.methods.blob.terms import PRESETS, Scale, kl_divergence, kl_weight, paper_step
 from bayeslora.metrics.classification import accuracy, ece, nll
 
 

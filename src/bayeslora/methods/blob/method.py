@@ -54,8 +54,6 @@ from bayeslora.methods.trainer_log import MetricsCallback, spread
 from bayeslora.params import Params, read
 from bayeslora.posteriors import DiagonalGaussian
 
-__all__ = ["DEFAULTS", "PRESETS", "Blob", "kl_divergence", "kl_weight", "paper_cycle"]
-
 _SIZE, _TOKENS = ".size", "tokens"
 
 
