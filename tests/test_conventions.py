@@ -101,6 +101,17 @@ def test_few_files_are_at_the_root():
     assert len(list(SRC.glob("*.py"))) <= MAX_ROOT_FILES
 
 
+def test_tests_are_not_typed():
+    typed = {
+        f"{path}: {f.name}"
+        for path, tree in trees(TESTS).items()
+        if "/support/" not in path  # what they share is typed like the source, and mypy checks it
+        for f in functions(tree)
+        if f.returns or any(node.annotation for node in ast.walk(f.args) if isinstance(node, ast.arg))
+    }
+    assert typed == set()
+
+
 def test_tests_reach_for_nothing_private():
     private = {name for tree in SOURCE.values() for node in ast.walk(tree) if is_private(name := bound(node))}
     reached = {

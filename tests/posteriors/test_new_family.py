@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from support.tiny import make_model, make_split, same_params
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, read
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Sampling, Scaled
+from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Scaled
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import Origin, origin_of
 from bayeslora.prediction import predict
@@ -31,14 +30,14 @@ class Shifted(Posterior):
     origin: Origin | None = None
 
     @property
-    def distinct(self) -> int:
+    def distinct(self):
         return self.limit
 
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
+    def draw(self, index, seed=0, sampling="independent"):
         return {name: value + index * self.step[name] for name, value in self.mean.items()}
 
 
-def test_a_new_family_is_one_class(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_new_family_is_one_class(tmp_path, tokenizer):
     model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
     mean = read(model)
     step = {name: torch.full_like(value, 0.1) for name, value in mean.items()}
