@@ -101,8 +101,8 @@ class Linearised(Posterior):
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""
         logits, covariances = engine.moments(self.posterior)
-        drawn = logit_draws(logits, covariances, draws.count, draws.seed)
-        return drawn.log_softmax(-1), logits.log_softmax(-1)
+        log_probs = logit_draws(logits, covariances, draws.count, draws.seed).log_softmax(-1)
+        return log_probs, logits.log_softmax(-1)
 
 
 def logit_draws(

@@ -32,7 +32,7 @@ from bayeslora.tasks.types import Split
 
 @former_keywords("draws", Draws, seed="seed", sampling="sampling", tolerance="tolerance", fewest_draws="minimum")
 @former_keywords(
-    "options", PassOptions, stack="stack", share_prefix="share_prefix", compile="compile", progress="progress"
+    "options", PassOptions, 3, stack="stack", share_prefix="share_prefix", compile="compile", progress="progress"
 )
 def predict(
     model: nn.Module,
