@@ -84,7 +84,6 @@ def asked_for(tree):
             yield ast.unparse(node.cls).rpartition(".")[2]
 
 
-@pytest.mark.xfail(reason="on its way")
 def test_a_file_and_a_function_are_short():
     files = {path: len(read(ROOT / path).splitlines()) for path in SOURCE}
     assert {path: lines for path, lines in files.items() if lines > MAX_FILE_LINES} == {}
