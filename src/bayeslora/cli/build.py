@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import TrainingArguments
 
+from bayeslora._typing import Tokenizer
 from bayeslora.cli.data import save_format
 from bayeslora.cli.options import (
     BudgetOptions,
@@ -23,8 +26,12 @@ from bayeslora.cli.options import (
 from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
 from bayeslora.cli.values import close_matches
+from bayeslora.comparison.cached_runs import CachedRuns
+from bayeslora.comparison.report import write_pictures, write_table
+from bayeslora.comparison.run import Comparison, compare
 from bayeslora.errors import InputError
 from bayeslora.files import write_json
+from bayeslora.methods import Inference
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
@@ -34,12 +41,6 @@ from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import TrainingArguments
-
-    from bayeslora._typing import Tokenizer
 
 
 def build_model(options: TrainOptions, classes: Sequence[str] | None) -> tuple[PeftModel, Tokenizer]:
@@ -85,10 +86,8 @@ def _load(
     )
 
 
-def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device: str = "auto") -> TrainingArguments:
+def build_arguments(options: TrainingOptions, folder: Path, seed: int, device: str = "auto") -> TrainingArguments:
     """Return the Trainer's arguments for a run whose checkpoints go to a folder."""
-    from transformers import TrainingArguments
-
     values: dict[str, Any] = {
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
@@ -189,3 +188,13 @@ def report_run(
         write_card(out / "posterior", evaluation=result, task=test.name)
         print(result.table())
     print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} {export}")
+
+
+def finish(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
+    """Make a comparison, print its table and keep it with its numbers and pictures in their folder."""
+    comparison = compare(runs, methods, seeds)
+    print(write_table(runs, comparison))
+    pictures = write_pictures(runs, comparison, image)
+    print()
+    print(f"results: {runs.out / 'results.json'}, {', '.join(p.name for p in [runs.out / 'results.md', *pictures])}")
+    return comparison

@@ -39,23 +39,20 @@ def run(options: Options) -> None:
     """Fit, keep the posterior, and measure it on the test split if there is one with labels."""
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False)
-    from bayeslora.cli.build import model_for, report_run, save_run
-    from bayeslora.cli.data import build_task, scored_as
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.settings import build_method
+    from bayeslora.cli import build, data, progress, settings
     from bayeslora.methods import METHODS, PostHoc
     from bayeslora.params import write
     from bayeslora.posteriors.loading import load_adapter
 
-    with own_progress():
-        method = build_method(options.method, options.set)
+    with progress.own_progress():
+        method = settings.build_method(options.method, options.set)
         if not isinstance(method, PostHoc):
             fitted = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), PostHoc))
             raise InputError(f"{options.method} is trained: use bayeslora train. These are fitted: {fitted}")
         start = load_adapter(name)
-        task = build_task(scored_as(options, start.origin), "train")
+        task = data.build_task(data.scored_as(options, start.origin), "train")
         classes = task.train.classes if task.train is not None else None
-        model, tokenizer = model_for(start, options, classes)
+        model, tokenizer = build.model_for(start, options, classes)
         write(model, start.mean)
         with opened(out, options):
             posterior = method.fit(
@@ -66,5 +63,5 @@ def run(options: Options) -> None:
                 seed=options.seed,
                 token_budget=options.token_budget or None,
             )
-            save_run(out, posterior, task.train)
-        report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
+            build.save_run(out, posterior, task.train)
+        build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

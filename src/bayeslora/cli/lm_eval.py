@@ -42,20 +42,18 @@ def run(options: Options) -> None:
     """Run the tasks, print the harness's table and keep the numbers."""
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
-    from bayeslora.cli.build import draws_of, load_transformed, model_for
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import watched
+    from bayeslora.cli import build, progress, terminal
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
     from bayeslora.posteriors import Point
 
-    with own_progress():
+    with progress.own_progress():
         tasks, manager = find_tasks(options.tasks, options.include_path)
-        posterior = load_transformed(options.run, options)
+        posterior = build.load_transformed(options.run, options)
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
-        model, tokenizer = model_for(posterior, options, None)
+        model, tokenizer = build.model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, draws_of(options, options.draws), tokenizer=tokenizer,
-            token_budget=options.token_budget or None, progress=watched(),
+            model, posterior, build.draws_of(options, options.draws), tokenizer=tokenizer,
+            token_budget=options.token_budget or None, progress=terminal.watched(),
         )  # fmt: skip
         results = evaluate_tasks(
             lm, tasks, limit=options.limit or None, manager=manager,

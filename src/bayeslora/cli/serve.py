@@ -50,9 +50,7 @@ def run(options: Options) -> None:
         from bayeslora.integrations.server import Limits, Served, make_app
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'bayeslora[serve]'") from error
-    from bayeslora.cli.build import load_transformed, model_for
-    from bayeslora.cli.data import format_from_options, saved_format
-    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli import build, data, progress
 
     with _listening(options.host, options.port) as listening:
         key = options.api_key or os.environ.get("BAYESLORA_API_KEY", "")
@@ -61,12 +59,12 @@ def run(options: Options) -> None:
             api_key=key,
         )  # fmt: skip
         folder = run_folder(Path(options.run))
-        with own_progress():
-            posterior = load_transformed(options.run, options)
-            like = saved_format(folder, options)
+        with progress.own_progress():
+            posterior = build.load_transformed(options.run, options)
+            like = data.saved_format(folder, options)
             if like is None:
-                like = format_from_options(options, "input", posterior.origin)
-            model, tokenizer = model_for(posterior, options, like.classes)
+                like = data.format_from_options(options, "input", posterior.origin)
+            model, tokenizer = build.model_for(posterior, options, like.classes)
         served = Served(
             options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,
             options.draw_seed, options.text_column,

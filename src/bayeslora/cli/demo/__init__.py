@@ -55,14 +55,13 @@ def run(options: Options) -> None:
     """Compare the methods on a small model, and say in words what came of it."""
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("methods",))
-    from bayeslora.cli.compare import finish
-    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli import build, progress
     from bayeslora.comparison.verdict import guess, in_words, verdicts
 
-    with own_progress():
+    with progress.own_progress():
         runs, other = prepared(options, out)
         with opened(out, options):
-            comparison = finish(runs, methods_of(options), [options.seed], "png")
+            comparison = build.finish(runs, methods_of(options), [options.seed], "png")
     test = runs.task.test
     assert test is not None
     predictions = {name: by_seed[options.seed] for name, by_seed in comparison.predictions.items()}
