@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bayeslora.cli.options import (
+    RUN,
     DrawOptions,
     ModelOptions,
     TaskOptions,
     TrainingOptions,
     TransformOptions,
     option,
-    run_option,
 )
 from bayeslora.cli.runs import check_folder, opened
 
@@ -28,7 +28,7 @@ draws disagree about (mutual information) is lost. Rows that were not trained on
 class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, TransformOptions):
     """Train one plain adapter to answer as a posterior's draws do on average; it is kept in --out with its metrics."""
 
-    run: str = run_option("name the posterior: bayeslora distill RUN --out FOLDER")
+    run: str = option("", RUN, required="name the posterior: bayeslora distill RUN --out FOLDER")
     input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
     held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.", most=1)
     seed: int = option(0, "Seed of the order of the rows, and of which are held out.")

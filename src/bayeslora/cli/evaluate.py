@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import PredictOptions, option, run_option
+from bayeslora.cli.options import RUN, PredictOptions, option
 from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
 from bayeslora.files import write_json
@@ -24,7 +24,7 @@ Model, task and draws are those of the run unless others are given."""
 class Options(PredictOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
-    run: str = run_option("name what to evaluate: bayeslora evaluate RUN")
+    run: str = option("", RUN, required="name what to evaluate: bayeslora evaluate RUN")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
     ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
     bins: int = option(15, "Bins of the calibration errors.", least=1)

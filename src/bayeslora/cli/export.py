@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, TransformOptions, option
 from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
 
@@ -26,7 +26,7 @@ DRAWS = 10
 class Options(TransformOptions):
     """Write draws of a posterior, its mean, or both as plain PEFT adapters."""
 
-    run: str = run_option(MISSING)
+    run: str = option("", RUN, required=MISSING)
     out: str = option("", "Folder to make.", required=MISSING)
     draws: int = option(
         0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option, run_option
+from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option
 from bayeslora.cli.runs import check_folder, opened, posterior_name
 from bayeslora.errors import InputError
 
@@ -22,9 +22,10 @@ around its mean. Rows to fit on are the task's train and, for what is chosen on 
 class Options(ModelOptions, TaskOptions, DrawOptions):
     """Make a posterior of an adapter that is trained already; the posterior and the test metrics are kept in --out."""
 
-    run: str = run_option(
-        "name the adapter: bayeslora fit RUN --method laplace --out FOLDER",
+    run: str = option(
+        "",
         "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.",
+        required="name the adapter: bayeslora fit RUN --method laplace --out FOLDER",
     )
     method: str = option("laplace", "laplace, mc-dropout, tfb, temperature or isotropic.")
     set: list[str] = option(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import ModelOptions, TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, ModelOptions, TransformOptions, option
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Every token is taken from the average of the draws; --each gives one answer a dr
 class Options(ModelOptions, TransformOptions):
     """Write text from a posterior, with each answer's uncertainty."""
 
-    run: str = run_option('name what to generate from: bayeslora generate RUN --prompt "…"')
+    run: str = option("", RUN, required='name what to generate from: bayeslora generate RUN --prompt "…"')
     prompt: list[str] = option([], "Prompts; \\n in them begins a new line.")
     input: str = option("", "File with one prompt a line; -: standard input.")
     chat: bool = option(False, "Put each prompt as a user's message through the chat template.")

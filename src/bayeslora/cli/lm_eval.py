@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, DrawOptions, ModelOptions, TransformOptions, option
 from bayeslora.errors import InputError
 from bayeslora.files import write_json
 
@@ -26,7 +25,7 @@ LEFT_OUT = ("samples", "pretty_env_info")
 class Options(ModelOptions, DrawOptions, TransformOptions):
     """Run tasks of the LM evaluation harness on a posterior: its own measures, and ECE, NLL and Brier beside them."""
 
-    run: str = run_option(MISSING)
+    run: str = option("", RUN, required=MISSING)
     tasks: list[str] = option(
         [], "Tasks, groups or tags of the harness, or patterns such as 'mmlu_*'.", required=MISSING
     )
@@ -59,23 +58,18 @@ def run(options: Options) -> None:
             lm, tasks, limit=options.limit or None, manager=manager,
             num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
         )  # fmt: skip
-    _show(results)
-    if options.out:
-        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
-        numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
-        write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
-        print(f"numbers: {options.out}")
-
-
-def _show(results: dict[str, Any]) -> None:
-    """Print the harness's tables, and which tasks have no calibration."""
-    from lm_eval.utils import make_table
+    from lm_eval.utils import make_table  # the extra is there, or its lack was said
 
     print(make_table(results).strip())
     if results.get("groups"):
         print(make_table(results, "groups").strip())
     for task, reason in results["not_calibrated"].items():
         print(f"no calibration of {task}: {reason}")
+    if options.out:
+        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
+        numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
+        write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
+        print(f"numbers: {options.out}")
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import PredictOptions, option, run_option
+from bayeslora.cli.options import RUN, PredictOptions, option
 from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 from bayeslora.files import write_text
@@ -29,7 +29,7 @@ probabilities may be off for want of more). The data that the run was trained on
 class Options(PredictOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
-    run: str = run_option("name what to predict with: bayeslora predict RUN --input FILE")
+    run: str = option("", RUN, required="name what to predict with: bayeslora predict RUN --input FILE")
     input: str = option("-", "JSON-lines or CSV file; -: standard input.")
     output: str = option("-", "File for the answers, .jsonl or .csv; -: standard output, as JSON lines.")
     overwrite: bool = option(False, "Replace an output file that is there.")

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, ModelOptions, TaskOptions, TransformOptions, option
 from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 
@@ -27,7 +27,7 @@ The model NAME averages the draws at each token; NAME/mean and NAME/draw-000 …
 class Options(ModelOptions, TaskOptions, TransformOptions):
     """Answer over HTTP as OpenAI's interface does, with each token's and each answer's uncertainty."""
 
-    run: str = run_option("name what to serve: bayeslora serve RUN")
+    run: str = option("", RUN, required="name what to serve: bayeslora serve RUN")
     name: str = option("", "Name of the model; empty: that of the run's folder.")
     host: str = option("127.0.0.1", "Address to listen at; the default is reached from this machine only.")
     port: int = option(8000, "Port to listen at; 0: any that is free.")
