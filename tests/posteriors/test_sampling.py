@@ -300,5 +300,13 @@ def test_former_keywords_beside_draws_are_refused():
 )
 def test_public_functions_still_take_former_keywords(name, required):
     said = "sampling must be one of"  # the draws check themselves before anything else is looked at
-    with pytest.warns(DeprecationWarning, match=name), pytest.raises(InputError, match=said):
+    with pytest.warns(DeprecationWarning, match=name) as warned, pytest.raises(InputError, match=said):
         getattr(bl, name)(*[1] * required, sampling="latin")
+    assert [w.filename for w in warned] == [__file__]
+
+
+def test_predict_still_takes_the_former_keywords_of_its_passes():
+    said = r"options=bl.PassOptions\(stack=False\)"
+    with pytest.warns(DeprecationWarning, match=said) as warned, pytest.raises(TypeError):
+        bl.predict(None, None, None, stack=False)
+    assert [w.filename for w in warned] == [__file__]

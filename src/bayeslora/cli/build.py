@@ -17,11 +17,10 @@ from bayeslora.cli import options as groups
 from bayeslora.cli.data import save_format
 from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
-from bayeslora.cli.values import close_matches
 from bayeslora.comparison.cached_runs import CachedRuns
 from bayeslora.comparison.report import write_pictures, write_table
 from bayeslora.comparison.run import Comparison, compare
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, close_matches
 from bayeslora.files import write_json
 from bayeslora.methods import Inference
 from bayeslora.metrics.evaluation import evaluate
@@ -110,7 +109,7 @@ def build_arguments(
     known = [f.name for f in fields(TrainingArguments)]
     for key in more:
         if key not in known:
-            close = close_matches(key, known, or_all=False)
+            close = close_matches(key, known, "")
             raise InputError(f"--trainer names {key!r}, which TrainingArguments does not have{close and f'; {close}'}")
     try:
         return TrainingArguments(str(folder), **(values | more))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, get_args, get_orig
 
 from bayeslora.cli.options import INHERITED
 from bayeslora.cli.runs import posterior_name, read_options, run_folder
-from bayeslora.cli.values import close_matches, load_yaml, read
-from bayeslora.errors import InputError
+from bayeslora.cli.values import load_yaml, read
+from bayeslora.errors import InputError, close_matches
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,7 +31,7 @@ def parse(kind: type[Options], argv: Sequence[str], *, verb: str, examples: str)
     parser = _parser(options, kind, verb, examples)
     typed, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        close = close_matches(unknown[0].partition("=")[0], map(_flag, options), or_all=False)
+        close = close_matches(unknown[0].partition("=")[0], map(_flag, options), "")
         parser.error(f"unknown option {unknown[0]}{close and f', {close}'}")
     flags = vars(typed)
     config = flags.pop("config", None)

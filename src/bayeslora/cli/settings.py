@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import get_type_hints
 
-from bayeslora.cli.values import close_matches, read
-from bayeslora.errors import InputError
+from bayeslora.cli.values import read
+from bayeslora.errors import InputError, close_matches
 from bayeslora.methods import METHODS, Ensemble, Inference
 
 EVERY = (

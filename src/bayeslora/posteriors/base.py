@@ -3,7 +3,7 @@
 A draw is a function of (index, seed, parameter name) and of nothing else: draw k is the same weights for the whole data
 set, on every device, in any batch order and in any process.
 
-A new family is one file: a frozen dataclass that extends `Posterior` and has ``mean``, ``distinct`` and ``draw``. The
+A new family is one file: a frozen dataclass that extends `Posterior` and has ``mean`` and ``draw``. The
 rest has a default that is right for draws of weights. Its fields are what is saved: parameters by name are tensors, a
 field ``members`` (a tuple) or ``posterior`` (one) is what it is made of, and everything else is a scalar.
 """
@@ -40,7 +40,6 @@ FAMILIES: dict[str, type[Posterior]] = {}
 CACHED_NUMBERS = 2**24
 """Numbers of all draws that are kept with a posterior: 64 MiB."""
 
-Factor = float | Tensor
 LogProbs = tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]
 """The log-probabilities of the draws, and those at the mean if they are asked for."""
 
@@ -98,9 +97,9 @@ class Posterior(ABC):
         DESCRIPTIONS[cls.__name__] = cls.description
 
     @property
-    @abstractmethod
     def distinct(self) -> int | None:
         """How many different draws there are; None where there is no limit."""
+        return None
 
     @abstractmethod
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
@@ -123,14 +122,7 @@ class Posterior(ABC):
         return GROUPS[sampling] if self.distinct is None else 1
 
     def count(self, draws: int | Draws) -> int:
-        """Return how many draws serve a request: whole groups of the sampling, and none is drawn twice.
-
-        Args:
-            draws: Number asked for, or `Draws`.
-
-        Returns:
-            The number, rounded up to a multiple of `unit` and cut to the number of different draws.
-        """
+        """Return how many draws serve a request: rounded up to a multiple of `unit`, and none is drawn twice."""
         draws = Draws.of(draws)
         if self.distinct is not None:
             return min(draws.count, self.distinct)
@@ -294,6 +286,7 @@ class Posterior(ABC):
             push(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
 
+Factor = float | Tensor
 Rescaling = Callable[[str, Posterior], Factor]
 """The factor on a parameter, by its name and the posterior that it is a parameter of."""
 

@@ -42,11 +42,6 @@ class ColumnDropout(Posterior):
         """Check the rate."""
         _check_rate(self.rate)
 
-    @property
-    def distinct(self) -> None:
-        """No limit that matters: 2 to the number of input features."""
-        return None
-
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the parameters with the columns of one mask dropped."""
         draw = dict(self.mean)
@@ -83,11 +78,6 @@ class TokenDropout(Posterior):
     def __post_init__(self) -> None:
         """Check the rate."""
         _check_rate(self.rate)
-
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> NoReturn:
         """Refuse: a draw is no adapter.

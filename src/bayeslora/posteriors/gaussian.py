@@ -40,11 +40,6 @@ class DiagonalGaussian(Linearisable):
         """Check that every variance belongs to a mean, and is finite and not negative."""
         _check_variance(self.mean, self.variance)
 
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
-
     @cached_property
     def _deviation(self) -> Params:
         """The square roots of the variances, which every draw needs."""
@@ -130,11 +125,6 @@ class LowRankGaussian(Posterior):
     def rank(self) -> int:
         """Number of snapshots K."""
         return min((len(s) for s in self.snapshots.values()), default=0)
-
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
 
     @cached_property
     def _deviation(self) -> Params:

@@ -42,38 +42,26 @@ def push(
         raise InputError(
             f"{path} is not a posterior of bayeslora (it has no posterior_config.json), so it is not pushed"
         )
-    wanted = repo_id if repo_id is not None else path.resolve().name
+    target = repo_id if repo_id is not None else path.resolve().name
     try:
         api = HfApi(token=token)
-        made = str(api.create_repo(wanted, private=private, exist_ok=True).repo_id)
-        name_card(path, made)
+        repository = str(api.create_repo(target, private=private, exist_ok=True).repo_id)
+        name_card(path, repository)
         api.upload_folder(
-            repo_id=made,
+            repo_id=repository,
             folder_path=path,
             commit_message=commit_message or "Upload a posterior of bayeslora",
             delete_patterns=_STALE,
         )
     except Exception as error:  # the client's HTTP library, and so its exceptions, change with its versions
         raise InputError(
-            f"{path} is complete, but it was not pushed to {wanted}: {_cause(error, write=True)}"
+            f"{path} is complete, but it was not pushed to {target}: {_cause(error, write=True)}"
         ) from error
-    return made
+    return repository
 
 
 def fetch(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Return the folder of a repository on the Hugging Face Hub, from the cache or downloaded.
-
-    Args:
-        name: Repository ``org/name``.
-        revision: Branch, tag or commit.
-        token: Token for a private repository; None for the one that the machine is logged in with.
-
-    Returns:
-        The folder in the Hub's cache.
-
-    Raises:
-        InputError: If the Hub does not give it.
-    """
+    """Return the folder of a repository ``org/name`` on the Hugging Face Hub, from the cache or downloaded."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -66,19 +66,14 @@ class KroneckerGaussian(Linearisable):
             if factor.ndim and factor.shape != self.mean[name].shape:
                 raise InputError(f"the strength of {name!r} has another shape than its mean")
 
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
-
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + strength ⊙ (G ⊗ X + λI)^(−1/2) ε."""
-        drawn = dict(self.mean)
+        draw = dict(self.mean)
         for name, factor in self.strength.items():
             m = self.mean[name]
             spread = self.multiply(name, _as_matrix(noise(seed, index, name, m, sampling)), torch.rsqrt)
-            drawn[name] = m + factor * spread.view_as(m)
-        return drawn
+            draw[name] = m + factor * spread.view_as(m)
+        return draw
 
     def standard_deviation(self) -> Params:
         """Return √diagonal of the covariance."""
@@ -133,8 +128,8 @@ class KroneckerGaussian(Linearisable):
         both, rows, columns, rest = f[:-1, :-1], f[:-1, -1:], f[-1:, :-1], f[-1, -1]
         left, right = u.T @ matrix, matrix @ v
         core = u.T @ right
-        found = rest * matrix + u @ ((rows - rest) * left) + ((columns - rest) * right) @ v.T
-        return found + u @ ((both - rows - columns + rest) * core) @ v.T
+        product = rest * matrix + u @ ((rows - rest) * left) + ((columns - rest) * right) @ v.T
+        return product + u @ ((both - rows - columns + rest) * core) @ v.T
 
     def eigenvalues(self, name: str) -> Float[Tensor, "L+1 R+1"]:
         """Return the products of the factors' eigenvalues, without λ; the last are those of all other directions."""

@@ -76,11 +76,6 @@ class Linearised(Posterior):
         """The Gaussian's mean."""
         return self.posterior.mean
 
-    @property
-    def distinct(self) -> None:
-        """No limit."""
-        return None
-
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return a draw of the weights."""
         return self.posterior.draw(index, seed, sampling)
@@ -106,8 +101,8 @@ class Linearised(Posterior):
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""
         logits, covariances = engine.moments(self.posterior)
-        drawn = logit_draws(logits, covariances, draws.count, draws.seed)
-        return drawn.log_softmax(-1), logits.log_softmax(-1)
+        log_probs = logit_draws(logits, covariances, draws.count, draws.seed).log_softmax(-1)
+        return log_probs, logits.log_softmax(-1)
 
 
 def logit_draws(

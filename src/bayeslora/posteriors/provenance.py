@@ -34,14 +34,14 @@ class Origin:
 
     adapter_config: Mapping[str, Any]
     base_model: str
-    fingerprint: Mapping[str, Any]
+    fingerprint: Mapping[str, object]
     method: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_data: int | None = None
     normalisation: str | None = None
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: nn.Module) -> dict[str, object]:
     """Return what recognises a base model in any dtype, on any device, quantised or not.
 
     Layer names are hashed, and a few weights of the layers that quantisation leaves alone (norms and the input
@@ -49,14 +49,14 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """
     base = require_lora(model).get_base_model()
     skip = ("lora_", "modules_to_save", "original_module")
-    kept = {
+    weights = {
         name.replace(".base_layer.", "."): p
         for name, p in base.named_parameters()
         if not any(part in name for part in skip) and name.split(".")[0] not in ("score", "classifier")
     }
-    names = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:16]
+    names = hashlib.sha256("\n".join(sorted(weights)).encode()).hexdigest()[:16]
     embedding = getattr(base, "get_input_embeddings", lambda: None)()
-    plain = [p for name, p in sorted(kept.items()) if p.ndim == 1 and p.is_floating_point()]
+    plain = [p for name, p in sorted(weights.items()) if p.ndim == 1 and p.is_floating_point()]
     if isinstance(embedding, nn.Embedding):
         plain = [embedding.weight, *plain]
     sketch: list[float] = []
@@ -69,7 +69,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def origin_of(
-    model: nn.Module, method: str = "", settings: Mapping[str, Any] | None = None, num_data: int | None = None
+    model: nn.Module, method: str = "", settings: Mapping[str, object] | None = None, num_data: int | None = None
 ) -> Origin:
     """Return the origin of a posterior over this model's active adapter.
 

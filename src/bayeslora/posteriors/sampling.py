@@ -83,8 +83,13 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def former_keywords(parameter: str, kind: type, **fields: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let a function accept keywords of the last release, each now a field of the dataclass that a parameter takes."""
+def former_keywords(
+    parameter: str, kind: type, level: int = 2, /, **fields: str
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return what lets a function accept keywords of the last release, each now a field of what a parameter takes.
+
+    The warning is of the caller, ``level`` frames up: one more where another of these is around it.
+    """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         signature = inspect.signature(function)
@@ -95,18 +100,18 @@ def former_keywords(parameter: str, kind: type, **fields: str) -> Callable[[Call
             if not former:
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            given = bound.arguments.get(parameter, signature.parameters[parameter].default)
-            if parameter in bound.arguments and isinstance(given, kind):
+            value = bound.arguments.get(parameter, signature.parameters[parameter].default)
+            if parameter in bound.arguments and isinstance(value, kind):
                 raise InputError(f"{', '.join(former)}: a field of {parameter}={kind.__name__}(…); give it there alone")
-            values = {fields[name]: value for name, value in former.items()}
-            if not isinstance(given, kind):  # a number of draws
-                values = {"count": given, **values}
+            values = {fields[name]: v for name, v in former.items()}
+            if not isinstance(value, kind):  # a number of draws
+                values = {"count": value, **values}
             text = ", ".join(f"{name}={value!r}" for name, value in values.items())
             warnings.warn(
                 f"{function.__qualname__}: {'=, '.join(former)}= will go with the next release; "
                 f"write {parameter}=bl.{kind.__name__}({text})",
                 DeprecationWarning,
-                stacklevel=2,
+                stacklevel=level,
             )
             bound.arguments[parameter] = kind(**values)
             return function(*bound.args, **bound.kwargs)
@@ -149,9 +154,9 @@ def _simplex(seed: int, index: int, name: str, like: Tensor) -> Tensor:
     noise is exact, as with pairs that mirror each other. Its average of what is quadratic is worth K − 1 independent
     draws; a pair's is worth one.
     """
-    group, own = divmod(index, _GROUP)
+    group, place = divmod(index, _GROUP)
     every = torch.randn((_GROUP, *like.shape), generator=generator(seed, "simplex", group, name))
-    return math.sqrt(_GROUP / (_GROUP - 1)) * (every[own] - every.mean(0))
+    return math.sqrt(_GROUP / (_GROUP - 1)) * (every[place] - every.mean(0))
 
 
 _BITS = 30

@@ -131,12 +131,12 @@ def _owners(
     batch: dict[str, Tensor], examples: int, classes: int
 ) -> tuple[Int[Tensor, " sequences"], Int[Tensor, " kept"] | None]:
     """Return the example of each sequence of a batch, and of each position that the head sees, if it sees a few."""
-    kept, sequences = batch.get("readout_keep"), batch["input_ids"]
-    if kept is None:
+    keep, sequences = batch.get("readout_keep"), batch["input_ids"]
+    if keep is None:
         return torch.arange(examples, device=sequences.device), None
     row, example = batch["readout_row"], batch["readout_slot"] // classes
-    of_sequence = kept.new_zeros(len(sequences)).index_put_((kept[row] // sequences.shape[1],), example)
-    return of_sequence, torch.zeros_like(kept).index_put_((row,), example)
+    of_sequence = keep.new_zeros(len(sequences)).index_put_((keep[row] // sequences.shape[1],), example)
+    return of_sequence, torch.zeros_like(keep).index_put_((row,), example)
 
 
 def _by_example(

@@ -13,7 +13,7 @@ class PassOptions:
 
     Attributes:
         stack: Whether several draws may share a pass over the base, where the model allows it.
-        share_prefix: Whether a beginning that all prompts have in common may be run once for each draw, where the model
+        share_prefix: Whether a prefix that all prompts have in common may be run once for each draw, where the model
             allows it.
         compile: Whether to compile the model's layers with `torch.compile`: sooner where there are many rows, for
             compiling takes about a minute. It does not apply to linearised posteriors.

@@ -101,24 +101,24 @@ class Passes:
             most = max_stacked(self.model, first) if self.options.stack else 1
             stop = count if self.reading.across_draws else min(start + most, count)
             draws = [first, *(draw(k) for k in range(start + 1, stop))]
-            self._run_draws(_Job(draws, prefix, False, numbers, answers[start:stop]), most)
+            self._run_draws(_Stack(draws, prefix, False, numbers, answers[start:stop]), most)
             start = stop
         return answers
 
     @torch.inference_mode()
-    def _run_draws(self, job: _Job, most: int) -> None:
+    def _run_draws(self, stack: _Stack, most: int) -> None:
         """Fill in the answers under draws of which at most so many share a pass."""
-        names = differing(job.draws)
-        together = min(most, len(job.draws)) if names and self.stacks(names, share=False) else 1
-        job = replace(job, share=together > 1 and self.stacks(names, share=True))
-        saved = len(job.prefix) - len(job.prefix) // 2  # a token of the prefix costs memory, but no pass
-        lengths = [self.readout.length(self.rows[i]) - saved for i in job.numbers]
+        names = differing(stack.draws)
+        together = min(most, len(stack.draws)) if names and self.stacks(names, share=False) else 1
+        stack = replace(stack, share=together > 1 and self.stacks(names, share=True))
+        saved = len(stack.prefix) - len(stack.prefix) // 2  # a token of the prefix costs memory, but no pass
+        lengths = [self.readout.length(self.rows[i]) - saved for i in stack.numbers]
         for width, batches in schedule(lengths, self.token_budget, together).items():
-            parts = [slice(at, at + width) for at in range(0, len(job.draws), width)]
+            parts = [slice(at, at + width) for at in range(0, len(stack.draws), width)]
             one_by_one = self.reading.across_draws and len(parts) > 1
             for group in [[batch] for batch in batches] if one_by_one else [batches]:
                 for part in parts:
-                    self._fill(job.of(part), group)
+                    self._fill(stack.of(part), group)
 
     def _against_neutral(
         self, draw: Callable[[int], Params], count: int, numbers: Sequence[int]
@@ -164,30 +164,30 @@ class Passes:
         key = ("prefix", self.readout.name, self.readout.shared)
         return tokens if len(tokens) >= WORTHWHILE and tried(self.model, key, goes_on) else ()
 
-    def _fill(self, job: _Job, batches: Sequence[Sequence[int]]) -> None:
+    def _fill(self, stack: _Stack, batches: Sequence[Sequence[int]]) -> None:
         """Fill in the answers to batches of places; what is too large for memory is halved, examples before draws."""
-        count = len(job.draws)
+        count = len(stack.draws)
         layers = compiled(self.model) if self.options.compile else nullcontext()
-        with stacked(self.model, job.draws, share=job.share), layers:
-            cache = prefix_cache(self.model, job.prefix, 1 if job.share else count) if job.prefix else None
+        with stacked(self.model, stack.draws, share=stack.share), layers:
+            cache = prefix_cache(self.model, stack.prefix, 1 if stack.share else count) if stack.prefix else None
 
             def answer(places: Sequence[int]) -> None:
                 """Pass one batch."""
-                examples = [job.numbers[p] for p in places]
-                rows = without_prefix([self.rows[i] for i in examples], len(job.prefix))
+                examples = [stack.numbers[p] for p in places]
+                rows = without_prefix([self.rows[i] for i in examples], len(stack.prefix))
                 answers = self._pass(rows, count, cache, examples)
-                job.answers[:, places, : answers.shape[-1]] = answers
+                stack.answers[:, places, : answers.shape[-1]] = answers
                 self.done(len(places) * count)
 
             too_large = in_halves(answer, batches)
         for place in too_large:
             if count == 1:
-                number = job.numbers[place]
+                number = stack.numbers[place]
                 length = self.readout.length(self.rows[number])
                 raise InputError(f"{self.reading.item} {number} has {length} tokens and does not fit into memory")
             logger.warning("an example under %d draws does not fit into memory; the draws are halved", count)
             for half in (slice(0, count // 2), slice(count // 2, count)):
-                self._fill(job.of(half), [[place]])
+                self._fill(stack.of(half), [[place]])
 
     def _pass(
         self, rows: Sequence[Encoded], count: int, cache: DynamicCache | None = None, examples: Sequence[int] = ()
@@ -202,7 +202,7 @@ class Passes:
 
 @final
 @dataclass(frozen=True)
-class _Job:
+class _Stack:
     """S draws that are stacked, and where the answers under them go."""
 
     draws: Sequence[Params]
@@ -211,7 +211,7 @@ class _Job:
     numbers: Sequence[int]  # of the n examples
     answers: Float[Tensor, "S n C"]  # filled in
 
-    def of(self, draws: slice) -> _Job:
+    def of(self, draws: slice) -> _Stack:
         """Return the same for some of the draws."""
         return replace(self, draws=self.draws[draws], answers=self.answers[draws])
 

@@ -200,8 +200,8 @@ def choice_logits(logits: Float[Tensor, "P V"], positions: Batch) -> Float[Tenso
     if weight is not None:
         values = values * weight.to(logits.device)
     filled = torch.zeros(size.numel(), device=values.device).index_add(0, slot, values)
-    there = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
-    return filled.masked_fill(~there, -torch.inf).view(size)
+    present = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
+    return filled.masked_fill(~present, -torch.inf).view(size)
 
 
 def kept_states(states: Float[Tensor, "*positions H"], keep: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
@@ -230,6 +230,6 @@ def _shares_prompts(peft: nn.Module, base: PreTrainedModel, tokenizer: Tokenizer
     with evaluating(peft):
         for shared in (True, False):
             readout = Readout("likelihood", tokenizer, None, shared, base.dtype)
-            with readout.attached(peft, lambda kept, positions: kept[positions["readout_row"].to(kept.device)]):
+            with readout.attached(peft, lambda logits, positions: logits[positions["readout_row"].to(logits.device)]):
                 logits.append(peft(**on(readout.collate(rows), device_of(peft))).logits.float())
     return bool((logits[0] - logits[1]).abs().max() <= 0.05 * logits[1].std())

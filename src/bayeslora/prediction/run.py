@@ -26,13 +26,13 @@ from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.options import PassOptions
 from bayeslora.prediction.passes import Passes, batched
-from bayeslora.prediction.readouts import readout_for
+from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
 
 
 @former_keywords("draws", Draws, seed="seed", sampling="sampling", tolerance="tolerance", fewest_draws="minimum")
 @former_keywords(
-    "options", PassOptions, stack="stack", share_prefix="share_prefix", compile="compile", progress="progress"
+    "options", PassOptions, 3, stack="stack", share_prefix="share_prefix", compile="compile", progress="progress"
 )
 def predict(
     model: nn.Module,
@@ -69,13 +69,7 @@ def predict(
             together.
     """
     draws = Draws.of(draws)
-    if not len(split):
-        raise InputError(f"{split.name} has no examples")
-    if posterior.origin is not None:
-        check_base(posterior.origin, model)
-    readout = readout_for(model, split, tokenizer)
-    if readout.name == "likelihood":
-        check_scores(posterior.origin, split.normalisation, split.name)
+    readout = _fitting_readout(model, posterior, split, tokenizer)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
@@ -89,9 +83,8 @@ def predict(
         engine = _Engine(passes, mean, split, token_budget, bar)
         log_probs, at_mean = posterior.answers(engine, draws)
     components = posterior.components(len(log_probs))
-    error = torch.zeros(len(split))
-    if posterior.distinct is None or len(log_probs) < posterior.distinct:
-        error = monte_carlo_error(log_probs, components, paired=draws.paired)
+    exhausted = posterior.distinct is not None and len(log_probs) >= posterior.distinct
+    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=draws.paired)
     return Prediction(
         log_probs=log_probs,
         mean_log_probs=at_mean,
@@ -101,6 +94,18 @@ def predict(
         seconds=time.perf_counter() - began,
         monte_carlo_error=error,
     )
+
+
+def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None) -> Readout:
+    """Return the split's readout once posterior, model and split are known to fit together."""
+    if not len(split):
+        raise InputError(f"{split.name} has no examples")
+    if posterior.origin is not None:
+        check_base(posterior.origin, model)
+    readout = readout_for(model, split, tokenizer)
+    if readout.name == "likelihood":
+        check_scores(posterior.origin, split.normalisation, split.name)
+    return readout
 
 
 @final

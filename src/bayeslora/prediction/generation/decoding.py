@@ -118,8 +118,8 @@ class Decoder:
         device = device_of(self.model)
         width = max(map(len, prompts))
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[padding] * (width - len(own)) + [*own] for own in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts], device=device)
+        ids = torch.tensor([[padding] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         if not self.average:
             ids, mask = (value.repeat(len(self.draws), 1) for value in (ids, mask))
         beams = self.settings.get("num_beams", 1) > 1
