@@ -14,7 +14,6 @@ from transformers import TrainingArguments
 
 from bayeslora._typing import Tokenizer
 from bayeslora.cli import options as groups
-from bayeslora.cli.data import save_format
 from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
 from bayeslora.comparison.cached_runs import CachedRuns
@@ -91,7 +90,6 @@ def build_arguments(
         "lr_scheduler_type": options.scheduler,
         "warmup_steps": options.warmup,
         "logging_steps": 0.1,
-        "logging_strategy": "steps",
         "save_strategy": "steps" if options.save_steps else "no",
         "save_steps": options.save_steps or 500,
         "save_total_limit": 2,
@@ -142,13 +140,6 @@ def predict_as(
     if prediction.truncated:
         say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
     return prediction
-
-
-def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
-    """Keep a posterior in the folder of its run, and how the rows that it was trained on are put to the model."""
-    if rows is not None:
-        save_format(out, rows)
-    posterior.save_pretrained(out / "posterior")
 
 
 def report_run(

@@ -13,6 +13,7 @@ from bayeslora.cli.options import TaskOptions
 from bayeslora.errors import InputError
 from bayeslora.files import read_object, write_json
 from bayeslora.metrics.prediction import Prediction
+from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
@@ -112,9 +113,11 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     return replace(other.test, examples=examples, classes=like.classes, format=like.format)
 
 
-def save_format(folder: Path, split: Split) -> None:
-    """Write down how a split is put to the model, so that a run can answer without its data."""
-    write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
+def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
+    """Keep a posterior in its run's folder, and how its rows are put to the model: a run answers without them."""
+    if rows is not None:
+        write_json(out / _FILE, {"name": rows.name, "classes": rows.classes, "format": asdict(rows.format)})
+    posterior.save_pretrained(out / "posterior")
 
 
 def format_from_options(options: TaskOptions, name: str, origin: Origin | None) -> Split:
@@ -204,16 +207,9 @@ def _example_split(task: Task) -> Split:
 def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, object]]:
     """Return each row with its answer and its uncertainty; a field that the row has already is ``predicted_``…."""
     columns = {key for row in rows for key in row}
-    scores = {
-        "confidence": prediction.confidence,
-        "entropy": prediction.entropy,
-        "mutual_information": prediction.mutual_information,
-        "disagreement": prediction.disagreement,
-    }
-    if prediction.monte_carlo_error is not None:
-        scores["monte_carlo_error"] = prediction.monte_carlo_error
-    counts = prediction.draws_taken.tolist()
-    every, answers = prediction.probs, prediction.answer
+    names = ("confidence", "entropy", "mutual_information", "disagreement", "monte_carlo_error")
+    scores = {name: value for name in names if (value := getattr(prediction, name)) is not None}
+    counts, every, answers = prediction.draws_taken.tolist(), prediction.probs, prediction.answer
     answered_rows = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
         probs = every[i, : len(example.choices)].tolist()

@@ -55,7 +55,7 @@ def run(options: Options) -> None:
                 model, posterior, rows, args, build.draws_of(options, options.draws),
                 held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
-            build.save_run(out, point, rows)
+            data.save_run(out, point, rows)
         learned = {} if point.origin is None else point.origin.settings
         if "held_out" in learned:
             print(

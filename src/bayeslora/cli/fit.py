@@ -64,5 +64,5 @@ def run(options: Options) -> None:
                 seed=options.seed,
                 token_budget=options.token_budget or None,
             )
-            build.save_run(out, posterior, task.train)
+            data.save_run(out, posterior, task.train)
         build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

@@ -75,17 +75,16 @@ def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:
     routed: dict[str, dict[str, str]] = {key: {} for key in inner}
     for key, text in words.items():
         part, dot, rest = key.partition(".")
-        if key in settings.keys() - inner.keys():
+        if key in inner:
+            continue
+        if key in settings:
             values[key] = read(text, hints[key], f"{name}'s setting {key}")
         elif dot and part in inner:
             routed[part][rest] = text
-        elif key not in inner:
+        else:
             part = next((part for part, member in inner.items() if key in vars(member)), "")
             if not part:
-                known = [
-                    *(key for key in settings if key not in inner),
-                    *(each for one in inner.values() for each in vars(one)),
-                ]
+                known = [each for owner in (method, *inner.values()) for each in vars(owner) if each not in inner]
                 raise InputError(f"{name} has no setting {key!r}, {close_matches(key, known)}")
             routed[part].setdefault(key, text)
     values |= {key: _with(one, routed[key], one.name if key in words else name) for key, one in inner.items()}

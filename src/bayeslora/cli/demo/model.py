@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,14 @@ def convert_package(package: Path, folder: Path) -> None:
 
     logger.info("Converting the model to bf16 (half a minute, once).")
     source: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
+    dense: dict[str, Any] = {}
+    with suppress(ImportError):  # versions before it always unpack the weights
+        from transformers import GgufConfig
+
+        dense = {"quantization_config": GgufConfig(dequantize=True)}
     tokenizer = AutoTokenizer.from_pretrained(str(package), **source)
     mend_tokenizer(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **source, **_dense())
+    model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **source, **dense)
     _check(model, tokenizer)
     try:
         model.save_pretrained(folder)
@@ -106,15 +112,6 @@ def convert_package(package: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     weights = folder / "model.safetensors"
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them readable by the owner only
-
-
-def _dense() -> dict[str, Any]:
-    """Return the loading options that unpack GGUF weights; versions before ``GgufConfig`` always did."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
