@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from bayeslora.cli.parse import parse
 from bayeslora.cli.terminal import quiet
-from bayeslora.cli.values import close_matches
-from bayeslora.errors import InputError, Interrupted
+from bayeslora.errors import InputError, Interrupted, close_matches
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:

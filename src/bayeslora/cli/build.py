@@ -22,8 +22,7 @@ from bayeslora.cli.options import (
 )
 from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
-from bayeslora.cli.values import close_matches
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, close_matches
 from bayeslora.files import write_json
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
@@ -117,7 +116,7 @@ def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
     for key in more:
         if key not in known:
-            close = close_matches(key, known, or_all=False)
+            close = close_matches(key, known, "")
             raise InputError(f"--trainer names {key!r}, which TrainingArguments does not have{close and f'; {close}'}")
     try:
         return TrainingArguments(str(folder), **(values | more))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, get_args, get_orig
 
 from bayeslora.cli.options import INHERITED
 from bayeslora.cli.runs import posterior_name, read_options, run_folder
-from bayeslora.cli.values import close_matches, load_yaml, read
-from bayeslora.errors import InputError
+from bayeslora.cli.values import load_yaml, read
+from bayeslora.errors import InputError, close_matches
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -107,7 +107,7 @@ def _flags(parser: argparse.ArgumentParser, argv: Sequence[str], options: Iterab
     """Return the texts of the flags that were typed, or exit with a sentence about the first that is unknown."""
     typed, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        close = close_matches(unknown[0].partition("=")[0], map(_flag, options), or_all=False)
+        close = close_matches(unknown[0].partition("=")[0], map(_flag, options), "")
         parser.error(f"unknown option {unknown[0]}{close and f', {close}'}")
     return vars(typed)
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast, get_type_hints
 
-from bayeslora.cli.values import close_matches, read
-from bayeslora.errors import InputError
+from bayeslora.cli.values import read
+from bayeslora.errors import InputError, close_matches
 from bayeslora.methods import METHODS, Ensemble, Inference
 
 if TYPE_CHECKING:

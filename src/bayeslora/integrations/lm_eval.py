@@ -7,7 +7,6 @@ likelihoods are averaged, as `bayeslora.predict` averages probabilities. Where t
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Bool, Float, Tokenizer
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, close_matches
 from bayeslora.integrations.lm_eval_calibration import Results, add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Draws, Posterior
@@ -224,8 +223,7 @@ def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[list[str],
     matches = {name: manager.match_tasks([name]) for name in names}
     for name, tasks in matches.items():
         if not tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks lists them"
+            hint = close_matches(name, manager.all_tasks, "lm-eval ls tasks lists them")
             raise InputError(f"the evaluation harness has no task {name!r}; {hint}")
     return list(dict.fromkeys(task for tasks in matches.values() for task in tasks)), manager
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, close_matches
 from bayeslora.tasks.columns import Columns
 from bayeslora.tasks.types import TaskKind
 
@@ -122,7 +121,5 @@ def find_task(name: str) -> KnownTask | None:
 def unknown_task(name: str, *, also: str = "") -> InputError:
     """Return the error for an unknown name: the closest known names, or else all, and then ``also``."""
     every = [*KNOWN_TASKS, *(f"mmlu:{subject}" for subject in MMLU_SUBJECTS)]
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), every, n=3, cutoff=0.6)
-    if close:
-        return InputError(f"Unknown task {name!r}: did you mean {' or '.join(close)}{also}?")
-    return InputError(f"Unknown task {name!r}: known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>{also}")
+    listed = f"known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>"
+    return InputError(f"Unknown task {name!r}: {close_matches(name.lower().replace('-', '_'), every, listed, also)}")
