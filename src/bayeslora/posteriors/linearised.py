@@ -13,7 +13,8 @@ from torch import Tensor
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import generator
-from bayeslora.posteriors.base import Derived, Engine, LogProbs, Posterior, Rescaling
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
+from bayeslora.posteriors.derived import Derived
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws
 
@@ -29,13 +30,13 @@ class Linearisable(Posterior, ABC):
     def noisy(self) -> Collection[str]:
         """The parameters that have noise."""
 
-    @abstractmethod
     def projection(self, name: str) -> Hashable:
         """Return what `projected` depends on: posteriors that have it in common share what it returns."""
+        return name
 
-    @abstractmethod
     def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Tensor:
-        """Return what is left of J Σ Jᵀ to weight for one parameter."""
+        """Return what is left of J Σ Jᵀ to weight for one parameter: the Jacobian as it is, or less."""
+        return jacobian
 
     @abstractmethod
     def covariance(self, name: str, projected: Tensor) -> Float[Tensor, "N C C"]:

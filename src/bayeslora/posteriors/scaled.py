@@ -12,7 +12,8 @@ from torch import Tensor
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Derived, Engine, LogProbs, Posterior
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior
+from bayeslora.posteriors.derived import Derived
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws
 

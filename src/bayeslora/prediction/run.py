@@ -84,7 +84,8 @@ def predict(
         log_probs, at_mean = posterior.answers(_Engine(passes, mean, split, token_budget), draws)
     components = posterior.components(len(log_probs))
     exhausted = posterior.distinct is not None and len(log_probs) >= posterior.distinct
-    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=draws.paired)
+    paired = draws.sampling == "antithetic"
+    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=paired)
     return Prediction(
         log_probs=log_probs,
         mean_log_probs=at_mean,
@@ -157,7 +158,8 @@ class _Engine:
             if draws.tolerance is None or numbers.stop == draws.count:
                 break
             members = None if components is None else components[: numbers.stop]
-            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=draws.paired)
+            paired = draws.sampling == "antithetic"
+            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=paired)
             alive = alive[error > draws.tolerance]
             if not len(alive):
                 break
