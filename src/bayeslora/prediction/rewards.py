@@ -20,8 +20,7 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.passes import REWARDS, Passes
+from bayeslora.prediction.passes import REWARDS, Passes, PassOptions
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
