@@ -20,10 +20,9 @@ READ = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout
 def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: torch.dtype) -> Batch:
     """Return the model's inputs for prompts followed by choices, and where the choices' tokens are predicted.
 
-    ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of
-    token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c,
-    with the factor ``readout_weight[q]`` where examples have scales or a neutral prompt. The choices follow one
-    ``shared`` copy of their prompt, under an additive attention mask of the dtype, or each has its own.
+    The choices follow one ``shared`` copy of their prompt, under an additive attention mask, or each has its own.
+    Prediction q is of token ``readout_token[q]`` at kept position ``readout_row[q]``, and counts with
+    ``readout_weight[q]`` for choice ``readout_slot[q]`` = b·C + c; ``readout_keep`` are positions row · T + column.
     """
     choices = max(len(row.answers) for row in rows)
     layout = _Layout(shared)

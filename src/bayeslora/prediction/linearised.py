@@ -32,11 +32,10 @@ def logit_moments(
     examples: int,
     done: Callable[[int], object] = lambda _: None,
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "K N C C"]]:
-    """Return mean and covariance of the logits under each of several posteriors with the same mean.
+    """Return mean and covariance of the logits, float32 on the CPU, under each of several posteriors of one mean.
 
-    The model has the readout attached and the posteriors' mean applied; ``batches`` are numbers of examples with their
-    batch, ``done`` is told how many examples have passed. Logits are minus infinity for choices that an example does
-    not have; float32 on the CPU.
+    The readout is attached and the mean applied. ``batches`` have the numbers of their examples; ``done`` is told how
+    many have passed. Logits are minus infinity for choices that an example does not have.
     """
     noisy = posteriors[0].noisy
     sites = linear_sites(model, lambda name: name in noisy)

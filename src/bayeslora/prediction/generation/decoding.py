@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -101,7 +100,9 @@ class Decoder:
         if not self.average:
             ids, mask = (value.repeat(len(self.draws), 1) for value in (ids, mask))
         beams = self.settings.get("num_beams", 1) > 1
-        with answering(self.model, self.draws, average=self.average) as averager, _own_stream(device, self.seed):
+        forked = range(torch.cuda.device_count()) if device.type == "cuda" else []
+        with answering(self.model, self.draws, average=self.average) as averager, torch.random.fork_rng(forked):
+            torch.manual_seed(seed_of("tokens", self.seed))  # transformers samples from the default generators only
             notes = _Notes(averager, on_step, ended or self._stops, width)
             settings = {
                 "pad_token_id": padding, "num_beams": 1, **self.settings,
@@ -151,14 +152,6 @@ class Decoder:
     def _stops(self, row: int, ids: list[int]) -> bool:
         """Say whether a row has come to a stop string."""
         return bool(self.settings.get("stop_strings")) and self.stopped(ids)[1] is not None
-
-
-@contextmanager
-def _own_stream(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's default generators, the only ones that transformers takes, for the length of a ``with`` block."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        torch.manual_seed(seed_of("tokens", seed))
-        yield
 
 
 def alternatives(tokenizer: Tokenizer, step: Step, row: int) -> tuple[tuple[str, float], ...]:
