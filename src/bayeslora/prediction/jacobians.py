@@ -90,16 +90,15 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
             if idle := [site.name for site in sites if site.module not in seen]:
                 raise InputError(f"{idle[0]} took no part in a pass, and cannot be linearised; adapt other layers")
             ends = [seen[m][1] for m in modules]
-            rows: list[tuple[Tensor, ...]] = []
-            for c in range(logits.shape[1]):
-                last = c + 1 == logits.shape[1]
-                rows.append(
-                    torch.autograd.grad(logits[:, c].sum(), ends, retain_graph=not last, materialize_grads=True)
-                )
+            columns = logits.unbind(1)
+            rows = [
+                torch.autograd.grad(column.sum(), ends, retain_graph=column is not columns[-1], materialize_grads=True)
+                for column in columns
+            ]
         inputs, outputs, owners = {}, {}, {}
         examples = _owners(batch, *logits.shape)
-        for k, module in enumerate(modules):
-            x, g = seen[module][0].float(), torch.stack([row[k] for row in rows]).float()
+        for module, *gradients in zip(modules, *rows, strict=True):
+            x, g = seen[module][0].float(), torch.stack(gradients).float()
             inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, examples)
         seen.clear()
         return Gradients(logits.detach(), inputs, outputs, owners)

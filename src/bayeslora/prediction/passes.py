@@ -143,10 +143,7 @@ class Passes:
     def _against_neutral(
         self, draw: Callable[[int], Params], count: int, numbers: Sequence[int]
     ) -> Float[Tensor, "S n C"]:
-        """Return the log-probabilities where scores are set against a neutral prompt: one more pass of each choice.
-
-        Each different choice is passed once for each draw, whatever the number of examples.
-        """
+        """Return the log-probabilities against a neutral prompt, after which each different choice is passed once."""
         bare = [replace(row, neutral=(), neutral_answers=()) for row in self.rows]
         log_probs = replace(self, rows=bare).run(draw, count, numbers)
         choices = [self.rows[i].neutral_answers for i in numbers]

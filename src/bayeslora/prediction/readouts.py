@@ -120,11 +120,7 @@ class Readout:
 
 
 def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer = None) -> Readout:
-    """Return how a split's answers are read from a model, by the split's format or, where it says auto, by the model.
-
-    Raises:
-        InputError: If the model and the readout or the split's classes do not fit.
-    """
+    """Return how a split's answers are read from a model: as its format says, or by the model where it says auto."""
     peft = require_lora(model)
     base = peft.get_base_model()
     classifier = "ForSequenceClassification" in type(base).__name__
