@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
@@ -28,6 +29,7 @@ Text = str | Sequence[dict[str, str]]
 
 
 @former_keywords("draws", Draws, seed="seed", sampling="sampling")
+@former_keywords("options", PassOptions, 3, stack="stack")
 def predict_rewards(
     model: nn.Module,
     posterior: Posterior,
@@ -36,7 +38,7 @@ def predict_rewards(
     *,
     tokenizer: Tokenizer | None = None,
     token_budget: int | None = None,
-    stack: bool = True,
+    options: PassOptions = PassOptions(),
 ) -> Float[Tensor, "S N"]:
     """Return the reward of every text under every draw.
 
@@ -50,8 +52,8 @@ def predict_rewards(
         draws: Number S of draws, or `Draws`. Draw k of a seed is the same weights in every call.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
-        stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
-            rounding.
+        options: How the passes are run, and whether a bar is shown; the numbers are the same up to rounding. Texts have
+            no prefix that is shared.
 
     Returns:
         Float32 on the CPU.
@@ -72,8 +74,12 @@ def predict_rewards(
     draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
     budget = token_budget or default_token_budget(model)
-    passes = Passes(model, readout, rows, 1, budget, options=PassOptions(stack=stack), reading=REWARDS)
-    with evaluating(model):
+    total = len(rows) * draws.count
+    with (
+        evaluating(model),
+        tqdm(total=total, desc="rewards", unit="row", disable=not options.progress) as bar,
+    ):
+        passes = Passes(model, readout, rows, 1, budget, bar.update, options, REWARDS)
         return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
 
