@@ -105,15 +105,7 @@ class PosteriorLM(HFLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts; one that is longer than the model is read in windows, as the harness does.
-
-        Args:
-            requests: The harness's requests, each with a text.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            The log of the draws' mean likelihood of each text, over all its windows.
-        """
+        """Return the log of the draws' mean likelihood of whole texts, long ones over all the harness's windows."""
         windows: list[Pair] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -131,16 +123,7 @@ class PosteriorLM(HFLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Write texts by `bayeslora.generate`: each token comes from the average of the draws.
-
-        Args:
-            requests: The harness's requests, each with a context and settings: ``until``, ``max_gen_toks``,
-                ``do_sample``, ``temperature``, and any other argument of transformers' ``generate``.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            The texts, without what they end at.
-        """
+        """Return texts by `bayeslora.generate` with a task's settings, without the stop strings that they end at."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
