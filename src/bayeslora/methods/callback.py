@@ -25,7 +25,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
@@ -79,25 +79,21 @@ class MethodCallback(TrainerCallback, ABC):
     def end(self, run: Run) -> None:
         """Do what comes after the last step, when nothing of the method is in the model any more."""
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Put the adapter into float32, before an optimiser knows it or a checkpoint is read into it."""
         widen(kwargs.get("model"), kwargs.get("optimizer"))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Begin, and put the run on record under the model that the Trainer really trains."""
         run = Run.of(args, state, kwargs)
         remember(run.model, self.begin(run))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Write into the checkpoint, from the first process."""
         if state.is_world_process_zero:
             self.save(checkpoint_file(args, state, self.file), Run.of(args, state, kwargs))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Take out of the model what the run put there, and end."""
         run = Run.of(args, state, kwargs)
         require_record(run.model, self.name).clear()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
@@ -182,7 +182,7 @@ class _Start(TrainerCallback):
         self.ensemble, self.num_data = ensemble, num_data
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self, args: TrainingArguments, state: TrainerState, control: object, *, model: nn.Module, **_: object
     ) -> None:
         """Draw the start, unless the run is resumed, and refuse the seed of an earlier member."""
         name = self.ensemble.name
@@ -201,7 +201,7 @@ class _Start(TrainerCallback):
             )
         initialise(model, args.seed)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         """Write the member's seed into the checkpoint."""
         if state.is_world_process_zero:
             with atomic_file(checkpoint_file(args, state, _STATE_FILE)) as partial:
@@ -227,7 +227,7 @@ class _Keep(TrainerCallback):
         self.ensemble = ensemble
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self, args: TrainingArguments, state: object, control: object, *, model: nn.Module, **_: object
     ) -> None:
         """Keep the member."""
         member = self.ensemble.member

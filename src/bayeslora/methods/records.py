@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
@@ -96,8 +96,6 @@ class Recorder(TrainerCallback):
     def __init__(self, method: str, num_data: int) -> None:
         self.record = Record(method, check_num_data(num_data))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, *, model: nn.Module, **_: object) -> None:
         """Check that the model has a LoRA adapter, and keep the record."""
         remember(require_lora(model), self.record)

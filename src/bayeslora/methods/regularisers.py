@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
@@ -61,9 +61,7 @@ class KlToBase(TrainerCallback):
         self._detach: weakref.finalize[..., KlToBase] | None = None
         self._asked = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, *, model: nn.Module, **_: object) -> None:
         """Start to keep each training batch for the second pass; refuse a model whose head is new."""
         new = require_lora(model).active_peft_config.modules_to_save
         if new:
@@ -83,18 +81,14 @@ class KlToBase(TrainerCallback):
         hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Refuse a Trainer that has taken a step without asking for the loss."""
         if not self._asked:
             raise InputError(
                 "the Trainer does not call compute_loss_func, so that the KL term would be left out; use kl=0"
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Stop."""
         if self._detach is not None:
             self._detach()
@@ -133,7 +127,7 @@ class DecoupledDecay(TrainerCallback):
         self._rates: dict[int, float] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self, args: TrainingArguments, state: object, control: object, *, model: nn.Module, **_: object
     ) -> None:
         """Note which parameter decays how fast; refuse a rate at which a step would turn its sign."""
         params = lora_parameters(model)
@@ -146,9 +140,7 @@ class DecoupledDecay(TrainerCallback):
         self._rates = {id(p): rates[name] for name, p in params.items()}
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Decay, at the learning rate of the step that comes."""
         for group in kwargs["optimizer"].param_groups:
             for p in group["params"]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter
+from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
@@ -51,8 +51,7 @@ class Temperature(PostHoc[Scaled]):
         """Refuse settings that have no meaning."""
         if self.kind not in ("temperature", "vector"):
             raise InputError(f"scaling has the kinds 'temperature' and 'vector', and not {self.kind!r}")
-        if self.draws < 1:
-            raise InputError(f"draws must be at least 1, and it is {self.draws}")
+        check_ranges(self, at_least={"draws": 1})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse a task without rows to fit on; see `PostHoc.check`."""
@@ -60,9 +59,9 @@ class Temperature(PostHoc[Scaled]):
 
     def _fit(self, adapter: TrainedAdapter) -> Scaled:
         """Return the posterior with scaled log-probabilities."""
-        judge = adapter.judge(self.rows(adapter.task))
-        prediction = judge.predict(adapter.start, self.draws)
-        return Scaled(adapter.start, self.scaling(prediction, judge.rows), adapter.origin)
+        rows = self.rows(adapter.task)
+        prediction = adapter.predict(adapter.start, rows, self.draws)
+        return Scaled(adapter.start, self.scaling(prediction, rows), adapter.origin)
 
     def rows(self, task: Task) -> Split:
         """Return the rows that the scaling is fitted on.

@@ -9,7 +9,7 @@ from typing import final
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 SAMPLE = 2**17
@@ -28,9 +28,7 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, method: str, metrics: Callable[[TrainerState], dict[str, float]]) -> None:
         self.method, self.metrics = method, metrics
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Go before the trackers, which the Trainer calls before the callbacks that it is given.
 
         Each event hands the callbacks the arguments, the state and the model, and `Trainer.log` makes the dictionary
@@ -43,7 +41,7 @@ class MetricsCallback(TrainerCallback):
         if isinstance(handler, CallbackHandler) and any(one is self for one in handler.callbacks):
             handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Add the metrics to what is logged while training."""
         logs = kwargs.get("logs")
         if isinstance(logs, dict) and "loss" in logs:

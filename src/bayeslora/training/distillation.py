@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Float, Tokenizer
@@ -127,7 +127,7 @@ class _Closest(TrainerCallback):
     def __init__(self, divergence: float, params: Params) -> None:
         self.divergence, self.params = divergence, params
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Compare with the best so far."""
         if kwargs["metrics"]["eval_loss"] < self.divergence:
             self.divergence, self.params = kwargs["metrics"]["eval_loss"], read(kwargs["model"])

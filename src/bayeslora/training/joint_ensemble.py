@@ -17,7 +17,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, lora_parameters, read, write
@@ -127,16 +127,12 @@ class _MemberGradients(TrainerCallback):
         self.members, self.max_grad_norm = members, max_grad_norm
         self._params: list[nn.Parameter] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, *, model: nn.Module, **_: object) -> None:
         """Note the members' parameters."""
         self._params = list(lora_parameters(model).values())
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **_: object) -> None:
         """Scale and clip."""
         grads = [p.grad for p in self._params if p.grad is not None]
         for grad in grads:

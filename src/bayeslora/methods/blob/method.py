@@ -20,7 +20,6 @@ sees ∇NLL alone; and L is never longer than the run, since otherwise the prior
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +28,15 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
 from bayeslora.methods.blob.layer import BlobLinear, attach, begin, sizes, taking_out
 from bayeslora.methods.blob.terms import (
     DEFAULTS,
     PRESETS,
     Scale,
-    Setting,
     kl_divergence,
     kl_weight,
     paper_cycle,
@@ -97,39 +95,17 @@ class Blob(Method):
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"BLoB has no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         positive = ("init_spread", "prior_sigma", "kl_rate", "relative_spread", "relative_prior", "tokens_per_row")
-        for key in positive:
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"BLoB's {key} must be finite and positive, and it is {value}")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise InputError(f"BLoB's temperature must be finite and not negative, and it is {self.temperature}")
-        if self.kl_cycle is not None and self.kl_cycle < 1:
-            raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
+        check_ranges(self, prefix="BLoB's ", positive=positive, not_negative=("temperature",), at_least={"kl_cycle": 1})
 
-    def setting(self, key: Setting) -> float | None:
-        """Return a setting as it is used: as given, or the preset's, or the default; None where the matrix says it."""
-        value: float | None = getattr(self, key)
-        if value is None and key == "relative_prior":
-            return self.setting("relative_spread")
-        return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if value is None else value
-
-    def number(self, key: Setting) -> float:
-        """Return a setting that always has a value."""
-        value = self.setting(key)
-        assert value is not None
-        return value
+    def values(self) -> dict[str, float]:
+        """Return the numbers that are used, by setting: given, or the preset's, or the default; some have none."""
+        given = {key: value for key, value in vars(self).items() if isinstance(value, int | float)}
+        values = DEFAULTS[self.update] | PRESETS.get(self.preset or "", {}) | given
+        return {"relative_prior": values["relative_spread"], **values}
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
-        """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`.
-
-        Returns:
-            The callback that trains them, and the one that logs how they do.
-
-        Raises:
-            InputError: If the adapter is not plain LoRA on linear layers.
-        """
-        layers = attach(model, self.setting("init_spread"), relative=self.number("relative_spread"))
-        learner = BlobCallback(self, num_data, layers)
+        """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`."""
+        learner = BlobCallback(self, num_data, attach(model))
         return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -147,8 +123,7 @@ class BlobCallback(MethodCallback):
 
     def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
         super().__init__(num_data)
-        self.method, self.layers = method, layers
-        self.temperature, self.rate = method.number("temperature"), method.number("kl_rate")
+        self.method, self.layers, self.values = method, layers, method.values()
         self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
         self.sizes: dict[str, float] = {}
@@ -172,10 +147,10 @@ class BlobCallback(MethodCallback):
             layer.noisy = True
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
-            begin(self.layers, method.setting("init_spread"), args.seed, relative=method.number("relative_spread"))
+            begin(self.layers, self.values.get("init_spread"), self.values["relative_spread"], args.seed)
         else:
             self.resume(run, self._load)
-        self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
+        self.scales = scales(self.sizes, self.values.get("prior_sigma"), self.values["relative_prior"])
         self.tokens.begin(model, run.loader, args.world_size)
         undo = taking_out(model, list(self.layers.values()), self.tokens.end)
         return Record(self.name, self.num_data, self._spreads(), undo)
@@ -186,7 +161,7 @@ class BlobCallback(MethodCallback):
 
     def weight(self, step: int) -> float:
         """Return the weight of the divergence beside the Trainer's loss in a step."""
-        return self.temperature * kl_weight(step, self.cycle) / self.tokens.per_row
+        return self.values["temperature"] * kl_weight(step, self.cycle) / self.tokens.per_row
 
     @torch.no_grad()
     def metrics(self, state: TrainerState) -> dict[str, float]:
@@ -199,9 +174,7 @@ class BlobCallback(MethodCallback):
         return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Add Tπ∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
         self.tokens.note()
         weight = self.weight(state.global_step)
@@ -216,9 +189,7 @@ class BlobCallback(MethodCallback):
                 spread.grad.add_(spread_gradient(spread, sigma), alpha=weight)
 
     @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Take the released algorithm's second step, by plain gradient descent."""
         optimizer = kwargs["optimizer"]
         gradients, self.gradients = self.gradients, {}
@@ -226,7 +197,7 @@ class BlobCallback(MethodCallback):
             return
         group = optimizer.param_groups[0]
         first = group.get("initial_lr", group["lr"])
-        rate = self.rate * (float(group["lr"]) / float(first) if first else 1.0)
+        rate = self.values["kl_rate"] * (float(group["lr"]) / float(first) if first else 1.0)
         weight = self.weight(state.global_step)
         for name, gradient in gradients.items():
             paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
@@ -240,7 +211,7 @@ class BlobCallback(MethodCallback):
         """Read what `save` wrote; a checkpoint of an earlier version has G alone, for an absolute prior."""
         tensors = load_file(path)
         self._take(tensors)
-        if self.method.setting("prior_sigma") is None:
+        if "prior_sigma" not in self.values:
             self.sizes = {name: float(tensors[name + _SIZE]) for name in self.layers}
         else:
             self.sizes = sizes(self.layers)

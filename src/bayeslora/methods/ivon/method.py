@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon.moments import learned, moments
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
@@ -101,10 +101,8 @@ class Ivon(Method):
             raise InputError("ess, hess_init and learning_rate belong together: give all three, or a preset")
         if isinstance(self.ess, str) and self.ess != "sqrt":
             raise InputError(f"ess must be a number or 'sqrt', and it is {self.ess!r}")
-        for key in ("sigma0", "prior_sigma", "max_step", "temperature"):
-            value = getattr(self, key)
-            if value is not None and not (0 < value < math.inf or (key == "prior_sigma" and value == math.inf)):
-                raise InputError(f"IVON's {key} must be finite and positive, and it is {value}")
+        finite = () if self.prior_sigma == math.inf else ("prior_sigma",)
+        check_ranges(self, prefix="IVON's ", positive=("sigma0", *finite, "max_step", "temperature"))
         if self.prior_sigma is not None and self.weight_decay:
             raise InputError("prior_sigma and weight_decay both say how wide IVON's prior is; give one of them")
         if self.sigma0 is not None and self.prior_sigma is not None and self.sigma0 > self.prior_sigma:
@@ -112,8 +110,7 @@ class Ivon(Method):
                 f"IVON's noise cannot begin wider than its prior: sigma0 is {self.sigma0} and prior_sigma "
                 f"{self.prior_sigma}"
             )
-        if self.draws_per_step < 1:
-            raise InputError(f"draws_per_step must be at least 1, and it is {self.draws_per_step}")
+        check_ranges(self, at_least={"draws_per_step": 1})
         self.optimizer_settings(1000, 100_000)  # what does not depend on N and P
 
     @property
@@ -187,11 +184,7 @@ class Ivon(Method):
         return {"hess_init": max(0.0, total - delta), "weight_decay": delta}
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
-        """Return the optimiser, and the callback that draws and adds the noise; see `Method.trainer_kwargs`.
-
-        Raises:
-            InputError: If the adapter is not plain LoRA (DoRA and other variants read their matrices elsewhere).
-        """
+        """Return the optimiser, and the callback that draws and adds the noise; see `Method.trainer_kwargs`."""
         if isinstance(model, PeftModel):  # else TRL makes the adapter, and it is looked at when training begins
             plain_layers(model, "IVON")
         if self.in_units and self.sigma0 and self.weight_decay and self.temperature:

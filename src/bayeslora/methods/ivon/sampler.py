@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.methods.callback import MethodCallback, Run, write_tensors
@@ -92,17 +92,13 @@ class Sampler(MethodCallback):
             return None
         return p + (noise if p.dtype == torch.float32 else (self.optimizer.mean(p) + noise).to(p.dtype) - p.detach())
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Draw."""
         assert self.optimizer is not None
         self.optimizer.draw()
         self.batches = 0
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_substep_end(self, args: TrainingArguments, state: object, control: object, **_: object) -> None:
         """Draw again where the next share of the step's batches begins."""
         assert self.optimizer is not None
         draws, batches = self.method.draws_per_step, args.gradient_accumulation_steps

@@ -27,9 +27,9 @@ from typing import ClassVar, Literal, final
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter
+from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
 from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
-from bayeslora.methods.search import Judge, smallest
+from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, lora_parameters, swapped
@@ -40,7 +40,7 @@ from bayeslora.prediction.jacobians import Site, linear_sites
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
-from bayeslora.tasks.types import Task, labelled
+from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
 LOG_PRECISIONS = (-14.0, 23.0)
@@ -90,10 +90,7 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
                 raise InputError(f"Laplace's prior is a precision, 'marginal' or 'validation', and not {self.prior!r}")
         elif not 0 < self.prior < math.inf:
             raise InputError(f"the prior precision must be finite and positive, and it is {self.prior}")
-        for key, least in (("rank", 1), ("draws", 1), ("last_layers", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise InputError(f"Laplace's {key} must be at least {least}, and it is {value}")
+        check_ranges(self, prefix="Laplace's ", at_least={"rank": 1, "draws": 1, "last_layers": 0})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse an adapter without a parameter to be uncertain about, and a task without rows; see `PostHoc.check`."""
@@ -127,11 +124,11 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
         if self.prior == "validation":
             candidates = [curvature.posterior(mean, precision, origin) for precision in CANDIDATES]
-            judge = adapter.judge(adapter.task.validation)
+            rows = labelled(adapter.task.validation, "the prior is chosen on validation rows")
             if self.predictive == "draws":
-                precision = _best([judge.nll(posterior, self.draws) for posterior in candidates])
+                precision = _best([adapter.nll(posterior, rows, self.draws) for posterior in candidates])
             else:
-                precision = _best(_linearised_nlls(judge, candidates))
+                precision = _best(_linearised_nlls(adapter, rows, candidates))
         elif self.prior == "marginal":
             precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
@@ -145,15 +142,15 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
 
 
-def _linearised_nlls(judge: Judge, candidates: Sequence[Linearisable]) -> list[float]:
+def _linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable]) -> list[float]:
     """Return the negative log-likelihood by the linearised model of each candidate, in one pass."""
-    model, rows = judge.model, judge.rows
-    readout = readout_for(model, rows, judge.tokenizer)
-    budget = gradient_budget(model, judge.token_budget, rows)
+    model = adapter.model
+    readout = readout_for(model, rows, adapter.tokenizer)
+    budget = gradient_budget(model, adapter.token_budget, rows)
     batches = batched(model, readout, readout.encode(rows)[0], budget)
     with swapped(model, candidates[0].mean), readout.attached(model):
         logits, covariances = logit_moments(model, candidates, batches, len(rows))
-    draws = (logit_draws(logits, covariance, LOGIT_DRAWS, judge.seed) for covariance in covariances)
+    draws = (logit_draws(logits, covariance, LOGIT_DRAWS, adapter.seed) for covariance in covariances)
     return [float(nll(average(each.log_softmax(-1)), rows.labels)) for each in draws]
 
 
