@@ -23,10 +23,9 @@ Outputs = Mapping[str, Tensor]
 
 
 def answer_loss(outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
-    """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer.
+    """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer; None for the mean.
 
-    Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted. The sum is
-    divided by ``num_items_in_batch``; None for the mean.
+    Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted.
     """
     logits, targets = _flat(outputs["logits"], labels)
     return divided(functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch, len(targets))
@@ -49,10 +48,7 @@ def _flat(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "P C"], Int[Ten
 
 @final
 class KlToBase(TrainerCallback):
-    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1); ``weight`` is β.
-
-    The base model is the same model with its adapter off and without dropout, one more forward pass without gradient.
-    """
+    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1); ``weight`` is β."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -117,10 +113,7 @@ class KlToBase(TrainerCallback):
 
 @final
 class DecoupledDecay(TrainerCallback):
-    """Multiplies parameters by 1 − η·λ before each optimiser step, as AdamW does (Loshchilov and Hutter 2019).
-
-    ``everything`` is λ for all adapter parameters, ``b`` is added for the matrices B.
-    """
+    """Multiplies parameters by 1 − η·λ before each step, as AdamW does; λ is ``everything``, plus ``b`` for each B."""
 
     def __init__(self, everything: float, b: float) -> None:
         self.everything, self.b = everything, b

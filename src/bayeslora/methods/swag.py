@@ -7,8 +7,7 @@ learning rate is constant, and every ``interval`` steps the adapter θ is collec
     θ = θ̄ + √scale · ( √Σ_d ⊙ ε₁ + Dᵀε₂ / √(K−1) ),   D = snapshots − θ̄,  scale = ½
 
 What we do differently from the released code: the snapshots are centred on the final mean when drawn, K counts the
-snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored. The adapter trains
-in float32, also where the Trainer put it into half precision, in which steps at the small rate would be lost.
+snapshots that are there, and a draw is the same for the whole data set.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_f
 from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, lora_parameters
+from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 logger = logging.getLogger(__name__)
@@ -88,8 +87,7 @@ class Swag(Method):
                 "more often"
             )
         origin = origin_for(model, self)
-        mean = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in lora_parameters(model).items()}
-        mean |= {n: m.clone() for n, m in moments.mean.items()}
+        mean = read(model) | {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":
             return Point(mean, origin)
         scale = self.scale if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
@@ -101,10 +99,7 @@ class Swag(Method):
 
 
 class Moments:
-    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots, all on the CPU.
-
-    ``squares`` is the sum of squared deviations from the mean, and ``snapshots`` the last raw values, oldest first.
-    """
+    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots, all on the CPU."""
 
     def __init__(self, rank: int) -> None:
         self.count = 0

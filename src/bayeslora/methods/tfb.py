@@ -9,12 +9,9 @@ with ℓ(σ) the negative log-likelihood of the draws' average probabilities on 
 code the labels are the adapter's own answers without noise: no row needs a label, and noise can only cost. Against the
 true labels it helps an over-confident adapter, and the loss does not say how much of it the adapter bears.
 
-What differs: the paper has no floor. The loss of a saturated adapter is next to nothing, and .3 % of it is less than
-what bfloat16 rounds (of .026 nats .00008, and rounding alone moved .0015). So the tolerance is of the loss of a guess
-between two answers at least: .002 nats a row, over the paper's 500 anchors one nat, a likelihood ratio of e. The
-released code divides the change by the number of anchors once more, so that its tolerance is as many times wider, and
-what holds its σ is the upper end of its search; we have no such end. All σ are judged by the same draws. Where d_i is
-zero to rounding, no noise on A can reach BA, and that row has none.
+What differs, and why: docs/methods/tfb.md. The paper has no floor, which a saturated adapter needs; the released
+code's tolerance is wider, and the upper end of its search holds its σ. Where d_i is zero to rounding, no noise on A can
+reach BA, and that row has none.
 """
 
 from __future__ import annotations

@@ -18,24 +18,15 @@ SAMPLE = 2**17
 
 @final
 class MetricsCallback(TrainerCallback):
-    """Adds a method's metrics to the losses that the Trainer logs, before its trackers see them.
-
-    Args:
-        method: Name of the method, which the metrics' names begin with.
-        metrics: Returns the metrics at the Trainer's state; what it returns is logged as ``<method>_<name>``.
-    """
+    """Adds ``metrics`` of the Trainer's state to what is logged, as ``<method>_<name>``, before trackers see it."""
 
     def __init__(self, method: str, metrics: Callable[[TrainerState], dict[str, float]]) -> None:
         self.method, self.metrics = method, metrics
 
     def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
-        """Go before the trackers, which the Trainer calls before the callbacks that it is given.
-
-        Each event hands the callbacks the arguments, the state and the model, and `Trainer.log` makes the dictionary
-        anew: nothing that a callback is given, or that a Trainer takes beside callbacks, leads to the list of callbacks
-        or to that dictionary. Whoever calls this one has the list, so it is taken from the caller, if that is a
-        `CallbackHandler`; else the metrics come after the trackers, and are in the log alone.
-        """
+        """Go before the trackers, which the Trainer calls before the callbacks that it is given."""
+        # Nothing that a callback is given leads to the list of callbacks, so it is taken from the caller, if that is a
+        # `CallbackHandler`; else the metrics come after the trackers, and are in the log alone.
         caller = getattr(inspect.currentframe(), "f_back", None)
         handler = None if caller is None else caller.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and any(one is self for one in handler.callbacks):
@@ -53,10 +44,7 @@ class MetricsCallback(TrainerCallback):
 
 @torch.no_grad()
 def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
-    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ, which are read one at a time.
-
-    The median is that of a `Summary`; both are missing if there is no deviation.
-    """
+    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ as in `Summary`; or nothing."""
     summary = Summary()
     for one in deviations:
         summary.add(one)
@@ -65,11 +53,7 @@ def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
 
 @final
 class Summary:
-    """Averages over tensors that are looked at one at a time, and a bounded sample of the first of each for a median.
-
-    The sample is every k-th coordinate of each tensor. k is tripled when there are too many: an odd k meets all rows
-    and columns of matrices whose sides are powers of two.
-    """
+    """Averages over tensors that are looked at one at a time, and a median of every k-th coordinate of the first."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -82,6 +66,7 @@ class Summary:
         flat = values[0].detach().flatten()
         self.sizes.append(flat.numel())
         self.means.append(torch.stack([one.detach().float().mean() for one in values]))
+        # tripled, since an odd number meets all rows and columns of matrices whose sides are powers of two
         while sum(map(len, self.sample)) + -(-len(flat) // self.every) > max(SAMPLE, len(self.sizes)):
             self.every *= 3
             self.sample = [one[::3].clone() for one in self.sample]

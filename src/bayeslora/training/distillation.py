@@ -81,8 +81,8 @@ def distill(
         model, readout, [encoded[i] for i in learned], [encoded[i] for i in judges] or None, args,
         {"compute_loss_func": soft_loss(prediction.log_p)},
     )  # fmt: skip
-    settings: dict[str, object] = {"draws": prediction.draws, "sampling": draws.sampling}
-    settings["of"] = posterior.origin.method if posterior.origin is not None else ""
+    teacher = posterior.origin.method if posterior.origin is not None else ""
+    settings: dict[str, object] = {"draws": prediction.draws, "sampling": draws.sampling, "of": teacher}
     if prediction.mean_log_probs is None:
         run_trainer(run)
     else:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, final
 
 import torch
@@ -162,17 +161,3 @@ def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> No
                 gone.append(inner)
     if gone:
         delattr(model, _SPREAD)
-
-
-def taking_out(model: nn.Module, layers: Collection[BlobLinear], end: Callable[[], None]) -> Callable[[], None]:
-    """Return what puts plain layers back and calls ``end``; it does not keep the model alive, whose record has it."""
-    reference = weakref.ref(model)
-
-    def undo() -> None:
-        """Put plain layers back."""
-        end()
-        alive = reference()
-        if alive is not None:
-            detach(alive, layers)
-
-    return undo

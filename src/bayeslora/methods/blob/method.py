@@ -12,10 +12,8 @@ layer draws E ~ N(0, 1) once per forward pass, and signs u ∈ {±1}^in, t ∈ {
 and M ← M − κ·π_i·∇KL, with a rate κ = ``kl_rate`` that follows the Trainer's schedule. ``update="elbo"``: one loss
 NLL + π_i·KL, and the Trainer's optimiser moves everything. Draws at prediction are coherent: one A for all the data.
 
-What we do differently: Ω's start and σ_p are multiples of each A's size unless they are given, and κ is read in units
-of σ_p; KL has a temperature, below 1 on the evidence bound (a cold posterior); KL is divided by an example's tokens
-where the loss is a mean over tokens; ∇KL is added in closed form after the Trainer's gradient clipping, which therefore
-sees ∇NLL alone; and L is never longer than the run, since otherwise the prior would hardly be felt.
+What we do differently, and why: docs/methods/blob.md. ∇KL is added in closed form after the Trainer's gradient
+clipping, which therefore sees ∇NLL alone.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from transformers import TrainerState
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
-from bayeslora.methods.blob.layer import BlobLinear, attach, begin, sizes, taking_out
+from bayeslora.methods.blob.layer import BlobLinear, attach, begin, detach, sizes
 from bayeslora.methods.blob.terms import (
     DEFAULTS,
     PRESETS,
@@ -152,8 +150,12 @@ class BlobCallback(MethodCallback):
             self.resume(run, self._load)
         self.scales = scales(self.sizes, self.values.get("prior_sigma"), self.values["relative_prior"])
         self.tokens.begin(model, run.loader, args.world_size)
-        undo = taking_out(model, list(self.layers.values()), self.tokens.end)
-        return Record(self.name, self.num_data, self._spreads(), undo)
+        return Record(self.name, self.num_data, self._spreads(), self._take_out)
+
+    def _take_out(self, model: nn.Module) -> None:
+        """Count no tokens any longer, and put plain layers back."""
+        self.tokens.end()
+        detach(model, self.layers.values())
 
     def _spreads(self) -> Params:
         """Return G of each layer, the parameter itself."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.callback import MethodCallback, Run, write_tensors
+from bayeslora.methods.callback import HALF, MethodCallback, Run, write_tensors
 from bayeslora.methods.guards import check_training, plain_layers
 from bayeslora.methods.ivon.diagnostics import diagnostics, report
-from bayeslora.methods.ivon.moments import learned
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import STEP, default_sigma
 from bayeslora.methods.records import Record, require_record
+from bayeslora.params import Params, lora_parameters
 
 if TYPE_CHECKING:
     from bayeslora.methods.ivon.method import Ivon
@@ -33,11 +33,11 @@ class Sampler(MethodCallback):
     """Draws at the beginning of each step, lets the modules read the draw, and tells how the variance did."""
 
     name, title, file = "ivon", "IVON", "bayeslora_ivon.safetensors"
+    optimizer: IvonOptimizer
 
     def __init__(self, method: Ivon, num_data: int) -> None:
         super().__init__(num_data)
         self.method = method
-        self.optimizer: IvonOptimizer | None = None
         self.batches = 0
 
     def begin(self, run: Run) -> Record:
@@ -86,7 +86,6 @@ class Sampler(MethodCallback):
 
     def _value(self, p: Tensor) -> Tensor | None:
         """Return the draw of a parameter, as a function of the parameter."""
-        assert self.optimizer is not None
         noise = self.optimizer.noise(p)
         if noise is None:
             return None
@@ -94,13 +93,11 @@ class Sampler(MethodCallback):
 
     def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Draw."""
-        assert self.optimizer is not None
         self.optimizer.draw()
         self.batches = 0
 
     def on_substep_end(self, args: TrainingArguments, state: object, control: object, **_: object) -> None:
         """Draw again where the next share of the step's batches begins."""
-        assert self.optimizer is not None
         draws, batches = self.method.draws_per_step, args.gradient_accumulation_steps
         before, self.batches = self.batches, self.batches + 1
         if self.batches * draws // batches > before * draws // batches:
@@ -108,20 +105,34 @@ class Sampler(MethodCallback):
 
     def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return how the variance does, for the log."""
-        return {} if self.optimizer is None else diagnostics(self.optimizer)
+        return diagnostics(self.optimizer)
 
     def save(self, path: Path, run: Run) -> None:
         """Write what belongs to the adapter of the checkpoint, if the best one is to be the result."""
-        if run.args.load_best_model_at_end and self.optimizer is not None:
+        if run.args.load_best_model_at_end:
             write_tensors(path, learned(self.optimizer, run.model))
 
     def end(self, run: Run) -> None:
         """Say whether the variance was learned, and take the best checkpoint's, if it is used."""
-        assert self.optimizer is not None
         report(self.optimizer, run.model)
         best = self.read_best(run)
         if best is not None:
             require_record(run.model, self.name).learned = best
+
+
+def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
+    """Return σ² as ``variance/<name>``, and as ``mean/<name>`` the exact mean of what is in half precision."""
+    params = {name: p for name, p in lora_parameters(model).items() if p in optimizer.state}
+    variances = {f"variance/{name}": optimizer.variance(p).cpu() for name, p in params.items()}
+    means = {name: optimizer.mean(p).float().cpu().clone() for name, p in params.items() if p.dtype in HALF}
+    return variances | {f"mean/{name}": mean for name, mean in means.items()}
+
+
+def moments(mean: Params, known: Params) -> tuple[Params, Params]:
+    """Return mean and variance; exact means in `known` count where they are the adapter up to half precision."""
+    exact = {n: known[f"mean/{n}"] for n in mean if f"mean/{n}" in known}
+    exact = {n: e for n, e in exact.items() if any(torch.equal(e.to(kind).float(), mean[n]) for kind in HALF)}
+    return mean | exact, {n: known[f"variance/{n}"] for n in mean if f"variance/{n}" in known}
 
 
 def first_deviations(layers: Mapping[str, LoraLayer], params: Iterable[Tensor]) -> dict[Tensor, float]:
@@ -137,7 +148,7 @@ def first_deviations(layers: Mapping[str, LoraLayer], params: Iterable[Tensor]) 
 
 def shadowed(
     model: nn.Module, params: Iterable[Tensor], value: Callable[[Tensor], Tensor | None]
-) -> Callable[[], None]:
+) -> Callable[[nn.Module], None]:
     """Let modules read ``value(parameter)`` in the place of a parameter in training mode; return what undoes it."""
     # A module's attribute is covered for the length of its own forward call, so gradients go to the parameter, gradient
     # checkpointing reads the same value again, and whoever looks at the model from outside sees the parameter. Where
@@ -166,7 +177,7 @@ def shadowed(
             module.register_forward_hook(_uncover, always_call=True),
         ]
 
-    def _undo() -> None:
+    def _undo(_: nn.Module) -> None:
         for handle in handles:
             handle.remove()
 

@@ -11,9 +11,8 @@ where the evidence
 is largest (equation 14 there, in closed form from the eigenvalues), or the negative log-likelihood of validation rows
 smallest. Predictions are those of the model linearised at θ̂ (`Linearised`), or of draws of the weights.
 
-What we do differently: tokens that do not reach the answer (padding too) have no gradient, and are not counted as
-inputs x, so that the result does not depend on the batches; what the low rank leaves of a factor's trace is spread over
-its other directions instead of dropped; a fit that fails says so.
+What we do differently: tokens that do not reach the answer (padding too) are not counted as inputs x, and what the low
+rank leaves of a factor's trace is spread over its other directions instead of dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
-from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
@@ -115,11 +114,8 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         sites = self._sites(model)
         readout = readout_for(model, train, adapter.tokenizer)
         batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, adapter.token_budget, train))
-        curvature: Curvature
-        if self.structure == "diag":
-            curvature = DiagonalCurvature(sites)
-        else:
-            curvature = KroneckerCurvature(sites, self.rank, self.tokens)
+        diagonal = self.structure == "diag"
+        curvature = DiagonalCurvature(sites) if diagonal else KroneckerCurvature(sites, self.rank, self.tokens)
         with swapped(model, mean), readout.attached(model):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
         if self.prior == "validation":
@@ -133,11 +129,8 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
             precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
             precision = float(self.prior)
-        logger.info(
-            "Laplace: prior precision %.4g, log evidence %.5g.",
-            precision,
-            log_likelihood + log_occam_factor(curvature.spectra(), mean, precision),
-        )
+        evidence = log_likelihood + log_occam_factor(curvature.spectra(), mean, precision)
+        logger.info("Laplace: prior precision %.4g, log evidence %.5g.", precision, evidence)
         posterior = curvature.posterior(mean, precision, origin)
         return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
 
@@ -163,11 +156,7 @@ def _best(scores: Sequence[float]) -> float:
 
 
 def log_occam_factor(spectra: Spectra, mean: Params, precision: float) -> float:
-    """Return what the evidence takes off the log-likelihood, in nats: log Z − log p(D|θ̂), in Laplace's approximation.
-
-    It is −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI). ``spectra`` has the eigenvalues of H by parameter and how often
-    each occurs; parameters without curvature do not count.
-    """
+    """Return log Z − log p(D|θ̂) = −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI) in nats, over the spectra's parameters."""
     log_det = sum(float((often * (values + precision).log()).sum()) for values, often in spectra.values())
     square = sum(float(mean[name].double().square().sum()) for name in spectra)
     size = sum(mean[name].numel() for name in spectra)
