@@ -14,7 +14,6 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
-from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.tasks.types import Task, labelled
 
@@ -50,13 +49,12 @@ class Isotropic(PostHoc[DiagonalGaussian]):
 
     def _fit(self, adapter: TrainedAdapter) -> DiagonalGaussian:
         """Return the noise around the adapter."""
-        mean, origin = adapter.start.mean, adapter.origin
         if not isinstance(self.sigma, str):
-            return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
+            return _noisy(adapter, self.sigma)
         rows = labelled(adapter.task.validation, "isotropic noise is chosen on validation rows")
         by_score = {}
         for sigma in SIGMAS:
-            posterior = DiagonalGaussian(mean, _variance(mean, sigma), origin)
+            posterior = _noisy(adapter, sigma)
             score = adapter.nll(posterior, rows, self.draws)
             by_score[score, sigma] = posterior
             if score > 2 * min(by_score)[0] + 1:  # far beyond the best: larger noise only loses more
@@ -64,6 +62,7 @@ class Isotropic(PostHoc[DiagonalGaussian]):
         return by_score[min(by_score)]
 
 
-def _variance(mean: Params, sigma: float) -> Params:
-    """Return σ² for every parameter."""
-    return {name: torch.full_like(m, sigma**2) for name, m in mean.items()}
+def _noisy(adapter: TrainedAdapter, sigma: float) -> DiagonalGaussian:
+    """Return the adapter with the variance σ² of every parameter."""
+    mean = adapter.start.mean
+    return DiagonalGaussian(mean, {name: torch.full_like(m, sigma**2) for name, m in mean.items()}, adapter.origin)

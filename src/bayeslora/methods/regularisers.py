@@ -52,8 +52,7 @@ class KlToBase(TrainerCallback):
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self._model: nn.Module | None = None
-        self._inputs: tuple[tuple[object, ...], dict[str, object]] | None = None
+        self._batch: tuple[nn.Module, tuple[object, ...], dict[str, object]] | None = None
         self._detach: weakref.finalize[..., KlToBase] | None = None
         self._asked = False
 
@@ -65,14 +64,13 @@ class KlToBase(TrainerCallback):
                 "kl needs a base model with answers of its own, and this one has a new head "
                 f"({', '.join(new)}); use kl=0"
             )
-        self._model = model
         this = weakref.ref(self)
 
-        def keep(_: nn.Module, positional: tuple[object, ...], named: dict[str, object]) -> None:
+        def keep(model: nn.Module, positional: tuple[object, ...], named: dict[str, object]) -> None:
             """Keep a training batch for the second pass."""
             callback = this()
             if callback is not None and torch.is_grad_enabled():
-                callback._inputs = positional, dict(named)
+                callback._batch = model, positional, dict(named)
 
         hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
@@ -88,7 +86,7 @@ class KlToBase(TrainerCallback):
         """Stop."""
         if self._detach is not None:
             self._detach()
-        self._detach = self._model = self._inputs = None
+        self._detach = self._batch = None
 
     def loss(
         self, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -96,11 +94,10 @@ class KlToBase(TrainerCallback):
         """Return the cross-entropy (see `answer_loss`), in training with the divergence added."""
         self._asked = True
         loss = answer_loss(outputs, labels, num_items_in_batch)
-        if self._inputs is None or self._model is None or not torch.is_grad_enabled():
+        if self._batch is None or not torch.is_grad_enabled():
             return loss
-        (positional, named), self._inputs = self._inputs, None
-        model = require_lora(self._model)
-        with torch.no_grad(), evaluating(model), model.disable_adapter():
+        (model, positional, named), self._batch = self._batch, None
+        with torch.no_grad(), evaluating(model), require_lora(model).disable_adapter():
             base = model(*positional, **named)["logits"]
         ours, _ = _flat(outputs["logits"], labels)
         theirs, _ = _flat(base, labels)

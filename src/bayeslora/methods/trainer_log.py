@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 import torch
@@ -42,45 +42,32 @@ class MetricsCallback(TrainerCallback):
                 state.log_history[-1].update(metrics)
 
 
-@torch.no_grad()
 def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
-    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ as in `Summary`; or nothing."""
-    summary = Summary()
-    for one in deviations:
-        summary.add(one)
-    return summary.averages("sigma_mean")
+    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ as in `averages`; or nothing."""
+    return averages(["sigma_mean"], ((one,) for one in deviations))
 
 
-@final
-class Summary:
-    """Averages over tensors that are looked at one at a time, and a median of every k-th coordinate of the first."""
+@torch.no_grad()
+def averages(names: Sequence[str], parameters: Iterable[Sequence[Tensor]]) -> dict[str, float]:
+    """Return means over all coordinates of each parameter's named tensors, and the first's median as ``sigma``.
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.means: list[Tensor] = []
-        self.sample: list[Tensor] = []
-        self.every = 1
-
-    def add(self, *values: Tensor) -> None:
-        """Take tensors of one parameter: deviations, and what is true of its coordinates."""
+    One parameter is looked at at a time; the median is of every k-th coordinate. Without parameters nothing is known.
+    """
+    sizes, means, sample, every = list[int](), list[Tensor](), list[Tensor](), 1
+    for values in parameters:
         flat = values[0].detach().flatten()
-        self.sizes.append(flat.numel())
-        self.means.append(torch.stack([one.detach().float().mean() for one in values]))
+        sizes.append(flat.numel())
+        means.append(torch.stack([one.detach().float().mean() for one in values]))
         # tripled, since an odd number meets all rows and columns of matrices whose sides are powers of two
-        while sum(map(len, self.sample)) + -(-len(flat) // self.every) > max(SAMPLE, len(self.sizes)):
-            self.every *= 3
-            self.sample = [one[::3].clone() for one in self.sample]
-        self.sample.append(flat[:: self.every].to(torch.float32, copy=True))
-
-    def averages(self, *names: str) -> dict[str, float]:
-        """Return the averages over all coordinates by their names, and the first's median as ``sigma``; or nothing."""
-        if not self.sizes:
-            return {}
-        place, weights = self.means[0].device, [size / sum(self.sizes) for size in self.sizes]
-        median = torch.cat([one.to(place) for one in self.sample]).median()
-        numbers = torch.cat([median[None], *(one.to(place) for one in self.means)]).tolist()
-        rows = [numbers[at : at + len(names)] for at in range(1, len(numbers), len(names))]
-        averages = {
-            name: math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) for k, name in enumerate(names)
-        }
-        return {"sigma": numbers[0], **averages}
+        while sum(map(len, sample)) + -(-len(flat) // every) > max(SAMPLE, len(sizes)):
+            every *= 3
+            sample = [one[::3].clone() for one in sample]
+        sample.append(flat[::every].to(torch.float32, copy=True))
+    if not sizes:
+        return {}
+    place, weights = means[0].device, [size / sum(sizes) for size in sizes]
+    median = torch.cat([one.to(place) for one in sample]).median()
+    numbers = torch.cat([median[None], *(one.to(place) for one in means)]).tolist()
+    columns = [numbers[k + 1 :: len(names)] for k in range(len(names))]
+    weighted = [math.fsum(w * value for w, value in zip(weights, column, strict=True)) for column in columns]
+    return {"sigma": numbers[0], **dict(zip(names, weighted, strict=True))}

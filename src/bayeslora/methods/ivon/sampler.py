@@ -1,4 +1,4 @@
-"""The callback of IVON: it draws at each step, and lets the modules read the draw in the place of their parameters."""
+"""The callback of IVON: it draws at each step, lets the modules read the draw, and says if the variance was learned."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from transformers import TrainerState, TrainingArguments
 from bayeslora.errors import InputError
 from bayeslora.methods.callback import HALF, MethodCallback, Run, write_tensors
 from bayeslora.methods.guards import check_training, plain_layers
-from bayeslora.methods.ivon.diagnostics import diagnostics, report
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
-from bayeslora.methods.ivon.settings import STEP, default_sigma
+from bayeslora.methods.ivon.settings import STEP, Group, default_sigma, from_prior, pull_weight
 from bayeslora.methods.records import Record, require_record
+from bayeslora.methods.trainer_log import averages
 from bayeslora.params import Params, lora_parameters
 
 if TYPE_CHECKING:
     from bayeslora.methods.ivon.method import Ivon
 
 logger = logging.getLogger(__name__)
+
+LEARNED = 0.5
+"""The variance counts as learned if at least this share of h+δ is more than 10 % off what it would be without data."""
 
 
 @final
@@ -118,6 +121,58 @@ class Sampler(MethodCallback):
         best = self.read_best(run)
         if best is not None:
             require_record(run.model, self.name).learned = best
+
+
+@torch.no_grad()
+def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
+    """Return what tells whether the variance was learned; empty before the first step.
+
+    ``hess_moved``: share of coordinates whose h+δ is more than 10 % off what it would be without data, h₀β₂ᵗ + δ;
+    ``clipped``: share whose update is at the clip radius; ``ess``: λ, how many examples the data count for; ``sigma``
+    and ``sigma_mean``: median and mean σ. The device is waited for once.
+    """
+    trained = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    stepped = [(p, group, state) for p, group in trained if (state := optimizer.state.get(p)) and state["step"]]
+    names = ("sigma_mean", "hess_moved", "clipped")
+    metrics = averages(names, (_coordinates(group, state, optimizer.mean(p)) for p, group, state in stepped))
+    return metrics and {**metrics, "ess": float(optimizer.param_groups[0]["ess"])}
+
+
+def _coordinates(group: Group, state: Group, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return σ of a parameter, where h+δ is more than 10 % off, and where the update is at the clip radius."""
+    precision = state["hess"] + state["delta"]
+    update = state["avg_grad"] / (1 - group["betas"][0] ** state["step"])
+    update = update + pull_weight(group, state) * from_prior([mean], [state])[0]
+    untaught = state.get("hess_init", group["hess_init"]) * group["betas"][1] ** state["step"] + state["delta"]
+    moved = (precision / untaught - 1).abs() > 0.1
+    clipped = (update / precision).abs() >= group["clip_radius"]
+    return (group["ess"] * precision).rsqrt(), moved, clipped
+
+
+def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
+    """Log what came of the variance, and warn if it was hardly learned."""
+    metrics = diagnostics(optimizer)
+    if not metrics:
+        return
+    sizes = {}
+    for part in ("lora_A", "lora_B"):
+        values = [p.detach().abs().median() for name, p in lora_parameters(model).items() if part in name]
+        sizes[part] = float(torch.stack(values).median()) if values else math.nan
+    logger.info(
+        "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "
+        "would be without data; %.0f %% of the last update was at the clip radius.",
+        metrics["sigma"],
+        sizes["lora_A"],
+        sizes["lora_B"],
+        100 * metrics["hess_moved"],
+        100 * metrics["clipped"],
+    )
+    if metrics["hess_moved"] < LEARNED:
+        logger.warning(
+            "IVON's variance was hardly learned (%.0f %% of h is other than without data), so sigma is about what it "
+            "was set to: compare with isotropic noise of that size. More draws a step or a longer run teach it more.",
+            100 * metrics["hess_moved"],
+        )
 
 
 def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
