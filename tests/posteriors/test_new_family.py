@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
-from support.families import scaling
+from support.families import FAMILIES, scaling
 from support.tiny import make_model, make_split, same_params
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, read
-from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Sampling, Scaled
+from bayeslora.posteriors import Linearised, Mixture, Point, Posterior, Scaled
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import Origin, origin_of
+from bayeslora.posteriors.transforms import restricted, tempered
 from bayeslora.prediction import predict
 
 
@@ -31,14 +31,14 @@ class Shifted(Posterior):
     origin: Origin | None = None
 
     @property
-    def distinct(self) -> int:
+    def distinct(self):
         return self.limit
 
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
+    def draw(self, index, seed=0, sampling="independent"):
         return {name: value + index * self.step[name] for name, value in self.mean.items()}
 
 
-def test_a_new_family_is_one_class(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_new_family_is_one_class(tmp_path, tokenizer):
     model, split = make_model("llama"), make_split("test", 5, 2, classes=False, readout="letters")
     mean = read(model)
     step = {name: torch.full_like(value, 0.1) for name, value in mean.items()}
@@ -60,3 +60,23 @@ def test_a_new_family_is_one_class(tmp_path: Path, tokenizer: Any) -> None:
     assert "a family of one class" in (tmp_path / "q" / "README.md").read_text()
     with pytest.raises(InputError, match="a Shifted cannot be linearised"):
         Linearised(posterior)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", [lambda p: p, lambda p: tempered(p, 0.5), lambda p: restricted(p, 1)])
+def test_every_family_and_what_is_made_of_it_is_saved_and_loaded(family, change, tmp_path):
+    origin = Origin({"peft_type": "LORA"}, "base", {})
+    made = FAMILIES[family]()
+    parts = {
+        part: tuple(replace(one, origin=origin) for one in getattr(made, part))
+        if part == "members"
+        else replace(made.posterior, origin=origin)
+        for part in ("members", "posterior")
+        if hasattr(made, part)
+    }
+    posterior = change(replace(made, origin=origin, **parts))
+    posterior.save_pretrained(tmp_path / "p")
+    loaded = load_posterior(tmp_path / "p")
+    assert type(loaded) is type(posterior)
+    for index in range(posterior.count(2)):
+        assert same_params(loaded.draw(index, 3), posterior.draw(index, 3))

@@ -53,7 +53,7 @@ def opened(folder: Path, options: object) -> Iterator[None]:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """Return the options that a folder of results was made with; none if it has none."""
-    return read_json(folder / _FILE)
+    return read_object(folder / _FILE, missing="") if (folder / _FILE).exists() else {}
 
 
 def run_folder(path: Path) -> Path:
@@ -70,11 +70,6 @@ def posterior_name(name: str) -> str:
     if (folder / _FILE).exists():
         raise InputError(f"{folder} holds no posterior; finish its training with bayeslora train … --resume")
     return name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if there is no such file."""
-    return read_object(path, missing="") if path.exists() else {}
 
 
 def _recorded(options: object) -> dict[str, object]:

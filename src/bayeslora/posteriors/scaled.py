@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior
+from bayeslora.posteriors.derived import Derived
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Draws, Sampling
+from bayeslora.posteriors.sampling import Draws
 
 
 @final
 @dataclass(frozen=True)
-class Scaled(Posterior):
+class Scaled(Derived):
     """A posterior whose log-probabilities are scaled and normalised again: temperature and vector scaling.
 
     log p'_c ∝ weight_c · log p_c + bias_c for the draws, and the same with numbers of its own for the mean's weights
@@ -45,41 +46,6 @@ class Scaled(Posterior):
                 raise InputError(f"the scaling's {name} must be finite{', and positive' * name.endswith('weight')}")
 
     @property
-    def mean(self) -> Params:
-        """The mean of the posterior as it was; an adapter cannot carry the scaling."""
-        return self.posterior.mean
-
-    @property
-    def distinct(self) -> int | None:
-        """As of the posterior as it was."""
-        return self.posterior.distinct
-
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
-        """Return a draw of the posterior as it was."""
-        return self.posterior.draw(index, seed, sampling)
-
-    def unit(self, sampling: Sampling = "independent") -> int:
-        """As of the posterior as it was."""
-        return self.posterior.unit(sampling)
-
-    def count(self, draws: int | Draws) -> int:
-        """As of the posterior as it was."""
-        return self.posterior.count(draws)
-
-    def components(self, count: int) -> tuple[int, ...] | None:
-        """As of the posterior as it was."""
-        return self.posterior.components(count)
-
-    def standard_deviation(self) -> Params | None:
-        """As of the posterior as it was."""
-        return self.posterior.standard_deviation()
-
-    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Scaled | None:
-        """Return the rescaled posterior with the same scaling of its log-probabilities."""
-        inner = self.posterior.rescaled(noise, signal)
-        return None if inner is None else replace(self, posterior=inner)
-
-    @property
     def unscaled(self) -> Posterior:
         """The posterior as it was before any scaling."""
         return self.posterior.unscaled
@@ -97,6 +63,10 @@ class Scaled(Posterior):
     def minimum_draws(self) -> int:
         """As of the posterior as it was."""
         return self.posterior.minimum_draws
+
+    def passes(self, draws: Draws, *, mean: bool) -> int:
+        """As of the posterior as it was."""
+        return self.posterior.passes(draws, mean=mean)
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the scaled answers: by the engine, which looks at the scaled error, where draws are weights."""

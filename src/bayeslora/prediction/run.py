@@ -24,9 +24,8 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.draws import rounds
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.passes import Passes, batched
-from bayeslora.prediction.readouts import readout_for
+from bayeslora.prediction.passes import Passes, PassOptions, batched
+from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
 
 
@@ -69,29 +68,23 @@ def predict(
             together.
     """
     draws = Draws.of(draws)
-    if not len(split):
-        raise InputError(f"{split.name} has no examples")
-    if posterior.origin is not None:
-        check_base(posterior.origin, model)
-    readout = readout_for(model, split, tokenizer)
-    if readout.name == "likelihood":
-        check_scores(posterior.origin, split.normalisation, split.name)
+    readout = _fitting_readout(model, posterior, split, tokenizer)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
+    total = len(rows) * posterior.passes(draws, mean=mean)
     with (
         evaluating(model),
         readout.attached(model),
-        tqdm(total=0, desc="predict", unit="row", disable=not options.progress) as bar,
+        tqdm(total=total, desc="predict", unit="row", disable=not options.progress) as bar,
     ):
         budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
         passes = Passes(model, readout, rows, classes, budget, bar.update, options)
-        engine = _Engine(passes, mean, split, token_budget, bar)
-        log_probs, at_mean = posterior.answers(engine, draws)
+        log_probs, at_mean = posterior.answers(_Engine(passes, mean, split, token_budget), draws)
     components = posterior.components(len(log_probs))
-    error = torch.zeros(len(split))
-    if posterior.distinct is None or len(log_probs) < posterior.distinct:
-        error = monte_carlo_error(log_probs, components, paired=draws.paired)
+    exhausted = posterior.distinct is not None and len(log_probs) >= posterior.distinct
+    paired = draws.sampling == "antithetic"
+    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=paired)
     return Prediction(
         log_probs=log_probs,
         mean_log_probs=at_mean,
@@ -103,6 +96,18 @@ def predict(
     )
 
 
+def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None) -> Readout:
+    """Return the split's readout once posterior, model and split are known to fit together."""
+    if not len(split):
+        raise InputError(f"{split.name} has no examples")
+    if posterior.origin is not None:
+        check_base(posterior.origin, model)
+    readout = readout_for(model, split, tokenizer)
+    if readout.name == "likelihood":
+        check_scores(posterior.origin, split.normalisation, split.name)
+    return readout
+
+
 @final
 @dataclass(frozen=True)
 class _Engine:
@@ -112,11 +117,6 @@ class _Engine:
     mean: bool
     split: Split
     token_budget: int | None
-    bar: tqdm
-
-    def expect(self, passes: int) -> None:
-        """Let the bar know of passes over all examples, at most so many."""
-        self.bar.total += passes * len(self.passes.rows)
 
     @property
     def model(self) -> nn.Module:
@@ -129,7 +129,6 @@ class _Engine:
 
     def moments(self, posterior: Linearisable) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
         """Return mean and covariance of the logits of the model linearised at the mean."""
-        self.expect(1)
         passes = self.passes
         with posterior.applied(passes.model, None):
             budget = gradient_budget(passes.model, self.token_budget, self.split)
@@ -139,14 +138,13 @@ class _Engine:
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the log-probabilities under drawn weights and under the mean, which counts as one draw more."""
-        apart = posterior.distinct is None  # else the mean is draw 0: a point's, or that of points' first member
-        self.expect(draws.count + (self.mean and apart))
+        mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
         components = posterior.components(draws.count)
         alive = torch.arange(len(self.passes.rows))
         at_mean: Tensor | None = None
         log_probs = torch.full((draws.count, len(alive), self.passes.classes), -math.inf)
         for numbers in rounds(posterior, draws):
-            extra = int(self.mean and apart and numbers.start == 0)
+            extra = mean_passes if numbers.start == 0 else 0
 
             def draw(number: int, start: int = numbers.start - extra) -> Params:
                 """Return the mean where it is asked for, then the draws of this round."""
@@ -159,7 +157,8 @@ class _Engine:
             if draws.tolerance is None or numbers.stop == draws.count:
                 break
             members = None if components is None else components[: numbers.stop]
-            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=draws.paired)
+            paired = draws.sampling == "antithetic"
+            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=paired)
             alive = alive[error > draws.tolerance]
             if not len(alive):
                 break
