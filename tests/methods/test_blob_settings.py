@@ -134,13 +134,13 @@ def test_the_temperature_multiplies_the_gradient_of_the_divergence(update):
 
 def test_the_presets_are_the_published_settings():
     keys = ("init_spread", "prior_sigma", "kl_rate", "temperature")
-    found = {name: tuple(Blob(preset=name).values()[key] for key in keys) for name in PRESETS}
+    found = {name: tuple(Blob(preset=name).setting(key) for key in keys) for name in PRESETS}
     assert found == {
         "paper": (0.05, 0.2, 0.01, 1.0),
         "llama2": (0.05, 0.2, 0.01, 1.0),
         "llama3.1": (0.05, 0.15, 0.0075, 1.0),
     }
-    assert Blob(preset="paper", prior_sigma=0.1).values()["prior_sigma"] == 0.1
+    assert Blob(preset="paper", prior_sigma=0.1).setting("prior_sigma") == 0.1
     run = Run(Blob(preset="llama3.1"), adapted(64), steps=100, rows=100)
     assert set(run.callback.scales.values()) == {Scale(0.15, 1.0)}
     assert 0.05 / math.sqrt(2) <= float(run.layer.spread.min()) <= float(run.layer.spread.max()) <= 0.05

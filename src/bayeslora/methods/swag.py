@@ -86,6 +86,10 @@ class Swag(Method):
                 f"SWAG collected {moments.count} snapshots and needs {needed}; train longer, start earlier or collect "
                 "more often"
             )
+        return self.summary(moments, model)
+
+    def summary(self, moments: Moments, model: nn.Module) -> Posterior:
+        """Return the posterior of collected moments; parameters that were not trained are the model's."""
         origin = origin_for(model, self)
         mean = read(model) | {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":

@@ -95,11 +95,17 @@ class Blob(Method):
         positive = ("init_spread", "prior_sigma", "kl_rate", "relative_spread", "relative_prior", "tokens_per_row")
         check_ranges(self, prefix="BLoB's ", positive=positive, not_negative=("temperature",), at_least={"kl_cycle": 1})
 
-    def values(self) -> dict[str, float]:
-        """Return the numbers that are used, by setting: given, or the preset's, or the default; some have none."""
+    def setting(self, key: str) -> float | None:
+        """Return a number as it is used: as given, or the preset's, or the default; None where the matrix says it."""
         given = {key: value for key, value in vars(self).items() if isinstance(value, int | float)}
         values = DEFAULTS[self.update] | PRESETS.get(self.preset or "", {}) | given
-        return {"relative_prior": values["relative_spread"], **values}
+        return {"relative_prior": values["relative_spread"], **values}.get(key)
+
+    def number(self, key: str) -> float:
+        """Return a setting that always has a value."""
+        value = self.setting(key)
+        assert value is not None
+        return value
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`."""
@@ -121,7 +127,8 @@ class BlobCallback(MethodCallback):
 
     def __init__(self, method: Blob, num_data: int, layers: dict[str, BlobLinear]) -> None:
         super().__init__(num_data)
-        self.method, self.layers, self.values = method, layers, method.values()
+        self.method, self.layers = method, layers
+        self.temperature, self.rate = method.number("temperature"), method.number("kl_rate")
         self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
         self.sizes: dict[str, float] = {}
@@ -145,10 +152,10 @@ class BlobCallback(MethodCallback):
             layer.noisy = True
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
-            begin(self.layers, self.values.get("init_spread"), self.values["relative_spread"], args.seed)
+            begin(self.layers, method.setting("init_spread"), method.number("relative_spread"), args.seed)
         else:
             self.resume(run, self._load)
-        self.scales = scales(self.sizes, self.values.get("prior_sigma"), self.values["relative_prior"])
+        self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
         self.tokens.begin(model, run.loader, args.world_size)
         return Record(self.name, self.num_data, self._spreads(), self._take_out)
 
@@ -163,7 +170,7 @@ class BlobCallback(MethodCallback):
 
     def weight(self, step: int) -> float:
         """Return the weight of the divergence beside the Trainer's loss in a step."""
-        return self.values["temperature"] * kl_weight(step, self.cycle) / self.tokens.per_row
+        return self.temperature * kl_weight(step, self.cycle) / self.tokens.per_row
 
     @torch.no_grad()
     def metrics(self, state: TrainerState) -> dict[str, float]:
@@ -199,7 +206,7 @@ class BlobCallback(MethodCallback):
             return
         group = optimizer.param_groups[0]
         first = group.get("initial_lr", group["lr"])
-        rate = self.values["kl_rate"] * (float(group["lr"]) / float(first) if first else 1.0)
+        rate = self.rate * (float(group["lr"]) / float(first) if first else 1.0)
         weight = self.weight(state.global_step)
         for name, gradient in gradients.items():
             paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
@@ -213,7 +220,7 @@ class BlobCallback(MethodCallback):
         """Read what `save` wrote; a checkpoint of an earlier version has G alone, for an absolute prior."""
         tensors = load_file(path)
         self._take(tensors)
-        if "prior_sigma" not in self.values:
+        if self.method.setting("prior_sigma") is None:
             self.sizes = {name: float(tensors[name + _SIZE]) for name in self.layers}
         else:
             self.sizes = sizes(self.layers)
