@@ -12,11 +12,7 @@ from bayeslora.posteriors.provenance import check_base
 
 
 def weight_draws(model: nn.Module, posterior: Posterior, draws: int | Draws) -> Draws:
-    """Return a request for draws that stay the same weights in every pass, with the count that serves it.
-
-    Raises:
-        InputError: If the posterior's draws are no weights, or it belongs to another model.
-    """
+    """Return a request for draws that stay the same weights in every pass, with the count that serves it."""
     draws = Draws.of(draws)
     if posterior.unscaled is not posterior:
         raise InputError(

@@ -21,8 +21,7 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.passes import REWARDS, Passes
+from bayeslora.prediction.passes import REWARDS, Passes, PassOptions
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
@@ -64,7 +63,14 @@ def predict_rewards(
     """
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
-    readout = _readout(model, tokenizer)
+    peft = require_lora(model)
+    base = peft.get_base_model()
+    if "ForSequenceClassification" not in type(base).__name__ or base.config.num_labels != 1:
+        raise InputError(
+            f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
+            "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
+        )
+    readout = head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
     draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
     budget = token_budget or default_token_budget(model)
@@ -125,18 +131,6 @@ def penalised_rewards(
             )
         rewards = rewards - reference.mean(1, keepdim=True)
     return rewards.mean(0) - weight * rewards.std(0, correction=min(1, len(rewards) - 1))
-
-
-def _readout(model: nn.Module, tokenizer: Tokenizer | None) -> Readout:
-    """Return how texts are put to a model with a scalar head, or refuse the model."""
-    peft = require_lora(model)
-    base = peft.get_base_model()
-    if "ForSequenceClassification" not in type(base).__name__ or base.config.num_labels != 1:
-        raise InputError(
-            f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
-            "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
-        )
-    return head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
 
 
 def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:

@@ -24,8 +24,7 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.draws import rounds
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.passes import Passes, batched
+from bayeslora.prediction.passes import Passes, PassOptions, batched
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
 

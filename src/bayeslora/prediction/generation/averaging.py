@@ -1,8 +1,7 @@
 """A language model that answers with the average of several draws.
 
-From outside it is a model like any other: rows go in, one distribution a row comes out, so that everything that
-`transformers` does with a model (greedy, sampling, beams, penalties, streaming) works. Inside, every row is there once
-for each draw, and the keys and values that are kept belong to their draw.
+From outside it is a model like any other, so that everything that `transformers` does with a model works. Inside, every
+row is there once for each draw, and the keys and values that are kept belong to their draw.
 """
 
 from __future__ import annotations
@@ -52,20 +51,10 @@ class Averager:
         self.average = self.log_probs[0] if self.draws == 1 else self.log_probs.logsumexp(0) - math.log(self.draws)
         return self.average[:, None]
 
-    def entropies(self) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-        """Return H(p̄) and the mean of the draws' entropies, in nats."""
-        return torch.special.entr(self.average.exp()).sum(-1), torch.special.entr(self.log_probs.exp()).sum(-1).mean(0)
-
 
 @contextmanager
 def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> Iterator[Averager]:
-    """Yield the averager of a causal language model that answers under S draws for the length of a ``with`` block.
-
-    Each row is answered by the average of all draws, or the rows belong to the draws in S equal parts.
-
-    Raises:
-        InputError: If the draws cannot share a pass.
-    """
+    """Make a causal language model answer by the average of S draws, or its rows by one each, in S equal parts."""
     base = require_lora(model).get_base_model()
     with evaluating(model):
         names = differing(draws)
@@ -81,12 +70,8 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
             outputs.logits = averager.take(outputs.logits)
             return outputs
 
-        with stacked(model, draws, repeat=average):
-            hook = base.register_forward_hook(after)
-            try:
-                yield averager
-            finally:
-                hook.remove()
+        with stacked(model, draws, repeat=average), base.register_forward_hook(after):
+            yield averager
 
 
 def _few_answers(base: PreTrainedModel) -> FewAnswers:
