@@ -22,17 +22,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bayeslora._typing import Tokenizer
+from bayeslora.comparison import keys
 from bayeslora.comparison.costs import Cost, folder_bytes, max_known, peak_memory
-from bayeslora.comparison.keys import (
-    Parts,
-    difference,
-    key_of,
-    of_arguments,
-    of_method,
-    of_model,
-    of_rows,
-    of_tokenizer,
-)
 from bayeslora.files import write_json
 from bayeslora.methods import Ensemble, Inference, Map, PostHoc, Swag
 from bayeslora.methods.ensemble import member_seed
@@ -75,13 +66,13 @@ class CachedRuns:
         return self.task.test
 
     @cached_property
-    def inputs(self) -> Parts:
+    def inputs(self) -> keys.Parts:
         """What every run depends on, looked at once: `compare` makes a copy of its own."""
         return {
-            "train": of_rows(self.task.train),
-            "validation": of_rows(self.task.validation),
-            "model": of_model(self.model),
-            "tokenizer": of_tokenizer(self.tokenizer or tokenizer_of(self.model)),
+            "train": keys.of_rows(self.task.train),
+            "validation": keys.of_rows(self.task.validation),
+            "model": keys.of_model(self.model),
+            "tokenizer": keys.of_tokenizer(self.tokenizer or tokenizer_of(self.model)),
         }
 
 
@@ -99,7 +90,7 @@ class Learned:
 
     def keyed(self, temperature: float) -> Learned:
         """Return the same under the key of another temperature."""
-        return replace(self, key=key_of({"posterior": self.key, "temperature": float(temperature)}))
+        return replace(self, key=keys.key_of({"posterior": self.key, "temperature": float(temperature)}))
 
 
 @dataclass(frozen=True)
@@ -111,12 +102,12 @@ class Run:
     start: Run | None
     seed: int
     member: int
-    depends: Parts
+    depends: keys.Parts
 
     @property
     def key(self) -> str:
         """The run's key."""
-        return key_of(self.depends)
+        return keys.key_of(self.depends)
 
     @property
     def folder(self) -> Path:
@@ -135,29 +126,27 @@ def learned(runs: CachedRuns, method: Inference, seed: int) -> Learned:
         max_known(*(member.cost.memory for member in members)),
         sum(member.cost.disk for member in members),
     )
-    key = key_of({"members": [member.key for member in members], "dropout_draws": method.dropout_draws})
+    key = keys.key_of({"members": [member.key for member in members], "dropout_draws": method.dropout_draws})
     return Learned(method.mixture([member.posterior for member in members], runs.model), cost, key)
 
 
 def planned(runs: CachedRuns, method: Inference, seed: int, member: int = 0) -> Run:
     """Return the run of a method that is the member of a seed."""
     number = member_seed(seed, member)
-    start, args = None, copy.copy(runs.args)
+    start = planned(runs, Map(), seed, member) if isinstance(method, (Swag, PostHoc)) else None
+    args = copy.copy(runs.args)
     args.seed, args.data_seed = number, None
     if isinstance(method, Swag):
-        start = planned(runs, Map(), seed, member)
         args.max_steps = max(2, round(runs.swag_share * planned_steps(runs)))
         method = replace(method, start=0, learning_rate=method.learning_rate or runs.args.learning_rate / 10)
-    elif isinstance(method, PostHoc):
-        start = planned(runs, Map(), seed, member)
     depends = {
-        "method": of_method(method),
-        "training": None if isinstance(method, PostHoc) else of_arguments(args),
+        "method": keys.of_method(method),
+        "training": None if isinstance(method, PostHoc) else keys.of_arguments(args),
         "seed": number,
         "start": None if start is None else start.key,
         **runs.inputs,
     }
-    args.output_dir = str(runs.out / f"seed-{seed}" / f"{method.name}-{member}-{key_of(depends)}")
+    args.output_dir = str(runs.out / f"seed-{seed}" / f"{method.name}-{member}-{keys.key_of(depends)}")
     return Run(method, args, start, seed, member, depends)
 
 
@@ -179,7 +168,7 @@ def predicted(
     """
     depends = {"posterior": result.key, **prediction_inputs(runs, split, seed)}
     stem = (file or name).replace(":", "-").replace(" ", "-")
-    path = runs.out / f"seed-{seed}" / f"{stem}-{key_of(depends)}.safetensors"
+    path = runs.out / f"seed-{seed}" / f"{stem}-{keys.key_of(depends)}.safetensors"
     log = path.with_suffix(".json")
     if path.exists():
         record = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
@@ -200,9 +189,9 @@ def predicted(
     return prediction, peak.bytes
 
 
-def prediction_inputs(runs: CachedRuns, split: Split, seed: int) -> Parts:
+def prediction_inputs(runs: CachedRuns, split: Split, seed: int) -> keys.Parts:
     """Return what a prediction depends on beside the posterior, which knows the model and the tokenizer."""
-    return {"draws": asdict(replace(Draws.of(runs.draws), seed=seed)), "rows": of_rows(split)}
+    return {"draws": asdict(replace(Draws.of(runs.draws), seed=seed)), "rows": keys.of_rows(split)}
 
 
 def _made(runs: CachedRuns, run: Run) -> Learned:
@@ -225,24 +214,18 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
 
 def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start: Posterior | None) -> Posterior:
     """Return the posterior of one run, made."""
+    model, task, tokenizer, budget = runs.model, runs.task, runs.tokenizer, runs.token_budget
     if start is None:
-        initialise(runs.model, args.seed)
+        initialise(model, args.seed)
     if isinstance(method, PostHoc):
-        return method.fit(
-            runs.model,
-            runs.task,
-            start=start,
-            tokenizer=runs.tokenizer,
-            seed=args.seed,
-            token_budget=runs.token_budget,
-        )
-    return fit(runs.model, runs.task, method, args, tokenizer=runs.tokenizer, start=start, resume=True)
+        return method.fit(model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget)
+    return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True)
 
 
 def _differing(run: Run) -> str:
     """Return what an earlier run in the same place was made with otherwise, as the end of a sentence."""
     logs = run.folder.parent.glob(f"{run.method.name}-{run.member}-*/run.json")
     parts = [json.loads(log.read_text(encoding="utf-8")).get("depends", {}) for log in sorted(logs)]
-    differences = [difference(run.depends, others) for others in parts]
+    differences = [keys.difference(run.depends, others) for others in parts]
     nearest = min(differences, key=len, default=[])
     return f" (one that is there has other {', '.join(nearest)})" if nearest else ""

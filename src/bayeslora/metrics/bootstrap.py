@@ -65,17 +65,14 @@ def interval(scores: Float[Tensor, " R *scores"], level: float = 0.95) -> Interv
         raise InputError(f"resamples={len(scores)}, level={level}: give at least one resample and a level in (0, 1).")
     ordered = scores.double().sort(0).values
     unknown = scores.isnan().any(0)
-    tail = (1 - level) / 2
-    low, high = (_quantile(ordered, share).masked_fill(unknown, math.nan) for share in (tail, 1 - tail))
-    return low, high
-
-
-def _quantile(ordered: Float[Tensor, " R *scores"], share: float) -> Float[Tensor, " *scores"]:
-    """Return the quantile of sorted values, which may be infinite."""
-    position = share * (len(ordered) - 1)
-    left, right = ordered[math.floor(position)], ordered[math.ceil(position)]
-    part = position - math.floor(position)
-    return torch.where(left == right, left, (1 - part) * left + part * right)
+    tail, ends = (1 - level) / 2, []
+    for share in (tail, 1 - tail):
+        position = share * (len(ordered) - 1)
+        left, right = ordered[math.floor(position)], ordered[math.ceil(position)]
+        part = position - math.floor(position)
+        end = torch.where(left == right, left, (1 - part) * left + part * right)  # which may be infinite
+        ends.append(end.masked_fill(unknown, math.nan))
+    return ends[0], ends[1]
 
 
 def _rows(arrays: Sequence[Tensor]) -> int:

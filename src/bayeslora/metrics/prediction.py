@@ -222,14 +222,10 @@ def _check_rows(name: str, values: Tensor) -> None:
         bad[1:] &= ~(values[1:] == -torch.inf).all(-1)  # draws that were not taken; the first one always is
     if not bool(bad.any()):
         return
-    *draw, row = bad.nonzero()[0].tolist() if values.ndim == 2 else _first_row(bad)
-    place = f"{name}: row {row}" + (f" of draw {draw[0]}" if draw else "")
-    if bool(values[(*draw, row)].isnan().any()):
+    bad = bad.reshape(-1, bad.shape[-1])
+    row = int(bad.any(0).nonzero()[0])
+    draw = int(bad[:, row].nonzero()[0])
+    place = f"{name}: row {row}" + (f" of draw {draw}" if values.ndim == 3 else "")
+    if bool(values[..., row, :].isnan().reshape(len(bad), -1)[draw].any()):
         raise InputError(f"{place} is NaN; the model's output overflowed, predict again in float32 or bfloat16.")
     raise InputError(f"{place} does not sum to 1; give log-probabilities (log_softmax of the choices' scores).")
-
-
-def _first_row(bad: Tensor) -> list[int]:
-    """Return the draw and number of the first bad row, the row counting before the draw; [S N]."""
-    row = int(bad.any(0).nonzero()[0])
-    return [int(bad[:, row].nonzero()[0]), row]
