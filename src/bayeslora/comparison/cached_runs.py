@@ -160,12 +160,14 @@ def planned_steps(runs: CachedRuns) -> int:
 
 
 def predicted(
-    runs: CachedRuns, result: Learned, split: Split, seed: int, name: str, file: str = ""
+    runs: CachedRuns,
+    result: Learned,
+    split: Split,
+    seed: int,
+    name: str,
+    file: str = "",  # in place of the name
 ) -> tuple[Prediction, int | None]:
-    """Return a prediction and the memory that it took, from their files if they are there already.
-
-    ``name`` is the method's in the report; the file is named by ``file``, or else by the method, and by its key.
-    """
+    """Return a prediction and the memory that it took, from their files if they are there already."""
     depends = {"posterior": result.key, **prediction_inputs(runs, split, seed)}
     stem = (file or name).replace(":", "-").replace(" ", "-")
     path = runs.out / f"seed-{seed}" / f"{stem}-{keys.key_of(depends)}.safetensors"

@@ -91,11 +91,9 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
 def marked(
     comparison: Comparison, rows: Sequence[Row], labels: Int[Tensor, " N"], *, bins: int = 15, resamples: int = 1000
 ) -> list[Row]:
-    """Return the rows of a comparison with their marks.
-
-    A row is tied with the best of a column if the 95 % paired bootstrap interval of their difference holds 0: test rows
-    are drawn, the same for both, and scores averaged over the seeds. It says nothing on other seeds or training rows.
-    """
+    """Return the rows of a comparison with their marks."""
+    # A row is tied with the best of a column if the 95 % paired bootstrap interval of their difference holds 0: test
+    # rows are drawn, the same for both, and scores averaged over the seeds: nothing on other seeds or training rows.
     table = measures(bins)
     by_row: list[list[dict[str, tuple[Measure, list[Sample]]]]] = []  # and by seed and score
     for row in rows:
@@ -123,11 +121,7 @@ def marked(
 
 
 def text_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
-    """Return rows as a table for the terminal, or in Markdown.
-
-    A cell is the number, or mean ± standard deviation where there are several seeds. Rows with marks have ``*`` at the
-    best of a column and ``~`` at what the bootstrap does not tell from it, and `LEGEND`.
-    """
+    """Return rows as a table for the terminal, or in Markdown; below rows with marks stands their `LEGEND`."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row.numbers))
     cells = [["", *headings]]
     for row in rows:

@@ -111,14 +111,11 @@ def guess(truth: Float[Tensor, "N C"]) -> float:
 
 def in_words(
     judged: Sequence[Verdict],
-    even: float | None = None,
+    even: float | None = None,  # a guess's divergence from the truth
     other: str = "the other data",
-    settings: Mapping[str, str] | None = None,
+    settings: Mapping[str, str] | None = None,  # of a predictor, as on the command line
 ) -> list[str]:
-    """Return what the verdicts, the reference first, show: a sentence for each, and what follows from them.
-
-    ``even`` is a guess's divergence from the truth; ``settings`` are a predictor's as on the command line.
-    """
+    """Return what the verdicts, the reference first, show: a sentence for each, and what follows from them."""
     reference, rest = judged[0], judged[1:]
     lines = [_line(verdict) for verdict in judged]
     if even is not None:

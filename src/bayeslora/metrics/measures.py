@@ -16,10 +16,7 @@ from bayeslora.metrics.bootstrap import Score
 
 @dataclass(frozen=True)
 class Measure:
-    """A score of test sets.
-
-    ``needs``: ``labels`` or true ``probs`` beside the predictions, or for ``ood`` the uncertainties of both sets.
-    """
+    """A score of test sets; it needs ``labels`` or true ``probs``, or for ``ood`` the uncertainties of both sets."""
 
     score: Score
     needs: Literal["labels", "probs", "ood"] = "labels"
