@@ -8,7 +8,7 @@ from bayeslora.posteriors.linearised import Linearised
 from bayeslora.posteriors.mixture import Mixture
 from bayeslora.posteriors.point import Point
 from bayeslora.posteriors.sampling import Draws, Sampling
-from bayeslora.posteriors.scaled import Scaled, scale
+from bayeslora.posteriors.wrappers import Scaled, scale
 
 __all__ = [
     "ColumnDropout",

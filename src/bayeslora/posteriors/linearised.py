@@ -14,9 +14,9 @@ from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import generator
 from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
-from bayeslora.posteriors.derived import Derived
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws
+from bayeslora.posteriors.wrappers import Derived
 
 LOGIT_DRAWS = 256
 """Least draws of a linearised posterior's logits: they cost next to nothing, and a few would decide by their noise."""

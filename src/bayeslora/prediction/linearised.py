@@ -48,11 +48,11 @@ def logit_moments(
             if (more := classes - logits.shape[1]) > 0:
                 logits = nn.functional.pad(logits, (0, more), value=-torch.inf)
                 covariances = nn.functional.pad(covariances, (0, more, 0, more))
-            total = gradients.logits.new_zeros(len(posteriors), len(order), classes, classes)
+            covariance = gradients.logits.new_zeros(len(posteriors), len(order), classes, classes)
             for site in sites:
-                total += _covariances(gradients.jacobian(site), posteriors, site.name).to(total.device)
+                covariance += _covariances(gradients.jacobian(site), posteriors, site.name).to(covariance.device)
             logits[order, :classes] = gradients.logits.cpu()
-            covariances[:, order, :classes, :classes] = total.cpu()
+            covariances[:, order, :classes, :classes] = covariance.cpu()
             done(len(order))
     return logits, covariances
 

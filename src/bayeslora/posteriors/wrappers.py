@@ -1,10 +1,11 @@
-"""A posterior whose log-probabilities are scaled: temperature and vector scaling."""
+"""Posteriors that are made of one other: what they inherit, and one whose log-probabilities are scaled."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, final
+from abc import ABC
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 
 import torch
 from torch import Tensor
@@ -12,10 +13,54 @@ from torch import Tensor
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params
-from bayeslora.posteriors.base import Engine, LogProbs, Posterior
-from bayeslora.posteriors.derived import Derived
+from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Draws
+from bayeslora.posteriors.sampling import Draws, Sampling
+
+
+class Derived(Posterior, ABC):
+    """A posterior that is made of one other, whose mean and draws of weights it has."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def posterior(self) -> Posterior:
+            """The posterior that it is made of."""
+
+    @property
+    def mean(self) -> Params:
+        """The mean of the posterior that it is made of."""
+        return self.posterior.mean
+
+    @property
+    def distinct(self) -> int | None:
+        """As of the posterior that it is made of."""
+        return self.posterior.distinct
+
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
+        """Return a draw of the posterior that it is made of; see `Posterior.draw`."""
+        return self.posterior.draw(index, seed, sampling)
+
+    def unit(self, sampling: Sampling = "independent") -> int:
+        """As of the posterior that it is made of."""
+        return self.posterior.unit(sampling)
+
+    def count(self, draws: int | Draws) -> int:
+        """As of the posterior that it is made of."""
+        return self.posterior.count(draws)
+
+    def components(self, count: int) -> tuple[int, ...] | None:
+        """As of the posterior that it is made of."""
+        return self.posterior.components(count)
+
+    def standard_deviation(self) -> Params | None:
+        """As of the posterior that it is made of."""
+        return self.posterior.standard_deviation()
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Self | None:
+        """Return the same of the rescaled posterior; None if that has no noise in the weights."""
+        posterior = self.posterior.rescaled(noise, signal)
+        return None if posterior is None else replace(cast(Any, self), posterior=posterior)
 
 
 @final
