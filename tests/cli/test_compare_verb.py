@@ -205,5 +205,6 @@ def test_all_stands_for_every_method_and_labels_cannot_leave_the_folder(refused,
     from bayeslora.methods import METHODS
 
     assert {name.partition(":")[0] for name in EVERY} == METHODS.keys()
+    assert [name for name in EVERY if ":" in name] == ["ensemble:3", "multiswag:3"]
     assert list(build_methods(["all", "elbo=blob"], [])) == [*EVERY, "elbo"]
     assert "without a slash" in refused("compare", *home.marbles(), "--methods", "a/b=map", "--out", tmp_path / "b")

@@ -93,7 +93,7 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
         table = read_rows(file)
         text = options.text_column or guess_columns(table.columns).text
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
-        return split.take(range(min(len(split), limit or len(split))))
+        return split.take(range(len(split))[:limit])
     folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
     template = like.format.template if template_columns(like.format.template) else None  # so that its columns are read
     other = load_task(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from bayeslora.errors import InputError
 from bayeslora.files import read_object, write_json
 
 _FILE = "options.json"
-_PATHS = ("model", "data")
 
 
 def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str, ...] = ()) -> None:
@@ -73,9 +71,9 @@ def posterior_name(name: str) -> str:
 
 
 def _recorded(options: object) -> dict[str, object]:
-    """Return options as they are kept: ready for JSON, local paths in full so that they hold from anywhere."""
-    recorded: dict[str, object] = json.loads(json.dumps(vars(options)))
-    for key in _PATHS:
-        if recorded.get(key) and Path(str(recorded[key])).exists():
-            recorded[key] = str(Path(str(recorded[key])).resolve())
+    """Return options as they are kept, local paths in full so that they hold from anywhere."""
+    recorded = dict(vars(options))
+    for key in ("model", "data"):
+        if recorded.get(key) and Path(recorded[key]).exists():
+            recorded[key] = str(Path(recorded[key]).resolve())
     return recorded

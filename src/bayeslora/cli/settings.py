@@ -9,10 +9,7 @@ from bayeslora.cli.values import read
 from bayeslora.errors import InputError, close_matches
 from bayeslora.methods import METHODS, Ensemble, Inference
 
-EVERY = (
-    *("map", "ensemble:3", "swag", "multiswag:3", "blob", "ivon", "laplace", "mc-dropout", "tfb", "temperature"),
-    "isotropic",
-)
+EVERY = tuple(f"{name}:3" if isinstance(make(), Ensemble) else name for name, make in METHODS.items())
 """What ``--methods all`` stands for."""
 
 

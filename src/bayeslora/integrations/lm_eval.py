@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
+from bayeslora.prediction.generation.decoding import Settings
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import weight_draws
@@ -43,8 +44,6 @@ try:
 except ModuleNotFoundError as missing:
     raise InputError("the evaluation harness needs lm-eval: pip install 'bayeslora[lm-eval]'") from missing
 
-Settings = dict[str, Any]
-"""Arguments of generation, by a task's names or by transformers'."""
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """Context and text, where they are known, and the tokens of both."""
 
