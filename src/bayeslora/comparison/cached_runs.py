@@ -49,41 +49,30 @@ from bayeslora.training.run import fit
 
 @dataclass(frozen=True)
 class CachedRuns:
-    """What is the same for all methods of a comparison, and the folder of their runs.
+    """What is the same for all methods of a comparison, and the folder of their runs."""
 
-    Attributes:
-        model: PEFT model; its adapter is drawn anew for each run.
-        tokenizer: The model's tokenizer; None for the one that was saved with the model.
-        task: The task.
-        args: Arguments of the Trainer for one run; seed and folder are set for each.
-        out: Folder of the results.
-        ood: Other data, to tell from the task's test split.
-        swag_share: Length of SWAG's phase, as a share of MAP's optimiser steps.
-        temperatures: Temperatures T of the covariance to choose from, by the validation split's NLL, for every method
-            with noise; the winner is a method of its own in the results, named ``<name> tuned``.
-        scaling: Whether temperature scaling is fitted to every method on the validation split too; the result is a
-            method of its own in the results, named ``<name> + T``.
-        draws: Number S of draws, or `Draws`, whose seed is that of the run.
-        token_budget: Most tokens of a prediction batch.
-        resamples: Bootstrap resamples.
-        bins: Bins of the calibration errors.
-        report: Called with one line when something begins.
-    """
-
-    model: nn.Module
-    tokenizer: Tokenizer | None
+    model: nn.Module  # a PEFT model, whose adapter is drawn anew for each run
+    tokenizer: Tokenizer | None  # None for the one that was saved with the model
     task: Task
-    args: TrainingArguments
+    args: TrainingArguments  # of one run; seed and folder are set for each
     out: Path
-    ood: Mapping[str, Split] = field(default_factory=dict)
-    swag_share: float = 0.5
+    ood: Mapping[str, Split] = field(default_factory=dict)  # other data, to tell from the task's test split
+    swag_share: float = 0.5  # length of SWAG's phase, as a share of MAP's optimiser steps
+    # Temperatures of the covariance to choose from, by the validation split's NLL, for every method with noise; and
+    # whether temperature scaling is fitted to every method on it. Both results have rows of their own.
     temperatures: Sequence[float] = ()
     scaling: bool = False
-    draws: int | Draws = 10
+    draws: int | Draws = 10  # with the seed of the run
     token_budget: int | None = None
     resamples: int = 1000
     bins: int = 15
-    report: Callable[[str], None] = print
+    report: Callable[[str], None] = print  # called with one line when something begins
+
+    @property
+    def test(self) -> Split:
+        """The test rows, without which `compare` does not begin."""
+        assert self.task.test is not None
+        return self.task.test
 
     @cached_property
     def inputs(self) -> Parts:
@@ -225,25 +214,29 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
         runs.report(f"seed {run.seed}: training {run.method.name}, run {run.member + 1}{_differing(run)}")
         began = time.perf_counter()
         with peak_memory(device_of(runs.model)) as peak:
-            posterior = _trained(runs, run, None if start is None else start.posterior)
+            posterior = _trained(runs, run.method, run.args, None if start is None else start.posterior)
         seconds += time.perf_counter() - began
         posterior.save_pretrained(folder, overwrite=True)
         write_json(log, {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends})
     record = json.loads(log.read_text(encoding="utf-8"))
-    return Learned(
-        load_posterior(folder), Cost(record["seconds"], None, record["memory"], folder_bytes(folder)), run.key
-    )
+    cost = Cost(record["seconds"], None, record["memory"], folder_bytes(folder))
+    return Learned(load_posterior(folder), cost, run.key)
 
 
-def _trained(runs: CachedRuns, run: Run, start: Posterior | None) -> Posterior:
+def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start: Posterior | None) -> Posterior:
     """Return the posterior of one run, made."""
-    model, task, tokenizer, method, args = runs.model, runs.task, runs.tokenizer, run.method, run.args
     if start is None:
-        initialise(model, args.seed)
+        initialise(runs.model, args.seed)
     if isinstance(method, PostHoc):
-        budget = runs.token_budget
-        return method.fit(model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget)
-    return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True)
+        return method.fit(
+            runs.model,
+            runs.task,
+            start=start,
+            tokenizer=runs.tokenizer,
+            seed=args.seed,
+            token_budget=runs.token_budget,
+        )
+    return fit(runs.model, runs.task, method, args, tokenizer=runs.tokenizer, start=start, resume=True)
 
 
 def _differing(run: Run) -> str:

@@ -28,13 +28,11 @@ class Measure:
     """A score of test sets.
 
     ``needs``: ``labels`` or true ``probs`` beside the predictions, or for ``ood`` the uncertainties of both sets.
-    ``heading``: the column's in a comparison's table; empty for a score that it leaves out.
     """
 
     score: Score
     needs: Literal["labels", "probs", "ood"] = "labels"
     higher_is_better: bool = False
-    heading: str = ""
 
 
 UNCERTAINTIES = {"entropy": "H", "mutual_information": "MI"}
@@ -44,15 +42,15 @@ UNCERTAINTIES = {"entropy": "H", "mutual_information": "MI"}
 def measures(bins: int = 15, binning: Binning = "width") -> dict[str, Measure]:
     """Return all measures by name; ``ece_mass`` always has bins of equal mass."""
     return {
-        "accuracy": Measure(accuracy, higher_is_better=True, heading="accuracy"),
-        "nll": Measure(nll, heading="NLL"),
-        "brier": Measure(brier, heading="Brier"),
-        "ece": Measure(partial(ece, bins=bins, binning=binning), heading="ECE"),
+        "accuracy": Measure(accuracy, higher_is_better=True),
+        "nll": Measure(nll),
+        "brier": Measure(brier),
+        "ece": Measure(partial(ece, bins=bins, binning=binning)),
         "ece_mass": Measure(partial(ece, bins=bins, binning="mass")),
         "sce": Measure(partial(static_calibration_error, bins=bins, binning=binning)),
-        "aurc": Measure(aurc, heading="AURC"),
-        "kl_to_truth": Measure(kl_to_truth, "probs", heading="KL to truth"),
-        "auroc": Measure(auroc, "ood", higher_is_better=True, heading="AUROC"),
+        "aurc": Measure(aurc),
+        "kl_to_truth": Measure(kl_to_truth, "probs"),
+        "auroc": Measure(auroc, "ood", higher_is_better=True),
         "aupr_out": Measure(aupr_out, "ood", higher_is_better=True),
         "aupr_in": Measure(aupr_in, "ood", higher_is_better=True),
         "fpr95": Measure(fpr95, "ood"),

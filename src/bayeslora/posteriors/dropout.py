@@ -70,6 +70,7 @@ class TokenDropout(Posterior):
     """
 
     description: ClassVar[str] = "adapters of which inputs are dropped at random"
+    draws_are_weights = False
 
     mean: Params
     rate: float
@@ -89,11 +90,6 @@ class TokenDropout(Posterior):
             "dropout token by token has no draws of weights to apply or export; use the kind 'columns', whose draws "
             "are adapters"
         )
-
-    @property
-    def draws_are_weights(self) -> bool:
-        """No: a draw is a mask for every token."""
-        return False
 
     def passes(self, draws: Draws, *, mean: bool) -> int:
         """One for each draw, and one for the mean."""

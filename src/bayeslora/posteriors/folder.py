@@ -75,6 +75,9 @@ def read_folder(folder: Path) -> Content:
     for key in ("sha256", "fingerprint"):
         if not isinstance(config.get(key), dict):
             raise InputError(f"{folder / CONFIG} has no {key}; copy the folder again")
+    for key in ("scalars", "members"):
+        if key not in config:
+            raise InputError(f"{folder} lacks a part of a {config.get('family')} ({key!r}); copy the folder again")
     for file, digest in config["sha256"].items():
         if not (folder / file).exists():
             raise InputError(f"{folder / file} is missing; copy the whole folder again")
@@ -91,8 +94,7 @@ def read_folder(folder: Path) -> Content:
         field, _, name = key.partition("/")
         tensors.setdefault(field, {})[name] = value
     mean = read_tensors(folder / ADAPTER)
-    rest: dict[str, Any] = {key: config.get(key) for key in ("scalars", "members")}
-    return Content(str(config.get("family")), mean, Origin(**parts), tensors, **rest)
+    return Content(str(config.get("family")), mean, Origin(**parts), tensors, config["scalars"], config["members"])
 
 
 def write_adapter(params: Params, origin: Origin, folder: Path) -> None:

@@ -61,6 +61,8 @@ class Linearised(Derived):
     """
 
     description: ClassVar[str] = "a Gaussian over the adapter, for the model linearised at its mean"
+    draws_are_weights = False
+    minimum_draws = LOGIT_DRAWS
 
     posterior: Linearisable
     origin: Origin | None = None
@@ -71,16 +73,6 @@ class Linearised(Derived):
             raise InputError(
                 f"a {type(self.posterior).__name__} cannot be linearised; give a DiagonalGaussian or KroneckerGaussian"
             )
-
-    @property
-    def draws_are_weights(self) -> bool:
-        """No: draws are of the logits."""
-        return False
-
-    @property
-    def minimum_draws(self) -> int:
-        """`LOGIT_DRAWS`."""
-        return LOGIT_DRAWS
 
     def passes(self, draws: Draws, *, mean: bool) -> int:
         """One, which gives the Jacobian too."""

@@ -61,10 +61,10 @@ def run(options: Options) -> None:
         runs, other = prepared(options, out)
         with opened(out, options):
             comparison = build.finish(runs, methods_of(options), [options.seed], "png")
-    test = runs.task.test
-    assert test is not None
-    predictions = {name: by_seed[options.seed] for name, by_seed in comparison.predictions.items()}
-    others = {name: by_seed[options.seed][other] for name, by_seed in comparison.ood.items()}
+    test = runs.test
+    results = {name: by_seed[options.seed] for name, by_seed in comparison.results.items()}
+    predictions = {name: result.prediction for name, result in results.items()}
+    others = {name: result.ood[other] for name, result in results.items()}
     even = None if test.probs is None else guess(test.probs)
     print()
     settings = {name: " ".join(words) for name, words in _settings(options).items()}
