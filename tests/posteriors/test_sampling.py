@@ -16,7 +16,7 @@ from bayeslora.posteriors.loading import export_draws
 from bayeslora.posteriors.sampling import former_keywords, noise, sobol_digits, uniform
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
-from bayeslora.prediction.draws import rounds
+from bayeslora.prediction.run import rounds
 
 LIKE = torch.empty(4, 6)
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]

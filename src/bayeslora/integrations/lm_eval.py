@@ -25,12 +25,12 @@ from bayeslora.integrations.lm_eval_calibration import Results, add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
 from bayeslora.prediction.generation.decoding import Settings
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
 from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.passes import weight_draws
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.prediction.stacking import differing
 from bayeslora.tasks.types import Format, Split

@@ -129,13 +129,12 @@ def _by_example(
 ) -> tuple[Float[Tensor, "R T I"], Float[Tensor, "C R T O"], Int[Tensor, " R"]]:
     """Return a layer's inputs and gradients with a token axis, and the example of each row; see `_owners`."""
     sequences, length = batch["input_ids"].shape
-    of_sequence, of_kept = owners
+    of_sequence = owners[0]
     if x.ndim == 3 and len(x) == sequences:
         return x, g, of_sequence
-    if x.ndim == 2 and of_kept is not None and len(x) == len(of_kept):
-        return x[:, None], g[:, :, None], of_kept
-    if x.ndim == 2 and len(x) == sequences:
-        return x[:, None], g[:, :, None], of_sequence
+    for owner in owners[::-1]:  # of kept positions first
+        if x.ndim == 2 and owner is not None and len(x) == len(owner):
+            return x[:, None], g[:, :, None], owner
     if x.ndim == 2 and len(x) == sequences * length:
         return x.view(sequences, length, -1), g.view(len(g), sequences, length, -1), of_sequence
     raise InputError(f"a layer's input of shape {tuple(x.shape)} cannot be told apart by examples")

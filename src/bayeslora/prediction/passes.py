@@ -20,6 +20,8 @@ from transformers import DynamicCache
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.provenance import check_base
 from bayeslora.prediction.batching import Batch, grouped, on, schedule
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
@@ -245,3 +247,21 @@ def batched(
     """Return examples in batches on the model's device, with the examples' numbers; the readout is to be attached."""
     groups = grouped([readout.length(row) for row in rows], token_budget)
     return [(group, on(readout.collate([rows[i] for i in group]), device_of(model))) for group in groups]
+
+
+def weight_draws(model: nn.Module, posterior: Posterior, draws: int | Draws) -> Draws:
+    """Return a request for draws that stay the same weights in every pass, with the count that serves it."""
+    draws = Draws.of(draws)
+    if posterior.unscaled is not posterior:
+        raise InputError(
+            "a temperature was fitted to the choices of a task and says nothing about anything else; use what is "
+            "scaled, posterior.posterior"
+        )
+    if not posterior.draws_are_weights:
+        raise InputError(
+            f"the draws of a {type(posterior).__name__} are not weights that stay the same from text to text; use "
+            "its mean, Point(posterior.mean) or `bayeslora export --mean`, or another posterior"
+        )
+    if posterior.origin is not None:
+        check_base(posterior.origin, model)
+    return replace(draws, count=posterior.count(draws))

@@ -18,10 +18,9 @@ from bayeslora.errors import InputError
 from bayeslora.params import evaluating, require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.passes import REWARDS, Passes, PassOptions
+from bayeslora.prediction.passes import REWARDS, Passes, PassOptions, weight_draws
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]

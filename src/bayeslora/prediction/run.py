@@ -21,7 +21,6 @@ from bayeslora.posteriors.base import LogProbs
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import rounds
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import Passes, PassOptions, batched
@@ -163,3 +162,15 @@ class _Engine:
             if not len(alive):
                 break
         return log_probs[: numbers.stop], at_mean
+
+
+def rounds(posterior: Posterior, draws: Draws) -> list[range]:
+    """Return the numbers of the draws between two looks at the error, half as many again each time."""
+    if draws.tolerance is None:
+        return [range(draws.count)]
+    unit, parts, last = posterior.unit(draws.sampling), list[range](), 0
+    while last < draws.count:
+        more = max(unit, draws.minimum if last == 0 else last // 2)
+        parts.append(range(last, min(draws.count, last + -(-more // unit) * unit)))
+        last = parts[-1].stop
+    return parts

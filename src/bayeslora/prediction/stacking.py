@@ -120,25 +120,21 @@ def layers_that_differ(model: nn.Module, names: frozenset[str]) -> Sequence[nn.M
     return ()
 
 
-FewAnswers = Callable[[int], Tensor]
-"""Answers [S B C] of a model to a few examples under the number S of draws that are stacked."""
-
-
 def stacks(
     model: nn.Module,
     names: frozenset[str],
-    answers: FewAnswers,
+    answers: Callable[[int], Float[Tensor, "S B C"]],
     key: Hashable,
     *,
     share: bool = False,
     needed: bool = False,
 ) -> bool:
-    """Try two random draws, stacked, against two plain passes; ``key`` names what the answers depend on besides."""
+    """Try two random draws, stacked, against two plain passes, by the ``answers`` of S draws to a few rows."""
     trial = partial(_answer_alike, model, names, answers, share)
     return tried(model, ("stacked", names, key, share), trial, needed=needed)
 
 
-def _answer_alike(model: nn.Module, names: frozenset[str], answers: FewAnswers, share: bool) -> bool:
+def _answer_alike(model: nn.Module, names: frozenset[str], answers: Callable[[int], Tensor], share: bool) -> bool:
     """Compare two stacked draws, large enough to tell apart, with two plain passes."""
     if _places(model, lora_parameters(model), names) is None or (share and not layers_that_differ(model, names)):
         return False

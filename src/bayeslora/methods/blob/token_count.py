@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sized
 from typing import cast, final
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -59,11 +61,8 @@ class TokenCount:
         seen, self.fresh = self.fresh, []
         counts = [len(seen), sum(rows for rows, _ in seen), sum(int(tokens) for _, tokens in seen)]
         fresh = torch.tensor(counts, dtype=torch.float64)
-        if self._world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-            place = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            shared = fresh.to(place)
-            torch.distributed.all_reduce(shared)
-            fresh = shared.cpu()
+        if self._world > 1:
+            fresh = reduce(fresh.to(PartialState().device), "sum").cpu()
         self.noted += fresh
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import final
 
 import torch
@@ -19,7 +20,7 @@ from transformers.utils import ModelOutput
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
-from bayeslora.prediction.stacking import FewAnswers, differing, stacked, stacks
+from bayeslora.prediction.stacking import differing, stacked, stacks
 
 
 @final
@@ -58,7 +59,7 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
     base = require_lora(model).get_base_model()
     with evaluating(model):
         names = differing(draws)
-        if names and not stacks(model, names, _few_answers(base), "generation", needed=True):
+        if names and not stacks(model, names, partial(_few_answers, base), "generation", needed=True):
             raise InputError(
                 "the draws of this adapter cannot share a pass (it has parameters outside of linear layers), so the "
                 "model cannot generate from several at once; use draws=1"
@@ -74,16 +75,10 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
             yield averager
 
 
-def _few_answers(base: PreTrainedModel) -> FewAnswers:
-    """Return what gives a model's log-probabilities of what comes after two short texts, once for each draw."""
-    size = min(len(base.get_input_embeddings().weight), 1000)
-    ids = torch.randint(0, size, (2, 5), generator=generator("generation"))
-
-    @torch.inference_mode()
-    def answers(count: int) -> Tensor:
-        """Return the log-probabilities of what comes next."""
-        device = base.get_input_embeddings().weight.device
-        logits = base(input_ids=ids.to(device), use_cache=False).logits[:, -1]
-        return logits.float().log_softmax(-1).view(count, len(ids), -1)
-
-    return answers
+@torch.inference_mode()
+def _few_answers(base: PreTrainedModel, count: int) -> Float[Tensor, "S 2 V"]:
+    """Return a model's log-probabilities of what comes after two short texts, once for each draw."""
+    weight = base.get_input_embeddings().weight
+    ids = torch.randint(0, min(len(weight), 1000), (2, 5), generator=generator("generation"))
+    logits = base(input_ids=ids.to(weight.device), use_cache=False).logits[:, -1]
+    return logits.float().log_softmax(-1).view(count, len(ids), -1)

@@ -12,12 +12,12 @@ from bayeslora.errors import InputError
 from bayeslora.params import require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep, Settings
 from bayeslora.prediction.generation.semantic import Equivalence
 from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.passes import weight_draws
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
