@@ -38,9 +38,9 @@ def one(arguments: argparse.Namespace, seed: int, dtype: str, out: Path) -> None
     found = compare(runs, methods_of(options), [seed])
     test = runs.task.test
     judged = verdicts(
-        {name: by_seed[seed] for name, by_seed in found.predictions.items()},
+        {name: by_seed[seed].prediction for name, by_seed in found.results.items()},
         test.labels,
-        {name: by_seed[seed][other] for name, by_seed in found.ood.items()},
+        {name: by_seed[seed].ood[other] for name, by_seed in found.results.items()},
         test.probs,
     )
     result = {

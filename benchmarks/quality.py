@@ -32,7 +32,7 @@ def distance(name: str, prediction: Any, reference: Any, labels: torch.Tensor) -
     """Return how far a prediction's measures are from the reference's, in half-widths of its bootstrap interval."""
     found = []
     for measure, score in (("accuracy", accuracy), ("NLL", nll), ("ECE", ece)):
-        low, high = bootstrap(score, (reference.log_p, labels), resamples=500)
+        low, high = map(float, bootstrap(score, (reference.log_p, labels), resamples=500))
         value = float(score(prediction.log_p, labels))
         centre, half = (low + high) / 2, (high - low) / 2
         found.append(

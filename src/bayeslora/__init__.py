@@ -12,53 +12,61 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 from warnings import warn
 
-from bayeslora.errors import InputError
-from bayeslora.version import __version__
+from bayeslora.errors import InputError as InputError
+from bayeslora.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from bayeslora.methods import (
-        Blob,
-        Ensemble,
-        Isotropic,
-        Ivon,
-        Laplace,
-        Map,
-        McDropout,
-        Method,
-        PostHoc,
-        Swag,
-        Temperature,
-        Tfb,
-        multi_swag,
-    )
-    from bayeslora.methods.ivon.optimizer import IvonOptimizer
-    from bayeslora.metrics.evaluation import Evaluation, evaluate
-    from bayeslora.metrics.prediction import Prediction
-    from bayeslora.models import load_model
-    from bayeslora.posteriors import (
-        ColumnDropout,
-        DiagonalGaussian,
-        Draws,
-        KroneckerGaussian,
-        Linearised,
-        LowRankGaussian,
-        Mixture,
-        Point,
-        Posterior,
-        Scaled,
-        TokenDropout,
-    )
-    from bayeslora.posteriors.card import write_card
-    from bayeslora.posteriors.hub import push
-    from bayeslora.posteriors.loading import export_draws, load_posterior
-    from bayeslora.posteriors.transforms import pruned, restricted, tempered
-    from bayeslora.prediction import PassOptions, predict
-    from bayeslora.prediction.generation import Answer, Answers, by_embedding, by_entailment, generate, generate_each
-    from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
-    from bayeslora.tasks import load_task
-    from bayeslora.training.distillation import distill
-    from bayeslora.training.run import fit
-    from bayeslora.training.trainer_kwargs import kwargs_for
+if TYPE_CHECKING:  # ``as`` says that a name is for others to import
+    from bayeslora.methods import Blob as Blob
+    from bayeslora.methods import Ensemble as Ensemble
+    from bayeslora.methods import Isotropic as Isotropic
+    from bayeslora.methods import Ivon as Ivon
+    from bayeslora.methods import Laplace as Laplace
+    from bayeslora.methods import Map as Map
+    from bayeslora.methods import McDropout as McDropout
+    from bayeslora.methods import Method as Method
+    from bayeslora.methods import PostHoc as PostHoc
+    from bayeslora.methods import Swag as Swag
+    from bayeslora.methods import Temperature as Temperature
+    from bayeslora.methods import Tfb as Tfb
+    from bayeslora.methods import multi_swag as multi_swag
+    from bayeslora.methods.ivon.optimizer import IvonOptimizer as IvonOptimizer
+    from bayeslora.metrics.evaluation import Evaluation as Evaluation
+    from bayeslora.metrics.evaluation import evaluate as evaluate
+    from bayeslora.metrics.prediction import Prediction as Prediction
+    from bayeslora.models import load_model as load_model
+    from bayeslora.posteriors import ColumnDropout as ColumnDropout
+    from bayeslora.posteriors import DiagonalGaussian as DiagonalGaussian
+    from bayeslora.posteriors import Draws as Draws
+    from bayeslora.posteriors import KroneckerGaussian as KroneckerGaussian
+    from bayeslora.posteriors import Linearised as Linearised
+    from bayeslora.posteriors import LowRankGaussian as LowRankGaussian
+    from bayeslora.posteriors import Mixture as Mixture
+    from bayeslora.posteriors import Point as Point
+    from bayeslora.posteriors import Posterior as Posterior
+    from bayeslora.posteriors import Scaled as Scaled
+    from bayeslora.posteriors import TokenDropout as TokenDropout
+    from bayeslora.posteriors.card import write_card as write_card
+    from bayeslora.posteriors.hub import push as push
+    from bayeslora.posteriors.loading import export_draws as export_draws
+    from bayeslora.posteriors.loading import load_posterior as load_posterior
+    from bayeslora.posteriors.transforms import pruned as pruned
+    from bayeslora.posteriors.transforms import restricted as restricted
+    from bayeslora.posteriors.transforms import tempered as tempered
+    from bayeslora.prediction import PassOptions as PassOptions
+    from bayeslora.prediction import predict as predict
+    from bayeslora.prediction.generation import Answer as Answer
+    from bayeslora.prediction.generation import Answers as Answers
+    from bayeslora.prediction.generation import by_embedding as by_embedding
+    from bayeslora.prediction.generation import by_entailment as by_entailment
+    from bayeslora.prediction.generation import generate as generate
+    from bayeslora.prediction.generation import generate_each as generate_each
+    from bayeslora.prediction.rewards import penalised_rewards as penalised_rewards
+    from bayeslora.prediction.rewards import predict_rewards as predict_rewards
+    from bayeslora.prediction.rewards import preference_probability as preference_probability
+    from bayeslora.tasks import load_task as load_task
+    from bayeslora.training.distillation import distill as distill
+    from bayeslora.training.run import fit as fit
+    from bayeslora.training.trainer_kwargs import kwargs_for as kwargs_for
 
 _HOMES = {
     "methods": "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc Swag Temperature Tfb multi_swag",
@@ -84,61 +92,7 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = [
-    "Answer",
-    "Answers",
-    "Blob",
-    "ColumnDropout",
-    "DiagonalGaussian",
-    "Draws",
-    "Ensemble",
-    "Evaluation",
-    "InputError",
-    "Isotropic",
-    "Ivon",
-    "IvonOptimizer",
-    "KroneckerGaussian",
-    "Laplace",
-    "Linearised",
-    "LowRankGaussian",
-    "Map",
-    "McDropout",
-    "Method",
-    "Mixture",
-    "PassOptions",
-    "Point",
-    "PostHoc",
-    "Posterior",
-    "Prediction",
-    "Scaled",
-    "Swag",
-    "Temperature",
-    "Tfb",
-    "TokenDropout",
-    "__version__",
-    "by_embedding",
-    "by_entailment",
-    "distill",
-    "evaluate",
-    "export_draws",
-    "fit",
-    "generate",
-    "generate_each",
-    "kwargs_for",
-    "load_model",
-    "load_posterior",
-    "load_task",
-    "multi_swag",
-    "penalised_rewards",
-    "predict",
-    "predict_rewards",
-    "preference_probability",
-    "pruned",
-    "push",
-    "restricted",
-    "tempered",
-    "write_card",
-]
+__all__ = sorted([*_HOME, "InputError", "__version__"])
 
 
 if not TYPE_CHECKING:  # a type checker must know an unknown name as one

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence: what is wrong, where, what to do.
@@ -12,3 +15,12 @@ class InputError(ValueError):
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by the user after a checkpoint was written; the same call with ``resume=True`` goes on."""
+
+
+def close_matches(word: str, known: Iterable[str], otherwise: str | None = None, also: str = "") -> str:
+    """Suggest close matches for an unknown name; without any say ``otherwise``, None for a list of all known names."""
+    every = list(known)
+    close = difflib.get_close_matches(word, every, n=3)
+    if close:
+        return f"did you mean {' or '.join(close)}{also}?"
+    return (f"known: {', '.join(every)}" if otherwise is None else otherwise) + also

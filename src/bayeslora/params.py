@@ -159,11 +159,15 @@ def initialise(model: nn.Module, seed: int) -> None:
             p.copy_(torch.randn(p.shape, generator=rng) * spread) if p.ndim > 1 else p.zero_()
 
 
+def is_new_head(model: PeftModel, name: str) -> bool:
+    """Say whether a parameter is of a classification head, which has no pre-trained weights."""
+    classifies = str(getattr(model.active_peft_config, "task_type", "")).endswith(("SEQ_CLS", "TOKEN_CLS"))
+    return classifies and any(part in ("classifier", "score") for part in name.split("."))
+
+
 def _restore_pretrained(model: PeftModel, name: str, parameter: nn.Parameter) -> bool:
     """Give a module saved whole its pre-trained weights back, unless it is a head that was new to begin with."""
-    if str(getattr(model.active_peft_config, "task_type", "")).endswith(("SEQ_CLS", "TOKEN_CLS")) and any(
-        part in ("classifier", "score") for part in name.split(".")
-    ):
+    if is_new_head(model, name):
         return False
     owner, _, leaf = name.rpartition(".")
     for path, module in model.named_modules():

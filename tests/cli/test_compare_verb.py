@@ -201,9 +201,10 @@ def test_a_folder_that_has_a_known_tasks_name_does_not_hide_the_task(refused, ba
 
 
 def test_all_stands_for_every_method_and_labels_cannot_leave_the_folder(refused, home, tmp_path):
-    from bayeslora.cli.compare import EVERY, Options, build_methods
+    from bayeslora.cli.settings import EVERY, build_methods
     from bayeslora.methods import METHODS
 
     assert {name.partition(":")[0] for name in EVERY} == METHODS.keys()
-    assert list(build_methods(Options(methods=["all", "elbo=blob"]))) == [*EVERY, "elbo"]
+    assert [name for name in EVERY if ":" in name] == ["ensemble:3", "multiswag:3"]
+    assert list(build_methods(["all", "elbo=blob"], [])) == [*EVERY, "elbo"]
     assert "without a slash" in refused("compare", *home.marbles(), "--methods", "a/b=map", "--out", tmp_path / "b")

@@ -169,11 +169,11 @@ def test_a_setting_that_is_given_twice_is_refused():
 
 
 def test_a_tuple_is_a_word_of_compare_and_a_list_of_a_file(refused, home, tmp_path):
-    from bayeslora.cli.compare import Options, build_methods
     from bayeslora.cli.parse import parse
+    from bayeslora.cli.settings import build_methods
     from bayeslora.cli.train import Options as Train
 
-    made = build_methods(Options(methods=["slow=ivon"], set=["slow.betas=[0.9,0.99999]"]))
+    made = build_methods(["slow=ivon"], ["slow.betas=[0.9,0.99999]"])
     assert made == {"slow": Ivon(betas=(0.9, 0.99999))}
     (tmp_path / "run.yaml").write_text("method: ivon\nset: {betas: [0.9, 0.99999], rescale_lr: true, preset: null}\n")
     options = parse(Train, ["--config", str(tmp_path / "run.yaml")], verb="train", examples="")

@@ -120,17 +120,17 @@ def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(what, 
     assert all(path.read_bytes() == content for path, content in kept.items())  # nothing is overwritten
     fresh = compare(replace(own, out=tmp_path / "fresh"), METHODS, [0])
     for name in METHODS:
-        one, other = found.predictions[name][0].log_probs, fresh.predictions[name][0].log_probs
+        one, other = found.results[name][0].prediction.log_probs, fresh.results[name][0].prediction.log_probs
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     if wanted != (0, 0):
-        was = before.predictions["swag"][0].log_probs
-        assert was.shape != found.predictions["swag"][0].log_probs.shape or not torch.equal(
-            was, found.predictions["swag"][0].log_probs
+        was = before.results["swag"][0].prediction.log_probs
+        assert was.shape != found.results["swag"][0].prediction.log_probs.shape or not torch.equal(
+            was, found.results["swag"][0].prediction.log_probs
         )
     work.taken()
     again = compare(cached(tokenizer, tmp_path, work.lines), METHODS, [0])
     assert work.taken() == (0, 0)  # what was there before the change is there still
-    assert torch.equal(again.predictions["swag"][0].log_probs, before.predictions["swag"][0].log_probs)
+    assert torch.equal(again.results["swag"][0].prediction.log_probs, before.results["swag"][0].prediction.log_probs)
 
 
 def test_more_seeds_and_more_methods_take_over_what_is_there(work, tokenizer, tmp_path):

@@ -24,13 +24,13 @@ def cached(tokenizer, out, **changes):
 def test_map_is_the_ensembles_first_member_and_swag_begins_at_it(tokenizer, tmp_path):
     own = cached(tokenizer, tmp_path, max_steps=4)
     found = compare(own, {"map": Map(), "ensemble": Ensemble(2), "swag": Swag("swa")}, [0])
-    point, both = found.predictions["map"][0], found.predictions["ensemble"][0]
+    point, both = (found.results[name][0].prediction for name in ("map", "ensemble"))
     assert torch.equal(both.log_probs[0], point.log_probs[0])
     assert not torch.equal(both.log_probs[1], point.log_probs[0])
     assert sorted(p.name for p in (tmp_path / "seed-0").iterdir() if p.is_dir()) == [
         next((tmp_path / "seed-0").glob(f"{name}-*")).name for name in ("map-0", "map-1", "swag-0")
     ]
-    costs = {name: by_seed[0] for name, by_seed in found.costs.items()}
+    costs = {name: by_seed[0].cost for name, by_seed in found.results.items()}
     assert costs["ensemble"].train_seconds > costs["map"].train_seconds
     assert costs["swag"].train_seconds > costs["map"].train_seconds  # as if it shared nothing
     assert costs["ensemble"].disk > costs["map"].disk > 0
@@ -77,11 +77,9 @@ def test_a_method_that_cannot_be_fitted_is_reported_and_the_others_are_compared(
     found = compare(own, {"map": Map(), "tfb": Tfb(sigma=0.01), "isotropic": Isotropic(0.01)}, [0, 1, 2])
     assert found.failures == {"tfb": {1: "TFB found no noise that the anchors' loss bears"}}
     assert len(seen) == 2  # not tried again under the third seed
-    assert {name.split()[0] for name in found.predictions} == {"map", "isotropic"}
-    assert all(len(by_seed) == 3 for by_seed in found.predictions.values())
-    assert not any(
-        name.startswith("tfb") for name in (*found.costs, *found.ood, *found.evaluations, *found.temperatures)
-    )
+    assert {name.split()[0] for name in found.results} == {"map", "isotropic"}
+    assert all(len(by_seed) == 3 for by_seed in found.results.values())
+    assert not any(name.startswith("tfb") for name in found.results)
 
 
 def test_a_comparison_in_which_nothing_can_be_fitted_is_refused(tokenizer, tmp_path, monkeypatch):

@@ -1,14 +1,11 @@
 """Marks of a comparison's table: the best of a column, and what the test rows do not tell from it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from bayeslora.comparison.costs import Cost
-from bayeslora.comparison.run import Comparison
-from bayeslora.comparison.significance import marked
-from bayeslora.comparison.tables import LEGEND, comparison_rows, text_table
+from bayeslora.comparison.run import Comparison, Result
+from bayeslora.comparison.tables import LEGEND, comparison_rows, marked, text_table
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 
@@ -33,10 +30,8 @@ def made():
         for seed in (0, 1):
             p = prediction(labels, sharpness, seed)
             other = {"other": prediction(flat, 0.0, 100 + seed)}
-            found.predictions.setdefault(name, {})[seed] = p
-            found.ood.setdefault(name, {})[seed] = other
-            found.evaluations.setdefault(name, {})[seed] = evaluate(p, labels, other, resamples=0)
-            found.costs.setdefault(name, {})[seed] = Cost(1.0, 1.0, None, 10)
+            result = Result(p, other, evaluate(p, labels, other, resamples=0), Cost(1.0, 1.0, None, 10))
+            found.results.setdefault(name, {})[seed] = result
     return found, labels
 
 
@@ -55,13 +50,7 @@ def test_a_clearly_worse_row_has_no_mark_and_an_equal_one_is_tied(made):
 
 def test_the_tie_of_a_row_with_itself_is_a_tie_whatever_the_order(made):
     found, labels = made
-    twice = replace(
-        found,
-        **{
-            part: {"a": getattr(found, part)["poor"], "b": getattr(found, part)["poor"]}
-            for part in ("evaluations", "predictions", "ood", "costs")
-        },
-    )
+    twice = Comparison({"a": found.results["poor"], "b": found.results["poor"]})
     rows = marked(twice, comparison_rows(twice), labels, resamples=50)
     marks = [row.marks["NLL"] for row in rows if row.predictor == "draws"]
     assert marks == ["best", "tied"]

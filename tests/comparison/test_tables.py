@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayeslora.comparison.costs import Cost
-from bayeslora.comparison.run import Comparison
+from bayeslora.comparison.run import Comparison, Result
 from bayeslora.comparison.tables import Row, comparison_rows, text_table
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
@@ -23,14 +23,13 @@ def prediction(draws, seed):
 
 @pytest.fixture
 def comparison():
-    seeds = (0, 1)
-    predictions = {"map": {s: prediction(1, s) for s in seeds}, "swag": {s: prediction(3, s) for s in seeds}}
-    ood = {m: {s: {"other": p} for s, p in by.items()} for m, by in predictions.items()}
-    evaluations = {
-        m: {s: evaluate(p, LABELS, ood[m][s], resamples=0) for s, p in by.items()} for m, by in predictions.items()
-    }
-    costs = {m: {s: Cost(100.0 + s, 2.0, None, 4_000_000) for s in seeds} for m in predictions}
-    return Comparison(evaluations, predictions, ood, costs)
+    found = Comparison({"map": {}, "swag": {}})
+    for method, draws in (("map", 1), ("swag", 3)):
+        for seed in (0, 1):
+            p = prediction(draws, seed)
+            evaluation = evaluate(p, LABELS, {"other": p}, resamples=0)
+            found.results[method][seed] = Result(p, {"other": p}, evaluation, Cost(100.0 + seed, 2.0, None, 4_000_000))
+    return found
 
 
 def test_a_point_has_one_row_and_every_other_posterior_one_for_its_mean_and_one_for_its_draws(comparison):
@@ -40,7 +39,7 @@ def test_a_point_has_one_row_and_every_other_posterior_one_for_its_mean_and_one_
 def test_a_row_holds_one_number_per_seed_and_they_are_the_evaluations(comparison):
     rows = {row.name: row.numbers for row in comparison_rows(comparison)}
     for name, method, predictor in (("map", "map", "draws"), ("swag, mean", "swag", "mean")):
-        wanted = [e.value(predictor, "nll") for e in comparison.evaluations[method].values()]
+        wanted = [r.evaluation.value(predictor, "nll") for r in comparison.results[method].values()]
         assert rows[name]["NLL"] == wanted
     assert rows["map"]["train s"] == [100.0, 101.0]
     assert "train s" not in rows["swag, mean"]

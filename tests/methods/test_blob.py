@@ -140,7 +140,8 @@ def test_there_is_no_noise_outside_training():
 
 def test_a_disabled_or_merged_adapter_has_no_noise():
     model = make_model()
-    layers = attach(model, 0.5)
+    layers = attach(model)
+    begin(layers, 0.5, 1.0, seed=0)
     for a in layers.values():
         a.noisy = True
     model.train()
@@ -158,7 +159,7 @@ def test_the_adapter_on_disk_has_no_spread_and_detaching_leaves_the_model_as_it_
     model = make_model()
     names, before = dict(model.named_parameters()).keys(), read(model)
     shape = str(model)
-    attach(model, 0.05)
+    attach(model)
     assert read(model).keys() == before.keys()
     model.save_pretrained(tmp_path)
     from safetensors.torch import load_file
@@ -171,8 +172,8 @@ def test_the_adapter_on_disk_has_no_spread_and_detaching_leaves_the_model_as_it_
 
 def test_the_spread_starts_uniform_between_its_bounds():
     model = make_model(r=8)
-    layers = attach(model, 0.05)
-    begin(layers, 0.05, seed=3)
+    layers = attach(model)
+    begin(layers, 0.05, 1.0, seed=3)
     values = torch.cat([a.spread.detach().flatten() for a in layers.values()])
     assert float(values.min()) >= 0.05 / math.sqrt(2)
     assert float(values.max()) <= 0.05
@@ -186,7 +187,7 @@ def test_llama_2_7b_has_the_papers_numbers_of_parameters():
     with torch.device("meta"):
         base = LlamaForCausalLM(config)
         model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "lm_head"]))
-    layers = attach(model, 0.05)
+    layers = attach(model)
     assert sum(p.numel() for p in lora_parameters(model).values()) == 4_483_072
     assert sum(a.spread.numel() for a in layers.values()) == 2_129_920
 

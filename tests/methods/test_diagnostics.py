@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayeslora.methods import trainer_log as module
-from bayeslora.methods.ivon.diagnostics import diagnostics
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
+from bayeslora.methods.ivon.sampler import diagnostics
 from bayeslora.methods.trainer_log import spread
 
 SHAPES = ((8, 128), (64, 8), (8, 96), (5,))

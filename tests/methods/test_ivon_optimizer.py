@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.ivon.diagnostics import diagnostics
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
+from bayeslora.methods.ivon.sampler import diagnostics
 
 SETTINGS = {"lr": 0.1, "ess": 50.0, "hess_init": 0.7, "betas": (0.9, 0.95), "weight_decay": 0.2}
 

@@ -9,12 +9,14 @@ from support.tiny import gaussian, make_model, make_task
 
 from bayeslora.errors import InputError
 from bayeslora.methods import Isotropic, Temperature
+from bayeslora.methods.base import TrainedAdapter
 from bayeslora.methods.isotropic import SIGMAS
-from bayeslora.methods.search import Judge, smallest
+from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
-from bayeslora.posteriors import Draws, scale
+from bayeslora.params import read
+from bayeslora.posteriors import Draws, Point, scale
 from bayeslora.prediction import predict
 from bayeslora.tasks.types import Example, Format, Split, Task
 
@@ -124,9 +126,8 @@ def test_isotropic_noise_chosen_on_validation_rows_is_the_best_of_its_grid(token
     found = Isotropic("validation", draws=4).fit(model, task, tokenizer=tokenizer, seed=1)
     (sigma,) = {round(float(v.sqrt().max()), 6) for v in found.variance.values()}
     assert sigma in {round(s, 6) for s in SIGMAS}
-    scores = {
-        s: Judge(model, task.validation, tokenizer, 1, 2048).nll(Isotropic(s).fit(model, task), 4) for s in SIGMAS
-    }
+    adapter = TrainedAdapter(model, task, Point(read(model)), found.origin, tokenizer, 1, 2048)
+    scores = {s: adapter.nll(Isotropic(s).fit(model, task), task.validation, 4) for s in SIGMAS}
     assert sigma == pytest.approx(min(scores, key=lambda s: (scores[s], s)), abs=1e-6)
     with pytest.raises(InputError, match="validation"):
         Isotropic("validation").fit(model, Task(task.name, task.train, None, task.test), tokenizer=tokenizer)

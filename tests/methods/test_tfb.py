@@ -10,10 +10,11 @@ from support.tiny import make_model, make_task, same_params
 from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.methods import Tfb
-from bayeslora.methods.search import Judge
+from bayeslora.methods.base import TrainedAdapter
 from bayeslora.methods.tfb import anchored, answered, largest, reparametrised
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Point
+from bayeslora.posteriors.provenance import origin_of
 from bayeslora.prediction import predict
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
@@ -91,26 +92,27 @@ def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_i
     start = Point(read(model))
     method = Tfb(tolerance=0.01, anchors=anchors, floor=0.3)
     found = method.fit(model, task, start=start, tokenizer=tokenizer, seed=4)
-    rows = answered(Judge(model, getattr(task, anchors), tokenizer, 4, 2048), start)
+    adapter = TrainedAdapter(model, task, start, origin_of(model), tokenizer, 4, 2048)
+    rows = answered(adapter, getattr(task, anchors), start)
     assert rows.labels.tolist() == predict(model, start, rows, draws=1, tokenizer=tokenizer).answer.tolist()
-    judge = Judge(model, rows, tokenizer, 4, 2048)
-    own = judge.nll(start, 1)
+    own = adapter.nll(start, rows, 1)
     assert (own < 0.3) == (factor > 1)
     borne = 0.01 * max(own, 0.3)
-    assert abs(judge.nll(found, method.draws) - own) <= borne
+    assert abs(adapter.nll(found, rows, method.draws) - own) <= borne
     wider = DiagonalGaussian(found.mean, {n: v * 2 ** (2 / 2**method.steps) * 1.001 for n, v in found.variance.items()})
-    assert abs(judge.nll(wider, method.draws) - own) > borne
+    assert abs(adapter.nll(wider, rows, method.draws) - own) > borne
 
 
 def test_noise_that_helps_an_over_confident_adapter_has_an_end_also_against_true_labels(tokenizer):
     model, task = sharper(make_model(), 400.0), make_task(readout="likelihood")
-    start, judge = Point(read(model)), Judge(model, task.train, tokenizer, 4, 2048)
-    own = judge.nll(start, 1)
+    start = Point(read(model))
+    adapter = TrainedAdapter(model, task, start, origin_of(model), tokenizer, 4, 2048)
+    own = adapter.nll(start, task.train, 1)
     assert own > 3.0  # it is wrong, and sure of it
     found = Tfb(tolerance=0.1, labels="true", floor=0.0).fit(model, task, tokenizer=tokenizer, seed=4)
-    assert 0 <= own - judge.nll(found, 10) <= 0.1 * own  # the near side of the minimum
+    assert 0 <= own - adapter.nll(found, task.train, 10) <= 0.1 * own  # the near side of the minimum
     wider = DiagonalGaussian(found.mean, {n: 1.1 * v for n, v in found.variance.items()})
-    assert own - judge.nll(wider, 10) > 0.1 * own
+    assert own - adapter.nll(wider, task.train, 10) > 0.1 * own
     method = build_method("tfb", ["labels=true"])  # the word, which JSON takes for a truth value
     assert method == Tfb(labels="true")
     with pytest.raises(InputError, match="has no label"):

@@ -91,7 +91,7 @@ def test_the_paired_interval_of_a_constant_difference_is_that_difference():
 
 def test_swapping_the_predictors_mirrors_the_paired_interval():
     first, second = random_case(), (random_case(seed=1)[0], random_case()[1])
-    low, high = paired_bootstrap(nll, first, second, resamples=99)
+    low, high = map(float, paired_bootstrap(nll, first, second, resamples=99))
     assert paired_bootstrap(nll, second, first, resamples=99) == pytest.approx((-high, -low), abs=1e-12)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from bayeslora.comparison.run import Comparison
+from bayeslora.comparison.costs import Cost
+from bayeslora.comparison.run import Comparison, Result
 from bayeslora.comparison.tables import warnings
-from bayeslora.metrics.evaluation import evaluate
-from bayeslora.metrics.mcnemar import mcnemar
+from bayeslora.metrics.evaluation import evaluate, mcnemar
 from bayeslora.metrics.prediction import Prediction
 
 ROWS = 200
@@ -67,8 +67,9 @@ def test_equal_predictors_are_warned_of_in_less_than_five_of_a_hundred_test_sets
 def test_a_comparison_names_the_method_and_the_seeds_once():
     found = Comparison()
     for seed, lost in ((0, 14), (1, 0), (2, 30)):
-        found.evaluations.setdefault("blob", {})[seed] = evaluate(prediction(lost, 0), LABELS, resamples=0)
-        found.evaluations.setdefault("map", {})[seed] = evaluate(prediction(0, 0), LABELS, resamples=0)
+        for name, p in (("blob", prediction(lost, 0)), ("map", prediction(0, 0))):
+            result = Result(p, {}, evaluate(p, LABELS, resamples=0), Cost(1.0, 1.0, None, 10))
+            found.results.setdefault(name, {})[seed] = result
     (line,) = warnings(found)
     assert line.startswith("Warning: blob, seed 0, 2: the draws cost accuracy: 0.680 against 0.750")
-    assert math.isclose(found.evaluations["blob"][0].value("draws", "accuracy"), 0.68)
+    assert math.isclose(found.results["blob"][0].evaluation.value("draws", "accuracy"), 0.68)

@@ -16,7 +16,7 @@ from bayeslora.posteriors.loading import export_draws
 from bayeslora.posteriors.sampling import former_keywords, noise, sobol_digits, uniform
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
-from bayeslora.prediction.draws import rounds
+from bayeslora.prediction.run import rounds
 
 LIKE = torch.empty(4, 6)
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]
@@ -305,8 +305,9 @@ def test_public_functions_still_take_former_keywords(name, required):
     assert [w.filename for w in warned] == [__file__]
 
 
-def test_predict_still_takes_the_former_keywords_of_its_passes():
+@pytest.mark.parametrize("name", ["predict", "predict_rewards"])
+def test_the_former_keywords_of_passes_are_still_taken(name):
     said = r"options=bl.PassOptions\(stack=False\)"
     with pytest.warns(DeprecationWarning, match=said) as warned, pytest.raises(TypeError):
-        bl.predict(None, None, None, stack=False)
+        getattr(bl, name)(None, None, None, stack=False)
     assert [w.filename for w in warned] == [__file__]

@@ -8,6 +8,7 @@ from support.tiny import gaussian, make_model, same_state, state_of
 from bayeslora.errors import InputError
 from bayeslora.params import read, swapped
 from bayeslora.posteriors import Linearised, Mixture, Point
+from bayeslora.prediction import PassOptions
 from bayeslora.prediction.rewards import penalised_rewards, predict_rewards, preference_probability
 
 
@@ -27,11 +28,14 @@ def test_rewards_are_those_of_plain_passes(stack, budget, tokenizer):
     model = reward_model()
     mean = gaussian(model)
     other = Point({name: p + 0.1 for name, p in mean.mean.items()})
+    options = PassOptions(stack=stack)
     for posterior in (mean, Mixture((Point(mean.mean), other))):
         draws = posterior.distinct or 4
         model.train()
         before = state_of(model)
-        found = predict_rewards(model, posterior, TEXTS, draws, tokenizer=tokenizer, token_budget=budget, stack=stack)
+        found = predict_rewards(
+            model, posterior, TEXTS, draws, tokenizer=tokenizer, token_budget=budget, options=options
+        )
         assert same_state(model, before)
         assert found.shape == (draws, len(TEXTS))
         assert not found.is_inference()  # it may meet what is trained

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from bayeslora.cli.parse import parse
 from bayeslora.cli.terminal import quiet
-from bayeslora.cli.values import close_matches
-from bayeslora.errors import InputError, Interrupted
+from bayeslora.errors import InputError, Interrupted, close_matches
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
@@ -83,10 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (InputError, OSError, RuntimeError) as error:
-        message = _message(error)
-        if message is None or os.environ.get("BAYESLORA_TRACEBACK"):
+        if os.environ.get("BAYESLORA_TRACEBACK"):
             raise
-        return _refuse(message)
+        if isinstance(error, InputError):
+            return _refuse(str(error))
+        if isinstance(error, OSError):
+            return _refuse(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        if type(error).__name__ == "OutOfMemoryError":
+            return _refuse("the accelerator has too little memory; lower --batch-size, --max-length or --token-budget")
+        raise
     return 0
 
 
@@ -94,14 +98,3 @@ def _refuse(message: str, status: int = 2) -> int:
     """Print a sentence on standard error, and return the exit status."""
     print(f"bayeslora: {message}", file=sys.stderr)
     return status
-
-
-def _message(error: Exception) -> str | None:
-    """Return what to say of an error; None if it is a fault of the program."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the accelerator has too little memory; lower --batch-size, --max-length or --token-budget"
-    return None

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import TrainingArguments
 
-from bayeslora.cli.data import save_format
-from bayeslora.cli.options import (
-    BudgetOptions,
-    DrawOptions,
-    ModelOptions,
-    PredictOptions,
-    TrainingOptions,
-    TrainOptions,
-    TransformOptions,
-)
+from bayeslora._typing import Tokenizer
+from bayeslora.cli import options as groups
 from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
-from bayeslora.cli.values import close_matches
-from bayeslora.errors import InputError
+from bayeslora.comparison.cached_runs import CachedRuns
+from bayeslora.comparison.report import write_pictures, write_table
+from bayeslora.comparison.run import Comparison, compare
+from bayeslora.errors import InputError, close_matches
 from bayeslora.files import write_json
+from bayeslora.methods import Inference
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
@@ -35,14 +32,8 @@ from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import TrainingArguments
 
-    from bayeslora._typing import Tokenizer
-
-
-def build_model(options: TrainOptions, classes: Sequence[str] | None) -> tuple[PeftModel, Tokenizer]:
+def build_model(options: groups.TrainOptions, classes: Sequence[str] | None) -> tuple[PeftModel, Tokenizer]:
     """Return the model with a fresh adapter, and its tokenizer; ``classes`` are those of the task, if it has them."""
     if not options.model:
         raise InputError("name a base model: --model FOLDER or --model org/name")
@@ -59,7 +50,7 @@ def build_model(options: TrainOptions, classes: Sequence[str] | None) -> tuple[P
 
 
 def model_for(
-    posterior: Posterior, options: ModelOptions, classes: Sequence[str] | None
+    posterior: Posterior, options: groups.ModelOptions, classes: Sequence[str] | None
 ) -> tuple[PeftModel, Tokenizer]:
     """Return the base model of a posterior, or that of the options, with an adapter of its shape, and its tokenizer."""
     origin = posterior.origin
@@ -72,7 +63,7 @@ def model_for(
 
 
 def _load(
-    name: str, classes: Sequence[str] | None, options: ModelOptions, **adapter: Any
+    name: str, classes: Sequence[str] | None, options: groups.ModelOptions, **adapter: Any
 ) -> tuple[PeftModel, Tokenizer]:
     """Load a model as and where the options say."""
     return load_model(
@@ -85,10 +76,10 @@ def _load(
     )
 
 
-def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device: str = "auto") -> TrainingArguments:
+def build_arguments(
+    options: groups.TrainingOptions, folder: Path, seed: int, device: str = "auto"
+) -> TrainingArguments:
     """Return the Trainer's arguments for a run whose checkpoints go to a folder."""
-    from transformers import TrainingArguments
-
     values: dict[str, Any] = {
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
@@ -99,7 +90,6 @@ def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device
         "lr_scheduler_type": options.scheduler,
         "warmup_steps": options.warmup,
         "logging_steps": 0.1,
-        "logging_strategy": "steps",
         "save_strategy": "steps" if options.save_steps else "no",
         "save_steps": options.save_steps or 500,
         "save_total_limit": 2,
@@ -114,10 +104,10 @@ def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device
         raise InputError(f"--trainer is not JSON ({error}); write such as '{{\"max_grad_norm\": 0.5}}'") from error
     if not isinstance(more, dict):
         raise InputError(f"--trainer must be a JSON object such as '{{\"max_grad_norm\": 0.5}}', and it is {more!r}")
-    known = [f.name for f in dataclasses.fields(TrainingArguments)]
+    known = [f.name for f in fields(TrainingArguments)]
     for key in more:
         if key not in known:
-            close = close_matches(key, known, or_all=False)
+            close = close_matches(key, known, "")
             raise InputError(f"--trainer names {key!r}, which TrainingArguments does not have{close and f'; {close}'}")
     try:
         return TrainingArguments(str(folder), **(values | more))
@@ -125,7 +115,7 @@ def build_arguments(options: TrainingOptions, folder: Path, seed: int, *, device
         raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())}") from error
 
 
-def load_transformed(run: str, options: TransformOptions) -> Posterior:
+def load_transformed(run: str, options: groups.TransformOptions) -> Posterior:
     """Load the posterior of a run, a folder or a repository: tempered, pruned and restricted as the options say."""
     posterior = load_posterior(posterior_name(run))
     if options.prune:
@@ -135,37 +125,21 @@ def load_transformed(run: str, options: TransformOptions) -> Posterior:
     return posterior if options.temperature == 1 else tempered(posterior, options.temperature)
 
 
-def draws_of(options: TransformOptions, count: int) -> Draws:
+def draws_of(options: groups.TransformOptions, count: int) -> Draws:
     """Return the draws that the options ask for."""
-    draws = Draws(count, options.draw_seed, options.sampling)
-    if isinstance(options, BudgetOptions):
-        return dataclasses.replace(draws, tolerance=options.tolerance or None, minimum=options.min_draws)
-    return draws
+    return Draws(count, options.draw_seed, options.sampling)
 
 
 def predict_as(
-    options: PredictOptions, model: PeftModel, tokenizer: Tokenizer, posterior: Posterior, split: Split
+    options: groups.PredictOptions, model: PeftModel, tokenizer: Tokenizer, posterior: Posterior, split: Split
 ) -> Prediction:
     """Return the prediction that the options ask for, and say how many prompts were cut for it."""
-    prediction = predict(
-        model,
-        posterior,
-        split,
-        draws_of(options, options.draws),
-        tokenizer=tokenizer,
-        token_budget=options.token_budget or None,
-        options=PassOptions(compile=options.compile, progress=watched()),
-    )
+    draws = replace(draws_of(options, options.draws), tolerance=options.tolerance or None, minimum=options.min_draws)
+    budget, passes = options.token_budget or None, PassOptions(compile=options.compile, progress=watched())
+    prediction = predict(model, posterior, split, draws, tokenizer=tokenizer, token_budget=budget, options=passes)
     if prediction.truncated:
         say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
     return prediction
-
-
-def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
-    """Keep a posterior in the folder of its run, and how the rows that it was trained on are put to the model."""
-    if rows is not None:
-        save_format(out, rows)
-    posterior.save_pretrained(out / "posterior")
 
 
 def report_run(
@@ -174,18 +148,28 @@ def report_run(
     tokenizer: Tokenizer,
     posterior: Posterior,
     test: Split | None,
-    options: DrawOptions,
+    options: groups.DrawOptions,
     resamples: int,
     export: str = "--out FOLDER",
 ) -> None:
     """Print the metrics of the test split and keep them, also on the posterior's card; say what can be done next."""
     if test is not None and all(e.label is not None for e in test):
-        budget, shown = options.token_budget or None, PassOptions(progress=watched())
+        budget, passes = options.token_budget or None, PassOptions(progress=watched())
         prediction = predict(
-            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, options=shown
+            model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, options=passes
         )
         result = evaluate(prediction, test, resamples=resamples)
         write_json(out / "evaluation.json", result.to_dict())
         write_card(out / "posterior", evaluation=result, task=test.name)
         print(result.table())
     print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} {export}")
+
+
+def finish(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
+    """Make a comparison, print its table and keep it with its numbers and pictures in their folder."""
+    comparison = compare(runs, methods, seeds)
+    print(write_table(runs, comparison))
+    pictures = write_pictures(runs, comparison, image)
+    print()
+    print(f"results: {runs.out / 'results.json'}, {', '.join(p.name for p in [runs.out / 'results.md', *pictures])}")
+    return comparison

@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from bayeslora.cli.options import TaskOptions
-from bayeslora.cli.runs import read_json
 from bayeslora.errors import InputError
-from bayeslora.files import write_json
+from bayeslora.files import read_object, write_json
+from bayeslora.metrics.prediction import Prediction
+from bayeslora.posteriors import Posterior
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks import Columns, Rows, find_task, load_task, read_rows, split_from_rows
 from bayeslora.tasks.columns import guess_columns, make_columns
@@ -92,7 +93,7 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
         table = read_rows(file)
         text = options.text_column or guess_columns(table.columns).text
         split = split_from_rows(table, like.format, name=name, columns=Columns(text, None), classes=like.classes)
-        return split.take(range(min(len(split), limit or len(split))))
+        return split.take(range(len(split))[:limit])
     folder = options.data if find_task(options.task) and Path(options.data).is_dir() else ""
     template = like.format.template if template_columns(like.format.template) else None  # so that its columns are read
     other = load_task(
@@ -112,9 +113,11 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
     return replace(other.test, examples=examples, classes=like.classes, format=like.format)
 
 
-def save_format(folder: Path, split: Split) -> None:
-    """Write down how a split is put to the model, so that a run can answer without its data."""
-    write_json(folder / _FILE, {"name": split.name, "classes": split.classes, "format": asdict(split.format)})
+def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
+    """Keep a posterior in its run's folder, and how its rows are put to the model: a run answers without them."""
+    if rows is not None:
+        write_json(out / _FILE, {"name": rows.name, "classes": rows.classes, "format": asdict(rows.format)})
+    posterior.save_pretrained(out / "posterior")
 
 
 def format_from_options(options: TaskOptions, name: str, origin: Origin | None) -> Split:
@@ -128,12 +131,15 @@ def format_from_options(options: TaskOptions, name: str, origin: Origin | None) 
 
 def saved_format(folder: Path, options: TaskOptions) -> Split | None:
     """Return how a run puts examples to the model, as a split without any; None if its folder does not say."""
-    saved = read_json(folder / _FILE)
-    if not saved:
+    if not (folder / _FILE).exists():
         return None
+    saved = read_object(folder / _FILE, missing="")
     try:
         form, classes = saved["format"], saved["classes"]
-        shots = tuple(_example(shot) for shot in form["few_shot"])
+        shots = tuple(
+            Example(s["text"], tuple(s["choices"]), s["label"], columns=tuple(map(tuple, s.get("columns", ()))))
+            for s in form["few_shot"]
+        )
         kind, normalisation = form["kind"], form.get("normalisation", "sum")
         name = str(saved["name"])
     except (KeyError, TypeError) as error:
@@ -149,38 +155,72 @@ def saved_format(folder: Path, options: TaskOptions) -> Split | None:
     return Split(name, (), form, tuple(classes) if classes else None)
 
 
-def _example(saved: dict[str, Any]) -> Example:
-    """Return a solved example as it was before it was written down."""
-    columns = tuple((name, text) for name, text in saved.get("columns", ()))
-    return Example(**(saved | {"choices": tuple(saved["choices"]), "probs": None, "columns": columns}))
-
-
 def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
     """Return rows as examples without labels, with the format and the classes of another split."""
     if not len(rows):
         raise InputError(f"{rows.name} has no rows to answer")
     known = find_task(options.task) or find_task(Path(options.data).stem)
-    layouts = [*((known.hub, known.local) if known is not None else ()), guess_columns(rows.columns)]
-    columns = next((c for c in layouts if _has(rows, c, like)), layouts[-1])
-    named = {k: v for k, v in named_columns(options).items() if k in ("text", "choices")}
-    columns = make_columns(named, replace(columns, label=None)) if named else columns
+    layouts = [
+        Columns(layout.text, None, layout.choices if like.classes is None else None, context=layout.context)
+        for layout in [*((known.hub, known.local) if known is not None else ()), guess_columns(rows.columns)]
+    ]
+    answerable = [c for c in layouts if like.classes is not None or c.choices is not None]
+    columns = next((c for c in answerable if c.needed() <= set(rows.columns)), layouts[-1])
+    named = named_columns(options)
+    columns = make_columns({key: named[key] for key in ("text", "choices") if key in named}, columns)
     if like.classes is not None:
-        columns = Columns(columns.text, None, context=columns.context)
+        columns = replace(columns, choices=None)
     elif columns.choices is None:
         raise InputError(
             f"{rows.name} has no column of choices (its columns are {', '.join(rows.columns)}); name it with "
             "--choice-columns"
         )
-    columns = replace(columns, label=None)
     return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
 
 
-def _has(rows: Rows, columns: Columns, like: Split) -> bool:
-    """Say whether rows have the columns of text and, unless there are classes, of choices."""
-    if like.classes is None and columns.choices is None:
-        return False
-    read = columns if like.classes is None else replace(columns, choices=None)
-    return read.needed(label=False) <= set(rows.columns)
+def split_as_trained(rows: Rows, options: TaskOptions, folder: Path, origin: Origin | None) -> Split:
+    """Return rows as examples of the task that the run in a folder was trained on."""
+    like, tasks = saved_format(folder, options), scored_as(options, origin)
+    if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
+        like = format_from_options(tasks, rows.name, origin)
+    return split_like(rows, _example_split(build_task(tasks)) if like is None else like, tasks)
+
+
+def rows_to_learn(task: Task, options: TaskOptions, file: str) -> Split:
+    """Return the rows to distil from: those of a file, else the validation rows, else the training rows."""
+    if file:
+        return split_like(read_rows(file), replace(_example_split(task), name=file), options)
+    rows = task.validation or task.train
+    if not rows:
+        raise InputError("there are no rows to learn from; give --input FILE")
+    return rows
+
+
+def _example_split(task: Task) -> Split:
+    """Return a split of a task, to take the format from."""
+    split = task.test if task.train is None else task.train
+    if split is None:
+        raise InputError(f"the task {task.name} has no examples to take the format from")
+    return split
+
+
+def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, object]]:
+    """Return each row with its answer and its uncertainty; a field that the row has already is ``predicted_``…."""
+    columns = {key for row in rows for key in row}
+    names = ("confidence", "entropy", "mutual_information", "disagreement", "monte_carlo_error")
+    scores = {name: value for name in names if (value := getattr(prediction, name)) is not None}
+    counts, every, answers = prediction.draws_taken.tolist(), prediction.probs, prediction.answer
+    answered_rows = []
+    for i, (row, example) in enumerate(zip(rows, split, strict=True)):
+        probs = every[i, : len(example.choices)].tolist()
+        new = {
+            "answer": example.choices[int(answers[i])],
+            **{name: round(float(values[i]), 6) for name, values in scores.items()},
+            "draws": counts[i],
+            "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
+        }
+        answered_rows.append({**row, **{f"predicted_{k}" if k in columns else k: v for k, v in new.items()}})
+    return answered_rows
 
 
 def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:

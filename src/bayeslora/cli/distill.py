@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bayeslora.cli.options import (
+    RUN,
     DrawOptions,
     ModelOptions,
     TaskOptions,
     TrainingOptions,
     TransformOptions,
     option,
-    run_option,
 )
 from bayeslora.cli.runs import check_folder, opened
-from bayeslora.errors import InputError
-
-if TYPE_CHECKING:
-    from bayeslora.tasks.types import Split, Task
 
 EXAMPLES = """examples:
   bayeslora distill run --out one                             from the run's validation rows, else its training rows
@@ -33,7 +28,7 @@ draws disagree about (mutual information) is lost. Rows that were not trained on
 class Options(ModelOptions, TaskOptions, TrainingOptions, DrawOptions, TransformOptions):
     """Train one plain adapter to answer as a posterior's draws do on average; it is kept in --out with its metrics."""
 
-    run: str = run_option("name the posterior: bayeslora distill RUN --out FOLDER")
+    run: str = option("", RUN, required="name the posterior: bayeslora distill RUN --out FOLDER")
     input: str = option("", "JSON-lines or CSV file with rows to learn from, without answers; empty: the task's own.")
     held_out: float = option(0.2, "Share of the rows that choose which epoch is kept; 0: the last one is.", most=1)
     seed: int = option(0, "Seed of the order of the rows, and of which are held out.")
@@ -45,45 +40,26 @@ def run(options: Options) -> None:
     """Distil, keep the adapter, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
     check_folder(out, options, resume=False)
-    from bayeslora.cli.build import build_arguments, draws_of, load_transformed, model_for, report_run, save_run
-    from bayeslora.cli.data import build_task, scored_as
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import say
+    from bayeslora.cli import build, data, progress, terminal
     from bayeslora.training.distillation import distill
 
-    with own_progress():
-        posterior = load_transformed(options.run, options)
-        args = build_arguments(options, out / "training", options.seed, device=options.device)
-        task = build_task(scored_as(options, posterior.origin), "train")
-        rows = _rows(task, options)
-        model, tokenizer = model_for(posterior, options, rows.classes)
-        say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
+    with progress.own_progress():
+        posterior = build.load_transformed(options.run, options)
+        args = build.build_arguments(options, out / "training", options.seed, options.device)
+        task = data.build_task(data.scored_as(options, posterior.origin), "train")
+        rows = data.rows_to_learn(task, options, options.input)
+        model, tokenizer = build.model_for(posterior, options, rows.classes)
+        terminal.say(f"{len(rows)} rows of {rows.name}, {options.draws} draws")
         with opened(out, options):
             point = distill(
-                model, posterior, rows, args, draws_of(options, options.draws),
+                model, posterior, rows, args, build.draws_of(options, options.draws),
                 held_out=options.held_out, tokenizer=tokenizer, token_budget=options.token_budget or None,
             )  # fmt: skip
-            save_run(out, point, rows)
+            data.save_run(out, point, rows)
         learned = {} if point.origin is None else point.origin.settings
         if "held_out" in learned:
             print(
                 f"divergence from the draws on {learned['held_out']} held-out rows: {learned['divergence']:.4f} nats, "
                 f"of the mean {learned['divergence_of_mean']:.4f}"
             )
-        report_run(out, model, tokenizer, point, task.test, options, options.resamples, "--mean")
-
-
-def _rows(task: Task, options: Options) -> Split:
-    """Return the rows to learn from: those of the file, else the validation rows, else the training rows."""
-    from bayeslora.cli.data import split_like
-    from bayeslora.tasks import read_rows
-
-    if options.input:
-        like = task.train or task.test
-        if like is None:
-            raise InputError(f"the task {options.task} has no examples to take the format from")
-        return split_like(read_rows(options.input), replace(like, name=options.input), options)
-    rows = task.validation or task.train
-    if not rows:
-        raise InputError("there are no rows to learn from; give --input FILE")
-    return rows
+        build.report_run(out, model, tokenizer, point, task.test, options, options.resamples, "--mean")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import PredictOptions, option, run_option
+from bayeslora.cli.options import RUN, PredictOptions, option
 from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
 from bayeslora.files import write_json
@@ -24,7 +24,7 @@ Model, task and draws are those of the run unless others are given."""
 class Options(PredictOptions):
     """Measure a posterior on a test split: accuracy, NLL, Brier, calibration, and detection of other data."""
 
-    run: str = run_option("name what to evaluate: bayeslora evaluate RUN")
+    run: str = option("", RUN, required="name what to evaluate: bayeslora evaluate RUN")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
     ood_rows: int = option(0, "Most rows of each of them; 0: as of the test split.")
     bins: int = option(15, "Bins of the calibration errors.", least=1)
@@ -39,20 +39,18 @@ def run(options: Options) -> None:
     if options.json and Path(options.json).exists() and not options.overwrite:
         raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
     folder = run_folder(Path(options.run))
-    from bayeslora.cli.build import load_transformed, model_for, predict_as
-    from bayeslora.cli.data import other_splits, scored_as, test_of
-    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli import build, data, progress
     from bayeslora.metrics.evaluation import evaluate
 
     before = read_options(folder)
-    with own_progress():
-        posterior = load_transformed(options.run, options)
-        tasks = scored_as(options, posterior.origin)
-        test = test_of(tasks, folder, inherited=before.get("data") == options.data)
-        others = other_splits(options.ood, tasks, test, options.ood_rows)
-        model, tokenizer = model_for(posterior, options, test.classes)
-        prediction = predict_as(options, model, tokenizer, posterior, test)
-        unknown = {key: predict_as(options, model, tokenizer, posterior, split) for key, split in others.items()}
+    with progress.own_progress():
+        posterior = build.load_transformed(options.run, options)
+        tasks = data.scored_as(options, posterior.origin)
+        test = data.test_of(tasks, folder, inherited=before.get("data") == options.data)
+        others = data.other_splits(options.ood, tasks, test, options.ood_rows)
+        model, tokenizer = build.model_for(posterior, options, test.classes)
+        prediction = build.predict_as(options, model, tokenizer, posterior, test)
+        unknown = {key: build.predict_as(options, model, tokenizer, posterior, split) for key, split in others.items()}
         result = evaluate(
             prediction, test, unknown or None, bins=options.bins, binning=options.binning, resamples=options.resamples
         )

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bayeslora.cli.options import TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, TransformOptions, option
 from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
-
-if TYPE_CHECKING:
-    from bayeslora.posteriors import Posterior
 
 EXAMPLES = """examples:
   bayeslora export run --out adapters --draws 10     ten plain PEFT adapters, adapters/draw-000 …
@@ -30,7 +26,7 @@ DRAWS = 10
 class Options(TransformOptions):
     """Write draws of a posterior, its mean, or both as plain PEFT adapters."""
 
-    run: str = run_option(MISSING)
+    run: str = option("", RUN, required=MISSING)
     out: str = option("", "Folder to make.", required=MISSING)
     draws: int = option(
         0,
@@ -45,40 +41,31 @@ class Options(TransformOptions):
 
 
 def run(options: Options) -> None:
-    """Write the adapters, print their folders, and say how vLLM serves them."""
+    """Write what is asked for, all of it or nothing, print the folders, and say how vLLM serves them."""
     out = Path(options.out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} is there already; choose another --out")
-    from bayeslora.cli.build import load_transformed
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import say
-    from bayeslora.integrations.openai.serving import vllm_command
-
-    with own_progress():
-        posterior = load_transformed(options.run, options)
-        folders = _written(posterior, options, out)
-    print("\n".join(map(str, folders.values())), flush=True)
-    if posterior.origin is not None:
-        say(vllm_command(posterior.origin, folders))
-
-
-def _written(posterior: Posterior, options: Options, out: Path) -> dict[str, Path]:
-    """Write what is asked for, all of it or nothing, and return the folders by the names to serve them under."""
-    from bayeslora.cli.build import draws_of
+    from bayeslora.cli import build, progress, terminal
     from bayeslora.files import atomic_folder
+    from bayeslora.integrations.openai.serving import vllm_command
     from bayeslora.posteriors import Point
     from bayeslora.posteriors.loading import export_draws
 
-    plain = options.name == "draw"
-    mean = Point(posterior.mean, posterior.origin)
-    if options.mean and not options.draws:
-        mean.save_pretrained(out)
-        return {"mean" if plain else options.name: out}
-    count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
-    with atomic_folder(out) as work:
-        paths = export_draws(posterior, work, draws_of(options, count), name=options.name)
-        names = [path.name for path in paths]
-        if options.mean:
-            names.insert(0, "mean" if plain else f"{options.name}-mean")
-            mean.save_pretrained(work / names[0])
-    return {name: out / name for name in names}
+    with progress.own_progress():
+        posterior = build.load_transformed(options.run, options)
+        mean = Point(posterior.mean, posterior.origin)
+        if options.mean and not options.draws:
+            mean.save_pretrained(out)
+            folders = {"mean" if options.name == "draw" else options.name: out}
+        else:
+            count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
+            with atomic_folder(out) as work:
+                paths = export_draws(posterior, work, build.draws_of(options, count), name=options.name)
+                names = [path.name for path in paths]
+                if options.mean:
+                    names.insert(0, "mean" if options.name == "draw" else f"{options.name}-mean")
+                    mean.save_pretrained(work / names[0])
+            folders = {name: out / name for name in names}
+    print("\n".join(map(str, folders.values())), flush=True)
+    if posterior.origin is not None:
+        terminal.say(vllm_command(posterior.origin, folders))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option, run_option
+from bayeslora.cli.options import DrawOptions, ModelOptions, TaskOptions, option
 from bayeslora.cli.runs import check_folder, opened, posterior_name
 from bayeslora.errors import InputError
 
@@ -22,9 +22,10 @@ around its mean. Rows to fit on are the task's train and, for what is chosen on 
 class Options(ModelOptions, TaskOptions, DrawOptions):
     """Make a posterior of an adapter that is trained already; the posterior and the test metrics are kept in --out."""
 
-    run: str = run_option(
-        "name the adapter: bayeslora fit RUN --method laplace --out FOLDER",
+    run: str = option(
+        "",
         "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.",
+        required="name the adapter: bayeslora fit RUN --method laplace --out FOLDER",
     )
     method: str = option("laplace", "laplace, mc-dropout, tfb, temperature or isotropic.")
     set: list[str] = option(
@@ -39,23 +40,20 @@ def run(options: Options) -> None:
     """Fit, keep the posterior, and measure it on the test split if there is one with labels."""
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False)
-    from bayeslora.cli.build import model_for, report_run, save_run
-    from bayeslora.cli.data import build_task, scored_as
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.settings import build_method
+    from bayeslora.cli import build, data, progress, settings
     from bayeslora.methods import METHODS, PostHoc
     from bayeslora.params import write
     from bayeslora.posteriors.loading import load_adapter
 
-    with own_progress():
-        method = build_method(options.method, options.set)
+    with progress.own_progress():
+        method = settings.build_method(options.method, options.set)
         if not isinstance(method, PostHoc):
             fitted = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), PostHoc))
             raise InputError(f"{options.method} is trained: use bayeslora train. These are fitted: {fitted}")
         start = load_adapter(name)
-        task = build_task(scored_as(options, start.origin), "train")
+        task = data.build_task(data.scored_as(options, start.origin), "train")
         classes = task.train.classes if task.train is not None else None
-        model, tokenizer = model_for(start, options, classes)
+        model, tokenizer = build.model_for(start, options, classes)
         write(model, start.mean)
         with opened(out, options):
             posterior = method.fit(
@@ -66,5 +64,5 @@ def run(options: Options) -> None:
                 seed=options.seed,
                 token_budget=options.token_budget or None,
             )
-            save_run(out, posterior, task.train)
-        report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
+            data.save_run(out, posterior, task.train)
+        build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.options import ModelOptions, TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, ModelOptions, TransformOptions, option
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from bayeslora.prediction.generation.answers import Answers
 
 EXAMPLES = """examples:
@@ -29,7 +28,7 @@ Every token is taken from the average of the draws; --each gives one answer a dr
 class Options(ModelOptions, TransformOptions):
     """Write text from a posterior, with each answer's uncertainty."""
 
-    run: str = run_option('name what to generate from: bayeslora generate RUN --prompt "…"')
+    run: str = option("", RUN, required='name what to generate from: bayeslora generate RUN --prompt "…"')
     prompt: list[str] = option([], "Prompts; \\n in them begins a new line.")
     input: str = option("", "File with one prompt a line; -: standard input.")
     chat: bool = option(False, "Put each prompt as a user's message through the chat template.")
@@ -47,8 +46,7 @@ class Options(ModelOptions, TransformOptions):
 def run(options: Options) -> None:
     """Print the answers."""
     prompts = _prompts(options)
-    from bayeslora.cli.build import draws_of, load_transformed, model_for
-    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli import build, progress
     from bayeslora.prediction.generation import generate, generate_each
     from bayeslora.prediction.generation.answers import Answer
 
@@ -57,17 +55,14 @@ def run(options: Options) -> None:
         settings |= {"temperature": options.sampling_temperature, "top_p": options.top_p}
     if options.beams != 1:
         settings["num_beams"] = options.beams
-    with own_progress():
-        posterior = load_transformed(options.run, options)
-        model, tokenizer = model_for(posterior, options, None)
+    with progress.own_progress():
+        posterior = build.load_transformed(options.run, options)
+        model, tokenizer = build.model_for(posterior, options, None)
         messages = [[{"role": "user", "content": p}] if options.chat else p for p in prompts]
         settings |= {"tokenizer": tokenizer, "max_new_tokens": options.max_new_tokens}
-        draws = draws_of(options, options.draws)
-        answers: Sequence[Answer | Answers] = (
-            generate_each(model, posterior, messages, draws, **settings)
-            if options.each
-            else generate(model, posterior, messages, draws, **settings)
-        )
+        draws = build.draws_of(options, options.draws)
+        generates: Callable[..., Sequence[Answer | Answers]] = generate_each if options.each else generate
+        answers = generates(model, posterior, messages, draws, **settings)
     for prompt, answer in zip(prompts, answers, strict=True):
         if options.json:
             numbers = answer.to_dict() if isinstance(answer, Answer) else _numbers(answer)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bayeslora.cli.options import DrawOptions, ModelOptions, TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, DrawOptions, ModelOptions, TransformOptions, option
 from bayeslora.errors import InputError
 from bayeslora.files import write_json
 
@@ -26,7 +25,7 @@ LEFT_OUT = ("samples", "pretty_env_info")
 class Options(ModelOptions, DrawOptions, TransformOptions):
     """Run tasks of the LM evaluation harness on a posterior: its own measures, and ECE, NLL and Brier beside them."""
 
-    run: str = run_option(MISSING)
+    run: str = option("", RUN, required=MISSING)
     tasks: list[str] = option(
         [], "Tasks, groups or tags of the harness, or patterns such as 'mmlu_*'.", required=MISSING
     )
@@ -42,42 +41,35 @@ def run(options: Options) -> None:
     """Run the tasks, print the harness's table and keep the numbers."""
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
-    from bayeslora.cli.build import draws_of, load_transformed, model_for
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import watched
+    from bayeslora.cli import build, progress, terminal
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
     from bayeslora.posteriors import Point
 
-    with own_progress():
+    with progress.own_progress():
         tasks, manager = find_tasks(options.tasks, options.include_path)
-        posterior = load_transformed(options.run, options)
+        posterior = build.load_transformed(options.run, options)
         posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
-        model, tokenizer = model_for(posterior, options, None)
+        model, tokenizer = build.model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, draws_of(options, options.draws), tokenizer=tokenizer,
-            token_budget=options.token_budget or None, progress=watched(),
+            model, posterior, build.draws_of(options, options.draws), tokenizer=tokenizer,
+            token_budget=options.token_budget or None, progress=terminal.watched(),
         )  # fmt: skip
         results = evaluate_tasks(
             lm, tasks, limit=options.limit or None, manager=manager,
             num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
         )  # fmt: skip
-    _show(results)
-    if options.out:
-        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
-        numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
-        write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
-        print(f"numbers: {options.out}")
-
-
-def _show(results: dict[str, Any]) -> None:
-    """Print the harness's tables, and which tasks have no calibration."""
-    from lm_eval.utils import make_table
+    from lm_eval.utils import make_table  # the extra is there, or its lack was said
 
     print(make_table(results).strip())
     if results.get("groups"):
         print(make_table(results, "groups").strip())
     for task, reason in results["not_calibrated"].items():
         print(f"no calibration of {task}: {reason}")
+    if options.out:
+        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
+        numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
+        write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
+        print(f"numbers: {options.out}")
 
 
 def _plain(value: object) -> object:

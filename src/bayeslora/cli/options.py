@@ -35,11 +35,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def run_option(
-    required: str, text: str = "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub."
-) -> Any:
-    """Return the field of the first word, RUN; ``required`` is the refusal where it is missing."""
-    return option("", text, required=required)
+RUN = "Folder of `bayeslora train`, a posterior's folder, or its repository on the Hub."
+"""Help of the first word of the verbs that have one."""
 
 
 @dataclass(kw_only=True)

@@ -6,15 +6,15 @@ import argparse
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from bayeslora.cli.options import INHERITED
 from bayeslora.cli.runs import posterior_name, read_options, run_folder
-from bayeslora.cli.values import close_matches, load_yaml, read
-from bayeslora.errors import InputError
+from bayeslora.cli.values import load_yaml, read
+from bayeslora.errors import InputError, close_matches
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,23 +25,29 @@ Options = TypeVar("Options", bound="DataclassInstance")
 
 def parse(kind: type[Options], argv: Sequence[str], *, verb: str, examples: str) -> Options:
     """Return a verb's options: defaults, then those of its RUN, then a YAML file, then flags."""
-    hints = get_type_hints(kind)
     options = {f.name: f for f in fields(kind)}
-    flags = _flags(_parser(options, kind, hints, verb, examples), argv, options)
+    for name, hint in get_type_hints(kind).items():
+        options[name].type = hint  # the type itself in the place of its words
+    parser = _parser(options, kind, verb, examples)
+    typed, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        close = close_matches(unknown[0].partition("=")[0], map(_flag, options), "")
+        parser.error(f"unknown option {unknown[0]}{close and f', {close}'}")
+    flags = vars(typed)
     config = flags.pop("config", None)
-    values = {} if config is None else _from_yaml(Path(str(config)), options, hints)
-    values |= {name: read(value, hints[name], _flag(name)) for name, value in flags.items()}
-    if values.get("run"):
-        values = _from_run(str(values["run"]), options, hints) | values
+    values = {} if config is None else _from_yaml(Path(config), options)
+    values |= {name: read(value, options[name].type, _flag(name)) for name, value in flags.items()}
+    run = str(values.get("run", ""))
+    if run:
+        values = _from_run(run, options) | values
     for name, value in values.items():
         _check_limits(name, value, options[name])
-    parsed = kind(**values)
     for name, f in options.items():
-        if f.metadata["required"] and not getattr(parsed, name):
+        if f.metadata["required"] and not values.get(name):
             raise InputError(f.metadata["required"])
-    if "run" in options:
-        posterior_name(str(values["run"]))  # refuses an unfinished run before anything slow is imported
-    return parsed
+    if run:
+        posterior_name(run)  # refuses an unfinished run before anything slow is imported
+    return kind(**values)
 
 
 def _flag(name: str) -> str:
@@ -57,9 +63,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _parser(
-    options: Mapping[str, Field[object]], kind: type, hints: Mapping[str, object], verb: str, examples: str
-) -> argparse.ArgumentParser:
+def _parser(options: Mapping[str, Field[object]], kind: type, verb: str, examples: str) -> argparse.ArgumentParser:
     """Return the parser of a verb: its own options first, then a group for each dataclass that it is made of."""
     parser = _Parser(
         prog=f"bayeslora {verb}",
@@ -77,50 +81,41 @@ def _parser(
         place = parser if group is kind else parser.add_argument_group(str(group.__doc__).rstrip("."))
         for name in inspect.get_annotations(group):
             if name in options:
-                _add(place, options[name], hints[name])
+                _add(place, options[name])
         if group is kind:
             parser.add_argument("--config", metavar="FILE", help="YAML file with these options; flags override it.")
     return parser
 
 
-def _add(place: argparse._ActionsContainer, f: Field[object], hint: object) -> None:
+def _add(place: argparse._ActionsContainer, f: Field[object]) -> None:
     """Add one option: ``--learning-rate``, and ``--learning_rate`` for those who are used to it."""
     default = f.default_factory() if f.default_factory is not MISSING else f.default
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     text = f.metadata["help"] if default in ("", [], False) else f"{f.metadata['help']} [{shown}]"
-    spellings = [spelling for name in (f.name, f.metadata["former"]) if name for spelling in (_flag(name), f"--{name}")]
-    flags = [] if f.name == "run" else list(dict.fromkeys(spellings))
     if f.name == "run":
-        action = place.add_argument("run", nargs="?", metavar="RUN", help=text)
-    elif hint is bool:
+        place.add_argument("run", nargs="?", metavar="RUN", help=text)
+        return
+    flags = [spelling for name in (f.name, f.metadata["former"]) if name for spelling in (_flag(name), f"--{name}")]
+    if f.type is bool:
         action = place.add_argument(*flags, dest=f.name, action="store_true", help=text)
-    elif get_origin(hint) is list:
+    elif get_origin(f.type) is list:
         action = place.add_argument(*flags, dest=f.name, nargs="*", metavar=f.name.upper(), help=text)
     else:
-        choices = get_args(hint) if get_origin(hint) is Literal else ()
-        metavar = f"{{{','.join(choices)}}}" if choices else _METAVARS[hint]
+        choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+        metavar = f"{{{','.join(choices)}}}" if choices else _METAVARS[f.type]
         action = place.add_argument(*flags, dest=f.name, metavar=metavar, help=text)
     action.option_strings = flags[:1]  # what help and complaints show
 
 
-def _flags(parser: argparse.ArgumentParser, argv: Sequence[str], options: Iterable[str]) -> dict[str, object]:
-    """Return the texts of the flags that were typed, or exit with a sentence about the first that is unknown."""
-    typed, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        close = close_matches(unknown[0].partition("=")[0], map(_flag, options), or_all=False)
-        parser.error(f"unknown option {unknown[0]}{close and f', {close}'}")
-    return vars(typed)
-
-
-def _from_run(run: str, options: Mapping[str, Field[object]], hints: Mapping[str, object]) -> dict[str, object]:
+def _from_run(run: str, options: Mapping[str, Field[object]]) -> dict[str, object]:
     """Return the options that a verb takes from the run that it is given."""
     recorded = read_options(run_folder(Path(run)))
     inherited = {f.name for group in INHERITED for f in fields(group)} & options.keys() & recorded.keys()
     own = {name for name, f in options.items() if f.metadata["own"]}
-    return {name: read(recorded[name], hints[name], f"{run}: {name}") for name in inherited - own}
+    return {name: read(recorded[name], options[name].type, f"{run}: {name}") for name in inherited - own}
 
 
-def _from_yaml(path: Path, options: Mapping[str, Field[object]], hints: Mapping[str, object]) -> dict[str, object]:
+def _from_yaml(path: Path, options: Mapping[str, Field[object]]) -> dict[str, object]:
     """Return the options of a YAML file."""
     import yaml
 
@@ -139,7 +134,7 @@ def _from_yaml(path: Path, options: Mapping[str, Field[object]], hints: Mapping[
             value = json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))[key], default=str)
         if isinstance(value, dict) and name == "set":
             value = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in value.items()]
-        values[name] = read(value, hints[name], f"{path}: {name}")
+        values[name] = read(value, options[name].type, f"{path}: {name}")
     return values
 
 

@@ -10,18 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bayeslora.cli.options import PredictOptions, option, run_option
+from bayeslora.cli.options import RUN, PredictOptions, option
 from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 from bayeslora.files import write_text
-
-if TYPE_CHECKING:
-    from bayeslora.metrics.prediction import Prediction
-    from bayeslora.posteriors.provenance import Origin
-    from bayeslora.tasks import Rows
-    from bayeslora.tasks.types import Split
 
 EXAMPLES = """examples:
   bayeslora predict run --input new.jsonl --output answers.jsonl
@@ -36,7 +29,7 @@ probabilities may be off for want of more). The data that the run was trained on
 class Options(PredictOptions):
     """Answer rows of a JSON-lines or CSV file, or of standard input, with each answer's uncertainty."""
 
-    run: str = run_option("name what to predict with: bayeslora predict RUN --input FILE")
+    run: str = option("", RUN, required="name what to predict with: bayeslora predict RUN --input FILE")
     input: str = option("-", "JSON-lines or CSV file; -: standard input.")
     output: str = option("-", "File for the answers, .jsonl or .csv; -: standard output, as JSON lines.")
     overwrite: bool = option(False, "Replace an output file that is there.")
@@ -45,54 +38,26 @@ class Options(PredictOptions):
 def run(options: Options) -> None:
     """Read rows, answer them, and write them with their answers."""
     target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
-    from bayeslora.cli.build import load_transformed, model_for, predict_as
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.terminal import say
+    from bayeslora.cli import build, data, progress, terminal
     from bayeslora.tasks import read_rows
 
-    with own_progress():
+    with progress.own_progress():
         if options.input == "-" and sys.stdin.isatty():
-            say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
+            terminal.say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
         rows = read_rows(sys.stdin if options.input == "-" else options.input)
-        posterior = load_transformed(options.run, options)
-        split = _split(rows, options, posterior.origin)
-        model, tokenizer = model_for(posterior, options, split.classes)
-        prediction = predict_as(options, model, tokenizer, posterior, split)
-        answers = answered(rows, split, prediction)
+        posterior = build.load_transformed(options.run, options)
+        split = data.split_as_trained(rows, options, run_folder(Path(options.run)), posterior.origin)
+        model, tokenizer = build.model_for(posterior, options, split.classes)
+        prediction = build.predict_as(options, model, tokenizer, posterior, split)
+        answers = data.answered(rows, split, prediction)
         renamed = [key.removeprefix("predicted_") for key in answers[0] if key.startswith("predicted_")]
         for key in (k for k in renamed if k in rows.columns):
-            say(f"the rows have a column {key!r} of their own: the model's is predicted_{key}")
-    text = _csv(answers) if target is not None and target.suffix == ".csv" else _jsonl(answers)
+            terminal.say(f"the rows have a column {key!r} of their own: the model's is predicted_{key}")
+    as_json = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answers)
     if target is None:
-        print(text, end="", flush=True)
+        print(as_json, end="", flush=True)
     else:
-        write_text(target, text)
-
-
-def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str, object]]:
-    """Return each row with its answer and its uncertainty; a field that the row has already is ``predicted_``…."""
-    columns = {key for row in rows for key in row}
-    scores = {
-        "confidence": prediction.confidence,
-        "entropy": prediction.entropy,
-        "mutual_information": prediction.mutual_information,
-        "disagreement": prediction.disagreement,
-    }
-    if prediction.monte_carlo_error is not None:
-        scores["monte_carlo_error"] = prediction.monte_carlo_error
-    counts = prediction.draws_taken.tolist()
-    every, answers = prediction.probs, prediction.answer
-    answered_rows = []
-    for i, (row, example) in enumerate(zip(rows, split, strict=True)):
-        probs = every[i, : len(example.choices)].tolist()
-        new = {
-            "answer": example.choices[int(answers[i])],
-            **{name: round(float(values[i]), 6) for name, values in scores.items()},
-            "draws": counts[i],
-            "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
-        }
-        answered_rows.append({**row, **{f"predicted_{k}" if k in columns else k: v for k, v in new.items()}})
-    return answered_rows
+        write_text(target, _csv(answers) if target.suffix == ".csv" else as_json)
 
 
 def _target(path: Path, overwrite: bool) -> Path:
@@ -104,26 +69,6 @@ def _target(path: Path, overwrite: bool) -> Path:
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written: there is no folder {path.parent} to write in")
     return path
-
-
-def _split(rows: Rows, options: Options, origin: Origin | None) -> Split:
-    """Return the rows as examples of the task that was trained on."""
-    from bayeslora.cli.data import build_task, format_from_options, saved_format, scored_as, split_like
-
-    like, tasks = saved_format(run_folder(Path(options.run)), options), scored_as(options, origin)
-    if like is None and not tasks.task and not tasks.data and (tasks.classes or "choices" in rows.columns):
-        like = format_from_options(tasks, rows.name, origin)
-    if like is None:
-        task = build_task(tasks)
-        like = next((s for s in (task.train, task.test) if s is not None), None)
-    if like is None:
-        raise InputError(f"the task {options.task} has no examples to take the format from")
-    return split_like(rows, like, tasks)
-
-
-def _jsonl(answers: Sequence[Mapping[str, object]]) -> str:
-    """Return answers as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answers)
 
 
 def _csv(answers: Sequence[Mapping[str, object]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,15 +20,13 @@ from bayeslora.training.trainer import displayed_by
 def own_progress() -> Iterator[None]:
     """Show our progress in the place of the Trainer's, and no bars for what takes a second."""
     bars, mapping_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its import took back the level that `terminal.quiet` sets and restores
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
-        transformers_logging.set_verbosity(logging.ERROR)
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
         with displayed_by(Progress):
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
         if mapping_bars:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from bayeslora.errors import InputError
 from bayeslora.files import read_object, write_json
 
 _FILE = "options.json"
-_PATHS = ("model", "data")
 
 
 def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str, ...] = ()) -> None:
@@ -53,7 +51,7 @@ def opened(folder: Path, options: object) -> Iterator[None]:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """Return the options that a folder of results was made with; none if it has none."""
-    return read_json(folder / _FILE)
+    return read_object(folder / _FILE, missing="") if (folder / _FILE).exists() else {}
 
 
 def run_folder(path: Path) -> Path:
@@ -72,15 +70,10 @@ def posterior_name(name: str) -> str:
     return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if there is no such file."""
-    return read_object(path, missing="") if path.exists() else {}
-
-
 def _recorded(options: object) -> dict[str, object]:
-    """Return options as they are kept: ready for JSON, local paths in full so that they hold from anywhere."""
-    recorded: dict[str, object] = json.loads(json.dumps(vars(options)))
-    for key in _PATHS:
-        if recorded.get(key) and Path(str(recorded[key])).exists():
-            recorded[key] = str(Path(str(recorded[key])).resolve())
+    """Return options as they are kept, local paths in full so that they hold from anywhere."""
+    recorded = dict(vars(options))
+    for key in ("model", "data"):
+        if recorded.get(key) and Path(recorded[key]).exists():
+            recorded[key] = str(Path(recorded[key]).resolve())
     return recorded

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import ModelOptions, TaskOptions, TransformOptions, option, run_option
+from bayeslora.cli.options import RUN, ModelOptions, TaskOptions, TransformOptions, option
 from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
 
@@ -27,7 +27,7 @@ The model NAME averages the draws at each token; NAME/mean and NAME/draw-000 …
 class Options(ModelOptions, TaskOptions, TransformOptions):
     """Answer over HTTP as OpenAI's interface does, with each token's and each answer's uncertainty."""
 
-    run: str = run_option("name what to serve: bayeslora serve RUN")
+    run: str = option("", RUN, required="name what to serve: bayeslora serve RUN")
     name: str = option("", "Name of the model; empty: that of the run's folder.")
     host: str = option("127.0.0.1", "Address to listen at; the default is reached from this machine only.")
     port: int = option(8000, "Port to listen at; 0: any that is free.")
@@ -50,9 +50,7 @@ def run(options: Options) -> None:
         from bayeslora.integrations.server import Limits, Served, make_app
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'bayeslora[serve]'") from error
-    from bayeslora.cli.build import load_transformed, model_for
-    from bayeslora.cli.data import format_from_options, saved_format
-    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli import build, data, progress
 
     with _listening(options.host, options.port) as listening:
         key = options.api_key or os.environ.get("BAYESLORA_API_KEY", "")
@@ -61,12 +59,12 @@ def run(options: Options) -> None:
             api_key=key,
         )  # fmt: skip
         folder = run_folder(Path(options.run))
-        with own_progress():
-            posterior = load_transformed(options.run, options)
-            like = saved_format(folder, options)
+        with progress.own_progress():
+            posterior = build.load_transformed(options.run, options)
+            like = data.saved_format(folder, options)
             if like is None:
-                like = format_from_options(options, "input", posterior.origin)
-            model, tokenizer = model_for(posterior, options, like.classes)
+                like = data.format_from_options(options, "input", posterior.origin)
+            model, tokenizer = build.model_for(posterior, options, like.classes)
         served = Served(
             options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,
             options.draw_seed, options.text_column,

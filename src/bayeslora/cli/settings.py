@@ -1,17 +1,16 @@
-"""From words to a method: its name, and ``key=value`` for each of its settings."""
+"""From words to methods: a name, and ``key=value`` for each of its settings."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast, get_type_hints
+from typing import get_type_hints
 
-from bayeslora.cli.values import close_matches, read
-from bayeslora.errors import InputError
+from bayeslora.cli.values import read
+from bayeslora.errors import InputError, close_matches
 from bayeslora.methods import METHODS, Ensemble, Inference
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+EVERY = tuple(f"{name}:3" if isinstance(make(), Ensemble) else name for name, make in METHODS.items())
+"""What ``--methods all`` stands for."""
 
 
 def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
@@ -37,9 +36,33 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
     return _with(plain, words, base)
 
 
+def build_methods(names: Sequence[str], given: Sequence[str]) -> dict[str, Inference]:
+    """Return methods by their labels, ``name`` or ``label=name``, with settings ``label.key=value``."""
+    words = [word for name in names for word in (EVERY if name == "all" else (name,))]
+    labelled = [(label, method) for label, _, method in (word.rpartition("=") for word in words)]
+    settings: dict[str, list[str]] = {label or method.partition(":")[0]: [] for label, method in labelled}
+    for item in given:
+        label, dot, setting = item.partition(".")
+        if not dot or label not in settings:
+            raise InputError(
+                f"--set {item!r} names none of the methods {', '.join(settings)}; write method.key=value, such as "
+                "swag.rank=10"
+            )
+        settings[label].append(setting)
+    methods: dict[str, Inference] = {}
+    for label, method in labelled:
+        name = label or method
+        if "/" in name:
+            raise InputError(f"a method's label names a file, and {name!r} cannot; write it without a slash")
+        if name in methods:
+            raise InputError(f"two methods are called {name}; give each a label of its own, label={method}")
+        methods[name] = build_method(method, settings[label or method.partition(":")[0]])
+    return methods
+
+
 def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:
     """Return a method with other settings; what only its members know, also spelled ``member.key``, goes to them."""
-    hints, settings = get_type_hints(type(method)), _settings(method)
+    hints, settings = get_type_hints(type(method)), vars(method)
     inner = {
         key: build_method(words[key]) if key in words else value
         for key, value in settings.items()
@@ -49,23 +72,17 @@ def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:
     routed: dict[str, dict[str, str]] = {key: {} for key in inner}
     for key, text in words.items():
         part, dot, rest = key.partition(".")
-        if key in settings.keys() - inner.keys():
+        if key in inner:
+            continue
+        if key in settings:
             values[key] = read(text, hints[key], f"{name}'s setting {key}")
         elif dot and part in inner:
             routed[part][rest] = text
-        elif key not in inner:
-            part = next((part for part, member in inner.items() if key in _settings(member)), "")
+        else:
+            part = next((part for part, member in inner.items() if key in vars(member)), "")
             if not part:
-                known = [
-                    *(key for key in settings if key not in inner),
-                    *(each for one in inner.values() for each in _settings(one)),
-                ]
+                known = [each for owner in (method, *inner.values()) for each in vars(owner) if each not in inner]
                 raise InputError(f"{name} has no setting {key!r}, {close_matches(key, known)}")
             routed[part].setdefault(key, text)
     values |= {key: _with(one, routed[key], one.name if key in words else name) for key, one in inner.items()}
-    return cast(Inference, dataclasses.replace(cast("DataclassInstance", method), **values))
-
-
-def _settings(method: Inference) -> dict[str, object]:
-    """Return the settings of a method by their names."""
-    return {f.name: getattr(method, f.name) for f in dataclasses.fields(cast("DataclassInstance", method))}
+    return type(method)(**(settings | values))

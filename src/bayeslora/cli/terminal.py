@@ -26,20 +26,18 @@ def watched() -> bool:
 def quiet() -> Iterator[None]:
     """Show this library's messages and only errors of others, which need not be imported yet."""
     own, handler = logging.getLogger("bayeslora"), logging.StreamHandler()
-    before = own.level
-    levels = {name: logging.getLogger(name).level for name in NOISY}
+    levels = {own: logging.INFO} | {logging.getLogger(name): logging.ERROR for name in NOISY}
+    before = {logger: logger.level for logger in levels}
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)}|torch)(\.|$)")
         try:
             own.addHandler(handler)
-            own.setLevel(logging.INFO)
-            for name in NOISY:
-                logging.getLogger(name).setLevel(logging.ERROR)
+            for logger, level in levels.items():
+                logger.setLevel(level)
             yield
         finally:
             own.removeHandler(handler)
-            own.setLevel(before)
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+            for logger, level in before.items():
+                logger.setLevel(level)

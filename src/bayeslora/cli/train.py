@@ -47,27 +47,22 @@ def run(options: Options) -> None:
     """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples"))
-    from bayeslora.cli.build import build_arguments, build_model, report_run, save_run
-    from bayeslora.cli.data import build_task
-    from bayeslora.cli.progress import own_progress
-    from bayeslora.cli.settings import build_method
-    from bayeslora.cli.terminal import say
+    from bayeslora.cli import build, data, progress, settings, terminal
     from bayeslora.methods.ensemble import Ensemble, seeded
     from bayeslora.params import device_of, initialise, lora_parameters
     from bayeslora.posteriors.loading import load_posterior
     from bayeslora.training.run import fit
 
-    with own_progress():
-        method = build_method(options.method, options.set)
+    with progress.own_progress():
+        method = settings.build_method(options.method, options.set)
         if options.member and isinstance(method, Ensemble):
             raise InputError(
                 f"--member {options.member} trains one member alone, and {options.method} is all of them; name the "
                 f"method of its members, --method {method.member.name}"
             )
-        args = build_arguments(options, out / "training", options.seed, device=options.device)
-        args = seeded(args, options.member)
-        task = build_task(options, "train")
-        model, tokenizer = build_model(options, task.train.classes if task.train is not None else None)
+        args = seeded(build.build_arguments(options, out / "training", options.seed, options.device), options.member)
+        task = data.build_task(options, "train")
+        model, tokenizer = build.build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
             if (out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
@@ -76,10 +71,10 @@ def run(options: Options) -> None:
                 initialise(model, args.seed)
                 rows = len(task.train) if task.train is not None else 0
                 adapted = sum(p.numel() for p in lora_parameters(model).values())
-                data = f"{options.method} on {task.name}: {rows} training rows"
-                say(f"{data}, {adapted:,} adapter parameters, on {device_of(model)}")
+                what = f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters"
+                terminal.say(f"{what}, on {device_of(model)}")
                 posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
-                save_run(out, posterior, task.train)
+                data.save_run(out, posterior, task.train)
                 if not options.save_steps:
                     shutil.rmtree(out / "training", ignore_errors=True)
-        report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)
+        build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

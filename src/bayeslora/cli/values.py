@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin
@@ -86,15 +84,6 @@ def in_words(hint: object) -> str:
     if origin is tuple:
         return f"[{', '.join('…' if each is Ellipsis else in_words(each) for each in inside)}]"
     return f"a list, each {in_words(inside[0])}" if origin is list else _NAMES.get(hint, str(hint))
-
-
-def close_matches(word: str, known: Iterable[str], *, or_all: bool = True) -> str:
-    """Suggest close matches for an unknown name; without any, list all known ones or say nothing."""
-    every = list(known)
-    close = difflib.get_close_matches(word, every, n=3)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"known: {', '.join(every)}" if or_all else ""
 
 
 def load_yaml(path: Path) -> object:

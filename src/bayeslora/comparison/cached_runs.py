@@ -22,17 +22,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bayeslora._typing import Tokenizer
+from bayeslora.comparison import keys
 from bayeslora.comparison.costs import Cost, folder_bytes, max_known, peak_memory
-from bayeslora.comparison.keys import (
-    Parts,
-    difference,
-    key_of,
-    of_arguments,
-    of_method,
-    of_model,
-    of_rows,
-    of_tokenizer,
-)
 from bayeslora.files import write_json
 from bayeslora.methods import Ensemble, Inference, Map, PostHoc, Swag
 from bayeslora.methods.ensemble import member_seed
@@ -49,50 +40,39 @@ from bayeslora.training.run import fit
 
 @dataclass(frozen=True)
 class CachedRuns:
-    """What is the same for all methods of a comparison, and the folder of their runs.
+    """What is the same for all methods of a comparison, and the folder of their runs."""
 
-    Attributes:
-        model: PEFT model; its adapter is drawn anew for each run.
-        tokenizer: The model's tokenizer; None for the one that was saved with the model.
-        task: The task.
-        args: Arguments of the Trainer for one run; seed and folder are set for each.
-        out: Folder of the results.
-        ood: Other data, to tell from the task's test split.
-        swag_share: Length of SWAG's phase, as a share of MAP's optimiser steps.
-        temperatures: Temperatures T of the covariance to choose from, by the validation split's NLL, for every method
-            with noise; the winner is a method of its own in the results, named ``<name> tuned``.
-        scaling: Whether temperature scaling is fitted to every method on the validation split too; the result is a
-            method of its own in the results, named ``<name> + T``.
-        draws: Number S of draws, or `Draws`, whose seed is that of the run.
-        token_budget: Most tokens of a prediction batch.
-        resamples: Bootstrap resamples.
-        bins: Bins of the calibration errors.
-        report: Called with one line when something begins.
-    """
-
-    model: nn.Module
-    tokenizer: Tokenizer | None
+    model: nn.Module  # a PEFT model, whose adapter is drawn anew for each run
+    tokenizer: Tokenizer | None  # None for the one that was saved with the model
     task: Task
-    args: TrainingArguments
+    args: TrainingArguments  # of one run; seed and folder are set for each
     out: Path
-    ood: Mapping[str, Split] = field(default_factory=dict)
-    swag_share: float = 0.5
+    ood: Mapping[str, Split] = field(default_factory=dict)  # other data, to tell from the task's test split
+    swag_share: float = 0.5  # length of SWAG's phase, as a share of MAP's optimiser steps
+    # Temperatures of the covariance to choose from, by the validation split's NLL, for every method with noise; and
+    # whether temperature scaling is fitted to every method on it. Both results have rows of their own.
     temperatures: Sequence[float] = ()
     scaling: bool = False
-    draws: int | Draws = 10
+    draws: int | Draws = 10  # with the seed of the run
     token_budget: int | None = None
     resamples: int = 1000
     bins: int = 15
-    report: Callable[[str], None] = print
+    report: Callable[[str], None] = print  # called with one line when something begins
+
+    @property
+    def test(self) -> Split:
+        """The test rows, without which `compare` does not begin."""
+        assert self.task.test is not None
+        return self.task.test
 
     @cached_property
-    def inputs(self) -> Parts:
+    def inputs(self) -> keys.Parts:
         """What every run depends on, looked at once: `compare` makes a copy of its own."""
         return {
-            "train": of_rows(self.task.train),
-            "validation": of_rows(self.task.validation),
-            "model": of_model(self.model),
-            "tokenizer": of_tokenizer(self.tokenizer or tokenizer_of(self.model)),
+            "train": keys.of_rows(self.task.train),
+            "validation": keys.of_rows(self.task.validation),
+            "model": keys.of_model(self.model),
+            "tokenizer": keys.of_tokenizer(self.tokenizer or tokenizer_of(self.model)),
         }
 
 
@@ -110,7 +90,7 @@ class Learned:
 
     def keyed(self, temperature: float) -> Learned:
         """Return the same under the key of another temperature."""
-        return replace(self, key=key_of({"posterior": self.key, "temperature": float(temperature)}))
+        return replace(self, key=keys.key_of({"posterior": self.key, "temperature": float(temperature)}))
 
 
 @dataclass(frozen=True)
@@ -122,12 +102,12 @@ class Run:
     start: Run | None
     seed: int
     member: int
-    depends: Parts
+    depends: keys.Parts
 
     @property
     def key(self) -> str:
         """The run's key."""
-        return key_of(self.depends)
+        return keys.key_of(self.depends)
 
     @property
     def folder(self) -> Path:
@@ -146,29 +126,27 @@ def learned(runs: CachedRuns, method: Inference, seed: int) -> Learned:
         max_known(*(member.cost.memory for member in members)),
         sum(member.cost.disk for member in members),
     )
-    key = key_of({"members": [member.key for member in members], "dropout_draws": method.dropout_draws})
+    key = keys.key_of({"members": [member.key for member in members], "dropout_draws": method.dropout_draws})
     return Learned(method.mixture([member.posterior for member in members], runs.model), cost, key)
 
 
 def planned(runs: CachedRuns, method: Inference, seed: int, member: int = 0) -> Run:
     """Return the run of a method that is the member of a seed."""
     number = member_seed(seed, member)
-    start, args = None, copy.copy(runs.args)
+    start = planned(runs, Map(), seed, member) if isinstance(method, (Swag, PostHoc)) else None
+    args = copy.copy(runs.args)
     args.seed, args.data_seed = number, None
     if isinstance(method, Swag):
-        start = planned(runs, Map(), seed, member)
         args.max_steps = max(2, round(runs.swag_share * planned_steps(runs)))
         method = replace(method, start=0, learning_rate=method.learning_rate or runs.args.learning_rate / 10)
-    elif isinstance(method, PostHoc):
-        start = planned(runs, Map(), seed, member)
     depends = {
-        "method": of_method(method),
-        "training": None if isinstance(method, PostHoc) else of_arguments(args),
+        "method": keys.of_method(method),
+        "training": None if isinstance(method, PostHoc) else keys.of_arguments(args),
         "seed": number,
         "start": None if start is None else start.key,
         **runs.inputs,
     }
-    args.output_dir = str(runs.out / f"seed-{seed}" / f"{method.name}-{member}-{key_of(depends)}")
+    args.output_dir = str(runs.out / f"seed-{seed}" / f"{method.name}-{member}-{keys.key_of(depends)}")
     return Run(method, args, start, seed, member, depends)
 
 
@@ -182,15 +160,17 @@ def planned_steps(runs: CachedRuns) -> int:
 
 
 def predicted(
-    runs: CachedRuns, result: Learned, split: Split, seed: int, name: str, file: str = ""
+    runs: CachedRuns,
+    result: Learned,
+    split: Split,
+    seed: int,
+    name: str,
+    file: str = "",  # in place of the name
 ) -> tuple[Prediction, int | None]:
-    """Return a prediction and the memory that it took, from their files if they are there already.
-
-    ``name`` is the method's in the report; the file is named by ``file``, or else by the method, and by its key.
-    """
+    """Return a prediction and the memory that it took, from their files if they are there already."""
     depends = {"posterior": result.key, **prediction_inputs(runs, split, seed)}
     stem = (file or name).replace(":", "-").replace(" ", "-")
-    path = runs.out / f"seed-{seed}" / f"{stem}-{key_of(depends)}.safetensors"
+    path = runs.out / f"seed-{seed}" / f"{stem}-{keys.key_of(depends)}.safetensors"
     log = path.with_suffix(".json")
     if path.exists():
         record = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
@@ -211,9 +191,9 @@ def predicted(
     return prediction, peak.bytes
 
 
-def prediction_inputs(runs: CachedRuns, split: Split, seed: int) -> Parts:
+def prediction_inputs(runs: CachedRuns, split: Split, seed: int) -> keys.Parts:
     """Return what a prediction depends on beside the posterior, which knows the model and the tokenizer."""
-    return {"draws": asdict(replace(Draws.of(runs.draws), seed=seed)), "rows": of_rows(split)}
+    return {"draws": asdict(replace(Draws.of(runs.draws), seed=seed)), "rows": keys.of_rows(split)}
 
 
 def _made(runs: CachedRuns, run: Run) -> Learned:
@@ -225,23 +205,21 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
         runs.report(f"seed {run.seed}: training {run.method.name}, run {run.member + 1}{_differing(run)}")
         began = time.perf_counter()
         with peak_memory(device_of(runs.model)) as peak:
-            posterior = _trained(runs, run, None if start is None else start.posterior)
+            posterior = _trained(runs, run.method, run.args, None if start is None else start.posterior)
         seconds += time.perf_counter() - began
         posterior.save_pretrained(folder, overwrite=True)
         write_json(log, {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends})
     record = json.loads(log.read_text(encoding="utf-8"))
-    return Learned(
-        load_posterior(folder), Cost(record["seconds"], None, record["memory"], folder_bytes(folder)), run.key
-    )
+    cost = Cost(record["seconds"], None, record["memory"], folder_bytes(folder))
+    return Learned(load_posterior(folder), cost, run.key)
 
 
-def _trained(runs: CachedRuns, run: Run, start: Posterior | None) -> Posterior:
+def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start: Posterior | None) -> Posterior:
     """Return the posterior of one run, made."""
-    model, task, tokenizer, method, args = runs.model, runs.task, runs.tokenizer, run.method, run.args
+    model, task, tokenizer, budget = runs.model, runs.task, runs.tokenizer, runs.token_budget
     if start is None:
         initialise(model, args.seed)
     if isinstance(method, PostHoc):
-        budget = runs.token_budget
         return method.fit(model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget)
     return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True)
 
@@ -250,6 +228,6 @@ def _differing(run: Run) -> str:
     """Return what an earlier run in the same place was made with otherwise, as the end of a sentence."""
     logs = run.folder.parent.glob(f"{run.method.name}-{run.member}-*/run.json")
     parts = [json.loads(log.read_text(encoding="utf-8")).get("depends", {}) for log in sorted(logs)]
-    differences = [difference(run.depends, others) for others in parts]
+    differences = [keys.difference(run.depends, others) for others in parts]
     nearest = min(differences, key=len, default=[])
     return f" (one that is there has other {', '.join(nearest)})" if nearest else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method cost under one seed.
+    """What one method cost under one seed, as if it shared no run with another: seconds and bytes."""
 
-    Attributes:
-        train_seconds: Training and fitting, as if the method shared no run with another.
-        predict_seconds: Prediction of the test split by all draws; None if it was not measured.
-        memory: Highest memory in bytes that training, fitting or predicting took beyond what was held before, on the
-            accelerator, or of the process on the CPU; None where the system does not tell.
-        disk: Bytes of the posterior's folder.
-    """
-
-    train_seconds: float
-    predict_seconds: float | None
-    memory: int | None
-    disk: int
+    train_seconds: float  # of training and fitting
+    predict_seconds: float | None  # of the test rows by all draws; None if it was not measured
+    memory: int | None  # the highest beyond what was held before, see `peak_memory`; None where it is not known
+    disk: int  # of the posterior's folder
 
 
 @dataclass
@@ -40,18 +32,21 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the highest memory of a ``with`` block, filled in when the block ends."""
     # On an accelerator it is what torch allocated there; on the CPU the resident memory of the process, which Linux
     # tells (/proc/self) and other systems do not. Blocks inside one another make the outer one's peak too low.
-    peak = Peak()
+    peak, before, highest = Peak(), None, None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield peak
-        peak.bytes = max(0, torch.cuda.max_memory_allocated(device) - before)
-        return
-    resident = _resident_bytes("VmRSS") if _reset_highest() else None
-    yield peak
-    highest = _resident_bytes("VmHWM")
-    if resident is not None and highest is not None:
-        peak.bytes = max(0, highest - resident)
+        highest = torch.cuda.max_memory_allocated(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest begins anew
+            before = _resident_bytes("VmRSS")
+        yield peak
+        with suppress(OSError):
+            highest = _resident_bytes("VmHWM")
+    if before is not None and highest is not None:
+        peak.bytes = max(0, highest - before)
 
 
 def max_known(*amounts: int | None) -> int | None:
@@ -64,19 +59,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _reset_highest() -> bool:
-    """Let the process's highest memory begin anew, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
 def _resident_bytes(key: str) -> int | None:
     """Return a line of the process's status in bytes, where there is one."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from bayeslora._typing import Tokenizer
 from bayeslora.methods import Inference
 from bayeslora.methods.base import settings
-from bayeslora.params import lora_parameters, require_lora
+from bayeslora.params import is_new_head, lora_parameters, require_lora
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.tasks.types import Split
 
@@ -132,11 +132,9 @@ def _digest_of_weights(model: nn.Module) -> str:
     """Return a digest of some weights of every tensor of the base, without those that a run draws anew."""
     peft = require_lora(model)
     redrawn = {id(p) for p in lora_parameters(model).values()}
-    head = str(getattr(peft.active_peft_config, "task_type", "")).endswith(("SEQ_CLS", "TOKEN_CLS"))
     sha = hashlib.sha256()
     for name, p in sorted(peft.named_parameters()):
-        new = head and any(part in ("classifier", "score") for part in name.split("."))
-        if id(p) in redrawn or new or ".lora_" in name:
+        if id(p) in redrawn or is_new_head(peft, name) or ".lora_" in name:
             continue
         sha.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         if p.device.type != "meta" and p.numel():

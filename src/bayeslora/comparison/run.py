@@ -6,7 +6,7 @@ comparison that was stopped goes on where it was: see `bayeslora.comparison.cach
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, learned, predicted
@@ -21,53 +21,26 @@ from bayeslora.tasks.types import labelled
 
 
 @dataclass(frozen=True)
+class Result:
+    """What a method came to under one seed; the cost is as if it shared nothing."""
+
+    prediction: Prediction  # of the test rows
+    ood: dict[str, Prediction]  # of each other data set
+    evaluation: Evaluation
+    cost: Cost
+    temperature: float | None = None  # the one that was chosen, for ``<name> tuned``
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """The results of each method under each seed; why a method could not be fitted, by seed: then it has no result."""
 
-    Attributes:
-        evaluations: The evaluation of each method under each seed.
-        predictions: The test predictions of each method under each seed.
-        ood: The predictions of each method under each seed on each other data set.
-        costs: What each method cost under each seed, as if it shared nothing.
-        temperatures: The temperature that was chosen for each ``<name> tuned`` under each seed.
-        failures: Why a method could not be fitted, by seed; it is in none of the others.
-    """
-
-    evaluations: dict[str, dict[int, Evaluation]] = field(default_factory=dict)
-    predictions: dict[str, dict[int, Prediction]] = field(default_factory=dict)
-    ood: dict[str, dict[int, dict[str, Prediction]]] = field(default_factory=dict)
-    costs: dict[str, dict[int, Cost]] = field(default_factory=dict)
-    temperatures: dict[str, dict[int, float]] = field(default_factory=dict)
+    results: dict[str, dict[int, Result]] = field(default_factory=dict)
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
-
-    def add(
-        self, name: str, seed: int, prediction: Prediction, ood: dict[str, Prediction], cost: Cost, runs: CachedRuns
-    ) -> None:
-        """Evaluate the predictions of a method under a seed, and keep all that belongs to it."""
-        assert runs.task.test is not None
-        self.predictions.setdefault(name, {})[seed] = prediction
-        self.ood.setdefault(name, {})[seed] = ood
-        self.costs.setdefault(name, {})[seed] = cost
-        self.evaluations.setdefault(name, {})[seed] = evaluate(
-            prediction, runs.task.test, ood or None, bins=runs.bins, resamples=runs.resamples, seed=seed
-        )
 
 
 def compare(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
-    """Train, predict and evaluate several methods under several seeds.
-
-    Args:
-        runs: What is the same for all, and the folder in which runs and predictions are kept.
-        methods: The methods by the names they have in the tables.
-        seeds: The seeds.
-
-    Returns:
-        All evaluations and predictions; the posteriors are in the folder. A method that could not be fitted under some
-        seed is left out, and the reason is in ``failures``.
-
-    Raises:
-        InputError: If there is no method, seed or test split, or no method could be fitted.
-    """
+    """Train, predict and evaluate methods, by their names in the tables, under several seeds."""
     runs = replace(runs)  # what was read off the model in an earlier comparison is read again
     _check(runs, methods, seeds)
     comparison = Comparison()
@@ -76,20 +49,20 @@ def compare(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[
             if name in comparison.failures:
                 continue
             try:
-                result = learned(runs, method, seed)
+                fitted = learned(runs, method, seed)
             except InputError as error:
                 runs.report(f"seed {seed}: {name} failed: {error}")
                 comparison.failures[name] = {seed: str(error)}
                 continue
-            _measure(runs, comparison, result, name, seed)
-            if runs.scaling and result.posterior.unscaled is result.posterior:
-                _measure_scaled(runs, comparison, result, name, seed)
-            if runs.temperatures and result.posterior.distinct is None:
-                best = _best_temperature(runs, result, name, seed)
-                tuned = f"{name} tuned"
-                comparison.temperatures.setdefault(tuned, {})[seed] = best
-                _measure(runs, comparison, result.tempered(best), tuned, seed)
-    _without_failures(comparison)
+            for row, result in _results(runs, fitted, name, seed):
+                comparison.results.setdefault(row, {})[seed] = result
+    for name in comparison.failures:  # under a later seed
+        for row in (name, f"{name} + T", f"{name} tuned"):
+            comparison.results.pop(row, None)
+    if not comparison.results:
+        name, by_seed = next(iter(comparison.failures.items()))
+        seed, reason = next(iter(by_seed.items()))
+        raise InputError(f"no method could be fitted; {name} under seed {seed}: {reason}")
     return comparison
 
 
@@ -109,44 +82,36 @@ def _check(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[i
             single.check(runs.model, runs.task)
 
 
-def _without_failures(comparison: Comparison) -> None:
-    """Take what a method has under some seeds out, if it has nothing under another."""
-    for name in comparison.failures:
-        for results in (
-            comparison.evaluations,
-            comparison.predictions,
-            comparison.ood,
-            comparison.costs,
-            comparison.temperatures,
-        ):
-            for row in (name, f"{name} + T", f"{name} tuned"):
-                results.pop(row, None)
-    if not comparison.predictions:
-        name, by_seed = next(iter(comparison.failures.items()))
-        seed, reason = next(iter(by_seed.items()))
-        raise InputError(f"no method could be fitted; {name} under seed {seed}: {reason}")
+def _results(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Iterator[tuple[str, Result]]:
+    """Yield the results of a method, of temperature scaling on top of it, and of its best temperature."""
+    plain = _measured(runs, fitted, name, seed)
+    yield name, plain
+    if runs.scaling and fitted.posterior.unscaled is fitted.posterior:
+        method = Temperature()
+        rows = method.rows(runs.task)
+        validation, _ = predicted(runs, fitted.keyed(1), rows, seed, name, f"{name}-validation-1")
+        scaled = Scaled(fitted.posterior, method.scaling(validation, rows))
+        prediction, *others = (_scaled(scaled, p) for p in (plain.prediction, *plain.ood.values()))
+        ood = dict(zip(plain.ood, others, strict=True))
+        yield f"{name} + T", _evaluated(runs, prediction, ood, plain.cost, seed)
+    if runs.temperatures and fitted.posterior.distinct is None:
+        best = _best_temperature(runs, fitted, name, seed)
+        tuned = f"{name} tuned"
+        yield tuned, replace(_measured(runs, fitted.tempered(best), tuned, seed), temperature=best)
 
 
-def _measure(runs: CachedRuns, comparison: Comparison, result: Learned, name: str, seed: int) -> None:
+def _measured(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Result:
     """Predict by a posterior, and evaluate."""
-    assert runs.task.test is not None
-    prediction, memory = predicted(runs, result, runs.task.test, seed, name)
-    others = {
-        other: predicted(runs, result, split, seed, name, f"{name}@{other}")[0] for other, split in runs.ood.items()
-    }
-    cost = replace(result.cost, predict_seconds=prediction.seconds, memory=max_known(result.cost.memory, memory))
-    comparison.add(name, seed, prediction, others, cost, runs)
+    prediction, memory = predicted(runs, fitted, runs.test, seed, name)
+    ood = {other: predicted(runs, fitted, split, seed, name, f"{name}@{other}")[0] for other, split in runs.ood.items()}
+    cost = replace(fitted.cost, predict_seconds=prediction.seconds, memory=max_known(fitted.cost.memory, memory))
+    return _evaluated(runs, prediction, ood, cost, seed)
 
 
-def _measure_scaled(runs: CachedRuns, comparison: Comparison, result: Learned, name: str, seed: int) -> None:
-    """Scale a method's predictions by temperatures that are fitted on the validation split; its passes serve again."""
-    method = Temperature()
-    rows = method.rows(runs.task)
-    validation, _ = predicted(runs, result.keyed(1), rows, seed, name, f"{name}-validation-1")
-    scaled = Scaled(result.posterior, method.scaling(validation, rows))
-    others = {other: _scaled(scaled, p) for other, p in comparison.ood[name][seed].items()}
-    prediction = _scaled(scaled, comparison.predictions[name][seed])
-    comparison.add(f"{name} + T", seed, prediction, others, comparison.costs[name][seed], runs)
+def _evaluated(runs: CachedRuns, prediction: Prediction, ood: dict[str, Prediction], cost: Cost, seed: int) -> Result:
+    """Return the result of predictions."""
+    evaluation = evaluate(prediction, runs.test, ood, bins=runs.bins, resamples=runs.resamples, seed=seed)
+    return Result(prediction, ood, evaluation, cost)
 
 
 def _scaled(scaled: Scaled, prediction: Prediction) -> Prediction:
@@ -159,13 +124,12 @@ def _scaled(scaled: Scaled, prediction: Prediction) -> Prediction:
     )
 
 
-def _best_temperature(runs: CachedRuns, result: Learned, name: str, seed: int) -> float:
+def _best_temperature(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> float:
     """Return the temperature with which the draws have the lowest NLL on the validation split."""
-    validation = runs.task.validation
-    assert validation is not None
+    validation = labelled(runs.task.validation, "temperatures are chosen on validation rows")
     scores = {}
     for temperature in runs.temperatures:
         words, file = f"{name}, T={temperature:g},", f"{name}-validation-{temperature:g}"
-        prediction, _ = predicted(runs, result.tempered(temperature), validation, seed, words, file)
+        prediction, _ = predicted(runs, fitted.tempered(temperature), validation, seed, words, file)
         scores[temperature] = float(nll(prediction.log_p, validation.labels))
     return min(scores, key=lambda t: (scores[t], t))

@@ -1,34 +1,39 @@
-"""Tables of comparisons: numbers over seeds as mean ± standard deviation, as text, Markdown and JSON."""
+"""Tables of comparisons: numbers over seeds as mean ± standard deviation, as text, Markdown and JSON.
+
+Marks say which differences the test set can tell: the best of each column, and what ties with it.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bayeslora.comparison.run import Comparison
-from bayeslora.metrics.evaluation import Evaluation
-from bayeslora.metrics.layout import aligned
-from bayeslora.metrics.measures import UNCERTAINTIES, measures
+import torch
+from torch import Tensor
 
-MEASURES = ("accuracy", "nll", "ece", "brier", "kl_to_truth", "aurc", "auroc")
-"""Measures of a comparison's table, in its order; those that an evaluation lacks are left out."""
+from bayeslora._typing import Int
+from bayeslora.comparison.costs import Cost
+from bayeslora.comparison.run import Comparison
+from bayeslora.metrics.bootstrap import Sample, interval, resampled
+from bayeslora.metrics.evaluation import Evaluation, aligned, scored
+from bayeslora.metrics.measures import UNCERTAINTIES, Measure, measures
+
+HEADINGS = {
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "ece": "ECE",
+    "brier": "Brier",
+    "kl_to_truth": "KL to truth",
+    "aurc": "AURC",
+    "auroc": "AUROC",
+}
+"""The measures of a comparison's table, in its order; those that an evaluation lacks are left out."""
 LEGEND = "* best; ~ not told from the best by a 95 % paired bootstrap of the test rows (seeds averaged)"
 Mark = Literal["best", "tied"]
 _SIGNS: dict[Mark | None, str] = {"best": " *", "tied": " ~", None: ""}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One score of an evaluation, ``key``, as a table shows it: the measure and, for detection, what it compares."""
-
-    key: str
-    heading: str
-    measure: str
-    ood: str = ""
-    uncertainty: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,54 +52,76 @@ class Row:
         return {"name": self.name, "method": self.method, "predictor": self.predictor, **self.numbers, **marks}
 
 
-def columns(evaluation: Evaluation, predictor: str = "draws") -> list[Column]:
-    """Return the columns that a predictor's row has."""
-    table, possible = measures(), []
-    for name in MEASURES:
-        measure = table[name]
-        if measure.needs != "ood":
-            possible.append(Column(name, measure.heading, name))
-            continue
+def columns(evaluation: Evaluation, predictor: str = "draws") -> dict[str, str]:
+    """Return the columns that a predictor's row has: by their headings the evaluation's names of the scores."""
+    scores = {}
+    for name, heading in HEADINGS.items():
+        scores[heading] = name
         for ood in evaluation.ood:
             short = "" if len(evaluation.ood) == 1 else f" {ood}"
-            possible += [
-                Column(f"{ood}/{name}_{kind}", f"{measure.heading} {abbreviation}{short}", name, ood, kind)
-                for kind, abbreviation in UNCERTAINTIES.items()
-            ]
-    return [column for column in possible if column.key in evaluation.rows[predictor]]
+            for kind, abbreviation in UNCERTAINTIES.items():
+                scores[f"{heading} {abbreviation}{short}"] = f"{ood}/{name}_{kind}"
+    return {heading: score for heading, score in scores.items() if score in evaluation.rows[predictor]}
 
 
 def comparison_rows(comparison: Comparison) -> list[Row]:
-    """Return a comparison's rows: each method's mean and draws, or the one predictor of a point.
-
-    Lower is better but for accuracy and AUROC. ``train s`` is the time of training and fitting as if a method shared no
-    run, ``predict s`` that of its test predictions, ``train ×`` and ``predict ×`` their ratios to MAP's where MAP is
-    there, ``memory MB`` the highest that either took, ``disk MB`` the posterior's size.
-    """
+    """Return a comparison's rows: each method's mean and draws, or the one predictor of a point."""
+    # Lower is better but for accuracy and AUROC. ``train s`` is the time of training and fitting, ``predict s`` that of
+    # the test predictions, ``train ×`` and ``predict ×`` are their ratios to MAP's, ``memory MB`` is the highest that
+    # either took, ``disk MB`` the posterior's size.
     rows = []
-    for method, by_seed in comparison.evaluations.items():
-        predictions = comparison.predictions[method]
-        single = all(p.draws == 1 for p in predictions.values())
-        one = single or method in comparison.temperatures  # another temperature has the same mean
+    base = {seed: result.cost for seed, result in comparison.results.get("map", {}).items()}
+    for method, by_seed in comparison.results.items():
+        first = next(iter(by_seed.values()))
+        single = all(result.prediction.draws == 1 for result in by_seed.values())
+        one = single or first.temperature is not None  # another temperature has the same mean
         for predictor in ("draws",) if one else ("mean", "draws"):
-            draws = next(iter(predictions.values())).draws
-            label = method if single else f"{method}, mean" if predictor == "mean" else f"{method}, {draws} draws"
+            draws = f"{method}, {first.prediction.draws} draws"
+            label = method if single else f"{method}, mean" if predictor == "mean" else draws
             numbers = {
-                column.heading: [e.rows[predictor][column.key].value for e in by_seed.values()]
-                for column in columns(next(iter(by_seed.values())), predictor)
+                heading: [result.evaluation.value(predictor, score) for result in by_seed.values()]
+                for heading, score in columns(first.evaluation, predictor).items()
             }
             if predictor == "draws":
-                numbers |= _costs(comparison, method)
+                numbers |= _costs({seed: result.cost for seed, result in by_seed.items()}, base)
             rows.append(Row(label, method, predictor, numbers))
     return rows
 
 
-def text_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
-    """Return rows as a table for the terminal, or in Markdown.
+def marked(
+    comparison: Comparison, rows: Sequence[Row], labels: Int[Tensor, " N"], *, bins: int = 15, resamples: int = 1000
+) -> list[Row]:
+    """Return the rows of a comparison with their marks."""
+    # A row is tied with the best of a column if the 95 % paired bootstrap interval of their difference holds 0: test
+    # rows are drawn, the same for both, and scores averaged over the seeds: nothing on other seeds or training rows.
+    table = measures(bins)
+    by_row: list[list[dict[str, tuple[Measure, list[Sample]]]]] = []  # and by seed and score
+    for row in rows:
+        results = comparison.results[row.method].values()
+        by_seed = [scored(table, result.prediction, result.ood, labels)[row.predictor] for result in results]
+        by_row.append([{name: (m, of) for chosen, of in groups for name, m in chosen.items()} for groups in by_seed])
+    all_marks: list[dict[str, Mark]] = [{} for _ in rows]
+    first = next(iter(comparison.results[rows[0].method].values()))
+    for heading, score in columns(first.evaluation).items():
+        seeds = {i: [of[score] for of in by_row[i]] for i, row in enumerate(rows) if score in by_row[i][0]}
+        if len(seeds) < 2:
+            continue
+        means = {i: statistics.fmean(rows[i].numbers[heading]) for i in seeds}
+        best = (max if seeds[min(seeds)][0][0].higher_is_better else min)(means, key=means.__getitem__)
+        all_marks[best][heading] = "best"
+        scores = {
+            i: torch.stack([resampled(measure.score, *of, resamples=resamples) for measure, of in of_row]).mean(0)
+            for i, of_row in seeds.items()
+        }
+        for i in seeds.keys() - {best}:
+            low, high = interval(scores[i] - scores[best])
+            if not (low > 0 or high < 0):
+                all_marks[i][heading] = "tied"
+    return [replace(row, marks=marks) for row, marks in zip(rows, all_marks, strict=True)]
 
-    A cell is the number, or mean ± standard deviation where there are several seeds. Rows with marks have ``*`` at the
-    best of a column and ``~`` at what the bootstrap does not tell from it, and `LEGEND`.
-    """
+
+def text_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """Return rows as a table for the terminal, or in Markdown; below rows with marks stands their `LEGEND`."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row.numbers))
     cells = [["", *headings]]
     for row in rows:
@@ -111,16 +138,15 @@ def text_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
 def warnings(comparison: Comparison) -> list[str]:
     """Return one line a method whose evaluations warn, with its seeds and the sentence of the first."""
     lines = []
-    for method, by_seed in comparison.evaluations.items():
-        sentences = {seed: e.warning for seed, e in by_seed.items() if e.warning}
+    for method, by_seed in comparison.results.items():
+        sentences = {seed: r.evaluation.warning for seed, r in by_seed.items() if r.evaluation.warning}
         if sentences:
             lines.append(f"Warning: {method}, seed {', '.join(map(str, sentences))}: {next(iter(sentences.values()))}.")
     return lines
 
 
-def _costs(comparison: Comparison, method: str) -> dict[str, list[float]]:
+def _costs(costs: Mapping[int, Cost], base: Mapping[int, Cost]) -> dict[str, list[float]]:
     """Return what a method cost, also relative to MAP where MAP is there."""
-    costs, base = comparison.costs[method], comparison.costs.get("map", {})
     numbers: dict[str, list[float]] = {
         "train s": [c.train_seconds for c in costs.values()],
         "predict s": [c.predict_seconds for c in costs.values() if c.predict_seconds is not None],

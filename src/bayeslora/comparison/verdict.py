@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
-from bayeslora.metrics.bootstrap import Score, paired_bootstrap
+from bayeslora.metrics.bootstrap import Interval, Score, paired_bootstrap
 from bayeslora.metrics.classification import accuracy, ece, kl_to_truth
 from bayeslora.metrics.detection import auroc
 from bayeslora.metrics.prediction import Prediction
@@ -36,22 +37,20 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one predictor shows beside the reference.
-
-    ``ece`` has 15 bins; ``kl`` is the mean KL(truth ‖ predicted) in nats, where the truth is known; ``auroc`` that of
-    telling the other data by entropy, if there are other data. The outcome is ``cured`` with at most half of the
-    reference's calibration error, at most two points of accuracy lost, and where the truth is known closer to it than a
-    guess; ``better`` and ``worse`` where the 95 % paired bootstrap interval of the errors' difference is on one side of
-    0, or more than two points of accuracy are lost beyond chance; else ``same``.
-    """
+    """What one predictor shows beside the reference; ``ece`` has 15 bins, ``auroc`` is that of telling by entropy."""
 
     name: str
     confidence: float
     accuracy: float
     ece: float
-    kl: float | None
+    kl: float | None  # mean KL(truth ‖ predicted) in nats, where the truth is known
     auroc: float | None
     outcome: Outcome = "reference"
+
+    @property
+    def method(self) -> str:
+        """The method of a name such as ``ensemble:3``."""
+        return self.name.partition(":")[0]
 
 
 def verdicts(
@@ -79,20 +78,20 @@ def verdicts(
             auroc=None if ood is None or name not in ood else float(auroc(prediction.entropy, ood[name].entropy)),
         )
         if judged:
-
-            def difference(score: Score, log_p: Tensor = log_p) -> tuple[float, float]:
-                """Return the interval of a score's difference from the reference's."""
-                return paired_bootstrap(score, (log_p, labels), (reference, labels), resamples=resamples)
-
+            difference = partial(
+                paired_bootstrap, first=(log_p, labels), second=(reference, labels), resamples=resamples
+            )
             verdict = replace(verdict, outcome=_outcome(verdict, judged[0], even, difference))
         judged.append(verdict)
     return judged
 
 
 def _outcome(
-    verdict: Verdict, reference: Verdict, even: float | None, difference: Callable[[Score], tuple[float, float]]
+    verdict: Verdict, reference: Verdict, even: float | None, difference: Callable[[Score], Interval]
 ) -> Outcome:
     """Return the outcome of a verdict, given how far a guess is from the truth and the intervals of differences."""
+    # Cured: at most half of the calibration error, no accuracy lost and, where the truth is known, closer to it than a
+    # guess. Better or worse: beyond chance, in calibration error or by lost accuracy.
     lost = reference.accuracy - verdict.accuracy > MAX_LOST_ACCURACY
     closer = even is None or verdict.kl is None or verdict.kl < even
     if verdict.ece <= CURED_SHARE * reference.ece and not lost and closer:
@@ -112,15 +111,11 @@ def guess(truth: Float[Tensor, "N C"]) -> float:
 
 def in_words(
     judged: Sequence[Verdict],
-    even: float | None = None,
+    even: float | None = None,  # a guess's divergence from the truth
     other: str = "the other data",
-    settings: Mapping[str, str] | None = None,
+    settings: Mapping[str, str] | None = None,  # of a predictor, as on the command line
 ) -> list[str]:
-    """Return what the verdicts, the reference first, show: a sentence for each, and what follows from them.
-
-    ``even`` is a guess's divergence from the truth, where that is known; ``other`` names the other data; ``settings``
-    are those that a predictor has beside the defaults, as on the command line.
-    """
+    """Return what the verdicts, the reference first, show: a sentence for each, and what follows from them."""
     reference, rest = judged[0], judged[1:]
     lines = [_line(verdict) for verdict in judged]
     if even is not None:
@@ -162,7 +157,7 @@ def _next(rest: Sequence[Verdict], settings: Mapping[str, str]) -> list[str]:
     lines = []
     # how far a predictor is from the truth where that is known, else its calibration error
     badness = {v.name: v.ece if v.kl is None else v.kl for v in rest}
-    scaled = next((v for v in rest if _method(v) == "temperature"), None)
+    scaled = next((v for v in rest if v.method == "temperature"), None)
     cured = [v.name for v in rest if v is not scaled and v.outcome == "cured"]
     if cured:
         best = min(cured, key=badness.__getitem__)
@@ -176,11 +171,6 @@ def _next(rest: Sequence[Verdict], settings: Mapping[str, str]) -> list[str]:
             )
     elif scaled is not None and scaled.outcome == "cured":
         lines.append(f"Next: one number fitted on held-out rows does it, `bayeslora train --method {scaled.name} …`.")
-    uncured = {_method(v) for v in rest if v.outcome != "cured"}
+    uncured = {v.method for v in rest if v.outcome != "cured"}
     lines += [f"Of what did not cure: {advice}" for method, advice in ADVICE.items() if method in uncured]
     return lines
-
-
-def _method(verdict: Verdict) -> str:
-    """Return the method of a name such as ``ensemble:3``."""
-    return verdict.name.partition(":")[0]

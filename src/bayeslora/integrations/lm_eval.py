@@ -7,30 +7,30 @@ likelihoods are averaged, as `bayeslora.predict` averages probabilities. Where t
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora._typing import Bool, Float, Tokenizer
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, close_matches
 from bayeslora.integrations.lm_eval_calibration import Results, add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
+from bayeslora.prediction.generation.decoding import Settings
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
 from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.passes import weight_draws
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.prediction.stacking import differing
 from bayeslora.tasks.types import Format, Split
@@ -44,8 +44,6 @@ try:
 except ModuleNotFoundError as missing:
     raise InputError("the evaluation harness needs lm-eval: pip install 'bayeslora[lm-eval]'") from missing
 
-Settings = dict[str, Any]
-"""Arguments of generation, by a task's names or by transformers'."""
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """Context and text, where they are known, and the tokens of both."""
 
@@ -106,15 +104,7 @@ class PosteriorLM(HFLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts; one that is longer than the model is read in windows, as the harness does.
-
-        Args:
-            requests: The harness's requests, each with a text.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            The log of the draws' mean likelihood of each text, over all its windows.
-        """
+        """Return the log of the draws' mean likelihood of whole texts, long ones over all the harness's windows."""
         windows: list[Pair] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -132,16 +122,7 @@ class PosteriorLM(HFLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Write texts by `bayeslora.generate`: each token comes from the average of the draws.
-
-        Args:
-            requests: The harness's requests, each with a context and settings: ``until``, ``max_gen_toks``,
-                ``do_sample``, ``temperature``, and any other argument of transformers' ``generate``.
-            disable_tqdm: Whether to show no bar.
-
-        Returns:
-            The texts, without what they end at.
-        """
+        """Return texts by `bayeslora.generate` with a task's settings, without the stop strings that they end at."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
@@ -224,8 +205,7 @@ def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[list[str],
     matches = {name: manager.match_tasks([name]) for name in names}
     for name, tasks in matches.items():
         if not tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks lists them"
+            hint = close_matches(name, manager.all_tasks, "lm-eval ls tasks lists them")
             raise InputError(f"the evaluation harness has no task {name!r}; {hint}")
     return list(dict.fromkeys(task for tasks in matches.values() for task in tasks)), manager
 

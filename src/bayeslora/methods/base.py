@@ -1,23 +1,24 @@
-"""The base classes of methods: `Method` learns while a Trainer trains, `PostHoc` is fitted to a trained adapter.
-
-A method never subclasses a Trainer. What has to be remembered between training and `posterior` is kept per model,
-weakly, so that it goes when the model goes.
-"""
+"""The base classes of methods: `Method` learns while a Trainer trains, `PostHoc` is fitted to a trained adapter."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar, Generic, TypeVar, final
 
 from torch import nn
 
 from bayeslora._typing import Tokenizer
-from bayeslora.methods.records import Recorder, check_num_data, recall
-from bayeslora.methods.search import Judge
+from bayeslora.errors import InputError
+from bayeslora.methods.records import Recorder, recall
+from bayeslora.metrics.classification import nll
+from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import read
-from bayeslora.posteriors import Point, Posterior
+from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, scored
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Split, Task
 
 TrainerKwargs = dict[str, Any]
@@ -77,10 +78,14 @@ class TrainedAdapter:
     seed: int
     token_budget: int | None
 
-    def judge(self, rows: Split | None) -> Judge:
-        """Return the judge of posteriors by rows of the task, which `PostHoc.check` has seen."""
-        assert rows is not None
-        return Judge(self.model, rows, self.tokenizer, self.seed, self.token_budget)
+    def predict(self, posterior: Posterior, rows: Split, draws: int) -> Prediction:
+        """Return what a posterior says about rows; all posteriors by the same stream of draws."""
+        options = Draws(draws, self.seed)
+        return predict(self.model, posterior, rows, options, tokenizer=self.tokenizer, token_budget=self.token_budget)
+
+    def nll(self, posterior: Posterior, rows: Split, draws: int) -> float:
+        """Return the negative log-likelihood of the draws' mean probabilities, nats a row; infinite if not finite."""
+        return float(nll(self.predict(posterior, rows, draws).log_p, rows.labels))
 
 
 Fitted = TypeVar("Fitted", bound=Posterior, covariant=True)
@@ -92,7 +97,7 @@ class PostHoc(Inference, Generic[Fitted]):
     @final
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return a callback that notes the run; training is plain."""
-        return {"callbacks": [Recorder(self.name, check_num_data(num_data))]}
+        return {"callbacks": [Recorder(self.name, num_data)]}
 
     @abstractmethod
     def check(self, model: nn.Module, task: Task) -> None:
@@ -148,14 +153,32 @@ class PostHoc(Inference, Generic[Fitted]):
 def settings(method: Inference) -> dict[str, object]:
     """Return the hyper-parameters, ready for JSON; a method inside (an ensemble's member) has its own ``name``."""
     assert is_dataclass(method)
-    values: dict[str, object] = {}
-    for field in fields(method):
-        value = getattr(method, field.name)
-        if isinstance(value, Inference):
-            values[field.name] = {"name": value.name, **settings(value)}
-        else:
-            values[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    values: dict[str, object] = asdict(method)
+    for key in values:
+        inner = getattr(method, key)
+        if isinstance(inner, Inference):
+            values[key] = {"name": inner.name, **settings(inner)}
     return values
+
+
+def check_ranges(
+    method: Inference,
+    *,
+    prefix: str = "",
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    at_least: Mapping[str, int] | None = None,
+) -> None:
+    """Refuse settings, by name, that are given and out of range; ``prefix`` is what the messages begin with."""
+    for key in (*positive, *not_negative):
+        value = getattr(method, key)
+        if value is not None and not (0 < value < math.inf or (value == 0 and key in not_negative)):
+            words = "not negative" if key in not_negative else "positive"
+            raise InputError(f"{prefix}{key} must be finite and {words}, and it is {value}")
+    for key, least in (at_least or {}).items():
+        value = getattr(method, key)
+        if value is not None and value < least:
+            raise InputError(f"{prefix}{key} must be at least {least}, and it is {value}")
 
 
 def origin_for(model: nn.Module, method: Inference, num_data: int | None = None) -> Origin:

@@ -1,13 +1,8 @@
 """The base of the callbacks by which a method learns a spread: float32, a record of the run, a file in checkpoints.
 
-A step of AdamW is about as large as the learning rate. A number in bfloat16 with eight binary digits swallows what is
-below a five-hundredth of it, so that at the small rates at which a spread is learned most of A never moves. PEFT keeps
-adapters in float32 for that reason, beside a base in any precision; TRL casts those of 8- and 4-bit bases to bfloat16.
-When PEFT reads a checkpoint into such an adapter it puts new parameters in float32 in its place, which an optimiser
-that is there does not know. So the adapter is put into float32 when the Trainer is made.
-
-With ``load_best_model_at_end`` the Trainer puts the adapter of its best checkpoint into the model before it ends. What
-a method has learned besides is then of a later step, and is read from the same checkpoint.
+Steps at the small rates at which a spread is learned are lost in bfloat16, into which TRL casts the adapters of 8- and
+4-bit bases; and PEFT reads a checkpoint into new float32 parameters, which the optimiser would not know. So the adapter
+is put into float32 when the Trainer is made.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
@@ -55,14 +50,11 @@ class Run:
 
 
 class MethodCallback(TrainerCallback, ABC):
-    """What a method does inside a Trainer.
-
-    ``name`` is the method's, ``title`` its name in messages, and ``file`` the one that it writes into checkpoints.
-    """
+    """What a method does inside a Trainer."""
 
     name: ClassVar[str]
-    title: ClassVar[str]
-    file: ClassVar[str]
+    title: ClassVar[str]  # the method's name in messages
+    file: ClassVar[str]  # what it writes into checkpoints
 
     def __init__(self, num_data: int) -> None:
         self.num_data = check_num_data(num_data)
@@ -79,28 +71,24 @@ class MethodCallback(TrainerCallback, ABC):
     def end(self, run: Run) -> None:
         """Do what comes after the last step, when nothing of the method is in the model any more."""
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Put the adapter into float32, before an optimiser knows it or a checkpoint is read into it."""
         widen(kwargs.get("model"), kwargs.get("optimizer"))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Begin, and put the run on record under the model that the Trainer really trains."""
         run = Run.of(args, state, kwargs)
         remember(run.model, self.begin(run))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Write into the checkpoint, from the first process."""
         if state.is_world_process_zero:
             self.save(checkpoint_file(args, state, self.file), Run.of(args, state, kwargs))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Take out of the model what the run put there, and end."""
         run = Run.of(args, state, kwargs)
-        require_record(run.model, self.name).clear()
+        require_record(run.model, self.name).clear(run.model)
         self.end(run)
 
     def resume(self, run: Run, load: Callable[[Path], None]) -> None:
@@ -115,9 +103,12 @@ class MethodCallback(TrainerCallback, ABC):
             ) from error
 
     def read_best(self, run: Run) -> Params | None:
-        """Return what was learned where the adapter comes from: in the best checkpoint; None for the last step."""
-        folder = best_checkpoint(run.args, run.state)
-        if folder is None:
+        """Return what was learned in the best checkpoint, if the Trainer has put its adapter into the model."""
+        if not run.args.load_best_model_at_end or run.state.best_model_checkpoint is None:
+            return None
+        PartialState().wait_for_everyone()  # the first process may still be writing
+        folder = Path(run.state.best_model_checkpoint)
+        if not any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             return None
         path = folder / self.file
         try:
@@ -134,19 +125,6 @@ def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> 
     return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name
 
 
-def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """Return the checkpoint whose adapter the Trainer has put into the model; to be asked when training ends.
-
-    None if the model is in its last state: where that was not asked for, nothing was evaluated, or the checkpoint is
-    gone, which the Trainer says in its log.
-    """
-    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
-        return None
-    PartialState().wait_for_everyone()  # the first process may still be writing
-    folder = Path(state.best_model_checkpoint)
-    return folder if any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)) else None
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, at once or not at all."""
     with atomic_file(path) as partial:
@@ -154,14 +132,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def widen(model: nn.Module | None, optimizer: object = None) -> None:
-    """Put the trained LoRA parameters of a model into float32, in place, if no step was taken with them yet.
-
-    PEFT's layers take their input into the type of A and bring their result back into that of the base. Whole modules
-    that are trained (a head) do not, and stay as they are, as does a model without an adapter.
-    """
-    if not isinstance(model, PeftModel):
-        return
-    if getattr(getattr(optimizer, "optimizer", optimizer), "state", None):
+    """Put the trained LoRA parameters of a model into float32, in place, if no step was taken with them yet."""
+    # whole modules that are trained (a head) do not cast their input as LoRA layers do, and stay as they are
+    if not isinstance(model, PeftModel) or getattr(getattr(optimizer, "optimizer", optimizer), "state", None):
         return
     for name, p in lora_parameters(model).items():
         if "lora_" in name and p.requires_grad and p.dtype in HALF and type(p) in (nn.Parameter, Tensor):

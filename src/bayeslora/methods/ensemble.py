@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_file
+from bayeslora.files import write_json
 from bayeslora.methods.base import Inference, Method, PostHoc, TrainerKwargs, origin_for
 from bayeslora.methods.callback import checkpoint_file
 from bayeslora.methods.map import Map
@@ -89,11 +89,7 @@ class Ensemble(Method):
         return changed
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
-        """Return the member's arguments, with the callback that gives it its start and keeps its posterior.
-
-        Raises:
-            InputError: If the members are fitted after training, or trained together.
-        """
+        """Return the member's arguments, with the callbacks that give it its start and keep its posterior."""
         check_num_data(num_data)
         if self.together:
             raise InputError("members are trained together by bayeslora.fit only; use together=False")
@@ -106,11 +102,7 @@ class Ensemble(Method):
         return {**kwargs, "callbacks": [_Start(self, num_data), *kwargs["callbacks"], _Keep(self)]}
 
     def posterior(self, model: nn.Module) -> Mixture:
-        """Return the mixture of the members that were trained.
-
-        Raises:
-            InputError: If fewer were trained than the ensemble has.
-        """
+        """Return the mixture of the members that were trained; see `Method.posterior`."""
         by_seed: dict[int, Posterior] = require_record(model, self.name).learned
         if len(by_seed) < self.members:
             raise InputError(
@@ -148,11 +140,10 @@ def multi_swag(members: int = 3, **settings: Any) -> Ensemble:
 
 
 def member_seed(seed: int, member: int) -> int:
-    """Return the seed of an ensemble's member, from 0: its start and its order of the data.
+    """Return the seed of an ensemble's member: its start and its order of the data.
 
-    It is the ensemble's for member 0, which is then the single run with that seed; else a hash of both from 2³⁰ to
-    2³¹ − 1, where no one numbers seeds by hand. So ensembles of different seeds share no member, and can be compared as
-    independent repetitions.
+    It is the ensemble's for member 0, else a hash of both from 2³⁰ to 2³¹ − 1, where no one numbers seeds by hand: so
+    ensembles of different seeds share no member, and can be compared as independent repetitions.
     """
     return seed if member == 0 else 2**30 + seed_of("member", seed, member) % 2**30
 
@@ -182,7 +173,7 @@ class _Start(TrainerCallback):
         self.ensemble, self.num_data = ensemble, num_data
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self, args: TrainingArguments, state: TrainerState, control: object, *, model: nn.Module, **_: object
     ) -> None:
         """Draw the start, unless the run is resumed, and refuse the seed of an earlier member."""
         name = self.ensemble.name
@@ -201,11 +192,10 @@ class _Start(TrainerCallback):
             )
         initialise(model, args.seed)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         """Write the member's seed into the checkpoint."""
         if state.is_world_process_zero:
-            with atomic_file(checkpoint_file(args, state, _STATE_FILE)) as partial:
-                partial.write_text(json.dumps({"seed": args.seed}), encoding="utf-8")
+            write_json(checkpoint_file(args, state, _STATE_FILE), {"seed": args.seed})
 
 
 def _check_seed(path: Path, seed: int) -> None:
@@ -227,7 +217,7 @@ class _Keep(TrainerCallback):
         self.ensemble = ensemble
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self, args: TrainingArguments, state: object, control: object, *, model: nn.Module, **_: object
     ) -> None:
         """Keep the member."""
         member = self.ensemble.member

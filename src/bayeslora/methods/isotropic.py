@@ -6,7 +6,6 @@ not to the variance that it learned.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -14,8 +13,7 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter
-from bayeslora.params import Params
+from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
 from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.tasks.types import Task, labelled
 
@@ -40,13 +38,9 @@ class Isotropic(PostHoc[DiagonalGaussian]):
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
-        if isinstance(self.sigma, str):
-            if self.sigma != "validation":
-                raise InputError(f"sigma must be a number or 'validation', and it is {self.sigma!r}")
-        elif not 0 <= self.sigma < math.inf:
-            raise InputError(f"sigma must be finite and not negative, and it is {self.sigma}")
-        if self.draws < 1:
-            raise InputError(f"draws must be at least 1, and it is {self.draws}")
+        if isinstance(self.sigma, str) and self.sigma != "validation":
+            raise InputError(f"sigma must be a number or 'validation', and it is {self.sigma!r}")
+        check_ranges(self, not_negative=() if isinstance(self.sigma, str) else ("sigma",), at_least={"draws": 1})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse a task without rows to choose σ on; see `PostHoc.check`."""
@@ -55,20 +49,20 @@ class Isotropic(PostHoc[DiagonalGaussian]):
 
     def _fit(self, adapter: TrainedAdapter) -> DiagonalGaussian:
         """Return the noise around the adapter."""
-        mean, origin = adapter.start.mean, adapter.origin
         if not isinstance(self.sigma, str):
-            return DiagonalGaussian(mean, _variance(mean, self.sigma), origin)
-        judge = adapter.judge(adapter.task.validation)
+            return _noisy(adapter, self.sigma)
+        rows = labelled(adapter.task.validation, "isotropic noise is chosen on validation rows")
         by_score = {}
         for sigma in SIGMAS:
-            posterior = DiagonalGaussian(mean, _variance(mean, sigma), origin)
-            score = judge.nll(posterior, self.draws)
+            posterior = _noisy(adapter, sigma)
+            score = adapter.nll(posterior, rows, self.draws)
             by_score[score, sigma] = posterior
             if score > 2 * min(by_score)[0] + 1:  # far beyond the best: larger noise only loses more
                 break
         return by_score[min(by_score)]
 
 
-def _variance(mean: Params, sigma: float) -> Params:
-    """Return σ² for every parameter."""
-    return {name: torch.full_like(m, sigma**2) for name, m in mean.items()}
+def _noisy(adapter: TrainedAdapter, sigma: float) -> DiagonalGaussian:
+    """Return the adapter with the variance σ² of every parameter."""
+    mean = adapter.start.mean
+    return DiagonalGaussian(mean, {name: torch.full_like(m, sigma**2) for name, m in mean.items()}, adapter.origin)

@@ -7,22 +7,15 @@ Rudolph 2023 (arXiv 2310.00035, §3); zero gives the plain AdamW fine-tune.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, origin_for
-from bayeslora.methods.records import Recorder, check_num_data
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.records import Recorder
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase
 from bayeslora.params import read
 from bayeslora.posteriors import Point
@@ -49,15 +42,11 @@ class Map(Method):
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
-        for field in ("weight_decay", "weight_decay_b", "kl"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise InputError(f"{field} must be finite and not negative, and it is {getattr(self, field)}")
-        if self.early_stopping is not None and self.early_stopping < 1:
-            raise InputError(f"early_stopping must be at least 1, and it is {self.early_stopping}")
+        check_ranges(self, not_negative=("weight_decay", "weight_decay_b", "kl"), at_least={"early_stopping": 1})
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callbacks, and the loss if there is a KL term."""
-        callbacks: list[TrainerCallback] = [Recorder(self.name, check_num_data(num_data))]
+        callbacks: list[TrainerCallback] = [Recorder(self.name, num_data)]
         kwargs: TrainerKwargs = {"callbacks": callbacks}
         if self.weight_decay or self.weight_decay_b:
             callbacks.append(DecoupledDecay(self.weight_decay, self.weight_decay_b))
@@ -78,9 +67,7 @@ class Map(Method):
 class _NeedsEvaluation(TrainerCallback):
     """Says in words what early stopping needs of the Trainer."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: object, control: object, **_: object) -> None:
         """Refuse arguments with which nothing would be evaluated or restored."""
         if not args.load_best_model_at_end or args.metric_for_best_model is None:
             raise InputError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
@@ -17,36 +17,30 @@ from bayeslora.params import require_lora
 
 @dataclass
 class Record:
-    """What a training run leaves behind for `Method.posterior`.
-
-    ``learned`` is what the method needs, in its own type; ``undo`` takes out what the run put into the model.
-    """
+    """What a training run leaves behind for `Method.posterior`."""
 
     method: str
     num_data: int
-    learned: Any = None
-    undo: Callable[[], None] | None = None
+    learned: Any = None  # what the method needs, in its own type
+    undo: Callable[[nn.Module], None] | None = None  # takes out what the run put into the model
 
-    def clear(self) -> None:
+    def clear(self, model: nn.Module) -> None:
         """Take out what the run put into the model; once."""
         undo, self.undo = self.undo, None
         if undo is not None:
-            undo()
+            undo(model)
 
 
 _RECORDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.WeakKeyDictionary()
 
 
 def remember(model: nn.Module, record: Record) -> None:
-    """Keep the record of a run that begins, in the place of an earlier one of its method, and make the model ready.
-
-    What earlier runs left that broke off is cleared, and a 4-bit base that was packed for inference is unpacked.
-    """
+    """Keep the record of a run that begins, clear what earlier ones left that broke off, and unpack a 4-bit base."""
     _unpack_for_training(model)
     records = _RECORDS.setdefault(model, {})
     for earlier in records.values():
         if earlier is not record:
-            earlier.clear()
+            earlier.clear(model)
     records[record.method] = record
 
 
@@ -74,11 +68,9 @@ def check_num_data(num_data: int) -> int:
 
 
 def _unpack_for_training(model: nn.Module) -> None:
-    """Undo bitsandbytes' packing of 4-bit weights on the CPU, and keep it from packing them again.
-
-    On CPUs with bfloat16 instructions ``Linear4bit`` packs its weight at the first pass in evaluation mode, and the
-    product with a packed weight has no gradient: after an evaluation the layers below would silently stop learning.
-    """
+    """Undo bitsandbytes' packing of 4-bit weights on the CPU, and keep it from packing them again."""
+    # ``Linear4bit`` packs its weight at the first pass in evaluation mode, where the CPU has bfloat16 instructions, and
+    # a product with a packed weight has no gradient: the layers below would silently stop learning.
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is None:
         return
@@ -96,8 +88,6 @@ class Recorder(TrainerCallback):
     def __init__(self, method: str, num_data: int) -> None:
         self.record = Record(method, check_num_data(num_data))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, *, model: nn.Module, **_: object) -> None:
         """Check that the model has a LoRA adapter, and keep the record."""
         remember(require_lora(model), self.record)

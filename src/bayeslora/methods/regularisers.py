@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
@@ -23,10 +23,9 @@ Outputs = Mapping[str, Tensor]
 
 
 def answer_loss(outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
-    """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer.
+    """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer; None for the mean.
 
-    Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted. The sum is
-    divided by ``num_items_in_batch``; None for the mean.
+    Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted.
     """
     logits, targets = _flat(outputs["logits"], labels)
     return divided(functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch, len(targets))
@@ -49,21 +48,15 @@ def _flat(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "P C"], Int[Ten
 
 @final
 class KlToBase(TrainerCallback):
-    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1); ``weight`` is β.
-
-    The base model is the same model with its adapter off and without dropout, one more forward pass without gradient.
-    """
+    """Adds β·KL(p_θ(·|x) ‖ p_base(·|x)) on the answer distribution (arXiv 2310.00035, §3.1); ``weight`` is β."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self._model: nn.Module | None = None
-        self._inputs: tuple[tuple[object, ...], dict[str, object]] | None = None
+        self._batch: tuple[nn.Module, tuple[object, ...], dict[str, object]] | None = None
         self._detach: weakref.finalize[..., KlToBase] | None = None
         self._asked = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, *, model: nn.Module, **_: object) -> None:
         """Start to keep each training batch for the second pass; refuse a model whose head is new."""
         new = require_lora(model).active_peft_config.modules_to_save
         if new:
@@ -71,34 +64,29 @@ class KlToBase(TrainerCallback):
                 "kl needs a base model with answers of its own, and this one has a new head "
                 f"({', '.join(new)}); use kl=0"
             )
-        self._model = model
         this = weakref.ref(self)
 
-        def keep(_: nn.Module, positional: tuple[object, ...], named: dict[str, object]) -> None:
+        def keep(model: nn.Module, positional: tuple[object, ...], named: dict[str, object]) -> None:
             """Keep a training batch for the second pass."""
             callback = this()
             if callback is not None and torch.is_grad_enabled():
-                callback._inputs = positional, dict(named)
+                callback._batch = model, positional, dict(named)
 
         hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         self._detach = weakref.finalize(self, hook.remove)  # a run that breaks off does not end, but its callback goes
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Refuse a Trainer that has taken a step without asking for the loss."""
         if not self._asked:
             raise InputError(
                 "the Trainer does not call compute_loss_func, so that the KL term would be left out; use kl=0"
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Stop."""
         if self._detach is not None:
             self._detach()
-        self._detach = self._model = self._inputs = None
+        self._detach = self._batch = None
 
     def loss(
         self, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -106,11 +94,10 @@ class KlToBase(TrainerCallback):
         """Return the cross-entropy (see `answer_loss`), in training with the divergence added."""
         self._asked = True
         loss = answer_loss(outputs, labels, num_items_in_batch)
-        if self._inputs is None or self._model is None or not torch.is_grad_enabled():
+        if self._batch is None or not torch.is_grad_enabled():
             return loss
-        (positional, named), self._inputs = self._inputs, None
-        model = require_lora(self._model)
-        with torch.no_grad(), evaluating(model), model.disable_adapter():
+        (model, positional, named), self._batch = self._batch, None
+        with torch.no_grad(), evaluating(model), require_lora(model).disable_adapter():
             base = model(*positional, **named)["logits"]
         ours, _ = _flat(outputs["logits"], labels)
         theirs, _ = _flat(base, labels)
@@ -123,17 +110,14 @@ class KlToBase(TrainerCallback):
 
 @final
 class DecoupledDecay(TrainerCallback):
-    """Multiplies parameters by 1 − η·λ before each optimiser step, as AdamW does (Loshchilov and Hutter 2019).
-
-    ``everything`` is λ for all adapter parameters, ``b`` is added for the matrices B.
-    """
+    """Multiplies parameters by 1 − η·λ before each step, as AdamW does; λ is ``everything``, plus ``b`` for each B."""
 
     def __init__(self, everything: float, b: float) -> None:
         self.everything, self.b = everything, b
         self._rates: dict[int, float] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+        self, args: TrainingArguments, state: object, control: object, *, model: nn.Module, **_: object
     ) -> None:
         """Note which parameter decays how fast; refuse a rate at which a step would turn its sign."""
         params = lora_parameters(model)
@@ -146,9 +130,7 @@ class DecoupledDecay(TrainerCallback):
         self._rates = {id(p): rates[name] for name, p in params.items()}
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Decay, at the learning rate of the step that comes."""
         for group in kwargs["optimizer"].param_groups:
             for p in group["params"]:

@@ -7,14 +7,12 @@ learning rate is constant, and every ``interval`` steps the adapter θ is collec
     θ = θ̄ + √scale · ( √Σ_d ⊙ ε₁ + Dᵀε₂ / √(K−1) ),   D = snapshots − θ̄,  scale = ½
 
 What we do differently from the released code: the snapshots are centred on the final mean when drawn, K counts the
-snapshots that are there, a draw is the same for the whole data set, and only the adapter is stored. The adapter trains
-in float32, also where the Trainer put it into half precision, in which steps at the small rate would be lost.
+snapshots that are there, and a draw is the same for the whole data set.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,14 +23,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
 from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, lora_parameters
+from bayeslora.params import Params, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 logger = logging.getLogger(__name__)
@@ -72,10 +70,7 @@ class Swag(Method):
             raise InputError(f"start must be a step or a share in [0, 1), and it is {self.start}")
         if self.rank < 2 or (self.interval is not None and self.interval < 1):
             raise InputError(f"rank must be at least 2 and interval at least 1; they are {self.rank}, {self.interval}")
-        if not (self.scale is None or 0 <= self.scale < math.inf):
-            raise InputError(f"scale must be finite and not negative, and it is {self.scale}")
-        if not (self.learning_rate is None or 0 < self.learning_rate < math.inf):
-            raise InputError(f"learning_rate must be finite and positive, and it is {self.learning_rate}")
+        check_ranges(self, not_negative=("scale",), positive=("learning_rate",))
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
@@ -83,11 +78,7 @@ class Swag(Method):
         return {"callbacks": [collector, MetricsCallback(self.name, collector.metrics)]}
 
     def posterior(self, model: nn.Module) -> Posterior:
-        """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`.
-
-        Raises:
-            InputError: If too few snapshots were collected.
-        """
+        """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`."""
         moments: Moments = require_record(model, self.name).learned
         needed = 1 if self.kind == "swa" else 2
         if moments.count < needed:
@@ -98,18 +89,9 @@ class Swag(Method):
         return self.summary(moments, model)
 
     def summary(self, moments: Moments, model: nn.Module) -> Posterior:
-        """Return the posterior of collected moments.
-
-        Args:
-            moments: What was collected.
-            model: The model, for the origin and for parameters that were not trained.
-
-        Returns:
-            A posterior of the family that ``kind`` names.
-        """
+        """Return the posterior of collected moments; parameters that were not trained are the model's."""
         origin = origin_for(model, self)
-        mean = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in lora_parameters(model).items()}
-        mean |= {n: m.clone() for n, m in moments.mean.items()}
+        mean = read(model) | {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":
             return Point(mean, origin)
         scale = self.scale if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
@@ -121,10 +103,7 @@ class Swag(Method):
 
 
 class Moments:
-    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots, all on the CPU.
-
-    ``squares`` is the sum of squared deviations from the mean, and ``snapshots`` the last raw values, oldest first.
-    """
+    """Running mean and sum of squared deviations in float32 (Welford 1962), and the last snapshots, all on the CPU."""
 
     def __init__(self, rank: int) -> None:
         self.count = 0
@@ -202,7 +181,7 @@ class Collector(MethodCallback):
         hold(run.scheduler, self.start, method.learning_rate or args.learning_rate / 10)
         return Record(self.name, self.num_data, self.moments)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Collect if it is time."""
         since = state.global_step - self.start
         if since > 0 and since % self.interval == 0:

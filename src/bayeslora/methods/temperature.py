@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter
+from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
@@ -51,8 +51,7 @@ class Temperature(PostHoc[Scaled]):
         """Refuse settings that have no meaning."""
         if self.kind not in ("temperature", "vector"):
             raise InputError(f"scaling has the kinds 'temperature' and 'vector', and not {self.kind!r}")
-        if self.draws < 1:
-            raise InputError(f"draws must be at least 1, and it is {self.draws}")
+        check_ranges(self, at_least={"draws": 1})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse a task without rows to fit on; see `PostHoc.check`."""
@@ -60,37 +59,19 @@ class Temperature(PostHoc[Scaled]):
 
     def _fit(self, adapter: TrainedAdapter) -> Scaled:
         """Return the posterior with scaled log-probabilities."""
-        judge = adapter.judge(self.rows(adapter.task))
-        prediction = judge.predict(adapter.start, self.draws)
-        return Scaled(adapter.start, self.scaling(prediction, judge.rows), adapter.origin)
+        rows = self.rows(adapter.task)
+        prediction = adapter.predict(adapter.start, rows, self.draws)
+        return Scaled(adapter.start, self.scaling(prediction, rows), adapter.origin)
 
     def rows(self, task: Task) -> Split:
-        """Return the rows that the scaling is fitted on.
-
-        Args:
-            task: The task.
-
-        Returns:
-            Its validation rows.
-
-        Raises:
-            InputError: As `fit`.
-        """
+        """Return the validation rows that the scaling is fitted on, or refuse as `fit` does."""
         rows = labelled(task.validation, "temperature scaling is fitted on validation rows")
         if self.kind == "vector" and rows.classes is None:
             raise InputError("vector scaling needs the same classes in every row; use the kind 'temperature'")
         return rows
 
     def scaling(self, prediction: Prediction, rows: Split) -> Params:
-        """Return the numbers that minimise the negative log-likelihood of a prediction.
-
-        Args:
-            prediction: What a posterior says about the validation rows.
-            rows: The rows.
-
-        Returns:
-            Weights and biases for the draws and for the mean, as `Scaled` has them.
-        """
+        """Return `Scaled`'s weights and biases with the lowest negative log-likelihood of a prediction of the rows."""
         mean = prediction.mean_log_probs if prediction.mean_log_probs is not None else prediction.log_p
         scaling: Params = {}
         for of, log_probs in (("draws", prediction.log_probs), ("mean", mean[None])):

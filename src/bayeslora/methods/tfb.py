@@ -9,12 +9,9 @@ with ℓ(σ) the negative log-likelihood of the draws' average probabilities on 
 code the labels are the adapter's own answers without noise: no row needs a label, and noise can only cost. Against the
 true labels it helps an over-confident adapter, and the loss does not say how much of it the adapter bears.
 
-What differs: the paper has no floor. The loss of a saturated adapter is next to nothing, and .3 % of it is less than
-what bfloat16 rounds (of .026 nats .00008, and rounding alone moved .0015). So the tolerance is of the loss of a guess
-between two answers at least: .002 nats a row, over the paper's 500 anchors one nat, a likelihood ratio of e. The
-released code divides the change by the number of anchors once more, so that its tolerance is as many times wider, and
-what holds its σ is the upper end of its search; we have no such end. All σ are judged by the same draws. Where d_i is
-zero to rounding, no noise on A can reach BA, and that row has none.
+What differs, and why: docs/methods/tfb.md. The paper has no floor, which a saturated adapter needs; the released
+code's tolerance is wider, and the upper end of its search holds its σ. Where d_i is zero to rounding, no noise on A can
+reach BA, and that row has none.
 """
 
 from __future__ import annotations
@@ -29,9 +26,8 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter
+from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
 from bayeslora.methods.guards import plain_layers
-from bayeslora.methods.search import Judge
 from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
 from bayeslora.posteriors.provenance import Origin
@@ -78,15 +74,8 @@ class Tfb(PostHoc[DiagonalGaussian]):
             raise InputError(f"TFB's anchors are 'train' or 'validation' rows, and not {self.anchors!r}")
         if self.labels not in _FIRST:
             raise InputError(f"TFB's labels are 'pseudo' or 'true', and not {self.labels!r}")
-        for key, least in (("most_anchors", 1), ("draws", 1), ("steps", 0)):
-            if getattr(self, key) < least:
-                raise InputError(f"{key} must be at least {least}, and it is {getattr(self, key)}")
-        for key in ("tolerance", "sigma"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"TFB's {key} must be finite and positive, and it is {value}")
-        if not 0 <= self.floor < math.inf:
-            raise InputError(f"TFB's floor must be finite and not negative, and it is {self.floor}")
+        check_ranges(self, at_least={"most_anchors": 1, "draws": 1, "steps": 0})
+        check_ranges(self, prefix="TFB's ", positive=("tolerance", "sigma"), not_negative=("floor",))
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse other adapters than plain LoRA, and a task without anchors; see `PostHoc.check`."""
@@ -113,14 +102,13 @@ class Tfb(PostHoc[DiagonalGaussian]):
         point = Point(mean, origin)
         rows = anchored(self._rows(adapter.task), self.most_anchors, adapter.seed)
         if self.labels == "pseudo":
-            rows = answered(adapter.judge(rows), point)
-        judge = adapter.judge(rows)
-        loss = judge.nll(point, 1)
+            rows = answered(adapter, rows, point)
+        loss = adapter.nll(point, rows, 1)
         change = self.tolerance * max(loss, self.floor)
 
         def within(sigma: float) -> bool:
             """Return whether the loss stays within what is borne."""
-            return abs(judge.nll(_noisy(mean, unit, sigma, origin), self.draws) - loss) <= change
+            return abs(adapter.nll(_noisy(mean, unit, sigma, origin), rows, self.draws) - loss) <= change
 
         sigma = largest(within, self.steps, _FIRST[self.labels])
         logger.info("TFB: sigma %.4g with %d anchors, loss %.4g, change at most %.4g.", sigma, len(rows), loss, change)
@@ -135,11 +123,11 @@ def anchored(rows: Split, max_rows: int, seed: int) -> Split:
     return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {max_rows} anchors")
 
 
-def answered(judge: Judge, posterior: Posterior) -> Split:
-    """Return the judge's rows with a posterior's most probable choices, of one draw, as their labels."""
-    choices = judge.predict(posterior, 1).answer.tolist()
-    labelled_rows = (replace(example, label=k) for example, k in zip(judge.rows, choices, strict=True))
-    return replace(judge.rows, examples=tuple(labelled_rows))
+def answered(adapter: TrainedAdapter, rows: Split, posterior: Posterior) -> Split:
+    """Return rows with a posterior's most probable choices, of one draw, as their labels."""
+    choices = adapter.predict(posterior, rows, 1).answer.tolist()
+    examples = tuple(replace(example, label=k) for example, k in zip(rows, choices, strict=True))
+    return replace(rows, examples=examples)
 
 
 def largest(within: Callable[[float], bool], steps: int, first: float = 0.01) -> float:

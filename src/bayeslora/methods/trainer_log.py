@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 SAMPLE = 2**17
@@ -18,32 +18,21 @@ SAMPLE = 2**17
 
 @final
 class MetricsCallback(TrainerCallback):
-    """Adds a method's metrics to the losses that the Trainer logs, before its trackers see them.
-
-    Args:
-        method: Name of the method, which the metrics' names begin with.
-        metrics: Returns the metrics at the Trainer's state; what it returns is logged as ``<method>_<name>``.
-    """
+    """Adds ``metrics`` of the Trainer's state to what is logged, as ``<method>_<name>``, before trackers see it."""
 
     def __init__(self, method: str, metrics: Callable[[TrainerState], dict[str, float]]) -> None:
         self.method, self.metrics = method, metrics
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Go before the trackers, which the Trainer calls before the callbacks that it is given.
-
-        Each event hands the callbacks the arguments, the state and the model, and `Trainer.log` makes the dictionary
-        anew: nothing that a callback is given, or that a Trainer takes beside callbacks, leads to the list of callbacks
-        or to that dictionary. Whoever calls this one has the list, so it is taken from the caller, if that is a
-        `CallbackHandler`; else the metrics come after the trackers, and are in the log alone.
-        """
+    def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
+        """Go before the trackers, which the Trainer calls before the callbacks that it is given."""
+        # Nothing that a callback is given leads to the list of callbacks, so it is taken from the caller, if that is a
+        # `CallbackHandler`; else the metrics come after the trackers, and are in the log alone.
         caller = getattr(inspect.currentframe(), "f_back", None)
         handler = None if caller is None else caller.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and any(one is self for one in handler.callbacks):
             handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         """Add the metrics to what is logged while training."""
         logs = kwargs.get("logs")
         if isinstance(logs, dict) and "loss" in logs:
@@ -53,51 +42,32 @@ class MetricsCallback(TrainerCallback):
                 state.log_history[-1].update(metrics)
 
 
-@torch.no_grad()
 def spread(deviations: Iterable[Tensor]) -> dict[str, float]:
-    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ, which are read one at a time.
+    """Return ``sigma`` and ``sigma_mean``, median and mean of standard deviations σ as in `averages`; or nothing."""
+    return averages(["sigma_mean"], ((one,) for one in deviations))
 
-    The median is that of a `Summary`; both are missing if there is no deviation.
+
+@torch.no_grad()
+def averages(names: Sequence[str], parameters: Iterable[Sequence[Tensor]]) -> dict[str, float]:
+    """Return means over all coordinates of each parameter's named tensors, and the first's median as ``sigma``.
+
+    One parameter is looked at at a time; the median is of every k-th coordinate. Without parameters nothing is known.
     """
-    summary = Summary()
-    for one in deviations:
-        summary.add(one)
-    return summary.averages("sigma_mean")
-
-
-@final
-class Summary:
-    """Averages over tensors that are looked at one at a time, and a bounded sample of the first of each for a median.
-
-    The sample is every k-th coordinate of each tensor. k is tripled when there are too many: an odd k meets all rows
-    and columns of matrices whose sides are powers of two.
-    """
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.means: list[Tensor] = []
-        self.sample: list[Tensor] = []
-        self.every = 1
-
-    def add(self, *values: Tensor) -> None:
-        """Take tensors of one parameter: deviations, and what is true of its coordinates."""
+    sizes, means, sample, every = list[int](), list[Tensor](), list[Tensor](), 1
+    for values in parameters:
         flat = values[0].detach().flatten()
-        self.sizes.append(flat.numel())
-        self.means.append(torch.stack([one.detach().float().mean() for one in values]))
-        while sum(map(len, self.sample)) + -(-len(flat) // self.every) > max(SAMPLE, len(self.sizes)):
-            self.every *= 3
-            self.sample = [one[::3].clone() for one in self.sample]
-        self.sample.append(flat[:: self.every].to(torch.float32, copy=True))
-
-    def averages(self, *names: str) -> dict[str, float]:
-        """Return the averages over all coordinates by their names, and the first's median as ``sigma``; or nothing."""
-        if not self.sizes:
-            return {}
-        place, weights = self.means[0].device, [size / sum(self.sizes) for size in self.sizes]
-        median = torch.cat([one.to(place) for one in self.sample]).median()
-        numbers = torch.cat([median[None], *(one.to(place) for one in self.means)]).tolist()
-        rows = [numbers[at : at + len(names)] for at in range(1, len(numbers), len(names))]
-        averages = {
-            name: math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) for k, name in enumerate(names)
-        }
-        return {"sigma": numbers[0], **averages}
+        sizes.append(flat.numel())
+        means.append(torch.stack([one.detach().float().mean() for one in values]))
+        # tripled, since an odd number meets all rows and columns of matrices whose sides are powers of two
+        while sum(map(len, sample)) + -(-len(flat) // every) > max(SAMPLE, len(sizes)):
+            every *= 3
+            sample = [one[::3].clone() for one in sample]
+        sample.append(flat[::every].to(torch.float32, copy=True))
+    if not sizes:
+        return {}
+    place, weights = means[0].device, [size / sum(sizes) for size in sizes]
+    median = torch.cat([one.to(place) for one in sample]).median()
+    numbers = torch.cat([median[None], *(one.to(place) for one in means)]).tolist()
+    columns = [numbers[k + 1 :: len(names)] for k in range(len(names))]
+    weighted = [math.fsum(w * value for w, value in zip(weights, column, strict=True)) for column in columns]
+    return {"sigma": numbers[0], **dict(zip(names, weighted, strict=True))}

@@ -26,28 +26,22 @@ _ROWS_AT_ONCE = 200_000
 
 Score = Callable[..., Tensor]
 Sample = Sequence[Tensor]
+Interval = tuple[Float[Tensor, " *scores"], Float[Tensor, " *scores"]]
 
 
-def bootstrap(
-    score: Score, *samples: Sample, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(score: Score, *samples: Sample, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """Compute the interval ``(low, high)`` of a score; NaN both if the score of some resample is NaN."""
-    low, high = interval(resampled(score, *samples, resamples=resamples, seed=seed), level)
-    return float(low), float(high)
+    return interval(resampled(score, *samples, resamples=resamples, seed=seed), level)
 
 
 def paired_bootstrap(
     score: Score, first: Sample, second: Sample, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Return the interval of score(first) - score(second) for two predictors of the same examples.
-
-    The same rows are drawn for both, so what makes an example hard for both cancels. An interval without 0 says that
-    the predictors differ; NaN both if the difference in some resample is NaN.
-    """
+) -> Interval:
+    """Return the interval of score(first) - score(second) for two predictors of the same examples."""
+    # the same rows are drawn for both, so what makes an example hard for both cancels
     _rows([*first, *second])
     one, other = (resampled(score, sample, resamples=resamples, seed=seed) for sample in (first, second))
-    low, high = interval(one - other, level)
-    return float(low), float(high)
+    return interval(one - other, level)
 
 
 def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int = 0) -> Float[Tensor, " R *scores"]:
@@ -65,25 +59,20 @@ def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int =
     return torch.cat(scores) if scores else torch.empty(0)
 
 
-def interval(
-    scores: Float[Tensor, " R *scores"], level: float = 0.95
-) -> tuple[Float[Tensor, " *scores"], Float[Tensor, " *scores"]]:
+def interval(scores: Float[Tensor, " R *scores"], level: float = 0.95) -> Interval:
     """Return the central quantiles of resampled scores, interpolated linearly; NaN both if a score is NaN."""
     if not len(scores) or not 0 < level < 1:
         raise InputError(f"resamples={len(scores)}, level={level}: give at least one resample and a level in (0, 1).")
     ordered = scores.double().sort(0).values
     unknown = scores.isnan().any(0)
-    tail = (1 - level) / 2
-    low, high = (_quantile(ordered, share).masked_fill(unknown, math.nan) for share in (tail, 1 - tail))
-    return low, high
-
-
-def _quantile(ordered: Float[Tensor, " R *scores"], share: float) -> Float[Tensor, " *scores"]:
-    """Return the quantile of sorted values, which may be infinite."""
-    position = share * (len(ordered) - 1)
-    left, right = ordered[math.floor(position)], ordered[math.ceil(position)]
-    part = position - math.floor(position)
-    return torch.where(left == right, left, (1 - part) * left + part * right)
+    tail, ends = (1 - level) / 2, []
+    for share in (tail, 1 - tail):
+        position = share * (len(ordered) - 1)
+        left, right = ordered[math.floor(position)], ordered[math.ceil(position)]
+        part = position - math.floor(position)
+        end = torch.where(left == right, left, (1 - part) * left + part * right)  # which may be infinite
+        ends.append(end.masked_fill(unknown, math.nan))
+    return ends[0], ends[1]
 
 
 def _rows(arrays: Sequence[Tensor]) -> int:

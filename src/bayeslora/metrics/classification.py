@@ -12,11 +12,15 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 
 Binning = Literal["width", "mass"]
+LogProbs = Float[Tensor, "*B N C"]
+Labels = Int[Tensor, "*B N"]
+PerSet = Float[Tensor, " *B"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +64,19 @@ def check_labels(log_p: Tensor, labels: Tensor, where: str = "labels") -> Tensor
     return labels
 
 
-def accuracy(log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"]) -> Float[Tensor, " *B"]:
+def accuracy(log_p: LogProbs, labels: Labels) -> PerSet:
     """Compute the share of examples whose most probable choice, the first where some tie, is the right one."""
     labels = check_labels(log_p, labels)
     return (log_p.argmax(-1) == labels).double().mean(-1)
 
 
-def nll(log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"]) -> Float[Tensor, " *B"]:
+def nll(log_p: LogProbs, labels: Labels) -> PerSet:
     """Compute the mean negative log-likelihood in nats; ``inf`` where a right choice has probability 0."""
     labels = check_labels(log_p, labels)
     return -log_p.gather(-1, labels[..., None]).squeeze(-1).double().mean(-1)
 
 
-def brier(log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"]) -> Float[Tensor, " *B"]:
+def brier(log_p: LogProbs, labels: Labels) -> PerSet:
     """Compute (1/N) Σ_n Σ_c (p_nc - 1[y_n = c])², between 0 and 2, summed over the choices (Brier, 1950, eq. 2)."""
     labels = check_labels(log_p, labels)
     probs = log_p.double().exp()
@@ -80,53 +84,33 @@ def brier(log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"]) -> Float[
     return (probs.square().sum(-1) - 2 * right + 1).mean(-1)
 
 
-def reliability(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], bins: int = 15, binning: Binning = "width"
-) -> Reliability:
-    """Return the examples grouped by the probability of their most probable choice.
-
-    Bins of equal ``width`` divide [0, 1]. Bins of equal ``mass`` end at the quantiles of the confidences: they hold
-    equally many examples to within one, except that equal confidences share a bin, so that the order of the rows is
-    irrelevant.
-    """
+def reliability(log_p: LogProbs, labels: Labels, bins: int = 15, binning: Binning = "width") -> Reliability:
+    """Return the examples grouped by the probability of their most probable choice."""
     confidence, hit = _most_probable(log_p, check_labels(log_p, labels))
     edges, expected, happened, count = _binned(confidence, hit, bins, binning)
     return Reliability(edges, expected / count, happened / count, count.long())
 
 
-def ece(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], bins: int = 15, binning: Binning = "width"
-) -> Float[Tensor, " *B"]:
-    """Return the expected calibration error Σ_b (n_b/N) |accuracy_b - confidence_b| of the most probable choice.
-
-    Guo et al., 2017, *On Calibration of Modern Neural Networks*, eq. 3, with their bins ((b-1)/B, b/B] for ``width``.
-    """
+def ece(log_p: LogProbs, labels: Labels, bins: int = 15, binning: Binning = "width") -> PerSet:
+    """Compute the expected calibration error Σ_b (n_b/N) |accuracy_b - confidence_b| (Guo et al., 2017, eq. 3)."""
     return _calibration_error(*_most_probable(log_p, check_labels(log_p, labels)), bins, binning)
 
 
 def classwise_calibration_error(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], bins: int = 15, binning: Binning = "width"
+    log_p: LogProbs, labels: Labels, bins: int = 15, binning: Binning = "width"
 ) -> Float[Tensor, "*B C"]:
-    """Return for each class c the calibration error of p_c as the probability of the event "the answer is c".
-
-    Bins of equal mass are those of each class's own probabilities.
-    """
+    """Compute for each class c, with bins of its own, the calibration error of p_c as the probability of answer c."""
     labels = check_labels(log_p, labels)
-    errors = [
-        _calibration_error(log_p[..., c].double().exp(), (labels == c).double(), bins, binning)
-        for c in range(log_p.shape[-1])
-    ]
-    return torch.stack(errors, -1)
+    happened = functional.one_hot(labels, log_p.shape[-1]).double()
+    return _calibration_error(log_p.double().exp().mT, happened.mT, bins, binning)
 
 
-def static_calibration_error(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], bins: int = 15, binning: Binning = "width"
-) -> Float[Tensor, " *B"]:
+def static_calibration_error(log_p: LogProbs, labels: Labels, bins: int = 15, binning: Binning = "width") -> PerSet:
     """Average the classwise calibration error over the classes (Nixon et al., 2019, *Measuring Calibration*, eq. 3)."""
     return classwise_calibration_error(log_p, labels, bins, binning).mean(-1)
 
 
-def kl_to_truth(log_p: Float[Tensor, "*B N C"], true_probs: Float[Tensor, "*B N C"]) -> Float[Tensor, " *B"]:
+def kl_to_truth(log_p: LogProbs, true_probs: LogProbs) -> PerSet:
     """Compute the mean KL(truth || predicted) = Σ_c t_c (log t_c - log p_c) in nats, where 0 log 0 = 0."""
     # inf where a possible choice has predicted probability 0
     if log_p.ndim < 2 or log_p.numel() == 0 or true_probs.shape != log_p.shape:
@@ -140,9 +124,7 @@ def kl_to_truth(log_p: Float[Tensor, "*B N C"], true_probs: Float[Tensor, "*B N 
     return (torch.xlogy(truth, truth) - cross).sum(-1).mean(-1)
 
 
-def _most_probable(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"]
-) -> tuple[Float[Tensor, "*B N"], Float[Tensor, "*B N"]]:
+def _most_probable(log_p: LogProbs, labels: Labels) -> tuple[Float[Tensor, "*B N"], Float[Tensor, "*B N"]]:
     """Return the probability of the most probable choice, and 1 where it is the right one."""
     best, answer = log_p.max(-1)
     return best.double().exp(), (answer == labels).double()
@@ -150,7 +132,7 @@ def _most_probable(
 
 def _calibration_error(
     confidence: Float[Tensor, "*B N"], hit: Float[Tensor, "*B N"], bins: int, binning: Binning
-) -> Float[Tensor, " *B"]:
+) -> PerSet:
     """Return Σ_b |hits_b − confidence_b| / N for probabilities of events and whether these happened."""
     _, expected, happened, _ = _binned(confidence, hit, bins, binning)
     return (happened - expected).abs().sum(-1) / confidence.shape[-1]
@@ -160,6 +142,8 @@ def _binned(
     confidence: Float[Tensor, "*B N"], hit: Float[Tensor, "*B N"], bins: int, binning: Binning
 ) -> tuple[Float[Tensor, "*B edges"], Float[Tensor, "*B bins"], Float[Tensor, "*B bins"], Float[Tensor, "*B bins"]]:
     """Return the edges of the bins and, bin by bin, the sums of confidence, of hits and of 1; each set for itself."""
+    # Bins of equal width divide [0, 1]. Bins of equal mass end at the quantiles of the confidences: they hold equally
+    # many examples to within one, except that equal confidences share a bin, whatever the order of the rows.
     if bins < 1 or binning not in get_args(Binning):
         raise InputError(f"bins={bins}, binning={binning!r}: give at least one bin and binning 'width' or 'mass'.")
     *sets, rows = confidence.shape

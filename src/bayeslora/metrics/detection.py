@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from bayeslora._typing import Float, Int
+from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.metrics.classification import check_labels
+from bayeslora.metrics.classification import Labels, LogProbs, PerSet, check_labels
 
 
 def risk_coverage(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], score: Float[Tensor, "*B N"] | None = None
+    log_p: LogProbs, labels: Labels, score: Float[Tensor, "*B N"] | None = None
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "*B N"]]:
     """Compute ``(coverage, risk)``: k/N, and the error rate of the k examples of highest score, for k = 1 ... N."""
     labels = check_labels(log_p, labels)
@@ -29,27 +30,19 @@ def risk_coverage(
     # orders that it could be answered in.
     ordered, order = ranking.neg().sort(-1)
     wrong = (log_p.argmax(-1) != labels).gather(-1, order).double()
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    block = starts.long().cumsum(-1) - 1
-    errors = torch.zeros_like(wrong).scatter_add_(-1, block, wrong)
-    sizes = torch.zeros_like(wrong).scatter_add_(-1, block, torch.ones_like(wrong))
-    spread = (errors / sizes.clamp_min(1)).gather(-1, block)
+    first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+    errors = functional.pad(wrong.cumsum(-1), (1, 0))
+    spread = (errors.gather(-1, end) - errors.gather(-1, first)) / (end - first)
     count = torch.arange(1, rows + 1, dtype=torch.float64, device=wrong.device)
     return count / rows, spread.cumsum(-1) / count
 
 
-def aurc(
-    log_p: Float[Tensor, "*B N C"], labels: Int[Tensor, "*B N"], score: Float[Tensor, "*B N"] | None = None
-) -> Float[Tensor, " *B"]:
-    """Return the area under the risk-coverage curve, (1/N) Σ_k risk_k (Geifman et al., 2019, eq. 4).
-
-    Between 0 and 1, lower is better; the error rate if the order says nothing.
-    """
+def aurc(log_p: LogProbs, labels: Labels, score: Float[Tensor, "*B N"] | None = None) -> PerSet:
+    """Compute the area under the risk-coverage curve, (1/N) Σ_k risk_k (Geifman et al., 2019, eq. 4)."""
     return risk_coverage(log_p, labels, score)[1].mean(-1)
 
 
-def auroc(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
+def auroc(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> PerSet:
     """Compute the area under the ROC curve, P(positive > negative) + P(positive = negative) / 2 (Mann-Whitney)."""
     negative, positive = _ascending(negative_scores, positive_scores)
     below = torch.searchsorted(negative, positive)
@@ -57,28 +50,22 @@ def auroc(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor,
     return (below + not_above).double().mean(-1) / (2 * negative.shape[-1])
 
 
-def aupr_out(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
-    """Return the average precision of finding the out-of-distribution examples, Σ_t (R_t - R_{t-1}) P_t.
-
-    M/(N+M) if the score says nothing. The recall rises by 1/M at each positive, so the sum over thresholds is the mean
-    precision over positives.
-    """
+def aupr_out(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> PerSet:
+    """Compute the average precision of finding the OOD examples, Σ_t (R_t - R_{t-1}) P_t; at chance M/(N+M)."""
+    # the recall rises by 1/M at each positive, so the sum over thresholds is the mean precision over positives
     negative, positive = _ascending(negative_scores, positive_scores)
     true = positive.shape[-1] - torch.searchsorted(positive, positive)
     false = negative.shape[-1] - torch.searchsorted(negative, positive)
     return (true.double() / (true + false)).mean(-1)
 
 
-def aupr_in(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
+def aupr_in(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> PerSet:
     """Compute the average precision of finding the in-distribution examples by the negated score; at chance N/(N+M)."""
     return aupr_out(-positive_scores, -negative_scores)
 
 
-def fpr95(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> Float[Tensor, " *B"]:
-    """Return the share of ID examples flagged when at least 95 % of the OOD examples are flagged (OOD positive).
-
-    The threshold is the highest score t for which the share of OOD scores >= t is at least 0.95.
-    """
+def fpr95(negative_scores: Float[Tensor, "*B N"], positive_scores: Float[Tensor, "*B M"]) -> PerSet:
+    """Compute the share of ID examples flagged by the highest threshold that flags 95 % of the OOD examples."""
     negative, positive = _ascending(negative_scores, positive_scores)
     rows = positive.shape[-1]
     first_flagged = rows - -(-95 * rows // 100)

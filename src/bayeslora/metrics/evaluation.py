@@ -8,9 +8,9 @@ is accuracy lost, a warning says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from torch import Tensor
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.metrics import uncertainty
-from bayeslora.metrics.bootstrap import Sample, interval, resampled
+from bayeslora.metrics.bootstrap import Sample, bootstrap
 from bayeslora.metrics.classification import Binning, check_labels
-from bayeslora.metrics.layout import aligned
-from bayeslora.metrics.mcnemar import lost_by_draws
-from bayeslora.metrics.measures import Measure, measures
+from bayeslora.metrics.measures import UNCERTAINTIES, Measure, measures
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.types import Split
+
+Scored = tuple[dict[str, Measure], list[Sample]]
+"""Measures by the names of their scores, and the samples that they all take."""
 
 
 @dataclass(frozen=True)
@@ -150,47 +151,89 @@ def evaluate(
         raise InputError(f"resamples is {resamples}; give a number >= 0, where 0 means no intervals.")
     labels, truth = _answers(prediction, labels_or_split)
     sets = {"ood": ood} if isinstance(ood, Prediction) else dict(ood or {})
-    table = measures(bins, binning)
-    by_need = {need: {k: m for k, m in table.items() if m.needs == need} for need in ("labels", "probs", "ood")}
-    estimates = partial(_estimates, resamples=resamples, seed=seed)
-    rows: dict[str, dict[str, Estimate]] = {}
-    log_ps = predictors(prediction)
-    for predictor, log_p in log_ps.items():
-        row = estimates(by_need["labels"], [log_p, labels])
-        if truth is not None:
-            row |= estimates(by_need["probs"], [log_p, truth])
-        known = uncertainties(prediction, predictor)
-        for set_name, other in sets.items():
-            unknown = uncertainties(other, predictor)
-            for kind in (kind for kind in known if kind in unknown):
-                separations = estimates(by_need["ood"], [known[kind]], [unknown[kind]])
-                row |= {f"{set_name}/{name}_{kind}": estimate for name, estimate in separations.items()}
-        rows[predictor] = row
+    groups = scored(measures(bins, binning), prediction, sets, labels, truth)
     return Evaluation(
-        rows=rows,
+        rows={
+            predictor: {name: e for group in of for name, e in _estimates(*group, resamples, seed).items()}
+            for predictor, of in groups.items()
+        },
         n=len(labels),
         draws=prediction.draws,
         bins=bins,
         binning=binning,
         resamples=resamples,
         ood={name: other.log_probs.shape[1] for name, other in sets.items()},
-        warning=lost_by_draws(**log_ps, labels=labels) if "mean" in log_ps else None,
+        warning=_lost_by_draws(prediction, labels),
     )
 
 
-def predictors(prediction: Prediction) -> dict[str, Float[Tensor, "N C"]]:
-    """Return the log-probabilities of ``mean``, where the prediction has it, and ``draws``, on the CPU."""
-    mean = prediction.mean_log_probs
-    draws = {"draws": prediction.log_p.cpu()}
-    return draws if mean is None else {"mean": mean.cpu()} | draws
+def scored(
+    table: Mapping[str, Measure],
+    prediction: Prediction,
+    ood: Mapping[str, Prediction],
+    labels: Int[Tensor, " N"],
+    truth: Float[Tensor, "N C"] | None = None,
+) -> dict[str, list[Scored]]:
+    """Return what the predictors ``mean``, where there is one, and ``draws`` are scored by, all on the CPU."""
+    by_need = {need: {k: m for k, m in table.items() if m.needs == need} for need in ("labels", "probs", "ood")}
+    others = {name: _outputs(other) for name, other in ood.items()}
+    groups: dict[str, list[Scored]] = {}
+    for predictor, outputs in _outputs(prediction).items():
+        groups[predictor] = [(by_need["labels"], [[outputs["log_p"], labels]])]
+        if truth is not None:
+            groups[predictor].append((by_need["probs"], [[outputs["log_p"], truth]]))
+        for name, by_predictor in others.items():
+            unknown = by_predictor.get(predictor, {})
+            for kind in (kind for kind in UNCERTAINTIES if kind in outputs and kind in unknown):
+                detection = {f"{name}/{measure}_{kind}": m for measure, m in by_need["ood"].items()}
+                groups[predictor].append((detection, [[outputs[kind]], [unknown[kind]]]))
+    return groups
 
 
-def uncertainties(prediction: Prediction, predictor: str) -> dict[str, Float[Tensor, " N"]]:
-    """Return the scores by which a predictor tells out-of-distribution examples; none where it is missing."""
-    if predictor == "draws":
-        return {"entropy": prediction.entropy.cpu(), "mutual_information": prediction.mutual_information.cpu()}
-    mean = prediction.mean_log_probs
-    return {} if mean is None else {"entropy": uncertainty.entropy(mean.cpu())}
+def aligned(cells: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
+    """Return a table's lines with each column as wide as its widest cell; ``numbers`` end where their column ends."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if numbers and i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(padded) if numbers else "  ".join(padded).rstrip())
+    return lines
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test (1947) of what each predictor alone gets right."""
+    differing, fewer = only_one + only_other, min(only_one, only_other)
+    tail = sum(math.comb(differing, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**differing)
+
+
+def _outputs(prediction: Prediction) -> dict[str, dict[str, Tensor]]:
+    """Return each predictor's log-probabilities, ``log_p``, and the uncertainties that it has."""
+    outputs = {}
+    if prediction.mean_log_probs is not None:
+        mean = prediction.mean_log_probs.cpu()
+        outputs["mean"] = {"log_p": mean, "entropy": uncertainty.entropy(mean)}
+    outputs["draws"] = {name: getattr(prediction, name).cpu() for name in ("log_p", *UNCERTAINTIES)}
+    return outputs
+
+
+def _lost_by_draws(prediction: Prediction, labels: Int[Tensor, " N"]) -> str | None:
+    """Say so, with advice, if the draws' average is right less often than the mean, by more than chance allows."""
+    if prediction.mean_log_probs is None:
+        return None
+    by_mean, by_draws = (log_p.cpu().argmax(-1) == labels for log_p in (prediction.mean_log_probs, prediction.log_p))
+    lost, won = int((by_mean & ~by_draws).sum()), int((by_draws & ~by_mean).sum())
+    if lost <= won or mcnemar(lost, won) >= 0.05:
+        return None
+    of_draws, of_mean = (float(right.double().mean()) for right in (by_draws, by_mean))
+    return (
+        f"the draws cost accuracy: {of_draws:.3f} against {of_mean:.3f} of the mean, more than a paired 95 % interval "
+        f"allows ({lost} right answers lost, {won} won); the noise is too wide for this model, so narrow it with a "
+        "lower temperature (bayeslora.tempered(posterior, 1 / 4), --temperature 0.25) or train colder"
+    )
 
 
 def _answers(prediction: Prediction, answers: Tensor | Split) -> tuple[Int[Tensor, " N"], Float[Tensor, "N C"] | None]:
@@ -199,31 +242,33 @@ def _answers(prediction: Prediction, answers: Tensor | Split) -> tuple[Int[Tenso
     if isinstance(answers, Tensor):
         return check_labels(log_p, answers.cpu()), None
     labels = check_labels(log_p, answers.labels, f"the labels of {answers.name}")
-    truth = torch.zeros(log_p.shape, dtype=torch.float64)
-    for row, example in enumerate(answers.examples):
-        if example.probs is None:
-            return labels, None
-        if len(example.probs) > log_p.shape[1]:
+    truth = [example.probs for example in answers.examples if example.probs is not None]
+    if len(truth) < len(labels):
+        return labels, None
+    choices = log_p.shape[1]
+    for row, probs in enumerate(truth):
+        if len(probs) > choices:
             raise InputError(
-                f"{answers.name}: row {row} has {len(example.probs)} true probabilities, "
-                f"but the prediction has {log_p.shape[1]} choices."
+                f"{answers.name}: row {row} has {len(probs)} true probabilities, "
+                f"but the prediction has {choices} choices."
             )
-        truth[row, : len(example.probs)] = torch.tensor(example.probs, dtype=torch.float64)
-    return labels, truth
+    return labels, torch.tensor([[*p, *[0.0] * (choices - len(p))] for p in truth], dtype=torch.float64)
 
 
-def _estimates(table: Mapping[str, Measure], *samples: Sample, resamples: int, seed: int) -> dict[str, Estimate]:
+def _estimates(
+    chosen: Mapping[str, Measure], samples: Sequence[Sample], resamples: int, seed: int
+) -> dict[str, Estimate]:
     """Return measures of the same samples with their intervals; every measure sees the same resamples."""
 
     def scores(*arrays: Tensor) -> Float[Tensor, "*B measures"]:
-        return torch.stack([measure.score(*arrays) for measure in table.values()], -1)
+        return torch.stack([measure.score(*arrays) for measure in chosen.values()], -1)
 
-    values = scores(*(array for sample in samples for array in sample))
+    values = scores(*chain.from_iterable(samples))
     low = high = torch.full_like(values, math.nan)
     if resamples:
-        low, high = interval(resampled(scores, *samples, resamples=resamples, seed=seed))
-    numbers = zip(values.tolist(), low.tolist(), high.tolist(), strict=True)
-    return {name: Estimate(*estimate) for name, estimate in zip(table, numbers, strict=True)}
+        low, high = bootstrap(scores, *samples, resamples=resamples, seed=seed)
+    numbers = zip(chosen, values.tolist(), low.tolist(), high.tolist(), strict=True)
+    return {name: Estimate(*estimate) for name, *estimate in numbers}
 
 
 def _cell(estimate: Estimate | None) -> str:

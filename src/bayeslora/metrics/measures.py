@@ -10,50 +10,36 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from bayeslora.metrics import classification, detection
 from bayeslora.metrics.bootstrap import Score
-from bayeslora.metrics.classification import (
-    Binning,
-    accuracy,
-    brier,
-    ece,
-    kl_to_truth,
-    nll,
-    static_calibration_error,
-)
-from bayeslora.metrics.detection import aupr_in, aupr_out, aurc, auroc, fpr95
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A score of test sets.
-
-    ``needs``: ``labels`` or true ``probs`` beside the predictions, or for ``ood`` the uncertainties of both sets.
-    ``heading``: the column's in a comparison's table; empty for a score that it leaves out.
-    """
+    """A score of test sets; it needs ``labels`` or true ``probs``, or for ``ood`` the uncertainties of both sets."""
 
     score: Score
     needs: Literal["labels", "probs", "ood"] = "labels"
     higher_is_better: bool = False
-    heading: str = ""
 
 
 UNCERTAINTIES = {"entropy": "H", "mutual_information": "MI"}
 """What tells out-of-distribution examples, and how a heading abbreviates it."""
 
 
-def measures(bins: int = 15, binning: Binning = "width") -> dict[str, Measure]:
+def measures(bins: int = 15, binning: classification.Binning = "width") -> dict[str, Measure]:
     """Return all measures by name; ``ece_mass`` always has bins of equal mass."""
     return {
-        "accuracy": Measure(accuracy, higher_is_better=True, heading="accuracy"),
-        "nll": Measure(nll, heading="NLL"),
-        "brier": Measure(brier, heading="Brier"),
-        "ece": Measure(partial(ece, bins=bins, binning=binning), heading="ECE"),
-        "ece_mass": Measure(partial(ece, bins=bins, binning="mass")),
-        "sce": Measure(partial(static_calibration_error, bins=bins, binning=binning)),
-        "aurc": Measure(aurc, heading="AURC"),
-        "kl_to_truth": Measure(kl_to_truth, "probs", heading="KL to truth"),
-        "auroc": Measure(auroc, "ood", higher_is_better=True, heading="AUROC"),
-        "aupr_out": Measure(aupr_out, "ood", higher_is_better=True),
-        "aupr_in": Measure(aupr_in, "ood", higher_is_better=True),
-        "fpr95": Measure(fpr95, "ood"),
+        "accuracy": Measure(classification.accuracy, higher_is_better=True),
+        "nll": Measure(classification.nll),
+        "brier": Measure(classification.brier),
+        "ece": Measure(partial(classification.ece, bins=bins, binning=binning)),
+        "ece_mass": Measure(partial(classification.ece, bins=bins, binning="mass")),
+        "sce": Measure(partial(classification.static_calibration_error, bins=bins, binning=binning)),
+        "aurc": Measure(detection.aurc),
+        "kl_to_truth": Measure(classification.kl_to_truth, "probs"),
+        "auroc": Measure(detection.auroc, "ood", higher_is_better=True),
+        "aupr_out": Measure(detection.aupr_out, "ood", higher_is_better=True),
+        "aupr_in": Measure(detection.aupr_in, "ood", higher_is_better=True),
+        "fpr95": Measure(detection.fpr95, "ood"),
     }

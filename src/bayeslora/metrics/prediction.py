@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +20,7 @@ from bayeslora.metrics import uncertainty
 _FORMAT = "bayeslora.prediction"
 _VERSION = 1
 _TENSORS = ("log_probs", "mean_log_probs", "monte_carlo_error")
+_FIELDS = ("components", "truncated", "readout", "seconds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +106,12 @@ class Prediction:
     @property
     def between(self) -> Float[Tensor, " N"]:
         """Mutual information between the answer and the mixture member, in nats; 0 for no mixture."""
-        if self.components is None:
-            return torch.zeros_like(self.mutual_information)
-        return uncertainty.between_within(self.log_probs, self.components)[0]
+        return uncertainty.between_within(self.log_probs, self.components or (0,) * self.draws)[0]
 
     @property
     def within(self) -> Float[Tensor, " N"]:
         """Mutual information that lies within the mixture members, in nats; all of it for no mixture."""
-        if self.components is None:
-            return self.mutual_information
-        return uncertainty.between_within(self.log_probs, self.components)[1]
+        return uncertainty.between_within(self.log_probs, self.components or (0,) * self.draws)[1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prediction to one ``.safetensors`` file, whole or not at all.
@@ -127,14 +122,13 @@ class Prediction:
         Raises:
             InputError: If the file cannot be written there.
         """
-        values = {name: getattr(self, name) for name in _TENSORS}
         # copies, because the file format asks for tensors that share no memory
         tensors = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in values.items()
-            if tensor is not None
+            for name in _TENSORS
+            if (tensor := getattr(self, name)) is not None
         }
-        fields = {"version": _VERSION, **{name: getattr(self, name) for name in _Fields.__annotations__}}
+        fields = {"version": _VERSION, **{name: getattr(self, name) for name in _FIELDS}}
         content = save(tensors, metadata={_FORMAT: json.dumps(fields)})
         target = Path(path)
         try:
@@ -167,13 +161,27 @@ class Prediction:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{source} is truncated or no .safetensors file ({error}); write it again.") from error
-        fields = _fields(metadata, source)
+        if _FORMAT not in metadata:
+            raise InputError(
+                f"{source} is a .safetensors file but no prediction; give the file that Prediction.save wrote."
+            )
+        try:
+            fields = json.loads(metadata[_FORMAT])
+            version, truncated, readout = int(fields["version"]), int(fields["truncated"]), str(fields["readout"])
+            components = None if fields["components"] is None else tuple(int(m) for m in fields["components"])
+            seconds = None if fields["seconds"] is None else float(fields["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{source} has damaged metadata ({error!r}); write the prediction again.") from error
+        if version != _VERSION:
+            raise InputError(
+                f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it."
+            )
         if not {"log_probs"} <= tensors.keys() <= set(_TENSORS):
             raise InputError(
                 f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again."
             )
         try:
-            return cls(**tensors, **fields)
+            return cls(components=components, truncated=truncated, readout=readout, seconds=seconds, **tensors)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
 
@@ -214,47 +222,10 @@ def _check_rows(name: str, values: Tensor) -> None:
         bad[1:] &= ~(values[1:] == -torch.inf).all(-1)  # draws that were not taken; the first one always is
     if not bool(bad.any()):
         return
-    *draw, row = bad.nonzero()[0].tolist() if values.ndim == 2 else _first_row(bad)
-    place = f"{name}: row {row}" + (f" of draw {draw[0]}" if draw else "")
-    if bool(values[(*draw, row)].isnan().any()):
+    bad = bad.reshape(-1, bad.shape[-1])
+    row = int(bad.any(0).nonzero()[0])
+    draw = int(bad[:, row].nonzero()[0])
+    place = f"{name}: row {row}" + (f" of draw {draw}" if values.ndim == 3 else "")
+    if bool(values[..., row, :].isnan().reshape(len(bad), -1)[draw].any()):
         raise InputError(f"{place} is NaN; the model's output overflowed, predict again in float32 or bfloat16.")
     raise InputError(f"{place} does not sum to 1; give log-probabilities (log_softmax of the choices' scores).")
-
-
-def _first_row(bad: Tensor) -> list[int]:
-    """Return the draw and number of the first bad row, the row counting before the draw; [S N]."""
-    row = int(bad.any(0).nonzero()[0])
-    return [int(bad[:, row].nonzero()[0]), row]
-
-
-class _Fields(TypedDict):
-    """The fields of a prediction that are no tensors."""
-
-    components: tuple[int, ...] | None
-    truncated: int
-    readout: str
-    seconds: float | None
-
-
-def _fields(metadata: Mapping[str, str], source: Path) -> _Fields:
-    """Return the fields, or refuse metadata that are missing, damaged or of another version."""
-    if _FORMAT not in metadata:
-        raise InputError(
-            f"{source} is a .safetensors file but no prediction; give the file that Prediction.save wrote."
-        )
-    try:
-        fields = json.loads(metadata[_FORMAT])
-        version, components, seconds = int(fields["version"]), fields["components"], fields["seconds"]
-        values = _Fields(
-            components=None if components is None else tuple(int(member) for member in components),
-            truncated=int(fields["truncated"]),
-            readout=str(fields["readout"]),
-            seconds=None if seconds is None else float(seconds),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source} has damaged metadata ({error!r}); write the prediction again.") from error
-    if version != _VERSION:
-        raise InputError(
-            f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it."
-        )
-    return values

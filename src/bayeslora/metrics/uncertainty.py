@@ -51,12 +51,10 @@ def expected_entropy(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
 
 
 def mutual_information(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
-    """Return I = H(p̄) - (1/S) Σ_s H(p_s): the uncertainty that comes from not knowing the weights.
-
-    It is between 0 and log min(S, C); what is within rounding of 0 is 0, so that identical draws tie exactly.
-    """
+    """Compute I = H(p̄) - (1/S) Σ_s H(p_s), between 0 and log min(S, C): the uncertainty that comes from the weights."""
     draws = log_probs.double()
     information = entropy(average(draws)) - expected_entropy(draws)
+    # what is within rounding of 0 is 0, so that identical draws tie exactly
     return information.masked_fill(information < _ROUNDING, 0.0).to(log_probs.dtype)
 
 
@@ -96,15 +94,14 @@ def monte_carlo_error(
     and 2k + 1, of which only the average is a sample.
     """
     probs, was_taken = log_probs.double().exp(), taken(log_probs)
-    members = sorted(set(components)) if components is not None else [0]
+    components = components or [0] * len(probs)
+    member = torch.tensor(components, device=probs.device)
     strata = []
-    for member in members:
-        of_member = [k for k in range(len(probs)) if components is None or components[k] == member]
-        p, t = probs[of_member], was_taken[of_member]
-        if paired and len(of_member) > 1:
-            even = len(of_member) // 2 * 2
-            both = t[:even].view(-1, 2, t.shape[1]).all(1)
-            p, t = p[:even].view(-1, 2, *p.shape[1:]).mean(1), both
+    for m in sorted(set(components)):
+        p, t = probs[member == m], was_taken[member == m]
+        if paired and len(p) > 1:
+            even = len(p) // 2 * 2
+            p, t = p[:even].view(-1, 2, *p.shape[1:]).mean(1), t[:even].view(-1, 2, t.shape[1]).all(1)
         strata.append((p, t))
     if any(bool((t.sum(0) < 2).any()) for _, t in strata):
         strata = [(torch.cat([p for p, _ in strata]), torch.cat([t for _, t in strata]))]

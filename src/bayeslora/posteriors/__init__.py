@@ -5,13 +5,12 @@ from bayeslora.posteriors.dropout import ColumnDropout, TokenDropout
 from bayeslora.posteriors.gaussian import DiagonalGaussian, LowRankGaussian
 from bayeslora.posteriors.kronecker import KroneckerGaussian
 from bayeslora.posteriors.linearised import Linearised
-from bayeslora.posteriors.mixture import Mixture, member_seed
+from bayeslora.posteriors.mixture import Mixture
 from bayeslora.posteriors.point import Point
-from bayeslora.posteriors.sampling import GROUPS, Draws, Sampling
-from bayeslora.posteriors.scaled import Scaled, scale
+from bayeslora.posteriors.sampling import Draws, Sampling
+from bayeslora.posteriors.wrappers import Scaled, scale
 
 __all__ = [
-    "GROUPS",
     "ColumnDropout",
     "DiagonalGaussian",
     "Draws",
@@ -24,6 +23,5 @@ __all__ = [
     "Sampling",
     "Scaled",
     "TokenDropout",
-    "member_seed",
     "scale",
 ]

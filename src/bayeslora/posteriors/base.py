@@ -58,9 +58,6 @@ class Engine(Protocol):
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the answers of the model with drawn weights, and with the mean."""
 
-    def expect(self, passes: int) -> None:
-        """Be told of passes over all examples that `once` will be asked for."""
-
     def once(self, params: Params) -> Float[Tensor, "N C"]:
         """Return the answers of the model with some weights, in one pass."""
 
@@ -69,12 +66,7 @@ class Engine(Protocol):
 
 
 class Posterior(ABC):
-    """A distribution over adapter parameters.
-
-    Attributes:
-        mean: The one adapter that stands for the posterior: what is saved as the plain PEFT adapter.
-        origin: Base model, adapter configuration and method; None for one built by hand, which cannot be saved.
-    """
+    """A distribution over adapter parameters."""
 
     description: ClassVar[str] = "a posterior"
     """The family in words, for the card; ``{members}`` is replaced by the number of posteriors that it is made of."""
@@ -83,7 +75,7 @@ class Posterior(ABC):
 
         @property
         def origin(self) -> Origin | None:
-            """Base model, adapter configuration and method."""
+            """Base model, adapter configuration and method; None for one built by hand, which cannot be saved."""
 
         @property
         def mean(self) -> Params:
@@ -167,6 +159,11 @@ class Posterior(ABC):
         """Return the log-probabilities of examples, by the passes that an engine makes."""
         return engine.weights(self, draws)
 
+    def passes(self, draws: Draws, *, mean: bool) -> int:
+        """Return how many passes over all examples the answers take at most, with those at the mean or without."""
+        # where draws end, the mean is draw 0: a point's, or that of points' first member
+        return draws.count + int(mean and self.distinct is None)
+
     @cached_property
     def draw_cache(self) -> dict[tuple[int, int, Sampling], Params]:
         """Draws that one prediction keeps for the next, by index, seed and sampling; empty at first."""
@@ -201,36 +198,14 @@ class Posterior(ABC):
             yield
 
     @final
-    def parts(self) -> tuple[dict[str, Params], dict[str, object], tuple[Posterior, ...]]:
-        """Return tensors and scalars by field, without mean and origin, and the posteriors that this one is made of."""
-        tensors: dict[str, Params] = {}
-        scalars: dict[str, object] = {}
-        members: tuple[Posterior, ...] = ()
-        for field in fields(cast(Any, self)):
-            value = getattr(self, field.name)
-            if field.name in ("mean", "origin"):
-                continue
-            if field.name in ("members", "posterior"):
-                members = value if isinstance(value, tuple) else (value,)
-            elif isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values()):
-                tensors[field.name] = dict(value)
-            else:
-                scalars[field.name] = dict(value) if isinstance(value, Mapping) else value
-        return tensors, scalars, members
-
-    @final
     @classmethod
     def from_parts(cls, content: Content, members: tuple[Posterior, ...]) -> Self:
         """Return a posterior of this family from what a folder holds and the posteriors that it is made of."""
-        names = {field.name for field in fields(cast(Any, cls))}
-        values: dict[str, object] = {**content.scalars, **content.tensors, "origin": content.origin}
-        if "mean" in names:
-            values["mean"] = content.mean
-        if "members" in names:
-            values["members"] = members
-        elif members:
-            values["posterior"] = members[0]
-        return cls(**values)
+        parts: dict[str, object] = {"mean": content.mean, "members": members, "origin": content.origin}
+        if members:
+            parts["posterior"] = members[0]
+        taken = {field.name: parts[field.name] for field in fields(cast(Any, cls)) if field.name in parts}
+        return cls(**content.scalars, **content.tensors, **taken)
 
     @final
     def require_origin(self) -> Origin:
@@ -242,8 +217,18 @@ class Posterior(ABC):
     @final
     def write(self, folder: Path) -> None:
         """Write the posterior into a folder that is there, and what it is made of below it."""
-        tensors, scalars, members = self.parts()
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
         origin = self.require_origin()
+        members = values.get("members") or ([values["posterior"]] if "posterior" in values else [])
+        tensors: dict[str, Params] = {}
+        scalars: dict[str, object] = {}
+        for name, value in values.items():
+            if name in ("mean", "origin", "members", "posterior"):
+                continue
+            if isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values()):
+                tensors[name] = dict(value)
+            else:
+                scalars[name] = dict(value) if isinstance(value, Mapping) else value
         write_folder(folder, Content(type(self).__name__, self.mean, origin, tensors, scalars, len(members)))
         for i, member in enumerate(members):
             (folder / f"member-{i}").mkdir()
@@ -273,8 +258,8 @@ class Posterior(ABC):
             push_to_hub: Whether to upload the folder to the Hugging Face Hub when it is there; if that fails, the
                 folder stays, and `bayeslora.posteriors.hub.push` tries again.
             repo_id: Repository ``org/name``; None for the folder's name under the user's own.
-            private: Whether a repository that is made is private; None for what the account makes by default.
-            token: Token to write with; None for the one that the machine is logged in with.
+            private: As `bayeslora.push` takes it.
+            token: As `bayeslora.push` takes it.
             commit_message: The commit's message.
         """
         target = Path(folder)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_file, read_object
+from bayeslora.files import atomic_file, read_object, write_text
 from bayeslora.posteriors.folder import ADAPTER_CONFIG, CONFIG
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult
 
     from bayeslora.metrics.evaluation import Evaluation
 
@@ -60,7 +60,7 @@ def write_card(
 def card(path: Path, name: str, evaluation: Evaluation | None = None, task: str = "") -> str:
     """Return the card of a saved posterior, Markdown with metadata at its head; ``name`` is what it is loaded from."""
     import peft
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     missing = f"{path} is not a posterior of bayeslora (it has no {CONFIG}), so it gets no card"
     config = read_object(path / CONFIG, missing)
@@ -69,8 +69,13 @@ def card(path: Path, name: str, evaluation: Evaluation | None = None, task: str 
     auto_class, pipeline, kind = _CLASSES.get(str(adapter.get("task_type")), ("AutoModel", None, "other"))
     data, split = _named(task)
     scores = {} if evaluation is None else evaluation.rows
+    head: dict[str, object] = {}
+    if evaluation is not None and (results := _results(evaluation, kind, data, split)):
+        model_name = " ".join(part for part in (method, base.rpartition("/")[2]) if part)
+        head = {"eval_results": results, "model_name": model_name or "posterior"}
+    tags = ["bayeslora", "lora", *([method] if method else []), *([f"base_model:adapter:{base}"] if base else [])]
     text = ModelCard.from_template(
-        _metadata(method, base, pipeline, [] if evaluation is None else _results(evaluation, kind, data, split)),
+        ModelCardData(base_model=base or None, library_name="peft", pipeline_tag=pipeline, tags=tags, **head),
         template_path=_TEMPLATE,
         method=method,
         base=base,
@@ -102,8 +107,7 @@ def name_card(folder: Path, name: str) -> None:
     text = path.read_text(encoding="utf-8")
     named = re.sub(rf'^{_NAME}"[^"\n]*"', lambda _: f'{_NAME}"{name}"', text, count=1, flags=re.MULTILINE)
     if named != text:
-        with atomic_file(path) as partial:
-            partial.write_text(named, encoding="utf-8")
+        write_text(path, named)
 
 
 def _on_hub(base: str) -> str:
@@ -116,18 +120,6 @@ def _on_hub(base: str) -> str:
     except HFValidationError:
         return ""
     return "" if Path(base).exists() else base
-
-
-def _metadata(method: str, base: str, pipeline: str | None, results: list[EvalResult]) -> ModelCardData:
-    """Return the card's head."""
-    from huggingface_hub import ModelCardData
-
-    tags = ["bayeslora", "lora", *([method] if method else []), *([f"base_model:adapter:{base}"] if base else [])]
-    scores: dict[str, object] = {}
-    if results:
-        model_name = " ".join(part for part in (method, base.rpartition("/")[2]) if part)
-        scores = {"eval_results": results, "model_name": model_name or "posterior"}
-    return ModelCardData(base_model=base or None, library_name="peft", pipeline_tag=pipeline, tags=tags, **scores)
 
 
 def _results(evaluation: Evaluation, kind: str, name: str, split: str | None) -> list[EvalResult]:

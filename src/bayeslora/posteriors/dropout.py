@@ -70,6 +70,7 @@ class TokenDropout(Posterior):
     """
 
     description: ClassVar[str] = "adapters of which inputs are dropped at random"
+    draws_are_weights = False
 
     mean: Params
     rate: float
@@ -90,14 +91,12 @@ class TokenDropout(Posterior):
             "are adapters"
         )
 
-    @property
-    def draws_are_weights(self) -> bool:
-        """No: a draw is a mask for every token."""
-        return False
+    def passes(self, draws: Draws, *, mean: bool) -> int:
+        """One for each draw, and one for the mean."""
+        return draws.count + int(mean)
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the answers of a pass with dropout for each draw, and of one without."""
-        engine.expect(draws.count + engine.mean)
         at_mean = engine.once(self.mean) if engine.mean else None
         log_probs = []
         for k in range(draws.count):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -75,26 +75,26 @@ def read_folder(folder: Path) -> Content:
     for key in ("sha256", "fingerprint"):
         if not isinstance(config.get(key), dict):
             raise InputError(f"{folder / CONFIG} has no {key}; copy the folder again")
-    _check_files(folder, config["sha256"])
+    for key in ("scalars", "members"):
+        if key not in config:
+            raise InputError(f"{folder} lacks a part of a {config.get('family')} ({key!r}); copy the folder again")
+    for file, digest in config["sha256"].items():
+        if not (folder / file).exists():
+            raise InputError(f"{folder / file} is missing; copy the whole folder again")
+        if _sha256(folder / file) != digest:
+            raise InputError(
+                f"{folder / file} is damaged or was changed (its checksum is not the one written with "
+                "it); copy the folder again"
+            )
     adapter = read_object(folder / ADAPTER_CONFIG, f"{folder} has no {ADAPTER_CONFIG}; copy the folder again")
-    keys = ("base_model", "fingerprint", "method", "settings", "num_data")
-    values: dict[str, Any] = {key: config.get(key) for key in keys}
-    normalisation = config.get("normalisation", "sum")  # earlier versions had no other
-    origin = Origin(adapter, **values, normalisation=normalisation)
+    config = {"normalisation": "sum", **config, "adapter_config": adapter}  # earlier versions had no other
+    parts: dict[str, Any] = {field.name: config.get(field.name) for field in fields(Origin)}
     tensors: dict[str, Params] = {}
     for key, value in (read_tensors(folder / SPREAD) if (folder / SPREAD).exists() else {}).items():
         field, _, name = key.partition("/")
         tensors.setdefault(field, {})[name] = value
-    family, mean = str(config.get("family")), read_tensors(folder / ADAPTER)
-    try:
-        return Content(family, mean, origin, tensors, dict(config["scalars"]), int(config["members"]))
-    except (TypeError, KeyError) as error:
-        raise lacks_a_part(folder, family, error) from error
-
-
-def lacks_a_part(folder: Path, family: str, error: Exception) -> InputError:
-    """Return the refusal of a folder that does not hold what its family needs."""
-    return InputError(f"{folder} lacks a part of a {family} ({error}); copy the folder again")
+    mean = read_tensors(folder / ADAPTER)
+    return Content(str(config.get("family")), mean, Origin(**parts), tensors, config["scalars"], config["members"])
 
 
 def write_adapter(params: Params, origin: Origin, folder: Path) -> None:
@@ -114,18 +114,6 @@ def read_tensors(path: Path) -> Params:
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write JSON for people to read."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Refuse a folder of which a file is missing or has another checksum than the one written with it."""
-    for file, digest in digests.items():
-        if not (folder / file).exists():
-            raise InputError(f"{folder / file} is missing; copy the whole folder again")
-        if _sha256(folder / file) != digest:
-            raise InputError(
-                f"{folder / file} is damaged or was changed (its checksum is not the one written with "
-                "it); copy the folder again"
-            )
 
 
 def _sha256(path: Path) -> str:

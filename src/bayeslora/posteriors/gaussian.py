@@ -43,7 +43,7 @@ class DiagonalGaussian(Linearisable):
     @cached_property
     def _deviation(self) -> Params:
         """The square roots of the variances, which every draw needs."""
-        return _roots(self.variance)
+        return {name: v.sqrt() for name, v in self.variance.items()}
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + √variance · ε."""
@@ -54,7 +54,7 @@ class DiagonalGaussian(Linearisable):
 
     def standard_deviation(self) -> Params:
         """Return √variance."""
-        return _roots(self.variance)
+        return dict(self._deviation)
 
     def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> DiagonalGaussian:
         """Return the Gaussian with σ, and the mean if asked, multiplied parameter by parameter."""
@@ -65,14 +65,6 @@ class DiagonalGaussian(Linearisable):
     def noisy(self) -> Collection[str]:
         """The parameters that have a variance."""
         return self.variance.keys()
-
-    def projection(self, name: str) -> str:
-        """Return the parameter's name: the Jacobian is taken as it is."""
-        return name
-
-    def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Float[Tensor, "C N O I"]:
-        """Return the Jacobian."""
-        return jacobian
 
     def covariance(self, name: str, projected: Float[Tensor, "C N O I"]) -> Float[Tensor, "N C C"]:
         """Return J Σ Jᵀ of one parameter."""
@@ -129,7 +121,7 @@ class LowRankGaussian(Posterior):
     @cached_property
     def _deviation(self) -> Params:
         """The square roots of the diagonal part, which every draw needs."""
-        return _roots(self.variance)
+        return {name: v.sqrt() for name, v in self.variance.items()}
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return one draw; see the class for the formula."""
@@ -155,11 +147,6 @@ class LowRankGaussian(Posterior):
             variance={name: v * factors[name] ** 2 for name, v in self.variance.items()},
             snapshots={n: mean[n] + (s - self.mean[n]) * factors[n] for n, s in self.snapshots.items()},
         )
-
-
-def _roots(variance: Params) -> Params:
-    """Return the square root of each variance."""
-    return {name: v.sqrt() for name, v in variance.items()}
 
 
 def _check_variance(mean: Params, variance: Params) -> None:

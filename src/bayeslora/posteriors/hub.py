@@ -60,12 +60,14 @@ def push(
     return repository
 
 
-def fetch(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Return the folder of a repository ``org/name`` on the Hugging Face Hub, from the cache or downloaded."""
+def fetch(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Return a folder, or that of a repository ``org/name`` on the Hugging Face Hub, from the cache or downloaded."""
     from huggingface_hub import snapshot_download
 
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, token=token))
+        return Path(snapshot_download(str(name), revision=revision, token=token))
     except Exception as error:  # as above
         place = name if revision is None else f"{name} at {revision}"
         raise InputError(
@@ -75,31 +77,23 @@ def fetch(name: str, revision: str | None = None, token: str | bool | None = Non
 
 def _cause(error: Exception, *, write: bool) -> str:
     """Return why the Hub did not do it, in words, and what to do."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # a download that the Hub refused, after a look into the cache
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, HFValidationError):
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.HFValidationError):
         return "that is no name of a repository; write it as org/name"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision; name a branch, a tag or a commit"
-    if isinstance(error, LocalTokenNotFoundError) or (status == 401 and write):
+    if isinstance(error, errors.LocalTokenNotFoundError) or (status == 401 and write):
         return "the Hub does not know who you are; log in with `hf auth login`, or pass token=..."
     if status == 403:
         need = "write there" if write else "read it"
         return f"the token may not {need}; pass one that may, or choose another repository"
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return "there is none of that name, or it is private and the token does not open it; check name and token"
-    unreached = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    unreached = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
     if isinstance(error, unreached) or type(error).__name__.endswith(("ConnectError", "Timeout", "ReadError")):
         return "the Hub could not be reached; check the network and try again"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

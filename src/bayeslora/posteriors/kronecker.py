@@ -56,7 +56,7 @@ class KroneckerGaussian(Linearisable):
             for values, vectors, size in zip(
                 (self.left_values, self.right_values),
                 (self.left_vectors, self.right_vectors),
-                _as_matrix(self.mean[name]).shape,
+                self.mean[name].reshape(len(self.mean[name]), -1).shape,
                 strict=True,
             ):
                 if vectors[name].shape != (size, len(values[name]) - 1):
@@ -71,7 +71,8 @@ class KroneckerGaussian(Linearisable):
         draw = dict(self.mean)
         for name, factor in self.strength.items():
             m = self.mean[name]
-            spread = self.multiply(name, _as_matrix(noise(seed, index, name, m, sampling)), torch.rsqrt)
+            matrix = noise(seed, index, name, m, sampling).reshape(len(m), -1)
+            spread = self.multiply(name, matrix, torch.rsqrt)
             draw[name] = m + factor * spread.view_as(m)
         return draw
 
@@ -144,8 +145,3 @@ class KroneckerGaussian(Linearisable):
             sides.append(torch.cat([squares, (1 - squares.sum(1, keepdim=True)).clamp_min(0)], 1))
         diagonal = sides[0] @ f @ sides[1].T
         return self.strength[name] ** 2 * diagonal.view_as(self.mean[name])
-
-
-def _as_matrix(value: Tensor) -> Tensor:
-    """Return a vector as a matrix with one column, and a matrix as it is."""
-    return value if value.ndim == 2 else value.reshape(len(value), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
-from bayeslora.params import Params, generator
+from bayeslora.params import generator
 from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Draws, Sampling
+from bayeslora.posteriors.sampling import Draws
+from bayeslora.posteriors.wrappers import Derived
 
 LOGIT_DRAWS = 256
 """Least draws of a linearised posterior's logits: they cost next to nothing, and a few would decide by their noise."""
@@ -29,13 +30,13 @@ class Linearisable(Posterior, ABC):
     def noisy(self) -> Collection[str]:
         """The parameters that have noise."""
 
-    @abstractmethod
     def projection(self, name: str) -> Hashable:
         """Return what `projected` depends on: posteriors that have it in common share what it returns."""
+        return name
 
-    @abstractmethod
     def projected(self, name: str, jacobian: Float[Tensor, "C N O I"]) -> Tensor:
-        """Return what is left of J Σ Jᵀ to weight for one parameter."""
+        """Return what is left of J Σ Jᵀ to weight for one parameter: the Jacobian as it is, or less."""
+        return jacobian
 
     @abstractmethod
     def covariance(self, name: str, projected: Tensor) -> Float[Tensor, "N C C"]:
@@ -48,7 +49,7 @@ class Linearisable(Posterior, ABC):
 
 @final
 @dataclass(frozen=True)
-class Linearised(Posterior):
+class Linearised(Derived):
     """A Gaussian whose predictions come from the model linearised in its parameters at the mean.
 
     The choices' logits are then normal in closed form, f ~ N(f(mean), J Σ Jᵀ), with J the Jacobian of the logits
@@ -60,6 +61,8 @@ class Linearised(Posterior):
     """
 
     description: ClassVar[str] = "a Gaussian over the adapter, for the model linearised at its mean"
+    draws_are_weights = False
+    minimum_draws = LOGIT_DRAWS
 
     posterior: Linearisable
     origin: Origin | None = None
@@ -71,32 +74,9 @@ class Linearised(Posterior):
                 f"a {type(self.posterior).__name__} cannot be linearised; give a DiagonalGaussian or KroneckerGaussian"
             )
 
-    @property
-    def mean(self) -> Params:
-        """The Gaussian's mean."""
-        return self.posterior.mean
-
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
-        """Return a draw of the weights."""
-        return self.posterior.draw(index, seed, sampling)
-
-    def standard_deviation(self) -> Params | None:
-        """Return that of the weights."""
-        return self.posterior.standard_deviation()
-
-    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Linearised:
-        """Return the rescaled Gaussian, linearised."""
-        return replace(self, posterior=self.posterior.rescaled(noise, signal))
-
-    @property
-    def draws_are_weights(self) -> bool:
-        """No: draws are of the logits."""
-        return False
-
-    @property
-    def minimum_draws(self) -> int:
-        """`LOGIT_DRAWS`."""
-        return LOGIT_DRAWS
+    def passes(self, draws: Draws, *, mean: bool) -> int:
+        """One, which gives the Jacobian too."""
+        return 1
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""

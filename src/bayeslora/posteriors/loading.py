@@ -21,7 +21,6 @@ from bayeslora.posteriors.folder import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONFIG,
-    lacks_a_part,
     read_folder,
     read_tensors,
     write_adapter,
@@ -55,10 +54,7 @@ def load_posterior(
         InputError: If it is no posterior, one of another format, a file is damaged, or it is not for the model; the
             message says which.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = fetch(str(name), revision, token)
-    posterior = _read(folder)
+    posterior = _read(fetch(name, revision, token))
     if model is not None:
         check_base(posterior.require_origin(), model)
         check_against(posterior.mean, lora_parameters(model))
@@ -66,22 +62,9 @@ def load_posterior(
 
 
 def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
-    """Read a posterior, or a plain PEFT adapter as a point, whose origin has no fingerprint of its base.
-
-    Args:
-        name: Folder, or repository ``org/name``.
-        revision: Branch, tag or commit on the Hub.
-
-    Returns:
-        The posterior. Only the one who trained a plain adapter could have taken its base's fingerprint: such a point is
-        for `bayeslora.params.write`, not for `bayeslora.predict`.
-
-    Raises:
-        InputError: If it is neither.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = fetch(str(name), revision)
+    """Read a posterior, or a plain PEFT adapter as a point, whose origin has no fingerprint of its base."""
+    # only the one who trained it could have taken that: the point is for `params.write`, not for `predict`
+    folder = fetch(name, revision)
     if (folder / CONFIG).exists():
         return load_posterior(folder)
     missing = f"{folder} is neither a posterior of bayeslora nor a PEFT adapter (it has no {ADAPTER_CONFIG})"
@@ -127,8 +110,8 @@ def _read(folder: Path) -> Posterior:
     family = FAMILIES.get(content.family)
     if family is None:
         raise InputError(f"{folder / CONFIG} names the family {content.family!r}; known: {', '.join(FAMILIES)}")
-    members = tuple(_read(folder / f"member-{i}") for i in range(content.members))
     try:
+        members = tuple(_read(folder / f"member-{i}") for i in range(content.members))
         return family.from_parts(content, members)
     except (TypeError, KeyError) as error:
-        raise lacks_a_part(folder, content.family, error) from error
+        raise InputError(f"{folder} lacks a part of a {content.family} ({error}); copy the folder again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -90,18 +91,21 @@ class Mixture(Posterior):
         """Return the answers with drawn weights, or those of each member in turn where they are not all weights."""
         if self.draws_are_weights:
             return super().answers(engine, draws)
-        shares = self._shares(draws.count)
-        each = [
-            member.answers(engine, replace(draws, count=n, seed=member_seed(draws.seed, k), tolerance=None))
-            for k, (member, n) in enumerate(zip(self.members, shares, strict=False))
-        ]
-        size = len(shares)
+        size = len(self.members)
+        each = [member.answers(engine, share) for member, share in self._shares(draws)]
         return torch.stack([each[k % size][0][k // size] for k in range(draws.count)]), each[0][1]
 
-    def _shares(self, count: int) -> list[int]:
-        """Return how many of some draws each member gives; the last members none if there are fewer draws."""
-        size = min(count, len(self.members))
-        return [len(range(k, count, size)) for k in range(size)]
+    def passes(self, draws: Draws, *, mean: bool) -> int:
+        """As of any draws of weights, or the sum over the members where they are not all weights."""
+        if self.draws_are_weights:
+            return super().passes(draws, mean=mean)
+        return sum(member.passes(share, mean=mean) for member, share in self._shares(draws))
+
+    def _shares(self, draws: Draws) -> Iterator[tuple[Posterior, Draws]]:
+        """Yield the members and what each gives of some draws; the last give none if there are fewer draws."""
+        for k, member in enumerate(self.members[: draws.count]):
+            count = len(range(k, draws.count, len(self.members)))
+            yield member, replace(draws, count=count, seed=member_seed(draws.seed, k), tolerance=None)
 
 
 def member_seed(seed: int, member: int) -> int:

@@ -17,14 +17,10 @@ class Point(Posterior):
     """A point estimate: every draw is the mean."""
 
     description: ClassVar[str] = "one adapter, without a spread"
+    distinct = 1
 
     mean: Params
     origin: Origin | None = None
-
-    @property
-    def distinct(self) -> int:
-        """One."""
-        return 1
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the mean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,19 +72,9 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
 def origin_of(
     model: nn.Module, method: str = "", settings: Mapping[str, object] | None = None, num_data: int | None = None
 ) -> Origin:
-    """Return the origin of a posterior over this model's active adapter.
-
-    Args:
-        model: A PEFT model with a LoRA adapter.
-        method: Name of the method.
-        settings: The method's hyper-parameters.
-        num_data: Number of training examples N.
-
-    Returns:
-        The origin, complete.
-    """
+    """Return the origin of a posterior over a model's active adapter that a method made of so many examples."""
     peft = require_lora(model)
-    config = {k: _plain(v) for k, v in peft.active_peft_config.to_dict().items()}
+    config = json.loads(json.dumps(peft.active_peft_config.to_dict(), default=sorted))  # PEFT has sets in it
     config["inference_mode"] = True
     base = peft.get_base_model()
     name = str(config.get("base_model_name_or_path") or getattr(base.config, "_name_or_path", "") or "")
@@ -117,14 +108,3 @@ def check_scores(origin: Origin | None, normalisation: str | None, name: str) ->
             f"the posterior was trained with normalisation={origin.normalisation!r}, and {name} has {normalisation!r}; "
             f"load the task with normalisation={origin.normalisation!r}"
         )
-
-
-def _plain(value: object) -> object:
-    """Turn what PEFT keeps in a configuration into what JSON can hold."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return getattr(value, "value", value)

@@ -19,15 +19,11 @@ from bayeslora.params import generator
 
 Sampling = Literal["independent", "antithetic", "simplex", "sobol"]
 """How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; the noise
-of five draws sums to zero; or they are Sobol's sequence with a random digital shift, so that each number of each
+of a group of draws sums to zero; or they are Sobol's sequence with a random digital shift, so that each number of each
 parameter fills its distribution evenly. Each draw by itself has the posterior's distribution in all four."""
 
 
-_GROUP = 5
-"""Draws of ``simplex`` whose noise sums to zero."""
-
-
-GROUPS: Mapping[Sampling, int] = {"independent": 1, "antithetic": 2, "simplex": _GROUP, "sobol": 1}
+GROUPS: Mapping[Sampling, int] = {"independent": 1, "antithetic": 2, "simplex": 5, "sobol": 1}
 """How many draws of a posterior belong together so that a part of them loses what they are for."""
 
 
@@ -72,11 +68,6 @@ class Draws:
     def of(cls, draws: int | Draws) -> Draws:
         """Return a number of draws as draws, and draws as they are."""
         return draws if isinstance(draws, Draws) else cls(draws)
-
-    @property
-    def paired(self) -> bool:
-        """Whether draws come in antithetic pairs."""
-        return self.sampling == "antithetic"
 
 
 _P = ParamSpec("_P")
@@ -126,12 +117,11 @@ def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "
     """Return standard normal numbers that belong to one parameter of one draw: of ``like``'s shape, float32, CPU."""
     if sampling == "sobol":
         return torch.special.ndtri(_sobol(seed, index, name, like)).float()
-    if sampling == "antithetic":
-        even = torch.randn(like.shape, generator=generator(seed, index - index % 2, name))
-        return -even if index % 2 else even
     if sampling == "simplex":
         return _simplex(seed, index, name, like)
-    return torch.randn(like.shape, generator=generator(seed, index, name))
+    mirror = index % 2 if sampling == "antithetic" else 0
+    numbers = torch.randn(like.shape, generator=generator(seed, index - mirror, name))
+    return -numbers if mirror else numbers
 
 
 def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
@@ -140,10 +130,9 @@ def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling =
         return _sobol(seed, index, name, like).float()
     if sampling == "simplex":
         return torch.special.ndtr(_simplex(seed, index, name, like))
-    if sampling == "antithetic":
-        even = torch.rand(like.shape, generator=generator(seed, index - index % 2, name))
-        return 1 - even if index % 2 else even
-    return torch.rand(like.shape, generator=generator(seed, index, name))
+    mirror = index % 2 if sampling == "antithetic" else 0
+    numbers = torch.rand(like.shape, generator=generator(seed, index - mirror, name))
+    return 1 - numbers if mirror else numbers
 
 
 def _simplex(seed: int, index: int, name: str, like: Tensor) -> Tensor:
@@ -154,9 +143,10 @@ def _simplex(seed: int, index: int, name: str, like: Tensor) -> Tensor:
     noise is exact, as with pairs that mirror each other. Its average of what is quadratic is worth K − 1 independent
     draws; a pair's is worth one.
     """
-    group, place = divmod(index, _GROUP)
-    every = torch.randn((_GROUP, *like.shape), generator=generator(seed, "simplex", group, name))
-    return math.sqrt(_GROUP / (_GROUP - 1)) * (every[place] - every.mean(0))
+    size = GROUPS["simplex"]
+    group, place = divmod(index, size)
+    every = torch.randn((size, *like.shape), generator=generator(seed, "simplex", group, name))
+    return math.sqrt(size / (size - 1)) * (every[place] - every.mean(0))
 
 
 _BITS = 30

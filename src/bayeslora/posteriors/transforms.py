@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from bayeslora.errors import InputError
+from bayeslora.params import Params
 from bayeslora.posteriors.base import Factor, Posterior, Rescaling
 
 
@@ -71,9 +72,13 @@ def pruned(posterior: Posterior, fraction: float) -> Posterior:
     if not 0 <= fraction <= 1:
         raise InputError(f"the fraction to prune must be in [0, 1], and it is {fraction}")
 
+    all_deviations: dict[int, Params | None] = {}
+
     def kept_part(name: str, p: Posterior) -> Factor:
         """Return 0 where a parameter is removed and 1 elsewhere."""
-        deviations = p.standard_deviation()
+        if id(p) not in all_deviations:  # once for a member, not once for each of its parameters
+            all_deviations[id(p)] = p.standard_deviation()
+        deviations = all_deviations[id(p)]
         if deviations is None:
             raise InputError(f"a {type(p).__name__} has no standard deviation parameter by parameter")
         if name not in deviations:

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bayeslora._typing import Bool, Float
+from bayeslora._typing import Float, Int
 from bayeslora.prediction.encoding import Encoded
 
 Batch = dict[str, Tensor]
@@ -20,10 +20,9 @@ READ = ("readout_keep", "readout_row", "readout_token", "readout_slot", "readout
 def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: torch.dtype) -> Batch:
     """Return the model's inputs for prompts followed by choices, and where the choices' tokens are predicted.
 
-    ``readout_keep`` [P] are flat positions (row · T + column) whose hidden states the head sees; prediction q is of
-    token ``readout_token[q]`` at kept position ``readout_row[q]`` and counts for choice ``readout_slot[q]`` = b·C + c,
-    with the factor ``readout_weight[q]`` where examples have scales or a neutral prompt. The choices follow one
-    ``shared`` copy of their prompt, under an additive attention mask of the dtype, or each has its own.
+    The choices follow one ``shared`` copy of their prompt, under an additive attention mask, or each has its own.
+    Prediction q is of token ``readout_token[q]`` at kept position ``readout_row[q]``, and counts with
+    ``readout_weight[q]`` for choice ``readout_slot[q]`` = b·C + c; ``readout_keep`` are positions row · T + column.
     """
     choices = max(len(row.answers) for row in rows)
     layout = _Layout(shared)
@@ -40,7 +39,7 @@ def choice_batch(rows: Sequence[Encoded], padding: int, *, shared: bool, dtype: 
     row_, token_, slot_ = torch.tensor(layout.predictions).unbind(1)
     batch = {
         "input_ids": ids,
-        "attention_mask": branch_mask(segment, dtype, root) if branches else (segment >= 0).long(),
+        "attention_mask": _branch_mask(segment, dtype, root) if branches else (segment >= 0).long(),
         "position_ids": torch.tensor([p + [0] * (longest - len(p)) for p in layout.positions]),
         "readout_keep": torch.tensor([b * longest + t for b, t in layout.keep]),
         "readout_row": row_,
@@ -81,34 +80,24 @@ class _Layout:
         root = last = 0
         for answer, slot, weight in zip(answers, slots, weights, strict=True):
             if slot == slots[0] or apart:
-                root = self._begin(prompt, joined)
-                last = len(self.keep) - 1
+                if not joined:
+                    for columns in (self.sequences, self.segments, self.roots, self.positions):
+                        columns.append([])
+                root, last = max(self.segments[-1], default=-1) + 1, len(self.keep)
+                self._put(prompt, root, root, 0)
             self._predict(last, answer[0], slot, weight)
             branch = max(self.segments[-1]) + 1
             for k, (token, following) in enumerate(pairwise(answer)):
-                self._put(token, branch, root, len(prompt) + k)
+                self._put((token,), branch, root, len(prompt) + k)
                 self._predict(len(self.keep) - 1, following, slot, weight)
 
-    def _begin(self, prompt: Sequence[int], joined: bool) -> int:
-        """Put a prompt, and return its segment."""
-        if not joined:
-            for columns in (self.sequences, self.segments, self.roots, self.positions):
-                columns.append([])
-        root, count = max(self.segments[-1], default=-1) + 1, len(prompt)
-        self.sequences[-1] += prompt
-        self.segments[-1] += [root] * count
-        self.roots[-1] += [root] * count
-        self.positions[-1] += range(count)
+    def _put(self, tokens: Sequence[int], segment: int, root: int, position: int) -> None:
+        """Put tokens in a row at the end of the last sequence, and keep the place of the last of them."""
+        self.sequences[-1] += tokens
+        self.segments[-1] += [segment] * len(tokens)
+        self.roots[-1] += [root] * len(tokens)
+        self.positions[-1] += range(position, position + len(tokens))
         self.keep.append((len(self.sequences) - 1, len(self.sequences[-1]) - 1))
-        return root
-
-    def _put(self, token: int, segment: int, root: int, position: int) -> None:
-        """Put one token at the end of the last sequence, and keep its place."""
-        self.keep.append((len(self.sequences) - 1, len(self.sequences[-1])))
-        self.sequences[-1].append(token)
-        self.segments[-1].append(segment)
-        self.roots[-1].append(root)
-        self.positions[-1].append(position)
 
     def _predict(self, place: int, token: int, slot: int, weight: float) -> None:
         """Note that a token of an answer is predicted at a kept place."""
@@ -116,31 +105,11 @@ class _Layout:
         self.weights.append(weight)
 
 
-def with_repeated_positions(batch: Batch, count: int) -> Batch:
-    """Return a batch whose ``readout_`` tensors are those of ``count`` copies of its rows, copy after copy."""
-    if count == 1 or "readout_keep" not in batch:
-        return batch
-    rows, choices = batch["readout_shape"].tolist()
-    steps = {"keep": batch["input_ids"].numel(), "row": len(batch["readout_keep"]), "slot": rows * choices}
-    copies = {"readout_shape": torch.tensor([count * rows, choices])}
-    for key in set(READ).intersection(batch) - copies.keys():
-        offsets = steps.get(key.removeprefix("readout_"), 0) * torch.arange(count, device=batch[key].device)
-        copies[key] = (batch[key] + offsets[:, None]).flatten()
-    return {**batch, **copies}
-
-
-def branch_mask(segment: Tensor, dtype: torch.dtype, root: Tensor) -> Float[Tensor, "B 1 T T"]:
-    """Return the additive attention mask of prompts with branches and padding.
-
-    0 where a position may look: back, at its prompt and its own branch; the dtype's lowest number elsewhere. Each
-    position [B T] has a segment (a prompt, a branch, or -1 for padding) and its prompt's segment, the root.
-    """
-    length = segment.shape[1]
-    asks, looked = segment[:, :, None], segment[:, None, :]
-    back: Bool[Tensor, "T T"] = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = back & ((looked == root[:, :, None]) | (looked == asks))
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-    return mask[:, None]
+def _branch_mask(segment: Int[Tensor, "B T"], dtype: torch.dtype, root: Int[Tensor, "B T"]) -> Float[Tensor, "B 1 T T"]:
+    """Return the additive attention mask: a position sees what came before in its prompt (root) and in its segment."""
+    looked = segment[:, None, :]
+    allowed = ((looked == root[:, :, None]) | (looked == segment[:, :, None])).tril()
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
@@ -149,10 +118,9 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 
 def schedule(lengths: Sequence[int], token_budget: int, most: int) -> dict[int, list[list[int]]]:
-    """Return batches of places in ``lengths`` by the number of draws that share a pass.
+    """Return batches of places in ``lengths`` by the draws that share a pass: ``most``, or fewer for long examples.
 
-    That is ``most``, or fewer where an example is long; the token budget holds for all draws of a batch. A single
-    longer example under a single draw is its own batch.
+    The token budget holds for all draws of a batch; a single longer example under a single draw is its own batch.
     """
     widths = sorted({-(-most // 2**k) for k in range(most.bit_length() + 1)}, reverse=True)
     places: dict[int, list[int]] = {}

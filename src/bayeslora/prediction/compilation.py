@@ -1,8 +1,4 @@
-"""A model's layers compiled: `torch.compile` on each, which all share one compiled code.
-
-The layers of a transformer are the same function with other weights, so that compiling one serves all; hooks and
-readouts around them stay as they are. The first batches of a process pay for the compilation.
-"""
+"""A model's layers compiled: `torch.compile` on each, which all share one code, since they differ in weights only."""
 
 from __future__ import annotations
 
@@ -19,12 +15,11 @@ from bayeslora.params import require_lora
 
 @contextmanager
 def compiled(model: nn.Module, backend: str | None = None, mode: str | None = None) -> Iterator[None]:
-    """Run a model's layers compiled for the length of a ``with`` block; backend and mode are those of `torch.compile`.
-
-    Raises:
-        InputError: If the model has no list of layers, or they cannot be compiled on this machine.
-    """
-    layers = _layers(model)
+    """Run a model's layers compiled for the length of a ``with`` block, by `torch.compile`'s backend and mode."""
+    lists = (m for m in require_lora(model).get_base_model().modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+    layers = next(lists, None)  # the outermost list comes first
+    if layers is None:
+        raise InputError("this model has no list of layers that could be compiled; leave compilation off")
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer in layers:
@@ -39,12 +34,3 @@ def compiled(model: nn.Module, backend: str | None = None, mode: str | None = No
             layer.__dict__.pop("forward", None)
             if forward is not None:
                 layer.forward = forward
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model: the modules of the outermost list."""
-    lists = (m for m in require_lora(model).get_base_model().modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
-    layers = next(lists, None)
-    if layers is None:
-        raise InputError("this model has no list of layers that could be compiled; leave compilation off")
-    return list(layers)

@@ -11,7 +11,7 @@ from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
 from bayeslora.tasks.templates import CHARACTERS_PER_TOKEN, answer_text, neutral_prompt, render, resolve_format
-from bayeslora.tasks.types import Example, Format, Normalisation, Split
+from bayeslora.tasks.types import Example, Normalisation, Split
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,7 @@ class Encoded:
 
 
 def tokenizer_of(model: nn.Module) -> Tokenizer:
-    """Return the tokenizer that was saved under a model's name or path.
-
-    Raises:
-        InputError: If there is none.
-    """
+    """Return the tokenizer that was saved under a model's name or path."""
     from transformers import AutoTokenizer
 
     name = require_lora(model).get_base_model().config._name_or_path
@@ -42,14 +38,7 @@ def tokenizer_of(model: nn.Module) -> Tokenizer:
 
 
 def encode(split: Split, tokenizer: Tokenizer, readout: str, limit: int | None) -> tuple[list[Encoded], int]:
-    """Return a split's examples as token ids, and how many prompts lost their start to the format's ``max_length``.
-
-    ``limit`` is the most tokens that the model reads at once; None if there is no limit.
-
-    Raises:
-        InputError: If an answer has no token of its own or is longer than the model, or a prompt has no token, or is
-            longer than the model and the format sets no ``max_length``.
-    """
+    """Return a split's examples as token ids, and how many prompts lost their start; ``limit`` is the model's."""
     form = resolve_format(split.format, readout)
     prompts = [render(example, form) for example in split]
     prompt_ids = _ids(tokenizer, prompts)
@@ -72,13 +61,18 @@ def encode(split: Split, tokenizer: Tokenizer, readout: str, limit: int | None) 
                 "to cut the beginning of long prompts"
             )
         if longest is not None and len(ids) > longest:
-            ids, cut = _shortened(ids, longest, tokenizer), cut + 1
+            opening = [i for i in ids[:1] if i in tokenizer.all_special_ids]  # this one stays
+            ids, cut = opening + ids[len(ids) - longest + len(opening) :], cut + 1
         if not ids:
             raise InputError(f"row {row} of {split.name} has a prompt without a token; give it a text or a template")
         scales = length_scales(example, answers, form.normalisation) if readout == "likelihood" else ()
         encoded.append(Encoded(tuple(ids), answers, -1 if example.label is None else example.label, scales))
     if form.normalisation == "unconditional" and readout == "likelihood":
-        encoded = _with_neutral(encoded, split, form, tokenizer)
+        prompt, count = neutral_prompt(form), len(encoded)
+        ids = _ids(tokenizer, [prompt])[0]
+        after = _answers(split, [prompt] * count, [ids] * count, tokenizer, readout)
+        pairs = zip(encoded, after, strict=True)
+        encoded = [replace(row, neutral=tuple(ids), neutral_answers=answers) for row, answers in pairs]
     return encoded, cut
 
 
@@ -87,9 +81,8 @@ def length_scales(
 ) -> tuple[float, ...]:
     """Return the factor on each choice's log-likelihood: one over its length in tokens, or in four characters.
 
-    Both give nats a token, or about that. Divided by single characters their softmax would be nearly flat; times the
-    mean length of the choices, which would give them the size of whole answers, about as sure as that of sums. Where
-    all factors are 1 there are none.
+    Both give nats a token. Divided by single characters the softmax would be nearly flat; times the mean length of the
+    choices, about as sure as that of sums. Where all factors are 1 there are none.
     """
     if normalisation == "characters":
         scales = tuple(CHARACTERS_PER_TOKEN / max(1, len(choice)) for choice in example.choices)
@@ -98,16 +91,6 @@ def length_scales(
     else:
         return ()
     return () if set(scales) == {1.0} else scales
-
-
-def _with_neutral(encoded: list[Encoded], split: Split, form: Format, tokenizer: Tokenizer) -> list[Encoded]:
-    """Return examples with the neutral prompt, and their choices after it."""
-    prompt = neutral_prompt(form)
-    ids = _ids(tokenizer, [prompt])[0]
-    count = len(encoded)
-    answers = _answers(split, [prompt] * count, [ids] * count, tokenizer, "likelihood")
-    pairs = zip(encoded, answers, strict=True)
-    return [replace(row, neutral=tuple(ids), neutral_answers=choices) for row, choices in pairs]
 
 
 def _answers(
@@ -147,10 +130,3 @@ def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     end = tokenizer.eos_token_id
     adds_end = end is not None and tokenizer("a")["input_ids"][-1:] == [end] and tokenizer.sep_token_id is None
     return [row[:-1] for row in rows] if adds_end else rows
-
-
-def _shortened(ids: list[int], longest: int, tokenizer: Tokenizer) -> list[int]:
-    """Cut a prompt's start, but not the special tokens that open it."""
-    special = set(tokenizer.all_special_ids)
-    opening = [i for i in ids[:1] if i in special]
-    return opening + ids[len(ids) - longest + len(opening) :]

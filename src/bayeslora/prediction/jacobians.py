@@ -1,14 +1,13 @@
-"""Derivatives of the choices' logits by the adapter's parameters, and streaming low-rank factors of a curvature.
+"""Derivatives of the choices' logits by the adapter's parameters; no Jacobian of the whole adapter is ever held.
 
 For a linear layer the gradient of an output by the weight is a sum over tokens of products g xᵀ of the gradient at the
-layer's output and the layer's input. All that Laplace and linearised prediction need is made of these two, batch by
-batch; no Jacobian of the whole adapter is ever held.
+layer's output and the layer's input. All that Laplace and linearised prediction need is made of these two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -31,12 +30,7 @@ class Site:
 
 
 def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: True) -> list[Site]:
-    """Return a site for each wanted parameter of the active adapter, in the adapter's order.
-
-    Raises:
-        InputError: If a wanted parameter is not one of a linear layer that is called (DoRA's magnitudes, adapted
-            embeddings and bare parameters).
-    """
+    """Return a site for each wanted parameter of the active adapter, in the adapter's order."""
     peft = require_lora(model)
     wrappers = [m for m in peft.modules() if type(m).__name__ == "ParamWrapper"]  # adapts a parameter, calls no layer
     uncalled = {m for wrapper in wrappers for side in (wrapper.lora_A, wrapper.lora_B) for m in side.values()}
@@ -50,7 +44,7 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
     for name, p in lora_parameters(model).items():
         if not names(name):
             continue
-        if p not in owners:
+        if p not in owners:  # DoRA's magnitudes, adapted embeddings and bare parameters
             raise InputError(
                 f"{name} is not a weight of a linear layer that is called, and only those can be linearised; use plain "
                 "LoRA on linear layers, or swag or an ensemble, which serve every kind"
@@ -79,10 +73,7 @@ class Gradients:
 
 @contextmanager
 def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[dict[str, Tensor]], Gradients]]:
-    """Yield a function that runs a batch and differentiates its logits [N C] at the sites' layers.
-
-    The model has a readout attached, and is as before after the ``with`` block.
-    """
+    """Yield a function that runs a batch, with a readout attached, and differentiates its logits at the sites."""
     modules = list(dict.fromkeys(site.module for site in sites))
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -99,32 +90,26 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
             if idle := [site.name for site in sites if site.module not in seen]:
                 raise InputError(f"{idle[0]} took no part in a pass, and cannot be linearised; adapt other layers")
             ends = [seen[m][1] for m in modules]
-            rows: list[tuple[Tensor, ...]] = []
-            for c in range(logits.shape[1]):
-                last = c + 1 == logits.shape[1]
-                rows.append(
-                    torch.autograd.grad(logits[:, c].sum(), ends, retain_graph=not last, materialize_grads=True)
-                )
+            columns = logits.unbind(1)
+            rows = [
+                torch.autograd.grad(column.sum(), ends, retain_graph=column is not columns[-1], materialize_grads=True)
+                for column in columns
+            ]
         inputs, outputs, owners = {}, {}, {}
         examples = _owners(batch, *logits.shape)
-        for k, module in enumerate(modules):
-            x, g = seen[module][0].float(), torch.stack([row[k] for row in rows]).float()
+        for module, *gradients in zip(modules, *rows, strict=True):
+            x, g = seen[module][0].float(), torch.stack(gradients).float()
             inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, examples)
         seen.clear()
         return Gradients(logits.detach(), inputs, outputs, owners)
 
-    required = {p: p.requires_grad for p in lora_parameters(model).values()}
-    handles = [module.register_forward_hook(_note) for module in modules]
-    try:
-        for p in required:
+    with evaluating(model), ExitStack() as undo:
+        for module in modules:
+            undo.enter_context(module.register_forward_hook(_note))
+        for p in lora_parameters(model).values():
+            undo.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(True)
-        with evaluating(model):
-            yield _gradients
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, before in required.items():
-            p.requires_grad_(before)
+        yield _gradients
 
 
 def _owners(
@@ -144,13 +129,12 @@ def _by_example(
 ) -> tuple[Float[Tensor, "R T I"], Float[Tensor, "C R T O"], Int[Tensor, " R"]]:
     """Return a layer's inputs and gradients with a token axis, and the example of each row; see `_owners`."""
     sequences, length = batch["input_ids"].shape
-    of_sequence, of_kept = owners
+    of_sequence = owners[0]
     if x.ndim == 3 and len(x) == sequences:
         return x, g, of_sequence
-    if x.ndim == 2 and of_kept is not None and len(x) == len(of_kept):
-        return x[:, None], g[:, :, None], of_kept
-    if x.ndim == 2 and len(x) == sequences:
-        return x[:, None], g[:, :, None], of_sequence
+    for owner in owners[::-1]:  # of kept positions first
+        if x.ndim == 2 and owner is not None and len(x) == len(owner):
+            return x[:, None], g[:, :, None], owner
     if x.ndim == 2 and len(x) == sequences * length:
         return x.view(sequences, length, -1), g.view(len(g), sequences, length, -1), of_sequence
     raise InputError(f"a layer's input of shape {tuple(x.shape)} cannot be told apart by examples")

@@ -6,7 +6,7 @@ backward passes serve any number of posteriors around the same mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ from bayeslora.tasks.types import Split
 
 
 def gradient_budget(model: nn.Module, token_budget: int | None, split: Split) -> int:
-    """Return the most tokens of a batch that is differentiated: the gradients of all choices are held at once.
-
-    It is that of what is only predicted, or what the device has memory for (2048 on a CPU), by the number of choices.
-    """
+    """Return the most tokens of a batch that is differentiated: the gradients of all choices are held at once."""
     most = token_budget or default_token_budget(model, gradients=True)
     return max(1, most // max(len(example.choices) for example in split))
 
@@ -35,11 +32,10 @@ def logit_moments(
     examples: int,
     done: Callable[[int], object] = lambda _: None,
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "K N C C"]]:
-    """Return mean and covariance of the logits under each of several posteriors with the same mean.
+    """Return mean and covariance of the logits, float32 on the CPU, under each of several posteriors of one mean.
 
-    The model has the readout attached and the posteriors' mean applied; ``batches`` are numbers of examples with their
-    batch, ``done`` is told how many examples have passed. Logits are minus infinity for choices that an example does
-    not have; float32 on the CPU.
+    The readout is attached and the mean applied. ``batches`` have the numbers of their examples; ``done`` is told how
+    many have passed. Logits are minus infinity for choices that an example does not have.
     """
     noisy = posteriors[0].noisy
     sites = linear_sites(model, lambda name: name in noisy)
@@ -52,11 +48,11 @@ def logit_moments(
             if (more := classes - logits.shape[1]) > 0:
                 logits = nn.functional.pad(logits, (0, more), value=-torch.inf)
                 covariances = nn.functional.pad(covariances, (0, more, 0, more))
-            found = gradients.logits.new_zeros(len(posteriors), len(order), classes, classes)
+            covariance = gradients.logits.new_zeros(len(posteriors), len(order), classes, classes)
             for site in sites:
-                found += _covariances(gradients.jacobian(site), posteriors, site.name).to(found.device)
+                covariance += _covariances(gradients.jacobian(site), posteriors, site.name).to(covariance.device)
             logits[order, :classes] = gradients.logits.cpu()
-            covariances[:, order, :classes, :classes] = found.cpu()
+            covariances[:, order, :classes, :classes] = covariance.cpu()
             done(len(order))
     return logits, covariances
 
@@ -65,9 +61,6 @@ def _covariances(
     jacobian: Float[Tensor, "C N O I"], posteriors: Sequence[Linearisable], name: str
 ) -> Float[Tensor, "K N C C"]:
     """Return J Σ Jᵀ of one parameter under each posterior; those that have a projection of J in common share it."""
-    projected: dict[Hashable, Tensor] = {}
-    for posterior in posteriors:
-        key = posterior.projection(name)
-        if key not in projected:
-            projected[key] = posterior.projected(name, jacobian)
+    first = {posterior.projection(name): posterior for posterior in reversed(posteriors)}
+    projected = {key: posterior.projected(name, jacobian) for key, posterior in first.items()}
     return torch.stack([p.covariance(name, projected[p.projection(name)]) for p in posteriors])

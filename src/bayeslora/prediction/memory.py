@@ -43,11 +43,7 @@ def in_halves(
     batches: Iterable[Sequence[Item]],
     again: Callable[[Sequence[Item]], bool] = lambda batch: True,
 ) -> list[Item]:
-    """Return the items that do not fit into memory alone, having run batches in order, in halves where necessary.
-
-    Raises:
-        RuntimeError: If it is no lack of memory, or ``again`` says that the batch must not be run again.
-    """
+    """Run batches in order, in halves where necessary if ``again`` lets them; return what does not fit alone."""
     waiting = deque(batches)
     too_large: list[Item] = []
     while waiting:
@@ -74,12 +70,7 @@ def max_stacked(model: nn.Module, draw: Params) -> int:
 
 
 def default_token_budget(model: nn.Module, *, gradients: bool = False) -> int:
-    """Return how many tokens, padding included, a batch may have on the model's device.
-
-    A token needs, by estimate, ten times the hidden size and three times the inner size of the layers in the model's
-    dtype, its keys and values in every layer, and the logits with their float32 copies. Where it is differentiated
-    backwards, every layer keeps what a prediction needs for one, and the gradients take as much again in float32.
-    """
+    """Return how many tokens, padding included, a batch may have on the model's device."""
     device = device_of(model)
     if device.type != "cuda":
         return CPU_BUDGET
@@ -89,8 +80,9 @@ def default_token_budget(model: nn.Module, *, gradients: bool = False) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     size = base.dtype.itemsize
     layers = config.num_hidden_layers
+    # by estimate; then keys and values in every layer, and the logits with their float32 copies
     inside = size * (10 * hidden + 3 * inner + 2 * hidden * layers)
-    if gradients:
+    if gradients:  # every layer keeps what a prediction needs for one, and the gradients are float32
         inside = (size + 4) * layers * (10 * hidden + 3 * inner)
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,8 +1,7 @@
 """Passes of examples through a model under a number of draws: the one engine behind every readout of a model.
 
-What goes into a batch (a token budget), how many draws share a pass, a prefix that all prompts have in common,
-compilation, and what happens where memory is short are decided here. What is read from a pass is a `Reading`:
-log-probabilities of choices, rewards, or likelihoods of texts.
+What goes into a batch, how many draws share a pass, a prefix that all prompts have in common, and what happens where
+memory is short are decided here. What is read from a pass is a `Reading`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import final
 
 import torch
@@ -20,21 +20,43 @@ from transformers import DynamicCache
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, require_lora
-from bayeslora.prediction.batching import Batch, grouped, on, schedule, with_repeated_positions
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.posteriors.provenance import check_base
+from bayeslora.prediction.batching import Batch, grouped, on, schedule
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.memory import in_halves, max_stacked
-from bayeslora.prediction.neutral import AT_ONCE, neutral_rows
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.prefix_cache import WORTHWHILE, Inputs, common_prefix, continued, prefix_cache, without_prefix
+from bayeslora.prediction.prefix_cache import WORTHWHILE, common_prefix, continued, prefix_cache, without_prefix
 from bayeslora.prediction.probes import tried
 from bayeslora.prediction.readouts import Readout
 from bayeslora.prediction.stacking import differing, stacked, stacks
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE = 8
+"""Choices that share a pass over their neutral prompt."""
 _CLOSE = 0.05
 """Largest difference of a log-probability, in deviations of them all, that is taken for rounding."""
+
+
+@final
+@dataclass(frozen=True)
+class PassOptions:
+    """How the passes over the data are run; none of it changes a number by more than rounding.
+
+    Attributes:
+        stack: Whether several draws may share a pass over the base, where the model allows it.
+        share_prefix: Whether a prefix that all prompts have in common may be run once for each draw, where the model
+            allows it.
+        compile: Whether to compile the model's layers with `torch.compile`: sooner where there are many rows, for
+            compiling takes about a minute. It does not apply to linearised posteriors.
+        progress: Whether to show a bar with the time left.
+    """
+
+    stack: bool = True
+    share_prefix: bool = True
+    compile: bool = False
+    progress: bool = False
 
 
 @final
@@ -123,13 +145,17 @@ class Passes:
     def _against_neutral(
         self, draw: Callable[[int], Params], count: int, numbers: Sequence[int]
     ) -> Float[Tensor, "S n C"]:
-        """Return the log-probabilities where scores are set against a neutral prompt: one more pass of each choice."""
+        """Return the log-probabilities against a neutral prompt, after which each different choice is passed once."""
         bare = [replace(row, neutral=(), neutral_answers=()) for row in self.rows]
         log_probs = replace(self, rows=bare).run(draw, count, numbers)
-        rows, places = neutral_rows([self.rows[i] for i in numbers])
+        choices = [self.rows[i].neutral_answers for i in numbers]
+        places = {answer: place for place, answer in enumerate(dict.fromkeys(chain.from_iterable(choices)))}
+        groups = [tuple(places)[at : at + AT_ONCE] for at in range(0, len(places), AT_ONCE)]
+        prompt = self.rows[numbers[0]].neutral
+        rows = [Encoded(prompt, group, -1, (1.0,) * len(group)) for group in groups]
         options = replace(self.options, share_prefix=False)
         once = Passes(self.model, self.readout, rows, AT_ONCE, self.token_budget, options=options, reading=SCORES)
-        index = torch.tensor([row + [0] * (self.classes - len(row)) for row in places])
+        index = torch.tensor([[places[a] for a in row] + [0] * (self.classes - len(row)) for row in choices])
         return (log_probs - once.run(draw, count).flatten(1)[:, index]).log_softmax(-1)
 
     def _few(self) -> list[Encoded]:
@@ -194,8 +220,7 @@ class Passes:
     ) -> Float[Tensor, "S B C"]:
         """Return the answers of one pass, which goes on from the keys and values of a prefix if they are given."""
         batch = on(self.readout.collate(rows), device_of(self.model))
-        copies = with_repeated_positions(batch, count)
-        inputs: Inputs = copies if cache is None else continued(copies, cache, len(batch["input_ids"]))
+        inputs = batch if cache is None else continued(batch, cache)
         logits: Tensor = require_lora(self.model)(**inputs).logits
         return self.reading.read(logits, batch, count, examples).cpu()
 
@@ -222,3 +247,21 @@ def batched(
     """Return examples in batches on the model's device, with the examples' numbers; the readout is to be attached."""
     groups = grouped([readout.length(row) for row in rows], token_budget)
     return [(group, on(readout.collate([rows[i] for i in group]), device_of(model))) for group in groups]
+
+
+def weight_draws(model: nn.Module, posterior: Posterior, draws: int | Draws) -> Draws:
+    """Return a request for draws that stay the same weights in every pass, with the count that serves it."""
+    draws = Draws.of(draws)
+    if posterior.unscaled is not posterior:
+        raise InputError(
+            "a temperature was fitted to the choices of a task and says nothing about anything else; use what is "
+            "scaled, posterior.posterior"
+        )
+    if not posterior.draws_are_weights:
+        raise InputError(
+            f"the draws of a {type(posterior).__name__} are not weights that stay the same from text to text; use "
+            "its mean, Point(posterior.mean) or `bayeslora export --mean`, or another posterior"
+        )
+    if posterior.origin is not None:
+        check_base(posterior.origin, model)
+    return replace(draws, count=posterior.count(draws))

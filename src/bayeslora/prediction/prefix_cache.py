@@ -1,7 +1,4 @@
-"""A prefix that all prompts have in common (an instruction, solved examples) is run once for each draw.
-
-Its keys and values are kept, and every batch goes on from them.
-"""
+"""A prefix that all prompts have in common is run once for each draw; batches go on from its keys and values."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from bayeslora.prediction.encoding import Encoded
 
 WORTHWHILE = 16
 """Tokens from which on a common prefix is run by itself."""
-Inputs = Mapping[str, object]
-"""What a model's forward pass is given."""
 
 
 def common_prefix(rows: Sequence[Encoded]) -> tuple[int, ...]:
@@ -49,13 +44,13 @@ def prefix_cache(model: nn.Module, tokens: Sequence[int], count: int) -> Dynamic
     return cache if whole and cache.layers else None
 
 
-def continued(batch: Mapping[str, Tensor], cache: DynamicCache, sequences: int) -> Inputs:
+def continued(batch: Mapping[str, Tensor], cache: DynamicCache) -> dict[str, object]:
     """Return a batch of prompts without their prefix that goes on from the keys and values of each draw's prefix."""
     size = cache.get_seq_length()
     expanded = copy.copy(cache)
     expanded.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in expanded.layers:
-        layer.batch_repeat_interleave(sequences)
+        layer.batch_repeat_interleave(len(batch["input_ids"]))
     mask = batch["attention_mask"]
     seen = 1 if mask.ndim == 2 else 0  # a mask of four axes is added to the scores
     return {

@@ -17,15 +17,10 @@ _VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionar
 
 
 def tried(model: nn.Module, what: Hashable, trial: Callable[[], bool], *, needed: bool = False) -> bool:
-    """Return the outcome of a trial, made once for each model and ``what``, which names all that it depends on.
-
-    An exception that says that shapes or arguments do not fit counts as a failure. A lack of memory says nothing about
-    the model: the trial is made again with the cache cleared, and if that does not help, the answer is no for this time
-    and is not kept.
-
-    Raises:
-        RuntimeError: If memory does not suffice and the outcome is ``needed``: there is no other way to go on.
-    """
+    """Return the outcome of a trial, made once for each model and ``what``, which names all that it depends on."""
+    # An exception that says that shapes or arguments do not fit is a failure. A lack of memory says nothing about the
+    # model: the trial is made again with the cache cleared, and if that does not help, the answer is no for this time
+    # and is not kept, or, where the outcome is needed to go on, the error is raised.
     verdicts = _VERDICTS.setdefault(model, {})
     if what in verdicts:
         return verdicts[what]

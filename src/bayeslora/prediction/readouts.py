@@ -1,17 +1,9 @@
 """How an answer is read from a model: batches go in, logits [B C] come out, in training as in prediction.
 
-While a readout is attached, ``model(**batch).logits`` holds one number per choice, whatever the model: a causal
-language model becomes a classifier over the choices, and any Trainer can train it with a cross-entropy. The language
-model's head then sees the positions that are asked for and no others.
-
-A choice's logit is the log-likelihood of its tokens after the prompt. Where every choice is a single token the
-normaliser over the vocabulary is the same for all of them and is left out. Where choices are longer, they share the
-pass over their prompt: all of them follow it in one sequence, at the positions they would have, and see the prompt and
-themselves only.
-
-The format's normalisation changes these scores before the softmax, by a factor on each token's log-probability: one
-over the choice's length, or -1 for the choice after a neutral prompt, which is one more prompt in the same sequence
-that sees nothing of the first.
+A choice's logit is the log-likelihood of its tokens after the prompt, times a factor if the format normalises it. Where
+every choice is a single token the normaliser over the vocabulary is the same for all and is left out. Longer choices
+share the pass over their prompt: all follow it in one sequence, at the positions they would have, and see the prompt
+and themselves only. A neutral prompt is one more in the same sequence, and sees nothing of the first.
 """
 
 from __future__ import annotations
@@ -27,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
-from bayeslora._typing import Float, Int, Tokenizer
+from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import device_of, evaluating, generator, require_lora
 from bayeslora.prediction.batching import READ, Batch, choice_batch, on
@@ -80,10 +72,9 @@ class Readout:
 
     @contextmanager
     def attached(self, model: nn.Module, read: Callable[[Tensor, Batch], Tensor] | None = None) -> Iterator[None]:
-        """Make ``model(**batch).logits`` the choices' logits [B C] for the length of a ``with`` block.
+        """Make ``model(**batch).logits`` the choices' logits [B C], or what ``read`` makes of the kept positions.
 
-        A pass without the batch's ``readout_`` tensors stays as it is, so a callback may predict or generate. Another
-        ``read`` makes something else of the logits [P V] at the kept positions and the ``readout_`` tensors.
+        A pass without the batch's ``readout_`` tensors stays as it is, so a callback may predict or generate.
         """
         if self.name == "head":
             yield
@@ -91,20 +82,26 @@ class Readout:
         peft = require_lora(model)
         head = peft.get_base_model().get_output_embeddings()
         positions: Batch = {}
+        size = 0
 
         def before(_: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
             """Take what is not for the model out of its arguments."""
+            nonlocal size
             positions.clear()
             positions.update({key: kwargs.pop(key) for key in READ if key in kwargs})
             if not positions:
                 return args, kwargs
             for key in ("labels", "shift_labels", "num_items_in_batch"):
                 kwargs.pop(key, None)
+            size = kwargs["input_ids"].numel()
             return args, {**kwargs, "use_cache": False}
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            """Give the head the positions that predict an answer's token."""
-            return (kept_states(args[0], positions["readout_keep"]), *args[1:]) if positions else args
+            """Give the head the positions that predict an answer's token, for each stacked draw."""
+            if not positions:
+                return args
+            states = args[0].reshape(-1, size, args[0].shape[-1])  # one row for each draw
+            return states[:, positions["readout_keep"].to(states.device)].flatten(0, 1), *args[1:]
 
         def after(_: nn.Module, args: Args, outputs: ModelOutput) -> ModelOutput:
             """Return the choices' logits in the place of the model's."""
@@ -114,24 +111,16 @@ class Readout:
             positions.clear()  # a call of the base model itself, without these hooks' batch, stays as it is
             return SequenceClassifierOutput(logits=logits)
 
-        handles = [
+        with (
             peft.register_forward_pre_hook(before, with_kwargs=True),
             head.register_forward_pre_hook(narrow),
             peft.register_forward_hook(after),
-        ]
-        try:
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer = None) -> Readout:
-    """Return how a split's answers are read from a model, by the split's format or, where it says auto, by the model.
-
-    Raises:
-        InputError: If the model and the readout or the split's classes do not fit.
-    """
+    """Return how a split's answers are read from a model: as its format says, or by the model where it says auto."""
     peft = require_lora(model)
     base = peft.get_base_model()
     classifier = "ForSequenceClassification" in type(base).__name__
@@ -147,30 +136,22 @@ def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer = None) -> 
         raise InputError(f"a {type(base).__name__} has no language model head; load a causal language model")
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(peft)
     if name == "head":
-        return _head(base, split, tokenizer)
+        if split.classes is None:
+            raise InputError(
+                f"{split.name} has choices that change from row to row; a classification head cannot "
+                "answer it, use a causal language model"
+            )
+        if base.config.num_labels != len(split.classes):
+            raise InputError(
+                f"{split.name} has {len(split.classes)} classes, the model's head {base.config.num_labels}; "
+                f"load the model with num_labels={len(split.classes)}"
+            )
+        return head_readout(base, tokenizer, "classification")
     neutral = split.format.normalisation == "unconditional"
-
-    def shares() -> bool:
-        """Try branches."""
-        return _shares_prompts(peft, base, tokenizer, neutral)
-
-    shared = name == "likelihood" and tried(peft, ("branches", neutral), shares)
+    shared = name == "likelihood" and tried(
+        peft, ("branches", neutral), lambda: _shares_prompts(peft, base, tokenizer, neutral)
+    )
     return Readout(name, tokenizer, token_limit(base, tokenizer), shared, base.dtype)
-
-
-def _head(base: PreTrainedModel, split: Split, tokenizer: Tokenizer) -> Readout:
-    """Return the readout of a model with a classification head, if its classes are the split's."""
-    if split.classes is None:
-        raise InputError(
-            f"{split.name} has choices that change from row to row; a classification head cannot "
-            "answer it, use a causal language model"
-        )
-    if base.config.num_labels != len(split.classes):
-        raise InputError(
-            f"{split.name} has {len(split.classes)} classes, the model's head {base.config.num_labels}; "
-            f"load the model with num_labels={len(split.classes)}"
-        )
-    return head_readout(base, tokenizer, "classification")
 
 
 def head_readout(base: PreTrainedModel, tokenizer: Tokenizer, kind: str) -> Readout:
@@ -186,27 +167,23 @@ def token_limit(base: PreTrainedModel, tokenizer: Tokenizer) -> int | None:
     return min((n for n in bounds if n is not None and n < 10**9), default=None)
 
 
-def choice_logits(logits: Float[Tensor, "P V"], positions: Batch) -> Float[Tensor, "B C"]:
+def choice_logits(logits: Float[Tensor, "SP V"], positions: Batch) -> Float[Tensor, "SB C"]:
     """Return the choices' log-likelihoods by the head's output at the kept positions, up to a constant per example.
 
-    Float32; minus infinity for choices that an example does not have. The positions are a batch's ``readout_`` tensors.
+    Float32; minus infinity for choices that an example does not have. The positions are the ``readout_`` tensors of a
+    batch, whose rows have passed once for each of S stacked draws.
     """
     row, token, slot = (positions[f"readout_{key}"].to(logits.device) for key in ("row", "token", "slot"))
     weight = positions.get("readout_weight")
-    size = torch.Size(positions["readout_shape"].tolist())
-    values = logits[row, token].float()
+    rows, choices = positions["readout_shape"].tolist()
+    values = logits.view(-1, len(positions["readout_keep"]), logits.shape[-1])[:, row, token].float()
     if weight is not None or len(row) > len(torch.unique(slot)):  # the normaliser is not the same for all choices
-        values = values - _log_normaliser(logits)[row]
+        values = values - _log_normaliser(logits).view(len(values), -1)[:, row]
     if weight is not None:
         values = values * weight.to(logits.device)
-    filled = torch.zeros(size.numel(), device=values.device).index_add(0, slot, values)
-    present = torch.zeros(size.numel(), dtype=torch.bool, device=values.device).index_fill(0, slot, True)
-    return filled.masked_fill(~present, -torch.inf).view(size)
-
-
-def kept_states(states: Float[Tensor, "*positions H"], keep: Int[Tensor, " P"]) -> Float[Tensor, "P H"]:
-    """Return the hidden states at some flat positions, which may be on another device."""
-    return states.flatten(0, -2)[keep.to(states.device)]
+    filled = values.new_zeros(len(values), rows * choices).index_add(1, slot, values)
+    present = torch.zeros(rows * choices, dtype=torch.bool, device=values.device).index_fill(0, slot, True)
+    return filled.masked_fill(~present, -torch.inf).view(-1, choices)
 
 
 def _log_normaliser(logits: Float[Tensor, "P V"]) -> Float[Tensor, " P"]:

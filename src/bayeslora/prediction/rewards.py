@@ -11,17 +11,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.passes import REWARDS, Passes
+from bayeslora.prediction.passes import REWARDS, Passes, PassOptions, weight_draws
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
@@ -29,6 +28,7 @@ Text = str | Sequence[dict[str, str]]
 
 
 @former_keywords("draws", Draws, seed="seed", sampling="sampling")
+@former_keywords("options", PassOptions, 3, stack="stack")
 def predict_rewards(
     model: nn.Module,
     posterior: Posterior,
@@ -37,7 +37,7 @@ def predict_rewards(
     *,
     tokenizer: Tokenizer | None = None,
     token_budget: int | None = None,
-    stack: bool = True,
+    options: PassOptions = PassOptions(),
 ) -> Float[Tensor, "S N"]:
     """Return the reward of every text under every draw.
 
@@ -51,8 +51,8 @@ def predict_rewards(
         draws: Number S of draws, or `Draws`. Draw k of a seed is the same weights in every call.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
-        stack: Whether several draws may share a pass over the base, where the model allows it: the same numbers up to
-            rounding.
+        options: How the passes are run, and whether a bar is shown; the numbers are the same up to rounding. Texts have
+            no prefix that is shared.
 
     Returns:
         Float32 on the CPU.
@@ -62,12 +62,23 @@ def predict_rewards(
     """
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
-    readout = _readout(model, tokenizer)
+    peft = require_lora(model)
+    base = peft.get_base_model()
+    if "ForSequenceClassification" not in type(base).__name__ or base.config.num_labels != 1:
+        raise InputError(
+            f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
+            "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
+        )
+    readout = head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
     draws = weight_draws(model, posterior, draws)
     rows = _encoded(texts, readout)
     budget = token_budget or default_token_budget(model)
-    passes = Passes(model, readout, rows, 1, budget, options=PassOptions(stack=stack), reading=REWARDS)
-    with evaluating(model):
+    total = len(rows) * draws.count
+    with (
+        evaluating(model),
+        tqdm(total=total, desc="rewards", unit="row", disable=not options.progress) as bar,
+    ):
+        passes = Passes(model, readout, rows, 1, budget, bar.update, options, REWARDS)
         return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
 
@@ -119,18 +130,6 @@ def penalised_rewards(
             )
         rewards = rewards - reference.mean(1, keepdim=True)
     return rewards.mean(0) - weight * rewards.std(0, correction=min(1, len(rewards) - 1))
-
-
-def _readout(model: nn.Module, tokenizer: Tokenizer | None) -> Readout:
-    """Return how texts are put to a model with a scalar head, or refuse the model."""
-    peft = require_lora(model)
-    base = peft.get_base_model()
-    if "ForSequenceClassification" not in type(base).__name__ or base.config.num_labels != 1:
-        raise InputError(
-            f"rewards need a model with one output, and this {type(base).__name__} is another; load it with "
-            "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
-        )
-    return head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
 
 
 def _encoded(texts: Sequence[Text], readout: Readout) -> list[Encoded]:

@@ -21,11 +21,9 @@ from bayeslora.posteriors.base import LogProbs
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import rounds
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.options import PassOptions
-from bayeslora.prediction.passes import Passes, batched
+from bayeslora.prediction.passes import Passes, PassOptions, batched
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
 
@@ -73,18 +71,19 @@ def predict(
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
+    total = len(rows) * posterior.passes(draws, mean=mean)
     with (
         evaluating(model),
         readout.attached(model),
-        tqdm(total=0, desc="predict", unit="row", disable=not options.progress) as bar,
+        tqdm(total=total, desc="predict", unit="row", disable=not options.progress) as bar,
     ):
         budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
         passes = Passes(model, readout, rows, classes, budget, bar.update, options)
-        engine = _Engine(passes, mean, split, token_budget, bar)
-        log_probs, at_mean = posterior.answers(engine, draws)
+        log_probs, at_mean = posterior.answers(_Engine(passes, mean, split, token_budget), draws)
     components = posterior.components(len(log_probs))
     exhausted = posterior.distinct is not None and len(log_probs) >= posterior.distinct
-    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=draws.paired)
+    paired = draws.sampling == "antithetic"
+    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=paired)
     return Prediction(
         log_probs=log_probs,
         mean_log_probs=at_mean,
@@ -117,11 +116,6 @@ class _Engine:
     mean: bool
     split: Split
     token_budget: int | None
-    bar: tqdm
-
-    def expect(self, passes: int) -> None:
-        """Let the bar know of passes over all examples, at most so many."""
-        self.bar.total += passes * len(self.passes.rows)
 
     @property
     def model(self) -> nn.Module:
@@ -134,7 +128,6 @@ class _Engine:
 
     def moments(self, posterior: Linearisable) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
         """Return mean and covariance of the logits of the model linearised at the mean."""
-        self.expect(1)
         passes = self.passes
         with posterior.applied(passes.model, None):
             budget = gradient_budget(passes.model, self.token_budget, self.split)
@@ -144,14 +137,13 @@ class _Engine:
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the log-probabilities under drawn weights and under the mean, which counts as one draw more."""
-        apart = posterior.distinct is None  # else the mean is draw 0: a point's, or that of points' first member
-        self.expect(draws.count + (self.mean and apart))
+        mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
         components = posterior.components(draws.count)
         alive = torch.arange(len(self.passes.rows))
         at_mean: Tensor | None = None
         log_probs = torch.full((draws.count, len(alive), self.passes.classes), -math.inf)
         for numbers in rounds(posterior, draws):
-            extra = int(self.mean and apart and numbers.start == 0)
+            extra = mean_passes if numbers.start == 0 else 0
 
             def draw(number: int, start: int = numbers.start - extra) -> Params:
                 """Return the mean where it is asked for, then the draws of this round."""
@@ -164,8 +156,21 @@ class _Engine:
             if draws.tolerance is None or numbers.stop == draws.count:
                 break
             members = None if components is None else components[: numbers.stop]
-            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=draws.paired)
+            paired = draws.sampling == "antithetic"
+            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=paired)
             alive = alive[error > draws.tolerance]
             if not len(alive):
                 break
         return log_probs[: numbers.stop], at_mean
+
+
+def rounds(posterior: Posterior, draws: Draws) -> list[range]:
+    """Return the numbers of the draws between two looks at the error, half as many again each time."""
+    if draws.tolerance is None:
+        return [range(draws.count)]
+    unit, parts, last = posterior.unit(draws.sampling), list[range](), 0
+    while last < draws.count:
+        more = max(unit, draws.minimum if last == 0 else last // 2)
+        parts.append(range(last, min(draws.count, last + -(-more // unit) * unit)))
+        last = parts[-1].stop
+    return parts

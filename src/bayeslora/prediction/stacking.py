@@ -1,18 +1,15 @@
 """Several draws in one pass over the frozen base: every adapted layer holds the draws' matrices side by side.
 
-The rows of a pass are the batch, once for each draw, draw after draw. PEFT's LoRA layers call ``lora_B(lora_A(x))``,
-whatever the base is (plain, 8 or 4 bits), so only those two inner layers change: a batched matrix product takes the
-place of a plain one. What is the same in all draws is computed once where it can be: with noise in the last layers
-only, the layers before them see the batch once.
-
-Whether a model may be treated like this is tried on the model itself.
+PEFT's LoRA layers call ``lora_B(lora_A(x))``, whatever the base is (plain, 8 or 4 bits), so only those two inner layers
+change. Whether a model may be treated like this is tried on the model itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -29,10 +26,7 @@ _CLOSE = 0.1
 
 @final
 class StackedLinear(nn.Module):
-    """S linear layers side by side; the input's rows belong to them in S equal parts, in order.
-
-    Weights and biases that are parameters are trained, other tensors are not.
-    """
+    """S linear layers side by side; the rows belong to them in S equal parts, in order, and parameters are trained."""
 
     def __init__(self, weight: Float[Tensor, "S O I"], bias: Float[Tensor, "S O"] | None) -> None:
         super().__init__()
@@ -54,58 +48,46 @@ def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False, r
     Its inputs are repeated for the draws, draw after draw: at once, or, where draws ``share`` the layers before the
     first that differs, from there on. Without ``repeat`` the rows that are given belong to the draws already.
     """
-    names = differing(draws)
-
-    def values(plain: nn.Module, leaf: str, name: str) -> Tensor:
-        """Return a layer's weights or biases in all draws; what they share is not copied."""
-        value: Tensor = getattr(plain, leaf)
-        if name in names:
-            return torch.stack([draw[name] for draw in draws]).to(value)
-        return value.detach().expand(len(draws), *value.shape)
-
-    parameters = lora_parameters(model)
+    names, parameters = differing(draws), lora_parameters(model)
     with holding(parameters, draws[0]):
         places, layers = _places(model, parameters, names), layers_that_differ(model, names) if share else ()
         assert places is not None
         repeating = (layers or (require_lora(model).get_base_model(),)) if repeat and len(draws) > 1 else ()
-        with _replaced(places, values), _repeated(repeating, len(draws)):
+        with _replaced(places, draws, names), _repeated(repeating, len(draws)):
             yield
 
 
 @contextmanager
 def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
-    """Give the model M adapters to be trained at once, from these starts, for the length of a ``with`` block.
-
-    The parameters keep their names, and their first axis is the adapter's number. The rows of a batch belong to the
-    adapters in equal parts, in order. Afterwards, and on any exception, the model has its own adapter again.
-
-    Raises:
-        InputError: If a parameter of the adapter belongs to anything but a linear layer.
-    """
+    """Give the model M adapters to be trained at once, from these starts, for the length of a ``with`` block."""
+    # Parameters keep their names, and their first axis is the adapter's number; so do the rows of a batch, in order.
     places = _places(model, lora_parameters(model), frozenset(starts[0]))
     if places is None:
         raise InputError(
             "this adapter has parameters outside of linear layers, so its ensemble's members cannot be trained in one "
             "pass; use together=False"
         )
-
-    def copies(plain: nn.Module, leaf: str, name: str) -> nn.Parameter:
-        """Return a layer's weights or biases at all starts."""
-        value: nn.Parameter = getattr(plain, leaf)
-        return nn.Parameter(torch.stack([start[name] for start in starts]).to(value.data), value.requires_grad)
-
-    with _replaced(places, copies):
+    with _replaced(places, starts, frozenset(starts[0]), trained=True):
         yield
 
 
 @contextmanager
-def _replaced(places: Sequence[Place], value: Callable[[nn.Module, str, str], Tensor]) -> Iterator[None]:
-    """Put stacked layers in some places for the length of a ``with`` block."""
+def _replaced(
+    places: Sequence[Place], draws: Sequence[Params], names: frozenset[str], *, trained: bool = False
+) -> Iterator[None]:
+    """Put stacked layers in some places for the length of a ``with`` block; what is not among names is not copied."""
     held = []
     try:
         for parent, key, leaves in places:
             plain = getattr(parent, key)
-            values = {leaf: value(plain, leaf, name) for leaf, name in leaves.items()}
+            values = {}
+            for leaf, name in leaves.items():
+                value = getattr(plain, leaf)
+                if name in names:
+                    every = torch.stack([draw[name] for draw in draws]).to(value.data)
+                    values[leaf] = nn.Parameter(every, value.requires_grad) if trained else every
+                else:
+                    values[leaf] = value.detach().expand(len(draws), *value.shape)
             layer = StackedLinear(values["weight"], values.get("bias"))
             layer.training = plain.training
             held.append((parent, key, plain))
@@ -138,35 +120,24 @@ def layers_that_differ(model: nn.Module, names: frozenset[str]) -> Sequence[nn.M
     return ()
 
 
-FewAnswers = Callable[[int], Tensor]
-"""Answers [S B C] of a model to a few examples under the number S of draws that are stacked."""
-
-
 def stacks(
     model: nn.Module,
     names: frozenset[str],
-    answers: FewAnswers,
+    answers: Callable[[int], Float[Tensor, "S B C"]],
     key: Hashable,
     *,
     share: bool = False,
     needed: bool = False,
 ) -> bool:
-    """Return whether two random draws that differ in some parameters, stacked, answer as in two plain passes.
-
-    ``key`` is what the answers to the few examples depend on besides the model; ``needed`` as in `tried`.
-    """
-
-    def trial() -> bool:
-        """Look for what stands in the way, then compare."""
-        if _places(model, lora_parameters(model), names) is None or (share and not layers_that_differ(model, names)):
-            return False
-        return _answer_alike(model, names, answers, share)
-
+    """Try two random draws, stacked, against two plain passes, by the ``answers`` of S draws to a few rows."""
+    trial = partial(_answer_alike, model, names, answers, share)
     return tried(model, ("stacked", names, key, share), trial, needed=needed)
 
 
-def _answer_alike(model: nn.Module, names: frozenset[str], answers: FewAnswers, share: bool) -> bool:
+def _answer_alike(model: nn.Module, names: frozenset[str], answers: Callable[[int], Tensor], share: bool) -> bool:
     """Compare two stacked draws, large enough to tell apart, with two plain passes."""
+    if _places(model, lora_parameters(model), names) is None or (share and not layers_that_differ(model, names)):
+        return False
     mean = read(model)
     draws = [
         {
@@ -216,7 +187,7 @@ def _places(model: nn.Module, parameters: Mapping[str, Tensor], names: frozenset
 def _repeated(modules: Sequence[nn.Module], count: int) -> Iterator[None]:
     """Repeat the batch in all that some modules are given, the first of which runs first in every pass."""
     size = 0
-    copies: Copies = {}
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # what is repeated already, by the tensor's id: layers share a mask
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Repeat whatever has the batch as its first axis."""
@@ -227,19 +198,13 @@ def _repeated(modules: Sequence[nn.Module], count: int) -> Iterator[None]:
             copies.clear()
         return _with_copies(args, size, count, copies), _with_copies(kwargs, size, count, copies)
 
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-Copies = dict[int, tuple[Tensor, Tensor]]
-"""Tensors that are repeated already, with what came of it, by the tensor's id; a mask that all layers share is once."""
-
-
-def _with_copies(value: Any, size: int, count: int, copies: Copies) -> Any:
+def _with_copies(value: Any, size: int, count: int, copies: dict[int, tuple[Tensor, Tensor]]) -> Any:
     """Return what a module is given with each tensor of the batch's ``size`` rows, and two axes or more, repeated."""
     if isinstance(value, tuple | list):
         return type(value)(_with_copies(v, size, count, copies) for v in value)

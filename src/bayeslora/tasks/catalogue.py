@@ -1,14 +1,14 @@
-"""The known tasks, one row each: where the data are, which columns hold what, and how the text is put."""
+"""The known tasks, one row each: where the data are, which columns hold what, how the text is put; rows of the Hub."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, close_matches
 from bayeslora.tasks.columns import Columns
+from bayeslora.tasks.files import Rows
 from bayeslora.tasks.types import TaskKind
 
 SplitName = Literal["train", "validation", "test"]
@@ -122,7 +122,34 @@ def find_task(name: str) -> KnownTask | None:
 def unknown_task(name: str, *, also: str = "") -> InputError:
     """Return the error for an unknown name: the closest known names, or else all, and then ``also``."""
     every = [*KNOWN_TASKS, *(f"mmlu:{subject}" for subject in MMLU_SUBJECTS)]
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), every, n=3, cutoff=0.6)
-    if close:
-        return InputError(f"Unknown task {name!r}: did you mean {' or '.join(close)}{also}?")
-    return InputError(f"Unknown task {name!r}: known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>{also}")
+    listed = f"known are {', '.join(KNOWN_TASKS)} and mmlu:<subject>"
+    return InputError(f"Unknown task {name!r}: {close_matches(name.lower().replace('-', '_'), every, listed, also)}")
+
+
+def hub_rows(task: KnownTask, split: SplitName) -> Rows:
+    """Load one split of a known task from the Hub, its configurations one after the other."""
+    import datasets
+
+    rows: list[Mapping[str, object]] = []
+    for config in task.configs:
+        try:
+            rows.extend(dict(row) for row in _load(task.repository, config, task.splits[split]))
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            problem = f"The Hub's {task.repository} could not be loaded for {task.name} ({first})"
+            if isinstance(error, ConnectionError):
+                problem = f"The Hub could not be reached to load {task.name} ({task.repository})"
+            raise InputError(f"{problem}: give data=FOLDER with a local copy") from None
+    return Rows(f"{task.repository} {task.splits[split]}", tuple(rows))
+
+
+def _load(repository: str, config: str | None, split: str) -> Iterable[Mapping[str, object]]:
+    """Return the rows of one configuration; where there is only a loading script, those of the Hub's parquet copy."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(repository, config, split=split)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        return datasets.load_dataset(repository, config, split=split, revision="refs/convert/parquet")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bayeslora.errors import InputError
-from bayeslora.tasks.catalogue import STEMS, KnownTask, SplitName, Stems, find_task, unknown_task
+from bayeslora.tasks.catalogue import STEMS, KnownTask, SplitName, Stems, find_task, hub_rows, unknown_task
 from bayeslora.tasks.columns import Columns, guess_columns, make_columns
 from bayeslora.tasks.files import ENDINGS, Rows, find_file, read_rows
-from bayeslora.tasks.hub import hub_rows
 from bayeslora.tasks.rows import find_classes, split_from_rows
 from bayeslora.tasks.templates import check_normalisation, check_template, default_normalisation
 from bayeslora.tasks.types import Example, Format, Normalisation, ReadoutName, Split, Task

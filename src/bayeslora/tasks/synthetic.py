@@ -127,15 +127,17 @@ def _counts(rng: random.Random, choices: int) -> list[int]:
     return [rng.randint(1, 9)] * choices
 
 
-def _odds(rng: random.Random, text: Callable[[list[tuple[int, str]]], str], outcomes: tuple[str, ...]) -> Example:
+def _odds(rng: random.Random, template: str, outcomes: tuple[str, ...], **words: str) -> Example:
     """Draw outcomes and counts, put them into a sentence, and sample the label."""
     stated = rng.sample(outcomes, _number_of_choices(rng))
     counted = list(zip(_counts(rng, len(stated)), stated, strict=True))
-    sentence = text(counted)
+    listed = _joined([f"{count} {word}" for count, word in counted])
+    placed = _joined([f"a {word} on {count}" for count, word in counted])
+    total = sum(count for count, _ in counted)
+    sentence = template.format(listed=listed, placed=placed, total=total, **words)
     rng.shuffle(counted)
     counts = [count for count, _ in counted]
     label = rng.choices(range(len(counts)), weights=counts)[0]
-    total = sum(counts)
     return Example(sentence, tuple(word for _, word in counted), label, tuple(count / total for count in counts))
 
 
@@ -143,31 +145,17 @@ def _urn(rng: random.Random) -> Example:
     """Draw a sentence about things of several colours in a container."""
     template, box, objects = rng.choice(URN_TEMPLATES), rng.choice(BOXES), rng.choice(OBJECTS)
     a_box = f"{'an' if box == 'urn' else 'a'} {box}"
-    names = {"a_box": a_box, "A_box": a_box[0].upper() + a_box[1:], "objects": objects}
-    return _odds(rng, lambda counted: template.format(listed=_listed(counted), **names), COLOURS)
+    return _odds(rng, template, COLOURS, a_box=a_box, A_box=a_box[0].upper() + a_box[1:], objects=objects)
 
 
 def _die(rng: random.Random) -> Example:
     """Draw a sentence about a die that shows each sign on a number of its sides."""
-    template = rng.choice(DIE_TEMPLATES)
-
-    def text(counted: list[tuple[int, str]]) -> str:
-        """Return the question about so many signs."""
-        placed = _joined([f"a {sign} on {count}" for count, sign in counted])
-        return template.format(placed=placed, listed=_listed(counted), total=sum(count for count, _ in counted))
-
-    return _odds(rng, text, SIGNS)
+    return _odds(rng, rng.choice(DIE_TEMPLATES), SIGNS)
 
 
 def _wheel(rng: random.Random) -> Example:
     """Draw a sentence about a wheel with fields of several colours."""
-    template = rng.choice(WHEEL_TEMPLATES)
-    return _odds(rng, lambda counted: template.format(listed=_listed(counted)), COLOURS)
-
-
-def _listed(counted: list[tuple[int, str]]) -> str:
-    """Return ``3 red, 5 blue and 2 green``."""
-    return _joined([f"{count} {word}" for count, word in counted])
+    return _odds(rng, rng.choice(WHEEL_TEMPLATES), COLOURS)
 
 
 def _joined(parts: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Float, Tokenizer
@@ -81,8 +81,8 @@ def distill(
         model, readout, [encoded[i] for i in learned], [encoded[i] for i in judges] or None, args,
         {"compute_loss_func": soft_loss(prediction.log_p)},
     )  # fmt: skip
-    settings: dict[str, object] = {"draws": prediction.draws, "sampling": draws.sampling}
-    settings["of"] = posterior.origin.method if posterior.origin is not None else ""
+    teacher = posterior.origin.method if posterior.origin is not None else ""
+    settings: dict[str, object] = {"draws": prediction.draws, "sampling": draws.sampling, "of": teacher}
     if prediction.mean_log_probs is None:
         run_trainer(run)
     else:
@@ -127,7 +127,7 @@ class _Closest(TrainerCallback):
     def __init__(self, divergence: float, params: Params) -> None:
         self.divergence, self.params = divergence, params
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: object, state: object, control: object, **kwargs: Any) -> None:
         """Compare with the best so far."""
         if kwargs["metrics"]["eval_loss"] < self.divergence:
             self.divergence, self.params = kwargs["metrics"]["eval_loss"], read(kwargs["model"])

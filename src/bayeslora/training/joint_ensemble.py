@@ -17,7 +17,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, lora_parameters, read, write
@@ -37,10 +37,9 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 def train_jointly(
     run: TrainerRun, starts: Sequence[Params], args: Sequence[TrainingArguments], *, resume: bool
 ) -> list[Params]:
-    """Return the adapters that separate runs would give, each from its start and with its arguments, trained in one.
+    """Return the adapters that separate runs would give, each from its start and with its seeds, trained in one.
 
-    The members' arguments differ in seeds and folders; ``run.args`` are those of the joint run but for its folder. The
-    model ends with the last member's adapter.
+    ``run.args`` are the joint run's but for its folder; the model ends with the last member's adapter.
     """
     _check(run)
     seeds = [each.seed if each.data_seed is None else each.data_seed for each in args]
@@ -118,29 +117,22 @@ class MemberSampler(Sampler[tuple[int, ...]]):
 
 @final
 class _MemberGradients(TrainerCallback):
-    """Gives each of M members the gradient of its own mean loss, clipped by its own norm; 0 for no clipping.
-
-    The loss is the mean over all rows, so a member's own is M times its part.
-    """
+    """Gives each of M members the gradient of its own mean loss, clipped by its own norm; 0 for no clipping."""
 
     def __init__(self, members: int, max_grad_norm: float) -> None:
         self.members, self.max_grad_norm = members, max_grad_norm
         self._params: list[nn.Parameter] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, *, model: nn.Module, **_: object) -> None:
         """Note the members' parameters."""
         self._params = list(lora_parameters(model).values())
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **_: object) -> None:
         """Scale and clip."""
         grads = [p.grad for p in self._params if p.grad is not None]
         for grad in grads:
-            grad.mul_(self.members)
+            grad.mul_(self.members)  # the loss is the mean over the rows of all members
         if not self.max_grad_norm:
             return
         squares = torch.stack([grad.flatten(1).float().square().sum(1) for grad in grads])

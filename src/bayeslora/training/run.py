@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_file
+from bayeslora.files import write_json
 from bayeslora.methods import Ensemble, Inference, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
@@ -122,10 +122,10 @@ def _train_members(
     model, resume = common.model, common.resume
     member_args = [method.member_arguments(args, k) for k in range(method.members)]
     folders = [Path(each.output_dir) / "posterior" for each in member_args]
-    complete = resume and all(folder.exists() for folder in folders)
-    if not complete:
-        _note_seeds(args, member_args, resume)
-    if method.together and not complete:
+    if resume and all(folder.exists() for folder in folders):
+        return method.mixture([load_posterior(folder) for folder in folders], model)
+    _note_seeds(args, member_args, resume)
+    if method.together:
         members = _train_jointly(common, method.member, member_args, starts)
         for member, folder in zip(members, folders, strict=True):
             member.save_pretrained(folder, overwrite=True)
@@ -147,15 +147,13 @@ def _train_jointly(
     common: _Common, method: Inference, args: Sequence[TrainingArguments], starts: Sequence[Posterior | None]
 ) -> list[Posterior]:
     """Train the members of an ensemble in one pass over the base."""
-    model = common.model
-    run = _prepared(common, method, args[0])
-    means = []
+    run, means = _prepared(common, method, args[0]), []
     for start, each in zip(starts, args, strict=True):
         if start is None:
-            initialise(model, each.seed)
-        means.append(read(model) if start is None else start.mean)
+            initialise(common.model, each.seed)
+        means.append(read(common.model) if start is None else start.mean)
     members = train_jointly(run, means, args, resume=common.resume)
-    return [Point(params, origin_for(model, method)) for params in members]
+    return [Point(params, origin_for(common.model, method)) for params in members]
 
 
 def _note_seeds(args: TrainingArguments, member_args: Sequence[TrainingArguments], resume: bool) -> None:
@@ -170,9 +168,7 @@ def _note_seeds(args: TrainingArguments, member_args: Sequence[TrainingArguments
                 "finish it as it was begun, or choose another output folder"
             )
     if args.process_index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as partial:
-            partial.write_text(json.dumps(seeds), encoding="utf-8")
+        write_json(file, seeds)
 
 
 def _prepared(common: _Common, method: Inference, args: TrainingArguments) -> TrainerRun:

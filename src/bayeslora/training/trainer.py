@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -58,15 +58,8 @@ def run_trainer(
     sampler: Sampler[tuple[int, ...]] | None = None,
     collate: Callable[[Sequence[Rows]], Batch] | None = None,
 ) -> None:
-    """Train with the stock Trainer; Ctrl-C writes a checkpoint and stops.
-
-    With ``torch_compile`` in the arguments the model's layers are compiled, each by itself. Its evaluations measure
-    `SCORES` unless a sampler gives the order of the rows of several adapters that are trained side by side, or
-    ``compute_metrics`` or arguments that do without are given. ``resume`` goes on from the last checkpoint, if any.
-
-    Raises:
-        Interrupted: After Ctrl-C.
-    """
+    """Train with the stock Trainer, or ``resume`` from the last checkpoint; Ctrl-C saves and raises `Interrupted`."""
+    # evaluations measure `SCORES` but for adapters side by side; ``torch_compile`` compiles each layer by itself
     args, stop = adapted(run.args), _Stop()
     kwargs = {**run.kwargs, "callbacks": [*run.kwargs.get("callbacks", ()), stop]}
     whole = sampler is None and not args.batch_eval_metrics and args.eval_do_concat_batches
@@ -107,10 +100,7 @@ def displayed_by(callback: type[TrainerCallback]) -> Iterator[None]:
 
 
 def scoring(choices: int) -> TrainerKwargs:
-    """Return what makes the Trainer's evaluations measure `SCORES`, of examples with at most so many choices.
-
-    With 0 choices the logits of all batches are equally many.
-    """
+    """Return what makes evaluations measure `SCORES`, of at most so many choices; 0: of equally many in all batches."""
     table = measures()
 
     def log_probs(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -196,9 +186,7 @@ class _Stop(TrainerCallback):
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
         """Save and stop if asked."""
         if self.asked:
             control.should_save = True

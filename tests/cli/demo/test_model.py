@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bayeslora.cli.demo import download
 from bayeslora.cli.demo import model as module
 from bayeslora.cli.demo.download import NEEDED
 from bayeslora.cli.demo.model import MINILM, SMOLLM2, demo_encoder, demo_model
@@ -26,7 +27,7 @@ from bayeslora.tasks.synthetic import chance_ood, chance_task
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    monkeypatch.setattr(module, "from_hub", lambda published: None)
+    monkeypatch.setattr(download, "from_hub", lambda published: None)
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -43,7 +44,7 @@ def test_a_missing_gguf_is_named_before_anything_is_fetched(tmp_path, monkeypatc
 def test_the_encoder_needs_no_gguf(tmp_path, monkeypatch):
     specs = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: forbidden() if name == "gguf" else specs(name))
-    monkeypatch.setattr(module, "from_package", lambda published, root, make: root / published.folder)
+    monkeypatch.setattr(download, "from_package", lambda published, root, make: root / published.folder)
     assert demo_encoder(tmp_path) == tmp_path / MINILM.folder
 
 
@@ -108,7 +109,7 @@ def test_an_encoder_in_the_cache_whose_weights_are_not_the_published_ones_is_not
     tampered(tmp_path / MINILM.folder)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "nothing"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    monkeypatch.setattr(module, "from_package", lambda published, root, make: root / "made again")
+    monkeypatch.setattr(download, "from_package", lambda published, root, make: root / "made again")
     assert demo_encoder(tmp_path) == tmp_path / "made again"
 
 
@@ -118,7 +119,7 @@ def test_a_snapshot_whose_weights_are_not_the_published_ones_is_passed_over_with
     snapshot = tampered(tmp_path / "snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    monkeypatch.setattr(module, "from_package", lambda published, root, make: root / "made")
+    monkeypatch.setattr(download, "from_package", lambda published, root, make: root / "made")
     assert demo_encoder(tmp_path) == tmp_path / "made"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "is not the published model" in caplog.messages[0]

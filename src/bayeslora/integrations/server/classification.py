@@ -37,15 +37,15 @@ def split_of(
 
 def prediction_json(prediction: Prediction, choices: tuple[str, ...]) -> list[dict[str, object]]:
     """Return a prediction as JSON holds it, one object a row."""
+    names = ("confidence", "entropy", "mutual_information", "disagreement")
+    measures = zip(*(getattr(prediction, name).tolist() for name in names), strict=True)
+    answers, probs = prediction.answer.tolist(), prediction.probs[:, : len(choices)].tolist()
     return [
         {
             "index": i,
-            "answer": choices[int(prediction.answer[i])],
-            "probs": dict(zip(choices, prediction.probs[i, : len(choices)].tolist(), strict=True)),
-            "confidence": float(prediction.confidence[i]),
-            "entropy": float(prediction.entropy[i]),
-            "mutual_information": float(prediction.mutual_information[i]),
-            "disagreement": float(prediction.disagreement[i]),
+            "answer": choices[answer],
+            "probs": dict(zip(choices, shares, strict=True)),
+            **dict(zip(names, values, strict=True)),
         }
-        for i in range(len(prediction.answer))
+        for i, (answer, shares, values) in enumerate(zip(answers, probs, measures, strict=True))
     ]

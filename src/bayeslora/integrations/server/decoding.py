@@ -17,6 +17,17 @@ from bayeslora.params import generator
 from bayeslora.prediction.generation.decoding import Step, alternatives
 
 Finish = Literal["stop", "length", "cancelled"]
+LogProbs = dict[str, list[object]]
+"""Log-probabilities in the form of ``/v1/completions``: a list of each field, one entry a token."""
+
+
+@final
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is given back before its answer."""
+
+    text: str = ""
+    log_probs: LogProbs | None = None
 
 
 @final
@@ -59,6 +70,7 @@ class Row:
     on_token: Callable[[TokenNote | None], None] = lambda note: None
     notes: list[TokenNote] = field(default_factory=list)
     finish: Finish | None = None
+    echo: Echo = Echo()  # the prompt, if it is given back before the answer
     cancelled: threading.Event = field(default_factory=threading.Event)  # set when nobody waits for it any more
     _decoded: str = ""
     _settled: int = 0  # characters of the text that cannot change any more

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -11,33 +9,26 @@ from starlette.exceptions import HTTPException
 
 from bayeslora.errors import InputError
 
+_KINDS = {429: "rate_limit_error", 500: "server_error", 504: "server_error"}
+
 
 class ApiError(HTTPException):
     """An HTTP status and OpenAI's fields: a message, its kind, the parameter at fault, and a code for programs."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, message, dict(headers or {}))
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(status, message, {"Retry-After": "1"} if status == 429 else None)
+        kind = _KINDS.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def busy() -> ApiError:
     """Return the error of a full queue."""
-    return ApiError(
-        429, "the server is busy; try again soon", "server_busy", kind="rate_limit_error", headers={"Retry-After": "1"}
-    )
+    return ApiError(429, "the server is busy; try again soon", "server_busy")
 
 
 def late() -> ApiError:
     """Return the error of a request that ran out of time."""
-    return ApiError(504, "the answer took too long; ask for fewer tokens or draws", "timeout", kind="server_error")
+    return ApiError(504, "the answer took too long; ask for fewer tokens or draws", "timeout")
 
 
 def api_error(error: Exception) -> ApiError:
@@ -46,7 +37,9 @@ def api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail), headers=error.headers)
+            api = ApiError(error.status_code, str(error.detail))
+            api.headers = error.headers
+            return api
         case RequestValidationError():
             first = error.errors()[0]
             place = [str(part) for part in first["loc"] if part != "body"]
@@ -54,7 +47,7 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, f"{field}: {first['msg']}", param=place[0] if place else None)
         case InputError():
             return ApiError(400, str(error))
-    return ApiError(500, f"the server failed: {type(error).__name__}", kind="server_error")
+    return ApiError(500, f"the server failed: {type(error).__name__}")
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -15,10 +15,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.classification import prediction_json, split_of
-from bayeslora.integrations.server.decoding import Row, TokenNote
+from bayeslora.integrations.server.decoding import Echo, Row, TokenNote
 from bayeslora.integrations.server.errors import ApiError, api_error, late
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
-from bayeslora.integrations.server.responses import ChatCompletion, Completion, Echo, Json, TextCompletion, echo_of
+from bayeslora.integrations.server.responses import ChatCompletion, Completion, Json, TextCompletion, echo_of
 from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
@@ -55,11 +55,10 @@ class Handler:
             raise ApiError(400, "prompt is empty; give at least one", param="prompt")
         rows = self._rows(body, prompts, body.max_tokens)
         shape = TextCompletion(body.model, self._draw_count(body.model, body.draws), body.logprobs)
-        echoes = [Echo() for _ in rows]
         if body.echo:
-            pairs = zip(body.prompts, prompts, strict=True)
-            echoes = [await self._echo(shape, body, prompt, ids) for prompt, ids in pairs for _ in range(body.n)]
-        return await self._respond(body, shape, rows, echoes, request)
+            for number, row in enumerate(rows):
+                row.echo = await self._echo(shape, body, body.prompts[number // body.n], row.ids)
+        return await self._respond(body, shape, rows, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer ``/v1/chat/completions``."""
@@ -70,7 +69,7 @@ class Handler:
         rows = self._rows(body, [ids], max_tokens)
         top = (body.top_logprobs or 0) if body.logprobs else None
         shape = ChatCompletion(body.model, self._draw_count(body.model, body.draws), top)
-        return await self._respond(body, shape, rows, [Echo() for _ in rows], request)
+        return await self._respond(body, shape, rows, request)
 
     async def classify(self, body: ClassifyRequest) -> Response:
         """Answer ``/v1/classify``."""
@@ -172,9 +171,7 @@ class Handler:
             )
         return echo_of(served.tokenizer, prompt, ids, log_p, body.logprobs or 0)
 
-    async def _respond(
-        self, body: Sampled, shape: Completion, rows: list[Row], echoes: Sequence[Echo], request: Request
-    ) -> Response:
+    async def _respond(self, body: Sampled, shape: Completion, rows: list[Row], request: Request) -> Response:
         """Put rows into the queue, and return the answer or the stream."""
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[tuple[int, TokenNote | None]] = asyncio.Queue()
@@ -200,7 +197,7 @@ class Handler:
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async for _ in arriving:
             pass
-        return JSONResponse(shape.whole(rows, echoes))
+        return JSONResponse(shape.whole(rows))
 
     async def _arriving(
         self, job: Generation, tokens: asyncio.Queue[tuple[int, TokenNote | None]], request: Request

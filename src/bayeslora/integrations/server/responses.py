@@ -7,28 +7,16 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from bayeslora._typing import Float, Tokenizer
-from bayeslora.integrations.server.decoding import Row, TokenNote
+from bayeslora.integrations.server.decoding import Echo, LogProbs, Row, TokenNote
 
 Json = dict[str, object]
 """A JSON object that this server writes."""
-LogProbs = dict[str, list[object]]
-"""Log-probabilities in the form of ``/v1/completions``: a list of each field, one entry a token."""
-
-
-@final
-@dataclass(frozen=True)
-class Echo:
-    """A prompt that is given back before its answer."""
-
-    text: str = ""
-    log_probs: LogProbs | None = None
 
 
 class Completion(ABC):
@@ -45,16 +33,16 @@ class Completion(ABC):
         self.draws, self.top = draws, top
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, rows: Sequence[Row], echoes: Sequence[Echo]) -> Json:
+    def whole(self, rows: Sequence[Row]) -> Json:
         """Return a whole answer out of rows that have ended, each after its echo."""
         choices = [
             {
                 "index": index,
                 "finish_reason": row.finish,
                 "uncertainty": {**summary(row.notes, self.draws), "tokens": [note.uncertainty() for note in row.notes]},
-                **self.choice(row, echo),
+                **self.choice(row),
             }
-            for index, (row, echo) in enumerate(zip(rows, echoes, strict=True))
+            for index, row in enumerate(rows)
         ]
         return {**self.head, "object": self.kind, "choices": choices, "usage": usage(rows)}
 
@@ -72,7 +60,7 @@ class Completion(ABC):
         return None
 
     @abstractmethod
-    def choice(self, row: Row, echo: Echo) -> Json:
+    def choice(self, row: Row) -> Json:
         """Return the text and the log-probabilities of a whole choice."""
 
     @abstractmethod
@@ -87,12 +75,12 @@ class TextCompletion(Completion):
     prefix = "cmpl"
     kind = piece_kind = "text_completion"
 
-    def choice(self, row: Row, echo: Echo) -> Json:
+    def choice(self, row: Row) -> Json:
         """Return the text, after the prompt where that is echoed."""
-        log_probs = self._log_probs(row.notes, len(echo.text))
-        if log_probs is not None and echo.log_probs is not None:
-            log_probs = {key: [*echo.log_probs[key], *values] for key, values in log_probs.items()}
-        return {"text": echo.text + row.text, "logprobs": log_probs}
+        log_probs = self._log_probs(row.notes, len(row.echo.text))
+        if log_probs is not None and row.echo.log_probs is not None:
+            log_probs = {key: [*row.echo.log_probs[key], *values] for key, values in log_probs.items()}
+        return {"text": row.echo.text + row.text, "logprobs": log_probs}
 
     def part(self, note: TokenNote) -> Json:
         """Return one token's text."""
@@ -127,7 +115,7 @@ class ChatCompletion(Completion):
         choice = {"index": index, "finish_reason": None, "delta": delta, "logprobs": None}
         return {**self.head, "object": self.piece_kind, "draws": self.draws, "choices": [choice]}
 
-    def choice(self, row: Row, echo: Echo) -> Json:
+    def choice(self, row: Row) -> Json:
         """Return the message."""
         message = {"role": "assistant", "content": row.text, "refusal": None}
         return {"message": message, "logprobs": self._log_probs(row.notes)}

@@ -132,12 +132,10 @@ class Worker:
         rows = [row for job in jobs for row in job.rows]
         self.batches.append(len(rows))
         draws = self.served.draws_of(jobs[0].model, jobs[0].draws)
-
-        def untold(batch: Sequence[Row]) -> bool:
-            """Say whether a batch may start again: nobody has seen a token of it."""
-            return not any(row.notes for row in batch)
-
-        if in_halves(lambda batch: self._decode(batch, draws), [rows], untold):
+        # a batch may start again as long as nobody has seen a token of it
+        if in_halves(
+            lambda batch: self._decode(batch, draws), [rows], lambda batch: not any(row.notes for row in batch)
+        ):
             raise InputError("the prompt does not fit into memory")
         for row in rows:
             row.on_token(None)

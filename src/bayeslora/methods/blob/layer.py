@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, final
 
 import torch
@@ -51,12 +50,10 @@ class BlobLinear(nn.Linear):
         noise = self.spread.square()
         noise = (noise * torch.randn_like(noise)).to(self.weight.dtype)
         rows = input.reshape(-1, self.in_features)
-        place = rows.device.type
+        mean, place = self.weight, rows.device.type
         if torch.is_autocast_enabled(place):
             kind = torch.get_autocast_dtype(place)
-            rows, mean, noise = rows.to(kind), self.weight.to(kind), noise.to(kind)
-        else:
-            mean = self.weight
+            rows, mean, noise = rows.to(kind), mean.to(kind), noise.to(kind)
         with torch.autocast(place, enabled=False):
             output: Tensor = Flipout.apply(  # type: ignore[no-untyped-call]
                 rows, mean, noise, sign_words(rows, self.in_features), sign_words(rows, self.out_features)
@@ -65,10 +62,9 @@ class BlobLinear(nn.Linear):
 
 
 class Flipout(torch.autograd.Function):
-    """M x + r ⊙ N (s ⊙ x) for N = Ω ⊙ ε and random signs r and s of each token (Wen et al. 2018, arXiv 1803.04386).
+    """M x + r ⊙ N (s ⊙ x) for N = Ω ⊙ ε and random signs r and s of each token (Wen et al. 2018, arXiv 1803.04386)."""
 
-    One function, so that the backward pass keeps x, which autograd would keep anyway, and one bit for each sign.
-    """
+    # one function, so that the backward pass keeps x, which autograd would keep anyway, and one bit for each sign
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, mean: Tensor, noise: Tensor, into: Tensor, out: Tensor) -> Tensor:
@@ -117,10 +113,8 @@ def _flipped(rows: Float[Tensor, "T W"], words: Tensor) -> Float[Tensor, "T W"]:
     return bits.bitwise_xor_(rows.view(bits.dtype)).view(rows.dtype)
 
 
-def attach(
-    model: nn.Module, init_spread: float | None, seed: int = 0, *, relative: float = 1.0
-) -> dict[str, BlobLinear]:
-    """Put a `BlobLinear` in the place of every A of the active adapter; return the layers by A's names on disk."""
+def attach(model: nn.Module) -> dict[str, BlobLinear]:
+    """Put a `BlobLinear` without spread (see `begin`) in the place of every active A; return them by A's names."""
     adapter = require_lora(model).active_adapter
     layers = plain_layers(model, "BLoB")
     for path, layer in layers.items():
@@ -132,11 +126,9 @@ def attach(
     for layer in layers.values():
         plain = layer.lora_A[adapter]
         name = names[id(plain.weight)]
-        spread = nn.Parameter(torch.empty_like(plain.weight, dtype=torch.float32))
+        spread = nn.Parameter(torch.zeros_like(plain.weight, dtype=torch.float32))
         layer.lora_A[adapter] = noisy[name] = BlobLinear(plain, spread)
     model.add_module(_SPREAD, nn.ParameterList([layer.spread for layer in noisy.values()]))
-    if not any(layer.spread.is_meta for layer in noisy.values()):
-        begin(noisy, init_spread, seed, relative=relative)
     return noisy
 
 
@@ -148,7 +140,7 @@ def sizes(layers: Mapping[str, BlobLinear]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def begin(layers: Mapping[str, BlobLinear], init_spread: float | None, seed: int, *, relative: float = 1.0) -> None:
+def begin(layers: Mapping[str, BlobLinear], init_spread: float | None, relative: float, seed: int) -> None:
     """Draw G uniform on [ε/√2, ε]; ε is ``init_spread``, or such that Ω has ``relative`` times the size of M."""
     for name, size in sizes(layers).items():
         high = _HIGH * math.sqrt(relative * size) if init_spread is None else init_spread
@@ -169,17 +161,3 @@ def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> No
                 gone.append(inner)
     if gone:
         delattr(model, _SPREAD)
-
-
-def taking_out(model: nn.Module, layers: Collection[BlobLinear], end: Callable[[], None]) -> Callable[[], None]:
-    """Return what puts plain layers back and calls ``end``; it does not keep the model alive, whose record has it."""
-    reference = weakref.ref(model)
-
-    def undo() -> None:
-        """Put plain layers back."""
-        end()
-        alive = reference()
-        if alive is not None:
-            detach(alive, layers)
-
-    return undo

@@ -12,15 +12,12 @@ layer draws E ~ N(0, 1) once per forward pass, and signs u ∈ {±1}^in, t ∈ {
 and M ← M − κ·π_i·∇KL, with a rate κ = ``kl_rate`` that follows the Trainer's schedule. ``update="elbo"``: one loss
 NLL + π_i·KL, and the Trainer's optimiser moves everything. Draws at prediction are coherent: one A for all the data.
 
-What we do differently: Ω's start and σ_p are multiples of each A's size unless they are given, and κ is read in units
-of σ_p; KL has a temperature, below 1 on the evidence bound (a cold posterior); KL is divided by an example's tokens
-where the loss is a mean over tokens; ∇KL is added in closed form after the Trainer's gradient clipping, which therefore
-sees ∇NLL alone; and L is never longer than the run, since otherwise the prior would hardly be felt.
+What we do differently, and why: docs/methods/blob.md. ∇KL is added in closed form after the Trainer's gradient
+clipping, which therefore sees ∇NLL alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +26,15 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, origin_for
-from bayeslora.methods.blob.layer import BlobLinear, attach, begin, sizes, taking_out
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.blob.layer import BlobLinear, attach, begin, detach, sizes
 from bayeslora.methods.blob.terms import (
     DEFAULTS,
     PRESETS,
     Scale,
-    Setting,
     kl_divergence,
     kl_weight,
     paper_cycle,
@@ -97,39 +93,23 @@ class Blob(Method):
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"BLoB has no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         positive = ("init_spread", "prior_sigma", "kl_rate", "relative_spread", "relative_prior", "tokens_per_row")
-        for key in positive:
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"BLoB's {key} must be finite and positive, and it is {value}")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise InputError(f"BLoB's temperature must be finite and not negative, and it is {self.temperature}")
-        if self.kl_cycle is not None and self.kl_cycle < 1:
-            raise InputError(f"BLoB's kl_cycle must be at least 1, and it is {self.kl_cycle}")
+        check_ranges(self, prefix="BLoB's ", positive=positive, not_negative=("temperature",), at_least={"kl_cycle": 1})
 
-    def setting(self, key: Setting) -> float | None:
-        """Return a setting as it is used: as given, or the preset's, or the default; None where the matrix says it."""
-        value: float | None = getattr(self, key)
-        if value is None and key == "relative_prior":
-            return self.setting("relative_spread")
-        return (DEFAULTS[self.update] | PRESETS.get(self.preset or "", {})).get(key) if value is None else value
+    def setting(self, key: str) -> float | None:
+        """Return a number as it is used: as given, or the preset's, or the default; None where the matrix says it."""
+        given = {key: value for key, value in vars(self).items() if isinstance(value, int | float)}
+        values = DEFAULTS[self.update] | PRESETS.get(self.preset or "", {}) | given
+        return {"relative_prior": values["relative_spread"], **values}.get(key)
 
-    def number(self, key: Setting) -> float:
+    def number(self, key: str) -> float:
         """Return a setting that always has a value."""
         value = self.setting(key)
         assert value is not None
         return value
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
-        """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`.
-
-        Returns:
-            The callback that trains them, and the one that logs how they do.
-
-        Raises:
-            InputError: If the adapter is not plain LoRA on linear layers.
-        """
-        layers = attach(model, self.setting("init_spread"), relative=self.number("relative_spread"))
-        learner = BlobCallback(self, num_data, layers)
+        """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`."""
+        learner = BlobCallback(self, num_data, attach(model))
         return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics)]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -172,13 +152,17 @@ class BlobCallback(MethodCallback):
             layer.noisy = True
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
-            begin(self.layers, method.setting("init_spread"), args.seed, relative=method.number("relative_spread"))
+            begin(self.layers, method.setting("init_spread"), method.number("relative_spread"), args.seed)
         else:
             self.resume(run, self._load)
         self.scales = scales(self.sizes, method.setting("prior_sigma"), method.number("relative_prior"))
         self.tokens.begin(model, run.loader, args.world_size)
-        undo = taking_out(model, list(self.layers.values()), self.tokens.end)
-        return Record(self.name, self.num_data, self._spreads(), undo)
+        return Record(self.name, self.num_data, self._spreads(), self._take_out)
+
+    def _take_out(self, model: nn.Module) -> None:
+        """Count no tokens any longer, and put plain layers back."""
+        self.tokens.end()
+        detach(model, self.layers.values())
 
     def _spreads(self) -> Params:
         """Return G of each layer, the parameter itself."""
@@ -199,9 +183,7 @@ class BlobCallback(MethodCallback):
         return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Add Tπ∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
         self.tokens.note()
         weight = self.weight(state.global_step)
@@ -216,9 +198,7 @@ class BlobCallback(MethodCallback):
                 spread.grad.add_(spread_gradient(spread, sigma), alpha=weight)
 
     @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Take the released algorithm's second step, by plain gradient descent."""
         optimizer = kwargs["optimizer"]
         gradients, self.gradients = self.gradients, {}

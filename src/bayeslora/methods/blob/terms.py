@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from bayeslora.methods.blob.layer import BlobLinear
 
 PAPER_PRIOR = 0.2
 """The paper's σ_p, in whose units ``kl_rate`` is read where the prior follows the matrix."""
-
 
 _LLAMA2: dict[str, float] = {"init_spread": 0.05, "prior_sigma": 0.2, "kl_rate": 0.01, "temperature": 1.0}
 PRESETS: dict[str, dict[str, float]] = {
@@ -29,8 +27,6 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "elbo": {"relative_spread": 1.0, "kl_rate": 0.01, "temperature": 0.03},
 }
 """What settings are, by update, if neither they nor a preset are given; docs/methods/blob.md says why."""
-
-Setting = Literal["init_spread", "prior_sigma", "kl_rate", "temperature", "relative_spread", "relative_prior"]
 
 
 def kl_weight(step: int, cycle: int) -> float:

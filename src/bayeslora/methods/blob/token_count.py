@@ -1,8 +1,7 @@
-"""How many tokens stand for an example in the Trainer's loss, where that is a mean over tokens.
+"""How many tokens stand for an example in the Trainer's loss, where that is a mean over tokens, as TRL's SFT loss is.
 
-A language model that is given labels computes the mean loss over the tokens that have one, all rows of an optimiser
-step taken together; TRL's SFT loss is that. With K trained tokens in N examples it is N/K times the mean over examples
-of their whole loss. What is weighed against the loss of examples, as KL is, is then K/N times too heavy.
+With K trained tokens in N examples it is N/K times the mean over examples of their whole loss, so that what is weighed
+against the loss of examples, as KL is, would be K/N times too heavy.
 """
 
 from __future__ import annotations
@@ -11,20 +10,19 @@ from collections.abc import Mapping, Sized
 from typing import cast, final
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
 @final
 class TokenCount:
-    """Counts trained tokens in the labels that the model is given while it trains.
+    """Counts trained tokens in the labels that the model is given while it trains, unless ``tokens_per_row`` is known.
 
-    The data set's number of tokens is the mean over the batches so far, times the batches of an epoch; so packed rows,
-    each of several examples, are counted right, and N may be the number of tokens too. Without a known number of
-    batches the examples are the rows. A loss outside the model (``compute_loss_func``, preferences) gives it no labels,
-    and labels of one dimension are those of whole examples: then an example counts once.
-
-    Where the tokens of an example are known (``tokens_per_row``) nothing is counted.
+    The data set's tokens are the mean over the batches so far, times the batches of an epoch, so that packed rows are
+    counted right; without a known number of batches the examples are the rows. A loss outside the model gives it no
+    labels, and labels of one dimension are those of whole examples: then an example counts once.
     """
 
     def __init__(self, num_data: int, tokens_per_row: float | None) -> None:
@@ -63,11 +61,8 @@ class TokenCount:
         seen, self.fresh = self.fresh, []
         counts = [len(seen), sum(rows for rows, _ in seen), sum(int(tokens) for _, tokens in seen)]
         fresh = torch.tensor(counts, dtype=torch.float64)
-        if self._world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-            place = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            shared = fresh.to(place)
-            torch.distributed.all_reduce(shared)
-            fresh = shared.cpu()
+        if self._world > 1:
+            fresh = reduce(fresh.to(PartialState().device), "sum").cpu()
         self.noted += fresh
 
     @property

@@ -5,13 +5,9 @@ Cong et al. 2024 (arXiv 2411.04421), with the optimiser of Shen et al. 2024 (arX
 prediction λ can be multiplied by τ (``tempered(posterior, 1/τ)``) and parameters of low |m|/σ removed, matrix by matrix
 (``pruned``), as in Cong et al. 2025 (arXiv 2506.14280).
 
-What we do differently: beside (λ, h₀, η, ξ) there are settings in the adapter's own units, the first standard
-deviation ``sigma0``, the prior's deviation ``prior_sigma``, the largest step ``max_step`` of a coordinate (η = 1 and
-ξ = max_step) and the ``temperature`` T = N/λ; δ follows as 1/(λ·prior_sigma²) and h₀ as 1/(λσ₀²) − δ. In these units
-the prior is around the adapter's start, not around zero, and σ never exceeds the prior's; `ivon.settings` and
-docs/methods/ivon.md say what the defaults are and why. The parameters hold the mean all the time:
-noise is added where a module reads its parameter, in training steps only, so evaluation, checkpoints and exceptions
-never see a draw.
+What we do differently: beside (λ, h₀, η, ξ) there are settings in the adapter's own units (``sigma0``,
+``prior_sigma``, ``max_step``, ``temperature``), from which h₀ and δ follow; docs/methods/ivon.md says what the defaults
+are and why. The parameters hold the mean all the time: noise is added where a module reads its parameter.
 """
 
 from __future__ import annotations
@@ -24,11 +20,10 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
 from bayeslora.methods.guards import plain_layers
-from bayeslora.methods.ivon.moments import learned, moments
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
-from bayeslora.methods.ivon.sampler import Sampler
+from bayeslora.methods.ivon.sampler import Sampler, learned, moments
 from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, Group, check_ivon, default_ess
 from bayeslora.methods.records import check_num_data, require_record
 from bayeslora.methods.trainer_log import MetricsCallback
@@ -101,10 +96,8 @@ class Ivon(Method):
             raise InputError("ess, hess_init and learning_rate belong together: give all three, or a preset")
         if isinstance(self.ess, str) and self.ess != "sqrt":
             raise InputError(f"ess must be a number or 'sqrt', and it is {self.ess!r}")
-        for key in ("sigma0", "prior_sigma", "max_step", "temperature"):
-            value = getattr(self, key)
-            if value is not None and not (0 < value < math.inf or (key == "prior_sigma" and value == math.inf)):
-                raise InputError(f"IVON's {key} must be finite and positive, and it is {value}")
+        finite = () if self.prior_sigma == math.inf else ("prior_sigma",)
+        check_ranges(self, prefix="IVON's ", positive=("sigma0", *finite, "max_step", "temperature"))
         if self.prior_sigma is not None and self.weight_decay:
             raise InputError("prior_sigma and weight_decay both say how wide IVON's prior is; give one of them")
         if self.sigma0 is not None and self.prior_sigma is not None and self.sigma0 > self.prior_sigma:
@@ -112,8 +105,7 @@ class Ivon(Method):
                 f"IVON's noise cannot begin wider than its prior: sigma0 is {self.sigma0} and prior_sigma "
                 f"{self.prior_sigma}"
             )
-        if self.draws_per_step < 1:
-            raise InputError(f"draws_per_step must be at least 1, and it is {self.draws_per_step}")
+        check_ranges(self, at_least={"draws_per_step": 1})
         self.optimizer_settings(1000, 100_000)  # what does not depend on N and P
 
     @property
@@ -122,22 +114,13 @@ class Ivon(Method):
         return self.preset is None and self.ess is None
 
     def optimizer_settings(self, num_data: int, num_parameters: int | None = None) -> Group:
-        """Return the settings of `IvonOptimizer` for a number of training examples.
-
-        Args:
-            num_data: Number of training examples N.
-            num_parameters: Number of trained parameters P; None if λ does not depend on it, or is set later.
-
-        Returns:
-            Its keyword arguments; ``clip_radius`` is infinite where it follows the Trainer's learning rate. In the
-            adapter's units h₀ and δ are each parameter's own, see `own_settings`, and those here stand for
-            σ₀ = .04.
-
-        Raises:
-            InputError: If they have no meaning.
-        """
+        """Return `IvonOptimizer`'s arguments for N examples and P parameters, None where λ is set later."""
+        # ``clip_radius`` is infinite where it follows the Trainer's learning rate; in the adapter's units h₀ and δ are
+        # each parameter's own, see `own_settings`, and those here stand for σ₀ = .04
+        published = PRESETS.get(self.preset or "", {})
         settings: Group = {
-            "betas": self.betas or BETAS,
+            "betas": self.betas or published.get("betas", BETAS),
+            "clip_radius": self.max_step or self.clip_radius or published.get("clip_radius", math.inf),
             "weight_decay": self.weight_decay,
             "price_clip": math.inf if self.price_clip is None else self.price_clip,
             "prior": self.prior,
@@ -146,36 +129,22 @@ class Ivon(Method):
             "prior_warmup": (WARMUP if self.in_units else 0.0) if self.prior_warmup is None else self.prior_warmup,
             "bounded": self.in_units,
         }
-        published = PRESETS.get(self.preset or "", {})
-        if not self.in_units:
-            ess = self.ess if self.ess is not None else published["ess"]
-            settings |= {
-                "ess": 5000 * math.sqrt(num_data) if ess == "sqrt" else ess,
-                "hess_init": self.hess_init if self.hess_init is not None else published["hess_init"],
-                "lr": self.learning_rate if self.learning_rate is not None else published["learning_rate"],
-                "clip_radius": self.clip_radius or published.get("clip_radius", math.inf),
-                "betas": self.betas or published.get("betas", BETAS),
-            }
-        else:
+        if self.in_units:
             ess = num_data / self.temperature if self.temperature else default_ess(num_data, num_parameters or 0)
-            settings |= {"ess": ess, "lr": 1.0, "clip_radius": self.max_step or self.clip_radius or math.inf}
-            settings["hess_init"] = 1 / (ess * (self.sigma0 or 0.04) ** 2)
+            settings |= {"ess": ess, "lr": 1.0, "hess_init": 1 / (ess * (self.sigma0 or 0.04) ** 2)}
+        else:
+            settings |= {
+                "ess": published["ess"] if self.ess is None else self.ess,
+                "hess_init": published["hess_init"] if self.hess_init is None else self.hess_init,
+                "lr": published["learning_rate"] if self.learning_rate is None else self.learning_rate,
+            }
+            if self.ess == "sqrt":
+                settings["ess"] = 5000 * math.sqrt(num_data)
         check_ivon(settings)
         return settings
 
     def own_settings(self, ess: float, sigma: float) -> dict[str, float]:
-        """Return h₀ and δ of a parameter, in the adapter's units.
-
-        Args:
-            ess: λ.
-            sigma: Its first standard deviation, if ``sigma0`` does not say it.
-
-        Returns:
-            ``hess_init`` and ``weight_decay``.
-
-        Raises:
-            InputError: If the noise would begin wider than the prior.
-        """
+        """Return h₀ and δ of a parameter for λ = ``ess``, where ``sigma0`` is None with the deviation ``sigma``."""
         sigma = self.sigma0 or (min(sigma, self.prior_sigma) if self.prior_sigma else sigma)
         total = 1 / (ess * sigma**2)
         delta = self.weight_decay or 1 / (ess * (self.prior_sigma or sigma) ** 2)
@@ -187,11 +156,7 @@ class Ivon(Method):
         return {"hess_init": max(0.0, total - delta), "weight_decay": delta}
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
-        """Return the optimiser, and the callback that draws and adds the noise; see `Method.trainer_kwargs`.
-
-        Raises:
-            InputError: If the adapter is not plain LoRA (DoRA and other variants read their matrices elsewhere).
-        """
+        """Return the optimiser, and the callback that draws and adds the noise; see `Method.trainer_kwargs`."""
         if isinstance(model, PeftModel):  # else TRL makes the adapter, and it is looked at when training begins
             plain_layers(model, "IVON")
         if self.in_units and self.sigma0 and self.weight_decay and self.temperature:

@@ -9,10 +9,8 @@ draws θ = m + σ⊙ε instead of at m. With ĝ = ∇ℓ(θ), ℓ the mean loss 
     m ← m − η·clip( (g/(1−β₁ᵗ) + δm)/(h+δ), ±ξ )
 
 What is ours: noise is a function of (seed, step, number of the draw, number of the parameter), so a checkpoint holds
-nothing random and every process draws the same; several draws per step, each with its own share of the gradient; Price
-clipping |λ(θ−m)⊙ĝ| ≤ κ; h₀ and δ of each parameter; a prior around m's start, and a pull that grows in over the first
-steps; h ≥ 0, so that σ ≤ 1/√(λδ), the prior's deviation; and an empirical-Bayes prior, 1/(λδ) = mean of m² + σ² over
-each matrix, which as in the papers is in σ and in the divisor and does not pull m.
+nothing random and every process draws the same; several draws per step, each with its own share of the gradient; and
+the settings that docs/methods/ivon.md explains. An empirical prior is in σ and in the divisor, and does not pull m.
 """
 
 from __future__ import annotations
@@ -197,13 +195,7 @@ class IvonOptimizer(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
     def begin(self, parameter: Tensor, *, hess_init: float, weight_decay: float) -> None:
-        """Give a parameter its own h₀ and δ in the place of its group's; nothing happens once it has taken a step.
-
-        Args:
-            parameter: One of the parameters.
-            hess_init: h₀.
-            weight_decay: δ.
-        """
+        """Give a parameter its own h₀ and δ in the place of its group's; nothing happens once it has taken a step."""
         state = self._state(parameter, self._group(parameter))
         if not state["step"]:
             state["hess"].fill_(hess_init)

@@ -1,4 +1,4 @@
-"""The callback of IVON: it draws at each step, and lets the modules read the draw in the place of their parameters."""
+"""The callback of IVON: it draws at each step, lets the modules read the draw, and says if the variance was learned."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING, final
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.callback import MethodCallback, Run, write_tensors
+from bayeslora.methods.callback import HALF, MethodCallback, Run, write_tensors
 from bayeslora.methods.guards import check_training, plain_layers
-from bayeslora.methods.ivon.diagnostics import diagnostics, report
-from bayeslora.methods.ivon.moments import learned
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
-from bayeslora.methods.ivon.settings import STEP, default_sigma
+from bayeslora.methods.ivon.settings import STEP, Group, default_sigma, from_prior, pull_weight
 from bayeslora.methods.records import Record, require_record
+from bayeslora.methods.trainer_log import averages
+from bayeslora.params import Params, lora_parameters
 
 if TYPE_CHECKING:
     from bayeslora.methods.ivon.method import Ivon
 
 logger = logging.getLogger(__name__)
+
+LEARNED = 0.5
+"""The variance counts as learned if at least this share of h+δ is more than 10 % off what it would be without data."""
 
 
 @final
@@ -33,11 +36,11 @@ class Sampler(MethodCallback):
     """Draws at the beginning of each step, lets the modules read the draw, and tells how the variance did."""
 
     name, title, file = "ivon", "IVON", "bayeslora_ivon.safetensors"
+    optimizer: IvonOptimizer
 
     def __init__(self, method: Ivon, num_data: int) -> None:
         super().__init__(num_data)
         self.method = method
-        self.optimizer: IvonOptimizer | None = None
         self.batches = 0
 
     def begin(self, run: Run) -> Record:
@@ -86,25 +89,18 @@ class Sampler(MethodCallback):
 
     def _value(self, p: Tensor) -> Tensor | None:
         """Return the draw of a parameter, as a function of the parameter."""
-        assert self.optimizer is not None
         noise = self.optimizer.noise(p)
         if noise is None:
             return None
         return p + (noise if p.dtype == torch.float32 else (self.optimizer.mean(p) + noise).to(p.dtype) - p.detach())
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Draw."""
-        assert self.optimizer is not None
         self.optimizer.draw()
         self.batches = 0
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_substep_end(self, args: TrainingArguments, state: object, control: object, **_: object) -> None:
         """Draw again where the next share of the step's batches begins."""
-        assert self.optimizer is not None
         draws, batches = self.method.draws_per_step, args.gradient_accumulation_steps
         before, self.batches = self.batches, self.batches + 1
         if self.batches * draws // batches > before * draws // batches:
@@ -112,20 +108,86 @@ class Sampler(MethodCallback):
 
     def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return how the variance does, for the log."""
-        return {} if self.optimizer is None else diagnostics(self.optimizer)
+        return diagnostics(self.optimizer)
 
     def save(self, path: Path, run: Run) -> None:
         """Write what belongs to the adapter of the checkpoint, if the best one is to be the result."""
-        if run.args.load_best_model_at_end and self.optimizer is not None:
+        if run.args.load_best_model_at_end:
             write_tensors(path, learned(self.optimizer, run.model))
 
     def end(self, run: Run) -> None:
         """Say whether the variance was learned, and take the best checkpoint's, if it is used."""
-        assert self.optimizer is not None
         report(self.optimizer, run.model)
         best = self.read_best(run)
         if best is not None:
             require_record(run.model, self.name).learned = best
+
+
+@torch.no_grad()
+def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
+    """Return what tells whether the variance was learned; empty before the first step.
+
+    ``hess_moved``: share of coordinates whose h+δ is more than 10 % off what it would be without data, h₀β₂ᵗ + δ;
+    ``clipped``: share whose update is at the clip radius; ``ess``: λ, how many examples the data count for; ``sigma``
+    and ``sigma_mean``: median and mean σ. The device is waited for once.
+    """
+    trained = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    stepped = [(p, group, state) for p, group in trained if (state := optimizer.state.get(p)) and state["step"]]
+    names = ("sigma_mean", "hess_moved", "clipped")
+    metrics = averages(names, (_coordinates(group, state, optimizer.mean(p)) for p, group, state in stepped))
+    return metrics and {**metrics, "ess": float(optimizer.param_groups[0]["ess"])}
+
+
+def _coordinates(group: Group, state: Group, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return σ of a parameter, where h+δ is more than 10 % off, and where the update is at the clip radius."""
+    precision = state["hess"] + state["delta"]
+    update = state["avg_grad"] / (1 - group["betas"][0] ** state["step"])
+    update = update + pull_weight(group, state) * from_prior([mean], [state])[0]
+    untaught = state.get("hess_init", group["hess_init"]) * group["betas"][1] ** state["step"] + state["delta"]
+    moved = (precision / untaught - 1).abs() > 0.1
+    clipped = (update / precision).abs() >= group["clip_radius"]
+    return (group["ess"] * precision).rsqrt(), moved, clipped
+
+
+def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
+    """Log what came of the variance, and warn if it was hardly learned."""
+    metrics = diagnostics(optimizer)
+    if not metrics:
+        return
+    sizes = {}
+    for part in ("lora_A", "lora_B"):
+        values = [p.detach().abs().median() for name, p in lora_parameters(model).items() if part in name]
+        sizes[part] = float(torch.stack(values).median()) if values else math.nan
+    logger.info(
+        "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "
+        "would be without data; %.0f %% of the last update was at the clip radius.",
+        metrics["sigma"],
+        sizes["lora_A"],
+        sizes["lora_B"],
+        100 * metrics["hess_moved"],
+        100 * metrics["clipped"],
+    )
+    if metrics["hess_moved"] < LEARNED:
+        logger.warning(
+            "IVON's variance was hardly learned (%.0f %% of h is other than without data), so sigma is about what it "
+            "was set to: compare with isotropic noise of that size. More draws a step or a longer run teach it more.",
+            100 * metrics["hess_moved"],
+        )
+
+
+def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
+    """Return σ² as ``variance/<name>``, and as ``mean/<name>`` the exact mean of what is in half precision."""
+    params = {name: p for name, p in lora_parameters(model).items() if p in optimizer.state}
+    variances = {f"variance/{name}": optimizer.variance(p).cpu() for name, p in params.items()}
+    means = {name: optimizer.mean(p).float().cpu().clone() for name, p in params.items() if p.dtype in HALF}
+    return variances | {f"mean/{name}": mean for name, mean in means.items()}
+
+
+def moments(mean: Params, known: Params) -> tuple[Params, Params]:
+    """Return mean and variance; exact means in `known` count where they are the adapter up to half precision."""
+    exact = {n: known[f"mean/{n}"] for n in mean if f"mean/{n}" in known}
+    exact = {n: e for n, e in exact.items() if any(torch.equal(e.to(kind).float(), mean[n]) for kind in HALF)}
+    return mean | exact, {n: known[f"variance/{n}"] for n in mean if f"variance/{n}" in known}
 
 
 def first_deviations(layers: Mapping[str, LoraLayer], params: Iterable[Tensor]) -> dict[Tensor, float]:
@@ -141,7 +203,7 @@ def first_deviations(layers: Mapping[str, LoraLayer], params: Iterable[Tensor]) 
 
 def shadowed(
     model: nn.Module, params: Iterable[Tensor], value: Callable[[Tensor], Tensor | None]
-) -> Callable[[], None]:
+) -> Callable[[nn.Module], None]:
     """Let modules read ``value(parameter)`` in the place of a parameter in training mode; return what undoes it."""
     # A module's attribute is covered for the length of its own forward call, so gradients go to the parameter, gradient
     # checkpointing reads the same value again, and whoever looks at the model from outside sees the parameter. Where
@@ -170,7 +232,7 @@ def shadowed(
             module.register_forward_hook(_uncover, always_call=True),
         ]
 
-    def _undo() -> None:
+    def _undo(_: nn.Module) -> None:
         for handle in handles:
             handle.remove()
 

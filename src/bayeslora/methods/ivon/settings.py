@@ -1,17 +1,6 @@
 """IVON's settings: what is published, what the defaults are and why, which have a meaning, and the estimated prior.
 
-The defaults are for one adapter of any size and for 100 to 10,000 steps (docs/methods/ivon.md has the figures):
-
-- λ = P·√N/50 for P adapter parameters and N examples, and N at least. In a quadratic model the noise costs P/(2λ) nats
-  an example, so λ must grow with P; √N is that of arXiv 2506.14280. For Llama-2-7B with rank 8 on queries and values
-  and the papers' N it gives 2·10⁶ to 8·10⁶, in the middle of the published 10⁶ to 10⁸.
-- δ = 1/(λσ₀²), h₀ = 0: the prior's deviation is σ₀, and where the loss is flat σ stays at it instead of growing. The
-  prior is around the adapter's start, and its pull grows in over the first 300 steps, as the weight of the divergence
-  does in other variational training: a run of 150 steps is not held back, and one of 6,000 does not drift away.
-- σ₀ by the noise that it makes in the layer's output, relative to W₀x. For A it is a share of PEFT's start, and so
-  falls with 1/√in. For B the noise of M adapted modules adds up to that of a fraction `NOISE_B` of one output.
-- The largest step is half the Trainer's learning rate: almost every coordinate takes it, up or down, where AdamW's
-  steps are smaller than its rate.
+The defaults are for one adapter of any size and for 100 to 10,000 steps; docs/methods/ivon.md has the figures and why.
 """
 
 from __future__ import annotations

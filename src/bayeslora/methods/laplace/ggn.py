@@ -40,9 +40,6 @@ _OVERSAMPLING = 4
 Spectra = dict[str, tuple[Tensor, Tensor]]
 """By parameter the eigenvalues of its block of H, and how often each occurs; float64."""
 
-Eigen = tuple[Tensor, Tensor]
-"""Eigenvalues, the last one that of each other direction, and eigenvectors."""
-
 
 class Curvature(ABC):
     """A curvature by the parameters of ``sites``, summed batch by batch."""
@@ -114,17 +111,14 @@ class DiagonalCurvature(Curvature):
 
 @final
 class KroneckerCurvature(Curvature):
-    """K-FAC: G = Σ g gᵀ and X = mean of x xᵀ, over the tokens that reach the answer (Martens and Grosse 2015).
-
-    Of a factor that is too large to be held ``rank`` eigenvalues are kept; ``tokens`` as `bayeslora.Laplace` has it.
-    """
+    """K-FAC: G = Σ g gᵀ and X = mean of x xᵀ, over the tokens that reach the answer (Martens and Grosse 2015)."""
 
     def __init__(self, sites: Sequence[Site], rank: int, tokens: str = "expand") -> None:
         self.sites, self.rank, self.tokens = sites, rank, tokens
         self.left: dict[nn.Module, Factor] = {}
         self.right: dict[nn.Module, Factor] = {}
         self.count: dict[nn.Module, Tensor] = {}
-        self._eigen: dict[str, tuple[Eigen, Eigen]] | None = None
+        self._eigen: dict[str, Params] = {}
 
     def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
         """Add a batch."""
@@ -144,40 +138,33 @@ class KroneckerCurvature(Curvature):
             self.left[module].add(outputs)
             self.right[module].add(inputs)
             self.count[module] = self.count.get(module, 0) + reaching.sum()
-            self._eigen = None
+            self._eigen = {}
 
     def spectra(self) -> Spectra:
         """Return the products of the factors' eigenvalues."""
-        spectra = {}
-        for name, sides in self.eigen().items():
-            left, right = (values.double() for values, _ in sides)
-            often_left, often_right = (_multiplicities(vectors) for _, vectors in sides)
-            spectra[name] = (left[:, None] * right, often_left[:, None] * often_right)
+        spectra, eigen = {}, self.eigen()
+        for name, left in eigen["left_values"].items():
+            often_left, often_right = (_multiplicities(eigen[f"{side}_vectors"][name]) for side in ("left", "right"))
+            values = left.double()[:, None] * eigen["right_values"][name].double()
+            spectra[name] = (values, often_left[:, None] * often_right)
         return spectra
 
     def posterior(self, mean: Params, precision: float, origin: Origin | None) -> KroneckerGaussian:
         """Return a Gaussian with the precisions G ⊗ X + λI."""
-        eigen = self.eigen()
-        return KroneckerGaussian(
-            mean,
-            left_values={name: left[0] for name, (left, _) in eigen.items()},
-            left_vectors={name: left[1] for name, (left, _) in eigen.items()},
-            right_values={name: right[0] for name, (_, right) in eigen.items()},
-            right_vectors={name: right[1] for name, (_, right) in eigen.items()},
-            strength={name: torch.ones(()) for name in eigen},
-            precision=precision,
-            origin=origin,
-        )
+        strength = {site.name: torch.ones(()) for site in self.sites}
+        return KroneckerGaussian(mean, **self.eigen(), strength=strength, precision=precision, origin=origin)
 
-    def eigen(self) -> dict[str, tuple[Eigen, Eigen]]:
-        """Return the eigenvalues and vectors of both factors, computed once."""
-        if self._eigen is None:
-            self._eigen = {}
+    def eigen(self) -> dict[str, Params]:
+        """Return eigenvalues, the last that of each other direction, and vectors of both factors, computed once."""
+        if not self._eigen:
+            parts: dict[str, Params] = {f"{s}_{part}": {} for s in ("left", "right") for part in ("values", "vectors")}
             for site in self.sites:
-                right = (torch.tensor([1.0, 0.0]), torch.ones(1, 1))  # a bias is a column with the input 1
-                if not site.bias:
+                left, right = self.left[site.module].eigen(self.rank), (torch.tensor([1.0, 0.0]), torch.ones(1, 1))
+                if not site.bias:  # which is a column with the input 1
                     right = self.right[site.module].eigen(self.rank, 1 / max(1, int(self.count[site.module])))
-                self._eigen[site.name] = (self.left[site.module].eigen(self.rank), right)
+                parts["left_values"][site.name], parts["left_vectors"][site.name] = left
+                parts["right_values"][site.name], parts["right_vectors"][site.name] = right
+            self._eigen = parts
         return self._eigen
 
 

@@ -11,9 +11,8 @@ where the evidence
 is largest (equation 14 there, in closed form from the eigenvalues), or the negative log-likelihood of validation rows
 smallest. Predictions are those of the model linearised at θ̂ (`Linearised`), or of draws of the weights.
 
-What we do differently: tokens that do not reach the answer (padding too) have no gradient, and are not counted as
-inputs x, so that the result does not depend on the batches; what the low rank leaves of a factor's trace is spread over
-its other directions instead of dropped; a fit that fails says so.
+What we do differently: tokens that do not reach the answer (padding too) are not counted as inputs x, and what the low
+rank leaves of a factor's trace is spread over its other directions instead of dropped.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from typing import ClassVar, Literal, final
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter
-from bayeslora.methods.laplace.ggn import Curvature, DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
-from bayeslora.methods.search import Judge, smallest
+from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
+from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params, lora_parameters, swapped
@@ -40,7 +39,7 @@ from bayeslora.prediction.jacobians import Site, linear_sites
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
-from bayeslora.tasks.types import Task, labelled
+from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
 LOG_PRECISIONS = (-14.0, 23.0)
@@ -90,10 +89,7 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
                 raise InputError(f"Laplace's prior is a precision, 'marginal' or 'validation', and not {self.prior!r}")
         elif not 0 < self.prior < math.inf:
             raise InputError(f"the prior precision must be finite and positive, and it is {self.prior}")
-        for key, least in (("rank", 1), ("draws", 1), ("last_layers", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise InputError(f"Laplace's {key} must be at least {least}, and it is {value}")
+        check_ranges(self, prefix="Laplace's ", at_least={"rank": 1, "draws": 1, "last_layers": 0})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse an adapter without a parameter to be uncertain about, and a task without rows; see `PostHoc.check`."""
@@ -118,42 +114,36 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         sites = self._sites(model)
         readout = readout_for(model, train, adapter.tokenizer)
         batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, adapter.token_budget, train))
-        curvature: Curvature
-        if self.structure == "diag":
-            curvature = DiagonalCurvature(sites)
-        else:
-            curvature = KroneckerCurvature(sites, self.rank, self.tokens)
+        diagonal = self.structure == "diag"
+        curvature = DiagonalCurvature(sites) if diagonal else KroneckerCurvature(sites, self.rank, self.tokens)
         with swapped(model, mean), readout.attached(model):
             log_likelihood = accumulated(model, curvature, batches, train.labels)
         if self.prior == "validation":
             candidates = [curvature.posterior(mean, precision, origin) for precision in CANDIDATES]
-            judge = adapter.judge(adapter.task.validation)
+            rows = labelled(adapter.task.validation, "the prior is chosen on validation rows")
             if self.predictive == "draws":
-                precision = _best([judge.nll(posterior, self.draws) for posterior in candidates])
+                precision = _best([adapter.nll(posterior, rows, self.draws) for posterior in candidates])
             else:
-                precision = _best(_linearised_nlls(judge, candidates))
+                precision = _best(_linearised_nlls(adapter, rows, candidates))
         elif self.prior == "marginal":
             precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
             precision = float(self.prior)
-        logger.info(
-            "Laplace: prior precision %.4g, log evidence %.5g.",
-            precision,
-            log_likelihood + log_occam_factor(curvature.spectra(), mean, precision),
-        )
+        evidence = log_likelihood + log_occam_factor(curvature.spectra(), mean, precision)
+        logger.info("Laplace: prior precision %.4g, log evidence %.5g.", precision, evidence)
         posterior = curvature.posterior(mean, precision, origin)
         return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
 
 
-def _linearised_nlls(judge: Judge, candidates: Sequence[Linearisable]) -> list[float]:
+def _linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable]) -> list[float]:
     """Return the negative log-likelihood by the linearised model of each candidate, in one pass."""
-    model, rows = judge.model, judge.rows
-    readout = readout_for(model, rows, judge.tokenizer)
-    budget = gradient_budget(model, judge.token_budget, rows)
+    model = adapter.model
+    readout = readout_for(model, rows, adapter.tokenizer)
+    budget = gradient_budget(model, adapter.token_budget, rows)
     batches = batched(model, readout, readout.encode(rows)[0], budget)
     with swapped(model, candidates[0].mean), readout.attached(model):
         logits, covariances = logit_moments(model, candidates, batches, len(rows))
-    draws = (logit_draws(logits, covariance, LOGIT_DRAWS, judge.seed) for covariance in covariances)
+    draws = (logit_draws(logits, covariance, LOGIT_DRAWS, adapter.seed) for covariance in covariances)
     return [float(nll(average(each.log_softmax(-1)), rows.labels)) for each in draws]
 
 
@@ -166,11 +156,7 @@ def _best(scores: Sequence[float]) -> float:
 
 
 def log_occam_factor(spectra: Spectra, mean: Params, precision: float) -> float:
-    """Return what the evidence takes off the log-likelihood, in nats: log Z − log p(D|θ̂), in Laplace's approximation.
-
-    It is −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI). ``spectra`` has the eigenvalues of H by parameter and how often
-    each occurs; parameters without curvature do not count.
-    """
+    """Return log Z − log p(D|θ̂) = −½ λ|θ̂|² + ½ P log λ − ½ log det(H + λI) in nats, over the spectra's parameters."""
     log_det = sum(float((often * (values + precision).log()).sum()) for values, often in spectra.values())
     square = sum(float(mean[name].double().square().sum()) for name in spectra)
     size = sum(mean[name].numel() for name in spectra)

@@ -13,11 +13,10 @@ from bayeslora.params import generator
 
 @final
 class Factor:
-    """A sum of outer products Σ v vᵀ of vectors of a size, held exactly where it is small, else as a sketch of a width.
+    """A sum of outer products Σ v vᵀ, held exactly where it is small, else as a sketch; ``key`` seeds Ω.
 
-    The sketch is Y = (Σ v vᵀ) Ω with a fixed Ω of few columns; its Nyström approximation is exact where the rank of the
-    sum is at most that number (Tropp et al. 2017, arXiv 1706.05736, algorithm 3). Memory is size × width whatever the
-    number of vectors, and the result does not depend on their order but by rounding. ``key`` seeds Ω.
+    The sketch is Y = (Σ v vᵀ) Ω with a fixed Ω, [size width]; its Nyström approximation is exact where the rank of the
+    sum is at most the width (Tropp et al. 2017, arXiv 1706.05736, algorithm 3).
     """
 
     def __init__(self, size: int, width: int, key: str, device: torch.device) -> None:

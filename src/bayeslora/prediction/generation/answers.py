@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayeslora._typing import Float
-from bayeslora.prediction.generation.semantic import Equivalence, entropy_of, exactly, overlap, semantic_clusters
+from bayeslora.prediction.generation.semantic import Equivalence, exactly, overlap, semantic_clusters
 
 
 @final
@@ -116,7 +116,7 @@ class Answers:
     @property
     def semantic_entropy(self) -> float:
         """Entropy of the clusters' shares, in nats (Farquhar et al. 2024, the discrete estimate)."""
-        return entropy_of(self.shares)
+        return float(torch.special.entr(self.shares).sum())
 
     @property
     def predictive_entropy(self) -> float:

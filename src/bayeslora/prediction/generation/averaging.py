@@ -1,8 +1,7 @@
 """A language model that answers with the average of several draws.
 
-From outside it is a model like any other: rows go in, one distribution a row comes out, so that everything that
-`transformers` does with a model (greedy, sampling, beams, penalties, streaming) works. Inside, every row is there once
-for each draw, and the keys and values that are kept belong to their draw.
+From outside it is a model like any other, so that everything that `transformers` does with a model works. Inside, every
+row is there once for each draw, and the keys and values that are kept belong to their draw.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import final
 
 import torch
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
-from bayeslora.prediction.stacking import FewAnswers, differing, stacked, stacks
+from bayeslora.prediction.stacking import differing, stacked, stacks
 
 
 @final
@@ -52,24 +52,14 @@ class Averager:
         self.average = self.log_probs[0] if self.draws == 1 else self.log_probs.logsumexp(0) - math.log(self.draws)
         return self.average[:, None]
 
-    def entropies(self) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-        """Return H(p̄) and the mean of the draws' entropies, in nats."""
-        return torch.special.entr(self.average.exp()).sum(-1), torch.special.entr(self.log_probs.exp()).sum(-1).mean(0)
-
 
 @contextmanager
 def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> Iterator[Averager]:
-    """Yield the averager of a causal language model that answers under S draws for the length of a ``with`` block.
-
-    Each row is answered by the average of all draws, or the rows belong to the draws in S equal parts.
-
-    Raises:
-        InputError: If the draws cannot share a pass.
-    """
+    """Make a causal language model answer by the average of S draws, or its rows by one each, in S equal parts."""
     base = require_lora(model).get_base_model()
     with evaluating(model):
         names = differing(draws)
-        if names and not stacks(model, names, _few_answers(base), "generation", needed=True):
+        if names and not stacks(model, names, partial(_few_answers, base), "generation", needed=True):
             raise InputError(
                 "the draws of this adapter cannot share a pass (it has parameters outside of linear layers), so the "
                 "model cannot generate from several at once; use draws=1"
@@ -81,24 +71,14 @@ def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> It
             outputs.logits = averager.take(outputs.logits)
             return outputs
 
-        with stacked(model, draws, repeat=average):
-            hook = base.register_forward_hook(after)
-            try:
-                yield averager
-            finally:
-                hook.remove()
+        with stacked(model, draws, repeat=average), base.register_forward_hook(after):
+            yield averager
 
 
-def _few_answers(base: PreTrainedModel) -> FewAnswers:
-    """Return what gives a model's log-probabilities of what comes after two short texts, once for each draw."""
-    size = min(len(base.get_input_embeddings().weight), 1000)
-    ids = torch.randint(0, size, (2, 5), generator=generator("generation"))
-
-    @torch.inference_mode()
-    def answers(count: int) -> Tensor:
-        """Return the log-probabilities of what comes next."""
-        device = base.get_input_embeddings().weight.device
-        logits = base(input_ids=ids.to(device), use_cache=False).logits[:, -1]
-        return logits.float().log_softmax(-1).view(count, len(ids), -1)
-
-    return answers
+@torch.inference_mode()
+def _few_answers(base: PreTrainedModel, count: int) -> Float[Tensor, "S 2 V"]:
+    """Return a model's log-probabilities of what comes after two short texts, once for each draw."""
+    weight = base.get_input_embeddings().weight
+    ids = torch.randint(0, min(len(weight), 1000), (2, 5), generator=generator("generation"))
+    logits = base(input_ids=ids.to(weight.device), use_cache=False).logits[:, -1]
+    return logits.float().log_softmax(-1).view(count, len(ids), -1)

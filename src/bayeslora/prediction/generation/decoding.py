@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.special import entr
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from bayeslora._typing import Float, Int, Tokenizer
@@ -26,25 +26,15 @@ ALTERNATIVES = 5
 @final
 @dataclass(frozen=True)
 class Step:
-    """One token of each row, as it is generated.
+    """One token of each row, as it is generated."""
 
-    Attributes:
-        token_ids: The R rows' tokens; rows that have ended go on with padding.
-        log_probs: log p̄ of each.
-        draw_log_probs: Each draw's log-probability of it.
-        entropy: H(p̄).
-        expected_entropy: Mean of the draws' entropies.
-        best: Ids of the most probable tokens.
-        best_log_probs: Their log p̄.
-    """
-
-    token_ids: Int[Tensor, " R"]
-    log_probs: Float[Tensor, " R"]
-    draw_log_probs: Float[Tensor, "S R"]
-    entropy: Float[Tensor, " R"]
-    expected_entropy: Float[Tensor, " R"]
-    best: Int[Tensor, "R A"]
-    best_log_probs: Float[Tensor, "R A"]
+    token_ids: Int[Tensor, " R"]  # rows that have ended go on with padding
+    log_probs: Float[Tensor, " R"]  # log p̄ of each
+    draw_log_probs: Float[Tensor, "S R"]  # each draw's log-probability of it
+    entropy: Float[Tensor, " R"]  # H(p̄)
+    expected_entropy: Float[Tensor, " R"]  # mean of the draws' entropies
+    best: Int[Tensor, "R A"]  # ids of the most probable tokens
+    best_log_probs: Float[Tensor, "R A"]  # their log p̄
 
 
 Settings = dict[str, Any]
@@ -70,27 +60,21 @@ class Decoder:
     def in_batches(
         self, prompts: Sequence[Sequence[int]], size: int, on_step: OnStep | None = None
     ) -> list[list[Answer]]:
-        """Return the answers to each of the prompts, so many at once, draw after draw where each draw has its own.
-
-        A batch that is too large for memory is halved, unless somebody was told of its tokens.
-
-        Raises:
-            InputError: If a prompt does not fit into memory by itself, or transformers refuses a setting.
-        """
+        """Return the answers to each of the prompts, so many at once, draw after draw where each draw has its own."""
         answers: list[list[Answer]] = [[] for _ in prompts]
-        started = False
+        started = False  # a batch that is too large for memory is halved, unless somebody was told of its tokens
 
         def note(step: Step) -> bool | None:
             """Tell of a step."""
             nonlocal started
-            started = True
+            started = on_step is not None
             return on_step(step) if on_step is not None else None
 
         def run(numbers: Sequence[int]) -> None:
             """Generate for one batch."""
             nonlocal started
             started = False
-            rows = self.answers([prompts[n] for n in numbers], on_step=None if on_step is None else note)
+            rows = self.answers([prompts[n] for n in numbers], on_step=note)
             each = len(rows) // (len(numbers) * (1 if self.average else len(self.draws)))  # answers of a draw
             for place, answer in enumerate(rows):
                 answers[numbers[place // each % len(numbers)]].append(answer)
@@ -106,14 +90,7 @@ class Decoder:
     def answers(
         self, prompts: Sequence[Sequence[int]], ended: Ended | None = None, on_step: OnStep | None = None
     ) -> list[Answer]:
-        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``.
-
-        ``ended`` says which rows end, None where only the model and ``stop_strings`` do; ``on_step`` is told of each
-        step, not with beams.
-
-        Raises:
-            InputError: If transformers refuses a setting.
-        """
+        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``."""
         base = require_lora(self.model).get_base_model()
         device = device_of(self.model)
         width = max(map(len, prompts))
@@ -123,7 +100,9 @@ class Decoder:
         if not self.average:
             ids, mask = (value.repeat(len(self.draws), 1) for value in (ids, mask))
         beams = self.settings.get("num_beams", 1) > 1
-        with answering(self.model, self.draws, average=self.average) as averager, _own_stream(device, self.seed):
+        forked = range(torch.cuda.device_count()) if device.type == "cuda" else []
+        with answering(self.model, self.draws, average=self.average) as averager, torch.random.fork_rng(forked):
+            torch.manual_seed(seed_of("tokens", self.seed))  # transformers samples from the default generators only
             notes = _Notes(averager, on_step, ended or self._stops, width)
             settings = {
                 "pad_token_id": padding, "num_beams": 1, **self.settings,
@@ -175,17 +154,6 @@ class Decoder:
         return bool(self.settings.get("stop_strings")) and self.stopped(ids)[1] is not None
 
 
-@contextmanager
-def _own_stream(device: torch.device, seed: int) -> Iterator[None]:
-    """Sample tokens from a stream of their own for the length of a ``with`` block.
-
-    transformers samples from torch's default generators and takes no other, so these are forked, seeded and put back.
-    """
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        torch.manual_seed(seed_of("tokens", seed))
-        yield
-
-
 def alternatives(tokenizer: Tokenizer, step: Step, row: int) -> tuple[tuple[str, float], ...]:
     """Return the most probable tokens in the place of a row's, with their p̄."""
     pairs = zip(step.best[row].tolist(), step.best_log_probs[row].tolist(), strict=True)
@@ -221,15 +189,14 @@ class _Notes(StoppingCriteria):
 
 def _step(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
     """Return the draws' distributions at the tokens that were chosen."""
-    entropy, expected = averager.entropies()
     best = averager.average.topk(min(ALTERNATIVES, averager.average.shape[-1]))
     pick = chosen[:, None]
     return Step(
         token_ids=chosen.cpu(),
         log_probs=averager.average.gather(1, pick)[:, 0].cpu(),
         draw_log_probs=averager.log_probs.gather(2, pick.expand(len(averager.log_probs), -1, -1))[..., 0].cpu(),
-        entropy=entropy.cpu(),
-        expected_entropy=expected.cpu(),
+        entropy=entr(averager.average.exp()).sum(-1).cpu(),
+        expected_entropy=entr(averager.log_probs.exp()).sum(-1).mean(0).cpu(),
         best=best.indices.cpu(),
         best_log_probs=best.values.cpu(),
     )

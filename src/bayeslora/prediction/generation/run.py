@@ -9,15 +9,15 @@ from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.params import Params, require_lora
+from bayeslora.params import require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.draws import weight_draws
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
-from bayeslora.prediction.generation.decoding import Decoder, OnStep
+from bayeslora.prediction.generation.decoding import Decoder, OnStep, Settings
 from bayeslora.prediction.generation.semantic import Equivalence
 from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.passes import weight_draws
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
@@ -59,10 +59,7 @@ def generate(
     Raises:
         InputError: If a prompt is empty or too long, the posterior's draws are no weights, or a setting is unknown.
     """
-    draws = Draws.of(draws)
-    weights = draws_of(model, posterior, draws)
-    settings = {"max_new_tokens": max_new_tokens, **settings}
-    decoder = Decoder(model, weights, True, tokenizer or tokenizer_of(model), settings, draws.seed)
+    decoder = _decoder(model, posterior, draws, True, tokenizer, {"max_new_tokens": max_new_tokens, **settings})
     return [answer for answers in _answered(decoder, prompts, batch_size, on_step) for answer in answers]
 
 
@@ -81,16 +78,8 @@ def generate_each(
 ) -> list[Answers]:
     """Return one answer a draw to each prompt, and which of them mean the same.
 
-    Args:
-        model: See `generate`.
-        posterior: See `generate`.
-        prompts: See `generate`.
-        draws: See `generate`.
-        tokenizer: See `generate`.
-        max_new_tokens: See `generate`.
-        batch_size: See `generate`.
-        same: Whether two texts mean the same: `by_entailment`, `by_embedding`, or any function; None for word for word.
-        **settings: See `generate`; beams are not for answers that belong to draws.
+    The arguments are those of `generate`, beams apart, and ``same``: whether two texts mean the same (`by_entailment`,
+    `by_embedding`, or any function; None for word for word).
 
     Returns:
         The answers to each prompt: ``num_return_sequences`` for each draw, draw after draw.
@@ -100,25 +89,26 @@ def generate_each(
     """
     if settings.get("num_beams", 1) > 1:
         raise InputError("beams keep the best text of the average; for one answer a draw leave num_beams at 1")
-    draws = Draws.of(draws)
-    weights = draws_of(model, posterior, draws)
-    settings = {"max_new_tokens": max_new_tokens, **settings}
-    decoder = Decoder(model, weights, False, tokenizer or tokenizer_of(model), settings, draws.seed)
-    numbers = tuple(k for k in range(len(weights)) for _ in range(settings.get("num_return_sequences", 1)))
+    decoder = _decoder(model, posterior, draws, False, tokenizer, {"max_new_tokens": max_new_tokens, **settings})
+    numbers = tuple(k for k in range(len(decoder.draws)) for _ in range(settings.get("num_return_sequences", 1)))
     return [Answers.of(tuple(answers), numbers, same) for answers in _answered(decoder, prompts, batch_size)]
 
 
-def draws_of(model: nn.Module, posterior: Posterior, draws: int | Draws) -> list[Params]:
-    """Return draws of weights that a model can generate with.
-
-    Raises:
-        InputError: If the model cannot generate, or the posterior's draws are no weights.
-    """
+def _decoder(
+    model: nn.Module,
+    posterior: Posterior,
+    draws: int | Draws,
+    average: bool,
+    tokenizer: Tokenizer | None,
+    settings: Settings,
+) -> Decoder:
+    """Return a model that generates under draws of weights."""
     base = require_lora(model).get_base_model()
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
     draws = weight_draws(model, posterior, draws)
-    return [posterior.cached_draw(k, draws) for k in range(draws.count)]
+    weights = [posterior.cached_draw(k, draws) for k in range(draws.count)]
+    return Decoder(model, weights, average, tokenizer or tokenizer_of(model), settings, draws.seed)
 
 
 def _answered(
@@ -144,12 +134,7 @@ def _answered(
 
 
 def prompt_ids(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: int) -> list[int]:
-    """Return a prompt's token ids, which leave room for the longest answer.
-
-    Raises:
-        InputError: If the prompt is empty or too long, or the tokenizer has no chat template. The sentence lacks its
-            subject, the prompt.
-    """
+    """Return a prompt's token ids, which leave room for the longest answer; errors lack their subject, the prompt."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -164,11 +149,7 @@ def prompt_ids(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: 
 
 
 def check_room(model: nn.Module, ids: Sequence[int], longest: int) -> list[int]:
-    """Return a prompt's token ids if there are any, and the model has room for them and the longest answer.
-
-    Raises:
-        InputError: If not. The sentence lacks its subject, the prompt.
-    """
+    """Return a prompt's token ids if the model has room for them and the longest answer; see `prompt_ids`."""
     if not ids:
         raise InputError("is empty; give it at least one token")
     room = getattr(require_lora(model).get_base_model().config.get_text_config(), "max_position_embeddings", None)

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from bayeslora._typing import Float, Tokenizer
+from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
 
 Equivalence = Callable[[str, str], bool]
@@ -48,11 +47,6 @@ def semantic_clusters(texts: Sequence[str], equivalent: Equivalence) -> tuple[in
             firsts.append(text)
         clusters.append(number)
     return tuple(clusters)
-
-
-def entropy_of(shares: Float[Tensor, " G"]) -> float:
-    """Return the entropy of a distribution in nats."""
-    return float(torch.special.entr(shares).sum())
 
 
 def by_entailment(model: PreTrainedModel, tokenizer: Tokenizer, context: str = "") -> Equivalence:

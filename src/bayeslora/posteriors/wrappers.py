@@ -1,10 +1,11 @@
-"""A posterior whose log-probabilities are scaled: temperature and vector scaling."""
+"""Posteriors that are made of one other: what they inherit, and one whose log-probabilities are scaled."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 
 import torch
 from torch import Tensor
@@ -17,9 +18,54 @@ from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws, Sampling
 
 
+class Derived(Posterior, ABC):
+    """A posterior that is made of one other, whose mean and draws of weights it has."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def posterior(self) -> Posterior:
+            """The posterior that it is made of."""
+
+    @property
+    def mean(self) -> Params:
+        """The mean of the posterior that it is made of."""
+        return self.posterior.mean
+
+    @property
+    def distinct(self) -> int | None:
+        """As of the posterior that it is made of."""
+        return self.posterior.distinct
+
+    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
+        """Return a draw of the posterior that it is made of; see `Posterior.draw`."""
+        return self.posterior.draw(index, seed, sampling)
+
+    def unit(self, sampling: Sampling = "independent") -> int:
+        """As of the posterior that it is made of."""
+        return self.posterior.unit(sampling)
+
+    def count(self, draws: int | Draws) -> int:
+        """As of the posterior that it is made of."""
+        return self.posterior.count(draws)
+
+    def components(self, count: int) -> tuple[int, ...] | None:
+        """As of the posterior that it is made of."""
+        return self.posterior.components(count)
+
+    def standard_deviation(self) -> Params | None:
+        """As of the posterior that it is made of."""
+        return self.posterior.standard_deviation()
+
+    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Self | None:
+        """Return the same of the rescaled posterior; None if that has no noise in the weights."""
+        posterior = self.posterior.rescaled(noise, signal)
+        return None if posterior is None else replace(cast(Any, self), posterior=posterior)
+
+
 @final
 @dataclass(frozen=True)
-class Scaled(Posterior):
+class Scaled(Derived):
     """A posterior whose log-probabilities are scaled and normalised again: temperature and vector scaling.
 
     log p'_c ∝ weight_c · log p_c + bias_c for the draws, and the same with numbers of its own for the mean's weights
@@ -45,41 +91,6 @@ class Scaled(Posterior):
                 raise InputError(f"the scaling's {name} must be finite{', and positive' * name.endswith('weight')}")
 
     @property
-    def mean(self) -> Params:
-        """The mean of the posterior as it was; an adapter cannot carry the scaling."""
-        return self.posterior.mean
-
-    @property
-    def distinct(self) -> int | None:
-        """As of the posterior as it was."""
-        return self.posterior.distinct
-
-    def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
-        """Return a draw of the posterior as it was."""
-        return self.posterior.draw(index, seed, sampling)
-
-    def unit(self, sampling: Sampling = "independent") -> int:
-        """As of the posterior as it was."""
-        return self.posterior.unit(sampling)
-
-    def count(self, draws: int | Draws) -> int:
-        """As of the posterior as it was."""
-        return self.posterior.count(draws)
-
-    def components(self, count: int) -> tuple[int, ...] | None:
-        """As of the posterior as it was."""
-        return self.posterior.components(count)
-
-    def standard_deviation(self) -> Params | None:
-        """As of the posterior as it was."""
-        return self.posterior.standard_deviation()
-
-    def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Scaled | None:
-        """Return the rescaled posterior with the same scaling of its log-probabilities."""
-        inner = self.posterior.rescaled(noise, signal)
-        return None if inner is None else replace(self, posterior=inner)
-
-    @property
     def unscaled(self) -> Posterior:
         """The posterior as it was before any scaling."""
         return self.posterior.unscaled
@@ -97,6 +108,10 @@ class Scaled(Posterior):
     def minimum_draws(self) -> int:
         """As of the posterior as it was."""
         return self.posterior.minimum_draws
+
+    def passes(self, draws: Draws, *, mean: bool) -> int:
+        """As of the posterior as it was."""
+        return self.posterior.passes(draws, mean=mean)
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return the scaled answers: by the engine, which looks at the scaled error, where draws are weights."""
