@@ -81,17 +81,14 @@ def predict(
         passes = Passes(model, readout, rows, classes, budget, bar.update, options)
         log_probs, at_mean = posterior.answers(_Engine(passes, mean, split, token_budget), draws)
     components = posterior.components(len(log_probs))
-    exhausted = posterior.distinct is not None and len(log_probs) >= posterior.distinct
-    paired = draws.sampling == "antithetic"
-    error = torch.zeros(len(split)) if exhausted else monte_carlo_error(log_probs, components, paired=paired)
     return Prediction(
         log_probs=log_probs,
         mean_log_probs=at_mean,
         components=components,
         truncated=cut,
         readout=readout.name,
+        monte_carlo_error=_error(posterior, log_probs, components, draws),
         seconds=time.perf_counter() - began,
-        monte_carlo_error=error,
     )
 
 
@@ -105,6 +102,15 @@ def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, token
     if readout.name == "likelihood":
         check_scores(posterior.origin, split.normalisation, split.name)
     return readout
+
+
+def _error(
+    posterior: Posterior, log_probs: Float[Tensor, "S N C"], components: tuple[int, ...] | None, draws: Draws
+) -> Float[Tensor, " N"]:
+    """Return the Monte Carlo error of each example; 0 where every draw that there is has been taken."""
+    if posterior.distinct is not None and len(log_probs) >= posterior.distinct:
+        return torch.zeros(log_probs.shape[1])
+    return monte_carlo_error(log_probs, components, paired=draws.sampling == "antithetic")
 
 
 @final
@@ -156,8 +162,7 @@ class _Engine:
             if draws.tolerance is None or numbers.stop == draws.count:
                 break
             members = None if components is None else components[: numbers.stop]
-            paired = draws.sampling == "antithetic"
-            error = monte_carlo_error(log_probs[: numbers.stop, alive], members, paired=paired)
+            error = _error(posterior, log_probs[: numbers.stop, alive], members, draws)
             alive = alive[error > draws.tolerance]
             if not len(alive):
                 break
