@@ -1,5 +1,6 @@
 """Run-time shape checks for the whole suite, and the fixtures that every folder of tests uses."""
 
+import contextlib
 import gc
 
 import jaxtyping
@@ -23,6 +24,10 @@ SHAPE_CHECKED = (
     "prediction.jacobians",
 )
 jaxtyping.install_import_hook([f"bayeslora.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
+
+# torch.compile imports setuptools, which fails where another library has imported distutils before it
+with contextlib.suppress(ModuleNotFoundError):
+    import setuptools  # noqa: F401
 
 torch.set_num_threads(1)  # tiny models are slower on several threads, which wait for each other
 
