@@ -89,7 +89,15 @@ class Swag(Method):
         return self.summary(moments, model)
 
     def summary(self, moments: Moments, model: nn.Module) -> Posterior:
-        """Return the posterior of collected moments; parameters that were not trained are the model's."""
+        """Return the posterior of collected moments.
+
+        Args:
+            moments: What was collected.
+            model: The model, for the origin and for parameters that were not trained.
+
+        Returns:
+            A posterior of the family that ``kind`` names.
+        """
         origin = origin_for(model, self)
         mean = read(model) | {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":

@@ -64,14 +64,32 @@ class Temperature(PostHoc[Scaled]):
         return Scaled(adapter.start, self.scaling(prediction, rows), adapter.origin)
 
     def rows(self, task: Task) -> Split:
-        """Return the validation rows that the scaling is fitted on, or refuse as `fit` does."""
+        """Return the rows that the scaling is fitted on.
+
+        Args:
+            task: The task.
+
+        Returns:
+            Its validation rows.
+
+        Raises:
+            InputError: As `fit`.
+        """
         rows = labelled(task.validation, "temperature scaling is fitted on validation rows")
         if self.kind == "vector" and rows.classes is None:
             raise InputError("vector scaling needs the same classes in every row; use the kind 'temperature'")
         return rows
 
     def scaling(self, prediction: Prediction, rows: Split) -> Params:
-        """Return `Scaled`'s weights and biases with the lowest negative log-likelihood of a prediction of the rows."""
+        """Return the numbers that minimise the negative log-likelihood of a prediction.
+
+        Args:
+            prediction: What a posterior says about the validation rows.
+            rows: The rows.
+
+        Returns:
+            Weights and biases for the draws and for the mean, as `Scaled` has them.
+        """
         mean = prediction.mean_log_probs if prediction.mean_log_probs is not None else prediction.log_p
         scaling: Params = {}
         for of, log_probs in (("draws", prediction.log_probs), ("mean", mean[None])):

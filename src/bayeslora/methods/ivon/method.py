@@ -114,7 +114,20 @@ class Ivon(Method):
         return self.preset is None and self.ess is None
 
     def optimizer_settings(self, num_data: int, num_parameters: int | None = None) -> Group:
-        """Return `IvonOptimizer`'s arguments for N examples and P parameters, None where λ is set later."""
+        """Return the settings of `IvonOptimizer` for a number of training examples.
+
+        Args:
+            num_data: Number of training examples N.
+            num_parameters: Number of trained parameters P; None if λ does not depend on it, or is set later.
+
+        Returns:
+            Its keyword arguments; ``clip_radius`` is infinite where it follows the Trainer's learning rate. In the
+            units that one can see h₀ and δ are each parameter's own, see `own_settings`, and those here stand for
+            σ₀ = .04.
+
+        Raises:
+            InputError: If they have no meaning.
+        """
         # ``clip_radius`` is infinite where it follows the Trainer's learning rate; in the adapter's units h₀ and δ are
         # each parameter's own, see `own_settings`, and those here stand for σ₀ = .04
         published = PRESETS.get(self.preset or "", {})
@@ -144,7 +157,18 @@ class Ivon(Method):
         return settings
 
     def own_settings(self, ess: float, sigma: float) -> dict[str, float]:
-        """Return h₀ and δ of a parameter for λ = ``ess``, where ``sigma0`` is None with the deviation ``sigma``."""
+        """Return h₀ and δ of a parameter, in the units that one can see.
+
+        Args:
+            ess: λ.
+            sigma: Its first standard deviation, if ``sigma0`` does not say it.
+
+        Returns:
+            ``hess_init`` and ``weight_decay``.
+
+        Raises:
+            InputError: If the noise would begin wider than the prior.
+        """
         sigma = self.sigma0 or (min(sigma, self.prior_sigma) if self.prior_sigma else sigma)
         total = 1 / (ess * sigma**2)
         delta = self.weight_decay or 1 / (ess * (self.prior_sigma or sigma) ** 2)

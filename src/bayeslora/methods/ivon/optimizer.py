@@ -195,7 +195,13 @@ class IvonOptimizer(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
     def begin(self, parameter: Tensor, *, hess_init: float, weight_decay: float) -> None:
-        """Give a parameter its own h₀ and δ in the place of its group's; nothing happens once it has taken a step."""
+        """Give a parameter its own h₀ and δ in the place of its group's; nothing happens once it has taken a step.
+
+        Args:
+            parameter: One of the parameters.
+            hess_init: h₀.
+            weight_decay: δ.
+        """
         state = self._state(parameter, self._group(parameter))
         if not state["step"]:
             state["hess"].fill_(hess_init)
