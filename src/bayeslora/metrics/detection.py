@@ -30,9 +30,9 @@ def risk_coverage(
     # orders that it could be answered in.
     ordered, order = ranking.neg().sort(-1)
     wrong = (log_p.argmax(-1) != labels).gather(-1, order).double()
-    first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
-    errors = functional.pad(wrong.cumsum(-1), (1, 0))
-    spread = (errors.gather(-1, end) - errors.gather(-1, first)) / (end - first)
+    block = functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0)).cumsum(-1)
+    errors, sizes = (torch.zeros_like(wrong).scatter_add_(-1, block, v) for v in (wrong, torch.ones_like(wrong)))
+    spread = (errors / sizes).gather(-1, block)
     count = torch.arange(1, rows + 1, dtype=torch.float64, device=wrong.device)
     return count / rows, spread.cumsum(-1) / count
 
