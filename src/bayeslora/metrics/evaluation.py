@@ -261,6 +261,7 @@ def _estimates(
     """Return measures of the same samples with their intervals; every measure sees the same resamples."""
 
     def scores(*arrays: Tensor) -> Float[Tensor, "*B measures"]:
+        """Return each measure of samples."""
         return torch.stack([measure.score(*arrays) for measure in chosen.values()], -1)
 
     values = scores(*chain.from_iterable(samples))
