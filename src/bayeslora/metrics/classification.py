@@ -53,9 +53,7 @@ def check_labels(log_p: Tensor, labels: Tensor, where: str = "labels") -> Tensor
         row, value = _first_row(unknown), int(labels[unknown][0])
         if value == -1:
             raise InputError(f"{where}: row {row} has no known answer (-1); leave such rows out before scoring")
-        raise InputError(
-            f"{where}: row {row} is {value}, but the predictions have {choices} choices (0-{choices - 1})"
-        )
+        raise InputError(f"{where}: row {row} is {value}, but the predictions have {choices} choices (0-{choices - 1})")
     if bool(log_p.isnan().any()):
         raise InputError(
             f"log_p: row {_first_row(log_p.isnan().any(-1))} is NaN; the model's output overflowed, predict again in "

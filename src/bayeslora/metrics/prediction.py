@@ -177,9 +177,7 @@ class Prediction:
                 f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it"
             )
         if not {"log_probs"} <= tensors.keys() <= set(_TENSORS):
-            raise InputError(
-                f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again"
-            )
+            raise InputError(f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again")
         try:
             return cls(components=components, truncated=truncated, readout=readout, seconds=seconds, **tensors)
         except InputError as error:
