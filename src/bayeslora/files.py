@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def read_bytes(path: Path, most: int = 2**24) -> bytes:
 
 
 def parse_json(text: str, *, finite: bool = True) -> object:
-    """Return the value of a JSON text; a ValueError says what is wrong with it, also where only `check_json` objects."""
+    """Return the value of a JSON text; a ValueError says what is wrong with it, be it what `check_json` refuses."""
     value = decode_json(text)
     check_json(value, finite=finite)
     return value
@@ -86,7 +87,7 @@ def decode_json(text: str) -> object:
 
 
 def check_json(value: object, depth: int = 32, *, finite: bool = True) -> None:
-    """Refuse, by a ValueError, what programs read in different ways or cannot write again, wherever it is in a value."""
+    """Refuse, by a ValueError, what programs read in different ways or cannot write again, anywhere in a value."""
     if isinstance(value, _Repeated):
         raise ValueError(f"the key {value.key[:80]!r} is given twice")
     if finite and isinstance(value, float) and not math.isfinite(value):
@@ -112,8 +113,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Repeated:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    seen = set(found)
-    return _Repeated(next(key for key, _ in pairs if key not in seen or seen.remove(key)))
+    return _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
 
 
 def _whole(digits: str) -> int | float:

@@ -95,7 +95,7 @@ def former_keywords(**now: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]
                 names = [name for name in former if now[name].startswith(f"{parameter}.")]
                 default = signature.parameters[parameter].default
                 value = bound.arguments.get(parameter, default)
-                kind = Draws if parameter == "draws" else type(default)
+                kind: type = Draws if parameter == "draws" else type(default)
                 if parameter in bound.arguments and isinstance(value, kind):
                     one = f"{parameter}={kind.__name__}(…)"
                     raise InputError(f"{', '.join(names)}: a field of {one}; give it there alone")
