@@ -23,7 +23,7 @@ Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling")
+@former_keywords(seed="draws.seed", sampling="draws.sampling")
 def generate(
     model: nn.Module,
     posterior: Posterior,
@@ -63,7 +63,7 @@ def generate(
     return [answer for answers in _answered(decoder, prompts, batch_size, on_step) for answer in answers]
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling")
+@former_keywords(seed="draws.seed", sampling="draws.sampling")
 def generate_each(
     model: nn.Module,
     posterior: Posterior,
