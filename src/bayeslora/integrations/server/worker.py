@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,7 +17,7 @@ from transformers import LogitsProcessorList
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.decoding import Row, RowSampler
-from bayeslora.integrations.server.errors import busy
+from bayeslora.integrations.server.errors import busy, late
 from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.params import Params, require_lora
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
@@ -35,6 +37,7 @@ class Generation:
     model: str
     draws: int
     rows: list[Row]
+    deadline: float = math.inf  # of `time.monotonic`
     error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -47,15 +50,25 @@ class Generation:
 @final
 @dataclass
 class Call(Generic[Result]):
-    """Anything else that needs the model."""
+    """Anything else that needs the model: parts, between which other requests have their turn; its result is theirs."""
 
-    work: Callable[[], Result]
-    result: Future[Result] = field(default_factory=Future)
+    parts: Sequence[Callable[[], Result]]
+    deadline: float = math.inf  # of `time.monotonic`
+    result: Future[list[Result]] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)  # set when nobody waits for it any more
+    _found: list[Result] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Do it, if somebody still waits."""
-        if self.result.set_running_or_notify_cancel():
-            self.result.set_result(self.work())
+    def step(self) -> bool:
+        """Do the next part, if somebody still waits; say whether that was all."""
+        if not self._found and not self.result.set_running_or_notify_cancel():
+            return True
+        if self.cancelled.is_set() or time.monotonic() > self.deadline:
+            raise late()
+        self._found.append(self.parts[len(self._found)]())
+        if len(self._found) < len(self.parts):
+            return False
+        self.result.set_result(self._found)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits what went wrong."""
@@ -108,7 +121,9 @@ class Worker:
                 batch = self._batch(first) if isinstance(first, Generation) else []
             try:
                 if isinstance(first, Call):
-                    first.run()
+                    if not first.step():
+                        with self._changed:
+                            self.queue.append(first)
                 else:
                     self._generate(batch)
             except Exception as error:  # the thread lives on; whoever waits gets the error
