@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 
 nox.options.sessions = ["lint", "types", "tests"]
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
-SHORT_DEMO = "demo --train-rows 60 --test-rows 60 --epochs 2 --draws 3 --out demo".split()
+SHORT_DEMO = ["demo", "--train-rows", "60", "--test-rows", "60", "--epochs", "2", "--draws", "3", "--out", "demo"]
 
 
 def lowest_of(*extras: str) -> list[str]:
