@@ -1,4 +1,4 @@
-"""Looks at the project from outside: other releases, the built wheel, known vulnerabilities. `nox --list` names the sessions."""
+"""The project with other releases and as a wheel, and known vulnerabilities: `nox --list` names the sessions."""
 
 from pathlib import Path
 
@@ -72,6 +72,6 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Known vulnerabilities of what is installed with the project and all that it can be used with; needs the network."""
+    """Known vulnerabilities of what the project is used with; needs the network."""
     session.install("-e", ".[demo,trl,quantised,serve,client,lm-eval]", "pip-audit")
     session.run("pip-audit", "--skip-editable", *session.posargs)

@@ -1,4 +1,4 @@
-"""Run-time shape checks for the whole suite, no network, no deprecated calls, and the fixtures that every folder uses."""
+"""For the whole suite: run-time shape checks, no network, no deprecated calls, and common fixtures."""
 
 import contextlib
 import gc
@@ -71,6 +71,11 @@ def reached():
     with tempfile.NamedTemporaryFile("r") as file, pytest.MonkeyPatch.context() as patch:
         patch.setenv(sitecustomize.REACHED, file.name)
         yield file
+
+
+@pytest.fixture(scope="session")
+def deprecations():
+    return DEPRECATIONS
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """No network but loopback, for the tests and every Python that they start (this folder is on their PYTHONPATH).
 
-An audit hook refuses connections and look-ups of names at the interpreter itself, whichever library asks, and notes them
-in the file that REACHED names, so that a test fails even where what it calls treats the error as an outage.
+An audit hook refuses connections and look-ups of names at the interpreter itself, whichever library asks, and notes
+them in the file that REACHED names, so that a test fails even where what it calls takes the error for an outage.
 """
 
 import errno
