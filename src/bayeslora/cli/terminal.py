@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 NOISY = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "kernels", "torchao", "httpx", "lm_eval")
 """Libraries of which only errors are shown."""
-HIDDEN = (FutureWarning, DeprecationWarning)
+HIDDEN: tuple[type[Warning], ...] = (FutureWarning, DeprecationWarning)
 """Categories of warnings that are for programmers, wherever they come from."""
 
 
