@@ -15,11 +15,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.classification import prediction_json, split_of
-from bayeslora.integrations.server.decoding import Echo, Row, TokenNote
+from bayeslora.integrations.server.decoding import Echo, Generation, Row, TokenNote
 from bayeslora.integrations.server.errors import ApiError, api_error, late
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
 from bayeslora.integrations.server.responses import ChatCompletion, Completion, Json, TextCompletion, echo_of
-from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
+from bayeslora.integrations.server.worker import Call, Worker, prompt_log_probs
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation.run import check_room, prompt_ids
@@ -183,7 +183,7 @@ class Handler:
 
         for number, row in enumerate(rows):
             row.on_token = partial(pass_on, number)
-        job = Generation(body.model, shape.draws, rows)
+        job = Generation(body.model, shape.draws, rows, time.monotonic() + self.limits.timeout)
         if rows[0].max_tokens:
             self.worker.submit(job)
         else:
