@@ -153,10 +153,10 @@ class Handler:
 
     async def _call(self, work: Callable[[], Result]) -> Result:
         """Do something in the model's thread."""
-        job = Call(work)
+        job = Call([work])
         self.worker.submit(job)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(job.result), self.limits.timeout)
+            return (await asyncio.wait_for(asyncio.wrap_future(job.result), self.limits.timeout))[0]
         except TimeoutError as error:
             raise late() from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.integrations.server.batching import Group, Seat, make_group
 from bayeslora.integrations.server.decoding import Generation
-from bayeslora.integrations.server.errors import busy
+from bayeslora.integrations.server.errors import busy, late
 from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.params import Params
 from bayeslora.prediction.likelihoods import Likelihoods
@@ -28,15 +30,25 @@ Result = TypeVar("Result")
 @final
 @dataclass
 class Call(Generic[Result]):
-    """Anything else that needs the model."""
+    """Anything else that needs the model: parts, between which other requests have their turn; its result is theirs."""
 
-    work: Callable[[], Result]
-    result: Future[Result] = field(default_factory=Future)
+    parts: Sequence[Callable[[], Result]]
+    deadline: float = math.inf  # of `time.monotonic`
+    result: Future[list[Result]] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)  # set when nobody waits for it any more
+    _found: list[Result] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Do it, if somebody still waits."""
-        if self.result.set_running_or_notify_cancel():
-            self.result.set_result(self.work())
+    def step(self) -> bool:
+        """Do the next part, if somebody still waits; say whether that was all."""
+        if not self._found and not self.result.set_running_or_notify_cancel():
+            return True
+        if self.cancelled.is_set() or time.monotonic() > self.deadline:
+            raise late()
+        self._found.append(self.parts[len(self._found)]())
+        if len(self._found) < len(self.parts):
+            return False
+        self.result.set_result(self._found)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits what went wrong."""
@@ -87,9 +99,7 @@ class Worker:
         """Let calls and groups have their turns until the end."""
         try:
             while self._wait():
-                call = self._next_call()
-                if call is not None:
-                    self._attempt(call, call.run)
+                self._call()
                 self._generate()
         finally:  # nobody waits for a thread that has ended, whatever has ended it
             with self._changed:
@@ -113,13 +123,21 @@ class Worker:
             return False
         return True
 
-    def _next_call(self) -> Call[Any] | None:
-        """Take the next call out of the queue."""
+    def _call(self) -> None:
+        """Do a part of the call that has waited longest; it goes behind the others for the rest."""
         with self._changed:
             call = next((job for job in self.queue if isinstance(job, Call)), None)
-            if call is not None:
-                self.queue.remove(call)
-            return call
+            if call is None:
+                return
+            self.queue.remove(call)
+
+        def step() -> None:
+            """Do it, and queue again."""
+            if not call.step():
+                with self._changed:
+                    self.queue.append(call)
+
+        self._attempt(call, step)
 
     def _generate(self) -> None:
         """Let the next group of rows go on."""
