@@ -10,7 +10,7 @@ from support.crashes import broken_off, inodes, power_cut
 from support.families import mean
 from support.tiny import same_params
 
-from bayeslora import files
+from bayeslora.files import atomic
 from bayeslora.posteriors import Mixture, Point, base, loading
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import Origin
@@ -28,7 +28,7 @@ def mixture(value):
 
 def without_exchange(monkeypatch):
     """A system that has two renames only."""
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_: object())
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_: object())
 
 
 def which(folder, build):
@@ -91,7 +91,7 @@ def test_at_every_operation_of_a_replacement_the_old_or_the_new_posterior_loads(
 
 def test_nothing_of_the_old_posterior_goes_before_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
     point(1.0).save_pretrained(tmp_path / "p")
-    steps, real = [], (os.fsync, files.shutil.rmtree)
+    steps, real = [], (os.fsync, atomic.shutil.rmtree)
 
     def sync(handle):
         steps.append(("sync", os.fstat(handle).st_ino, os.stat(tmp_path / "p").st_ino))
@@ -102,7 +102,7 @@ def test_nothing_of_the_old_posterior_goes_before_the_new_one_is_on_the_disk(tmp
         real[1](path, **options)
 
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(files.shutil, "rmtree", remove)
+    monkeypatch.setattr(atomic.shutil, "rmtree", remove)
     old, parent = (tmp_path / "p").stat().st_ino, tmp_path.stat().st_ino
     point(2.0).save_pretrained(tmp_path / "p", overwrite=True)
     new = {path.stat().st_ino for path in ((tmp_path / "p"), *(tmp_path / "p").iterdir())}

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from support.tiny import gaussian, make_model, same_params
 
-from bayeslora import files
 from bayeslora.errors import InputError
+from bayeslora.files import atomic
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point
 from bayeslora.posteriors import folder as storage
@@ -155,7 +155,7 @@ FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "write_j
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [*FULL, (files.os, "replace", 1)],
+    [*FULL, (atomic.os, "replace", 1)],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, owner, name, call):

@@ -1,10 +1,9 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, whatever happens on the way."""
 
 from __future__ import annotations
 
 import ctypes
 import glob
-import json
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -98,33 +97,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
         found = folder.stat()
         return found.st_dev, found.st_ino
     return None
-
-
-def read_object(path: Path, missing: str) -> dict[str, Any]:
-    """Read a JSON object of a posterior's folder; ``missing`` is the message where the file is not there."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(missing) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object; copy the folder again")
-    return value
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON at once or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file at once or not at all; one that is there is replaced."""
-    try:
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _refuse(target: Path, overwrite: bool) -> None:
