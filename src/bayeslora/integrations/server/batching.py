@@ -155,7 +155,7 @@ class ContinuousGroup(Group):
     def _prefill(self, averager: Averager, budget: int, seats: Sequence[Seat]) -> None:
         """Run the tokens of some rows, equal ones once, and let the rows join those that run."""
         prompts = list(dict.fromkeys(tuple(seat.row.so_far) for seat in seats))
-        ids, mask = left_padded(prompts, 0, device_of(self._base))
+        ids, mask = left_padded(prompts, 0, device_of(self.served.model))
         rows, size = Rows(self._base, len(self._draws)), max(1, budget // len(prompts))
         for start in range(0, ids.shape[1], size):
             if start:
@@ -178,7 +178,7 @@ class ContinuousGroup(Group):
         def step() -> None:
             """Run the last tokens."""
             last = [[seat.row.notes[-1].id] for seat in self.running]
-            self._rows.extend(torch.tensor(last, device=device_of(self._base)))
+            self._rows.extend(torch.tensor(last, device=device_of(self.served.model)))
             self._choose(averager, self.running)
 
         self._leave()

@@ -74,21 +74,21 @@ class Rows:
 
 def joins(model: nn.Module) -> bool:
     """Say whether rows may join and leave a batch of this model: what it keeps is keys and values of each token."""
-    base = require_lora(model).get_base_model()
-    return tried(model, "joins", partial(_joins_alike, base))
+    return tried(model, "joins", partial(_joins_alike, model))
 
 
 @torch.inference_mode()
-def _joins_alike(base: PreTrainedModel) -> bool:
+def _joins_alike(model: nn.Module) -> bool:
     """Compare rows that join and leave with passes of each row alone."""
+    base = require_lora(model).get_base_model()
     if base.config.is_encoder_decoder:
         return False
     kept = {type(layer) for layer in DynamicCache(config=base.config).layers}
     if not kept or not kept <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return False
     most = min(len(base.get_input_embeddings().weight), 1000)
-    first, second = torch.randint(0, most, (2, 6), generator=generator("joins")).to(device_of(base))
-    with evaluating(base):
+    first, second = torch.randint(0, most, (2, 6), generator=generator("joins")).to(device_of(model))
+    with evaluating(model):
         alone = [base(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in (first, second[:3], second[:4])]
         rows, others = Rows(base, 1), Rows(base, 1)
         rows.extend(first[None, :5])
