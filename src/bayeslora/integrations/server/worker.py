@@ -11,18 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
-from torch import Tensor, nn
-
-from bayeslora._typing import Float, Tokenizer
 from bayeslora.integrations.server.batching import Group, Seat, make_group
 from bayeslora.integrations.server.decoding import Generation
-from bayeslora.integrations.server.errors import busy, late
+from bayeslora.integrations.server.errors import busy, late, stopping
 from bayeslora.integrations.server.served import Limits, Served
-from bayeslora.params import Params
-from bayeslora.prediction.likelihoods import Likelihoods
-from bayeslora.prediction.memory import default_token_budget
-from bayeslora.prediction.readouts import readout_for
-from bayeslora.tasks.types import Format, Split
 
 Result = TypeVar("Result")
 
@@ -81,18 +73,27 @@ class Worker:
         return self.thread.is_alive() and not self._closed
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue; a full queue, or a server that is stopping, is busy."""
+        """Put a job into the queue; a full queue is busy."""
         with self._changed:
-            if self._closed or len(self.queue) >= self.limits.waiting:
+            if self._closed:
+                raise stopping()
+            if len(self.queue) >= self.limits.waiting:
                 raise busy()
             self.queue.append(job)
             self._changed.notify()
 
-    def close(self) -> None:
-        """End the thread: what waits is refused, and what has not ended with its next token."""
+    def stop(self) -> None:
+        """Refuse what waits, and what runs and has not ended with its next token."""
         with self._changed:
             self._closed = True
+            left, self.queue = self.queue, deque()
             self._changed.notify()
+        for job in left:
+            job.fail(stopping())
+
+    def close(self) -> None:
+        """End the thread."""
+        self.stop()
         self.thread.join(timeout=10)
 
     def _work(self) -> None:
@@ -102,11 +103,9 @@ class Worker:
                 self._call()
                 self._generate()
         finally:  # nobody waits for a thread that has ended, whatever has ended it
-            with self._changed:
-                self._closed = True
-                left, self.queue = self.queue, deque()
-            for one in (*left, *self._groups):
-                one.fail(busy())
+            self.stop()
+            for group in self._groups:
+                group.fail(stopping())
 
     def _wait(self) -> bool:
         """Wait for something to do; say whether the thread goes on."""
@@ -197,11 +196,3 @@ class Worker:
                     self.queue.remove(head)
             seats.append(Seat(row, head))
         return seats
-
-
-def prompt_log_probs(
-    model: nn.Module, tokenizer: Tokenizer, draws: Sequence[Params], ids: Sequence[int]
-) -> Float[Tensor, "T-1 V"]:
-    """Return log p̄ of what follows each token but the last of a prompt, averaged over draws at each token."""
-    readout = readout_for(model, Split("prompt", (), Format("", "likelihood")), tokenizer)
-    return Likelihoods(model, draws, readout, default_token_budget(model)).average(ids)
