@@ -1,96 +1,16 @@
 """Continuous batching: rows join and leave between two tokens, and none is changed by its company."""
 
-import contextlib
 import random
-import threading
 import time
 
 import pytest
-import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from support.serving import served
-from support.tiny import make_model
+from support.asking import Asked, make, working
 
 import bayeslora as bl
-from bayeslora.integrations.server import Limits
-from bayeslora.integrations.server.decoding import Generation, Row
 from bayeslora.integrations.server.errors import ApiError
-from bayeslora.integrations.server.worker import Call, Worker
+from bayeslora.integrations.server.worker import Call
 from bayeslora.posteriors import Point
 from bayeslora.prediction.generation.rows import joins
-
-SIZE = {
-    "vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
-WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-
-
-def make(kind):
-    """A tiny model of an architecture, with an adapter that matters."""
-    targets = ["q_proj", "v_proj"]
-    match kind:
-        case "llama" | "qwen2" | "gpt2":
-            return make_model(kind)
-        case "qwen3":
-            config = transformers.Qwen3Config(**SIZE)
-        case "gemma3":
-            config = transformers.Gemma3TextConfig(**SIZE, **WINDOW)
-        case "mistral":
-            config = transformers.MistralConfig(**SIZE, sliding_window=5)
-        case "mamba":
-            size = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 80}
-            config, targets = transformers.MambaConfig(**size, pad_token_id=0, eos_token_id=2), ["x_proj"]
-        case "lfm2":
-            config = transformers.Lfm2Config(**SIZE, layer_types=["conv", "full_attention"])
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        base = transformers.AutoModelForCausalLM.from_config(config)
-        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets))
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p.data, std=0.3)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def working(tokenizer, model=None, **limits):
-    worker = Worker(served(tokenizer, model=model), Limits(**limits))
-    try:
-        yield worker
-    finally:
-        worker.close()
-        assert not worker.thread.is_alive()
-
-
-class Asked:
-    """A request that is made of the worker directly."""
-
-    def __init__(self, worker, ids, tokens=8, *, model="tiny", draws=3, n=1, seed=0, deadline=float("inf"), **how):
-        settings = {"temperature": 0.0, "top_p": 1.0, "stops": (), **how}
-        self.seen, self.left, self.done = threading.Event(), n, threading.Event()
-        rows = [Row(ids, tokens, seed=seed + k, on_token=self._on_token, **settings) for k in range(n)]
-        self.job = Generation(model, draws, rows, deadline)
-        worker.submit(self.job)
-
-    def _on_token(self, note):
-        self.seen.set()
-        self.left -= note is None
-        if not self.left:
-            self.done.set()
-
-    def wait(self):
-        assert self.done.wait(60)
-        return self
-
-    @property
-    def ids(self):
-        return [[note.id for note in row.notes] for row in self.job.rows]
-
-    @property
-    def log_probs(self):
-        return [note.log_prob for row in self.job.rows for note in row.notes]
 
 
 def requests(count, seed=0):
@@ -161,7 +81,7 @@ def test_a_newcomer_does_not_wait_for_those_who_run(tokenizer):
         worker.submit(called)
         assert called.result.result(20) == [1, 2]
         assert not long.done.is_set()
-        assert (short.ids[0] + other.ids[0]) and len(long.wait().ids[0]) == 110
+        assert [len(one.wait().ids[0]) for one in (short, other, long)] == [2, 2, 110]
 
 
 def test_an_answer_is_there_as_soon_as_it_ends_and_its_seat_is_free(tokenizer):

@@ -166,7 +166,8 @@ class Worker:
         with self._changed:
             waiting = [job for job in self.queue if isinstance(job, Generation)]
             for job in waiting:
-                if all([job.over(row) for row in job.rows]):
+                over = [job.over(row) for row in job.rows]  # of all, for each ends here if it is late
+                if all(over):
                     self.queue.remove(job)
             return next((job for job in waiting if job in self.queue), None)
 
