@@ -92,7 +92,8 @@ class StaticGroup(Group):
             def note(step: Step) -> bool:
                 """Give each row its token; say whether all have ended."""
                 self._take(step, seats)
-                return ends(0) or all([seat.over for seat in seats])  # noqa: C419  # each is asked
+                over = [seat.over for seat in seats]  # of all, for each ends here if it is late
+                return ends(0) or all(over)
 
             rows = [seat.row for seat in seats]
             settings = {

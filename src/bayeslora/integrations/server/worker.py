@@ -83,7 +83,7 @@ class Worker:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Refuse what waits, and end what runs at its next token."""
+        """Refuse what waits, and what runs and has not ended with its next token."""
         with self._changed:
             self._closed = True
             left, self.queue = self.queue, deque()
@@ -103,11 +103,9 @@ class Worker:
                 self._call()
                 self._generate()
         finally:  # nobody waits for a thread that has ended, whatever has ended it
-            with self._changed:
-                self._closed = True
-                left, self.queue = self.queue, deque()
-            for one in (*left, *self._groups):
-                one.fail(stopping())
+            self.stop()
+            for group in self._groups:
+                group.fail(stopping())
 
     def _wait(self) -> bool:
         """Wait for something to do; say whether the thread goes on."""
@@ -168,7 +166,8 @@ class Worker:
         with self._changed:
             waiting = [job for job in self.queue if isinstance(job, Generation)]
             for job in waiting:
-                if all([job.over(row) for row in job.rows]):  # noqa: C419  # each is asked
+                over = [job.over(row) for row in job.rows]  # of all, for each ends here if it is late
+                if all(over):
                     self.queue.remove(job)
             return next((job for job in waiting if job in self.queue), None)
 
