@@ -2,9 +2,12 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import jinja2
@@ -247,6 +250,20 @@ def test_the_key_is_asked_for_before_the_body_is_read(tokenizer):
         assert description["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
         for path in ("/", "/health"):
             assert httpx.get(f"{address}{path}").status_code == 200
+
+
+@pytest.mark.slow
+def test_the_description_is_kept(tmp_path):
+    pytest.importorskip("schemathesis")
+    script = Path(__file__).parents[2] / "benchmarks" / "soak" / "schema.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    how = ["--cases", "150", "--phases", "fuzzing", "--port", str(port), "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([sys.executable, script, *how], capture_output=True, text=True, check=False)
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows if not row["met"]] == [], done.stdout
+    assert {row["name"]: row["value"] for row in rows}["cases that fit, accepted"] > 20
 
 
 def connected(address):
