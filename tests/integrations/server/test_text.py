@@ -61,7 +61,7 @@ def test_pieces_are_the_whole(make):
     tokenizer = make()
     for seed in range(60):
         rng = random.Random(seed)
-        # sentencepiece gives up a run of bytes as a whole if one of them is wrong, so there pieces of it would not add up
+        # one wrong byte spoils its whole run in sentencepiece, so pieces of it would not add up
         valid = seed % 2 or make is sentencepiece
         ids = letters(tokenizer, rng) if valid else [rng.randrange(len(tokenizer)) for _ in range(30)]
         text, pieces = Text(), []
