@@ -195,6 +195,31 @@ def test_a_late_classification_ends_and_so_does_one_whose_client_has_gone(tokeni
         assert len(parts) < 30
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_client_hangs_up(stream, tokenizer):
+    what, passes = served(tokenizer), []
+    with running(what) as (address, _):
+        body = {"model": "tiny", "messages": CHAT, "max_tokens": 1, "stream": stream}
+        post(address, "chat/completions", body)
+
+        def slow(*_):
+            passes.append(1)
+            time.sleep(0.02)
+
+        what.model.get_base_model().register_forward_hook(slow)
+        content = json.dumps({**body, "max_tokens": 100}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with connected(address) as client:
+            client.send(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            while len(passes) < 5:
+                time.sleep(0.01)
+        seen = 0
+        while seen < len(passes):
+            seen = len(passes)
+            time.sleep(0.3)
+    assert len(passes) < 60
+
+
 def test_a_stream_that_fails_says_so(tokenizer, monkeypatch):
     monkeypatch.setattr(TextCompletion, "piece", lambda *_: 1 / 0)
     with running(served(tokenizer)) as (address, _):
