@@ -4,6 +4,7 @@ The sdist has tracked files only, the tests among them; the wheel is the package
 builds is the same. Needs `build` and `hatchling`.
 """
 
+import argparse
 import subprocess
 import sys
 import tarfile
@@ -59,4 +60,6 @@ def check(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    check(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where sdist and wheel go; a new folder")
+    check(parser.parse_args().folder)
