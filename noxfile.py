@@ -40,10 +40,10 @@ def lowest(session: nox.Session) -> None:
     session.run("pytest", *(f"-Wdefault::{name}" for name in categories), *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="uv")
 def latest(session: nox.Session) -> None:
-    """The tests with the newest release of everything, requirements of requirements too."""
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
+    """The tests with the newest release of everything, whatever pip's settings and caches say."""
+    session.install("--resolution", "highest", "--upgrade", "--refresh", "-e", ".[test]")
     session.run("pytest", *session.posargs)
 
 
