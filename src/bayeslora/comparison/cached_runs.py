@@ -3,7 +3,7 @@
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
 as in its paper; SWAG is MultiSWAG's first run, and what is fitted to a trained adapter is fitted to MAP.
 
-A run's folder and a prediction's file are named by a key of all that they depend on (`comparison.keys`). A change makes
+A run's folder and a prediction's file are named by a key of all that they depend on (`training.keys`). A change makes
 a new one beside the old; what is the same is taken from there.
 """
 
@@ -22,7 +22,6 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bayeslora._typing import Tokenizer
-from bayeslora.comparison import keys
 from bayeslora.comparison.costs import Cost, folder_bytes, max_known, peak_memory
 from bayeslora.files import write_json
 from bayeslora.methods import Ensemble, Inference, Map, PostHoc, Swag
@@ -33,8 +32,8 @@ from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
-from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.tasks.types import Split, Task
+from bayeslora.training import keys
 from bayeslora.training.run import fit
 
 
@@ -68,12 +67,7 @@ class CachedRuns:
     @cached_property
     def inputs(self) -> keys.Parts:
         """What every run depends on, looked at once: `compare` makes a copy of its own."""
-        return {
-            "train": keys.of_rows(self.task.train),
-            "validation": keys.of_rows(self.task.validation),
-            "model": keys.of_model(self.model),
-            "tokenizer": keys.of_tokenizer(self.tokenizer or tokenizer_of(self.model)),
-        }
+        return keys.inputs(self.model, self.task, self.tokenizer)
 
 
 @dataclass(frozen=True)

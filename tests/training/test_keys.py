@@ -10,14 +10,14 @@ from support.tiny import arguments, make_model, make_task, make_tokenizer
 from tokenizers import normalizers
 from transformers import TrainingArguments
 
-from bayeslora.comparison import keys
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, planned, prediction_inputs
 from bayeslora.comparison.costs import Cost
-from bayeslora.comparison.keys import key_of, of_arguments, of_method, of_model, of_rows, of_tokenizer
 from bayeslora.methods import METHODS, Map, PostHoc, Swag
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Example, Format, Split, Task
+from bayeslora.training import keys
+from bayeslora.training.keys import key_of, of_arguments, of_method, of_model, of_rows, of_tokenizer
 from bayeslora.training.run import fit
 
 
