@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,14 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from bayeslora._typing import Tokenizer
 from bayeslora.comparison.costs import Cost, folder_bytes, max_known, peak_memory
 from bayeslora.files import write_json
 from bayeslora.methods import Ensemble, Inference, Map, PostHoc, Swag
+from bayeslora.methods.checkpoints import checkpoints
 from bayeslora.methods.ensemble import member_seed
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import device_of, initialise
@@ -57,6 +60,7 @@ class CachedRuns:
     resamples: int = 1000
     bins: int = 15
     report: Callable[[str], None] = print  # called with one line when something begins
+    callbacks: Sequence[TrainerCallback] = ()  # more for the Trainer, which change nothing that is learned
 
     @property
     def test(self) -> Split:
@@ -203,6 +207,9 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
         seconds += time.perf_counter() - began
         posterior.save_pretrained(folder, overwrite=True)
         write_json(log, {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends})
+        if runs.args.save_strategy == SaveStrategy.NO:  # those of the clock and of signals serve no more
+            for checkpoint in checkpoints(run.folder):
+                shutil.rmtree(checkpoint, ignore_errors=True)
     record = json.loads(log.read_text(encoding="utf-8"))
     cost = Cost(record["seconds"], None, record["memory"], folder_bytes(folder))
     return Learned(load_posterior(folder), cost, run.key)
@@ -215,7 +222,7 @@ def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start
         initialise(model, args.seed)
     if isinstance(method, PostHoc):
         return method.fit(model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget)
-    return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True)
+    return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True, callbacks=runs.callbacks)
 
 
 def _differing(run: Run) -> str:
