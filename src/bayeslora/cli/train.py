@@ -74,9 +74,7 @@ def run(options: Options) -> None:
                 what = f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters"
                 terminal.say(f"{what}, on {device_of(model)}")
                 timed = build.timed_checkpoints(options)
-                posterior = fit(
-                    model, task, method, args, tokenizer=tokenizer, resume=options.resume, callbacks=timed
-                )
+                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume, callbacks=timed)
                 data.save_run(out, posterior, task.train)
             if not options.save_steps:
                 shutil.rmtree(out / "training", ignore_errors=True)
