@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     verb, *rest = typed
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return _refuse("the command line is for one process; start it by itself, or call bayeslora.fit in several")
     if verb not in VERBS:
         return _refuse(f"unknown verb {verb!r}, {close_matches(verb, VERBS)}")
     try:

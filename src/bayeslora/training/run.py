@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.files import write_json
+from bayeslora.files import standing, write_json
 from bayeslora.methods import Ensemble, Inference, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
@@ -135,7 +135,7 @@ def _train_members(
     """Train an ensemble's members, those that are not there already, and put them together."""
     model, resume = common.model, common.resume
     member_args = [method.member_arguments(args, k) for k in range(method.members)]
-    folders = [Path(each.output_dir) / "posterior" for each in member_args]
+    folders = [standing(Path(each.output_dir) / "posterior") for each in member_args]
     kept = [resume and folder.exists() for folder in folders]
     if all(kept):
         return method.mixture([load_posterior(folder) for folder in folders], model)
