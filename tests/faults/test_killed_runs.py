@@ -16,6 +16,7 @@ from support.tiny import arguments, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback
 
 import bayeslora as bl
+from bayeslora.comparison.cached_runs import CachedRuns, learned
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods import Blob, Ensemble, Map, Swag
 from bayeslora.methods.regularisers import answer_loss
@@ -208,6 +209,14 @@ def test_checkpoints_by_the_clock(train, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     with pytest.raises(InputError, match="minutes between checkpoints must be positive"):
         bl.TimedCheckpoints(0)
+
+
+def test_a_comparison_keeps_no_checkpoint_of_a_run_that_is_done(tokenizer, tmp_path):
+    args, timed = arguments(tmp_path / "training", max_steps=2), [bl.TimedCheckpoints(1e-9)]
+    runs = CachedRuns(make_model(), tokenizer, TASK, args, tmp_path, report=lambda _: None, callbacks=timed)
+    learned(runs, Map(), 0)
+    assert len(list(tmp_path.rglob("run.json"))) == 1
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 @pytest.mark.slow

@@ -75,7 +75,9 @@ class Stop(TrainerCallback):
         before, owner = {number: signal.getsignal(number) for number in SIGNALS}, os.getpid()
 
         def note(number: int, frame: FrameType | None) -> None:
-            """Note that a signal came; a second one, and one to a child, has its usual effect."""
+            """Note that a signal came; a second one has its usual effect, as SIGTERM in a child has."""
+            if os.getpid() != owner and number == signal.SIGINT:
+                return  # a terminal sends it to workers too, which the first process still needs
             for each, handler in before.items():
                 signal.signal(each, handler)
             if os.getpid() != owner:

@@ -86,7 +86,11 @@ def run_trainer(
         if display is not None and not args.disable_tqdm:
             trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             trainer.add_callback(display)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except RuntimeError:
+            if stop.signal is None:  # else it reached a worker too, which loads rows
+                raise
     if stop.signal is not None:
         where = f"with a checkpoint in {args.output_dir}" if stop.saved else "after the last checkpoint"
         raise Interrupted(f"stopped at step {trainer.state.global_step} {where}", stop.signal)
