@@ -160,7 +160,7 @@ def _child(action: Callable[[], object], root: str, at: int, writer: int) -> NoR
 def killed(name: str, method: Inference, limit: int, kills: int, seed: int) -> Tally:
     """Kill runs of a method, at operations on files and at any time in turn, and compare what they come to."""
     torch.set_num_threads(1)
-    rng, count, inside, faults = random.Random(seed), 0, 0, []
+    rng, count, inside, faults = random.Random(seed), 0, 0, list[str]()
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place, "whole")
         usual = in_child(lambda: train(method, whole, limit), whole)
