@@ -34,7 +34,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="uv")  # which can resolve to the lowest; it reads UV_… and not pip's settings
 def lowest(session: nox.Session) -> None:
     """The tests with the lowest release that is declared of every requirement."""
-    session.install("--resolution", "lowest-direct", "-e", ".[test]")
+    session.install("--resolution", "lowest-direct", "-e", ".[test]", "pip")  # what a venv has, and uv's has not
     # the releases of then call what has since been deprecated in those of today that they require
     categories = ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning")
     session.run("pytest", *(f"-Wdefault::{name}" for name in categories), *session.posargs)
@@ -43,7 +43,7 @@ def lowest(session: nox.Session) -> None:
 @nox.session(venv_backend="uv")
 def latest(session: nox.Session) -> None:
     """The tests with the newest release of everything, whatever pip's settings and caches say."""
-    session.install("--resolution", "highest", "--upgrade", "--refresh", "-e", ".[test]")
+    session.install("--resolution", "highest", "--upgrade", "--refresh", "-e", ".[test]", "pip")
     session.run("pytest", *session.posargs)
 
 
