@@ -90,6 +90,17 @@ def test_whole_numbers_may_have_a_point_and_unknown_fields_are_ignored(address):
     assert len(post(address, "completions", body).json()["choices"]) == 2
 
 
+def test_a_column_without_a_name_is_not_the_text(address):
+    body = {"model": "tiny", "input": {"": {"any": 1}, "text": "bag"}, "choices": ["a", "b"]}
+    assert post(address, "classify", body).status_code == 200
+
+
+def test_an_answer_whose_length_is_not_said_fits_the_server(tokenizer):
+    with running(served(tokenizer), Limits(tokens=3)) as (address, _):
+        found = post(address, "completions", {"model": "tiny", "prompt": "bag"}).json()
+    assert found["usage"]["completion_tokens"] == 3
+
+
 def test_messages_that_the_template_refuses(tokenizer):
     with running(served(tokenizer)) as (address, _):
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
