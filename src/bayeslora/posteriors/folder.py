@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bayeslora.errors import InputError
 from bayeslora.files import read_object
-from bayeslora.params import Params
+from bayeslora.params import Params, check_finite
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.version import __version__
 
@@ -49,6 +49,7 @@ def write_folder(folder: Path, content: Content) -> None:
     write_adapter(content.mean, content.origin, folder)
     spread = {f"{field}/{name}": v for field, params in content.tensors.items() for name, v in params.items()}
     if spread:
+        check_finite(spread, "the posterior cannot be written")
         save_file({key: value.contiguous() for key, value in spread.items()}, folder / SPREAD)
     files = [file for file in (ADAPTER, SPREAD) if (folder / file).exists()]
     config = {
@@ -99,6 +100,7 @@ def read_folder(folder: Path) -> Content:
 
 def write_adapter(params: Params, origin: Origin, folder: Path) -> None:
     """Write a plain PEFT adapter."""
+    check_finite(params, "the adapter cannot be written")
     write_json(folder / ADAPTER_CONFIG, origin.adapter_config)
     save_file({k: v.contiguous() for k, v in params.items()}, folder / ADAPTER, metadata={"format": "pt"})
 

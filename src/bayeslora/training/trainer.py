@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods.base import TrainerKwargs
+from bayeslora.methods.steps import FiniteSteps, guarded
 from bayeslora.metrics.measures import measures
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.compilation import compiled
@@ -61,7 +62,7 @@ def run_trainer(
     """Train with the stock Trainer, or ``resume`` from the last checkpoint; Ctrl-C saves and raises `Interrupted`."""
     # evaluations measure `SCORES` but for adapters side by side; ``torch_compile`` compiles each layer by itself
     args, stop = adapted(run.args), _Stop()
-    kwargs = {**run.kwargs, "callbacks": [*run.kwargs.get("callbacks", ()), stop]}
+    kwargs = {**run.kwargs, "callbacks": guarded([*run.kwargs.get("callbacks", ()), stop])}
     whole = sampler is None and not args.batch_eval_metrics and args.eval_do_concat_batches
     if run.held_out and whole and "compute_metrics" not in kwargs:
         kwargs |= scoring(max(len(row.answers) for row in run.held_out))
@@ -78,7 +79,7 @@ def run_trainer(
             data_collator=collate or run.readout.collate,
             **kwargs,
         )
-        trainer.sampler = sampler
+        trainer.sampler, trainer.guard = sampler, kwargs["callbacks"][0]
         display = _DISPLAY.get()
         if display is not None and not args.disable_tqdm:
             trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
@@ -136,9 +137,21 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
 
 @final
 class _Trainer(Trainer):
-    """The stock Trainer, which may take its rows in the order of a sampler."""
+    """The stock Trainer, which may take its rows in the order of a sampler, and whose losses a guard looks at."""
 
     sampler: Sampler[tuple[int, ...]] | None = None
+    guard: FiniteSteps
+
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        """Let the guard see the loss, which a ``compute_loss_func`` has computed."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.guard.note(loss)
+        return loss
+
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        """Save what is finite, whoever has asked for it."""
+        self.guard.check(self.args, self.state, self.model, self.optimizer)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _get_train_sampler(self, *args: object, **kwargs: object) -> Sampler[Any] | None:
         """Return the sampler, or the Trainer's own."""
