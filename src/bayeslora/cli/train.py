@@ -41,7 +41,8 @@ class Options(TrainOptions):
     )
     non_finite: Literal["stop", "skip"] = option(
         "stop",
-        "A step whose loss or gradient is not finite: stop before it, or skip it, at most 5 in a row and a tenth of all.",
+        "A step whose loss or gradient is not finite: stop before it, or skip it, at most 5 in a row and a tenth of "
+        "all.",
     )
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-run", "Folder for the results.")
