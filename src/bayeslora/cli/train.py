@@ -54,6 +54,7 @@ def run(options: Options) -> None:
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "non_finite", "resamples"))
     from bayeslora.cli import build, data, progress, settings, terminal
+    from bayeslora.files import standing
     from bayeslora.methods.ensemble import Ensemble, seeded
     from bayeslora.methods.steps import FiniteSteps
     from bayeslora.params import device_of, initialise, lora_parameters
@@ -71,7 +72,7 @@ def run(options: Options) -> None:
         task = data.build_task(options, "train")
         model, tokenizer = build.build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
-            if (out / "posterior").exists():
+            if standing(out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:
