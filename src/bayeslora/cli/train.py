@@ -52,7 +52,9 @@ class Options(TrainOptions):
 def run(options: Options) -> None:
     """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "non_finite", "resamples"))
+    check_folder(
+        out, options, resume=options.resume, free=("draws", "token_budget", "device", "non_finite", "resamples")
+    )
     from bayeslora.cli import build, data, progress, settings, terminal
     from bayeslora.files import standing
     from bayeslora.methods.ensemble import Ensemble, seeded
