@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.classification import Asked, prediction_json
@@ -181,10 +182,27 @@ class Handler:
         arriving = client.tokens(Generation(body.model, shape.draws, rows, client.deadline))
         if body.stream:
             events = _events(shape, rows, arriving, body.with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _Stream(events, rows)
         async for _ in arriving:
             pass
         return JSONResponse(shape.whole(rows))
+
+
+@final
+class _Stream(StreamingResponse):
+    """Server-sent events; once they are over, even before the first, nobody works for them any more."""
+
+    def __init__(self, events: AsyncIterator[str], rows: Sequence[Row]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self.rows:
+                row.cancelled.set()
 
 
 def _at_most(count: int, most: int, what: str, param: str) -> None:
