@@ -267,7 +267,9 @@ FORMER = {"seed": 3, "sampling": "simplex", "tolerance": 0.01, "fewest_draws": 6
 NOW = Draws(8, 3, "simplex", 0.01, 6)
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling", tolerance="tolerance", fewest_draws="minimum")
+@former_keywords(
+    seed="draws.seed", sampling="draws.sampling", tolerance="draws.tolerance", fewest_draws="draws.minimum"
+)
 def asked(text, draws=10, *, flag=False):
     return text, Draws.of(draws), flag
 

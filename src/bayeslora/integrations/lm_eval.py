@@ -67,7 +67,7 @@ class PosteriorLM(HFLM):
         InputError: If the posterior's draws are no weights, or the posterior and the model do not fit together.
     """
 
-    @former_keywords("draws", Draws, seed="seed", sampling="sampling")
+    @former_keywords(seed="draws.seed", sampling="draws.sampling")
     def __init__(
         self,
         model: nn.Module,

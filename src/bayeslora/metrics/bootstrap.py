@@ -62,7 +62,7 @@ def resampled(score: Score, *samples: Sample, resamples: int = 1000, seed: int =
 def interval(scores: Float[Tensor, " R *scores"], level: float = 0.95) -> Interval:
     """Return the central quantiles of resampled scores, interpolated linearly; NaN both if a score is NaN."""
     if not len(scores) or not 0 < level < 1:
-        raise InputError(f"resamples={len(scores)}, level={level}: give at least one resample and a level in (0, 1).")
+        raise InputError(f"resamples={len(scores)}, level={level}: give at least one resample and a level in (0, 1)")
     ordered = scores.double().sort(0).values
     unknown = scores.isnan().any(0)
     tail, ends = (1 - level) / 2, []
@@ -79,5 +79,5 @@ def _rows(arrays: Sequence[Tensor]) -> int:
     """Return the common number of rows, at least one."""
     lengths = [len(array) if array.ndim else 0 for array in arrays]
     if not lengths or lengths[0] == 0 or len(set(lengths)) > 1:
-        raise InputError(f"the arrays have {lengths} rows; give arrays of the same number of examples, at least one.")
+        raise InputError(f"the arrays have {lengths} rows; give arrays of the same number of examples, at least one")
     return lengths[0]

@@ -40,26 +40,24 @@ class Reliability:
 def check_labels(log_p: Tensor, labels: Tensor, where: str = "labels") -> Tensor:
     """Return labels [*B N] as int64 on the device of ``log_p`` [*B N C]; refuse what no measure is defined for."""
     if log_p.numel() == 0 or not 2 <= log_p.ndim <= max(2, labels.ndim + 1):
-        raise InputError(f"log_p has shape {list(log_p.shape)}; give [examples, choices] with at least one of each.")
+        raise InputError(f"log_p has shape {list(log_p.shape)}; give [examples, choices] with at least one of each")
     rows, choices = log_p.shape[-2:]
     if labels.shape != log_p.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise InputError(
             f"{where} must be {rows} integers, one per row of the predictions, "
-            f"but has shape {list(labels.shape)} and type {labels.dtype}."
+            f"but has shape {list(labels.shape)} and type {labels.dtype}"
         )
     labels = labels.to(log_p.device, torch.long)
     unknown = (labels < 0) | (labels >= choices)
     if bool(unknown.any()):
         row, value = _first_row(unknown), int(labels[unknown][0])
         if value == -1:
-            raise InputError(f"{where}: row {row} has no known answer (-1); leave such rows out before scoring.")
-        raise InputError(
-            f"{where}: row {row} is {value}, but the predictions have {choices} choices (0-{choices - 1})."
-        )
+            raise InputError(f"{where}: row {row} has no known answer (-1); leave such rows out before scoring")
+        raise InputError(f"{where}: row {row} is {value}, but the predictions have {choices} choices (0-{choices - 1})")
     if bool(log_p.isnan().any()):
         raise InputError(
             f"log_p: row {_first_row(log_p.isnan().any(-1))} is NaN; the model's output overflowed, predict again in "
-            "float32 or bfloat16."
+            "float32 or bfloat16"
         )
     return labels
 
@@ -114,12 +112,12 @@ def kl_to_truth(log_p: LogProbs, true_probs: LogProbs) -> PerSet:
     """Compute the mean KL(truth || predicted) = Σ_c t_c (log t_c - log p_c) in nats, where 0 log 0 = 0."""
     # inf where a possible choice has predicted probability 0
     if log_p.ndim < 2 or log_p.numel() == 0 or true_probs.shape != log_p.shape:
-        raise InputError(f"true_probs has shape {list(true_probs.shape)}; the predictions have {list(log_p.shape)}.")
+        raise InputError(f"true_probs has shape {list(true_probs.shape)}; the predictions have {list(log_p.shape)}")
     truth = true_probs.to(log_p.device, torch.float64)
     sound = (truth >= 0).all(-1) & ((truth.sum(-1) - 1).abs() < 1e-3)
     if not bool(sound.all()):
         row = _first_row(~sound)
-        raise InputError(f"true_probs: row {row} is not a distribution; give probabilities >= 0 that sum to 1.")
+        raise InputError(f"true_probs: row {row} is not a distribution; give probabilities >= 0 that sum to 1")
     cross = torch.where(truth > 0, truth * log_p.double(), 0.0)
     return (torch.xlogy(truth, truth) - cross).sum(-1).mean(-1)
 
@@ -145,7 +143,7 @@ def _binned(
     # Bins of equal width divide [0, 1]. Bins of equal mass end at the quantiles of the confidences: they hold equally
     # many examples to within one, except that equal confidences share a bin, whatever the order of the rows.
     if bins < 1 or binning not in get_args(Binning):
-        raise InputError(f"bins={bins}, binning={binning!r}: give at least one bin and binning 'width' or 'mass'.")
+        raise InputError(f"bins={bins}, binning={binning!r}: give at least one bin and binning 'width' or 'mass'")
     *sets, rows = confidence.shape
     if binning == "width":
         edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device).repeat(*sets, 1)

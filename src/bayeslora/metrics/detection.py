@@ -25,7 +25,7 @@ def risk_coverage(
     ranking = log_p.amax(-1) if score is None else score.to(log_p.device)
     rows = labels.shape[-1]
     if ranking.shape != labels.shape or bool(ranking.isnan().any()):
-        raise InputError(f"score has shape {list(ranking.shape)} or a NaN; give one number for each of {rows} rows.")
+        raise InputError(f"score has shape {list(ranking.shape)} or a NaN; give one number for each of {rows} rows")
     # Examples of equal score are one block: within it the errors are spread evenly, which is the expectation over the
     # orders that it could be answered in.
     ordered, order = ranking.neg().sort(-1)
@@ -77,8 +77,8 @@ def _ascending(negative: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Return both samples in float64, each set sorted, or refuse an empty sample, other sets or a NaN."""
     for name, scores in (("negative_scores", negative), ("positive_scores", positive)):
         if scores.ndim == 0 or scores.shape[-1] == 0 or scores.ndim > min(negative.ndim, positive.ndim):
-            raise InputError(f"{name} has shape {list(scores.shape)}; give one score for each of at least one example.")
+            raise InputError(f"{name} has shape {list(scores.shape)}; give one score for each of at least one example")
         if bool(scores.isnan().any()):
             row = int(scores.isnan().nonzero()[0, -1])
-            raise InputError(f"{name}: row {row} is NaN; a score must be a number.")
+            raise InputError(f"{name}: row {row} is NaN; a score must be a number")
     return negative.double().sort(-1).values, positive.to(negative.device).double().sort(-1).values

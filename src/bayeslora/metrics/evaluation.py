@@ -84,10 +84,10 @@ class Evaluation:
             InputError: If there is no such predictor or score.
         """
         if predictor not in self.rows:
-            raise InputError(f"there is no predictor {predictor!r} here; choose from {', '.join(self.rows)}.")
+            raise InputError(f"there is no predictor {predictor!r} here; choose from {', '.join(self.rows)}")
         if metric not in self.rows[predictor]:
             raise InputError(
-                f"{predictor!r} has no score {metric!r} here; choose from {', '.join(self.rows[predictor])}."
+                f"{predictor!r} has no score {metric!r} here; choose from {', '.join(self.rows[predictor])}"
             )
         return self.rows[predictor][metric].value
 
@@ -148,7 +148,7 @@ def evaluate(
         InputError: If the labels do not fit the prediction or are unknown, or a setting is out of range.
     """
     if resamples < 0:
-        raise InputError(f"resamples is {resamples}; give a number >= 0, where 0 means no intervals.")
+        raise InputError(f"resamples is {resamples}; give a number >= 0, where 0 means no intervals")
     labels, truth = _answers(prediction, labels_or_split)
     sets = {"ood": ood} if isinstance(ood, Prediction) else dict(ood or {})
     groups = scored(measures(bins, binning), prediction, sets, labels, truth)
@@ -250,7 +250,7 @@ def _answers(prediction: Prediction, answers: Tensor | Split) -> tuple[Int[Tenso
         if len(probs) > choices:
             raise InputError(
                 f"{answers.name}: row {row} has {len(probs)} true probabilities, "
-                f"but the prediction has {choices} choices."
+                f"but the prediction has {choices} choices"
             )
     return labels, torch.tensor([[*p, *[0.0] * (choices - len(p))] for p in truth], dtype=torch.float64)
 
@@ -261,6 +261,7 @@ def _estimates(
     """Return measures of the same samples with their intervals; every measure sees the same resamples."""
 
     def scores(*arrays: Tensor) -> Float[Tensor, "*B measures"]:
+        """Return each measure of samples."""
         return torch.stack([measure.score(*arrays) for measure in chosen.values()], -1)
 
     values = scores(*chain.from_iterable(samples))

@@ -136,7 +136,7 @@ class Prediction:
                 partial.write_bytes(content)
         except OSError as error:
             raise InputError(
-                f"cannot write the prediction to {target} ({error.strerror}); choose another path."
+                f"cannot write the prediction to {target} ({error.strerror}); choose another path"
             ) from error
 
     @classmethod
@@ -154,16 +154,16 @@ class Prediction:
         """
         source = Path(path)
         if not source.is_file():
-            raise InputError(f"{source} is not a file; give the .safetensors file that Prediction.save wrote.")
+            raise InputError(f"{source} is not a file; give the .safetensors file that Prediction.save wrote")
         try:
             with safe_open(source, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{source} is truncated or no .safetensors file ({error}); write it again.") from error
+            raise InputError(f"{source} is truncated or no .safetensors file ({error}); write it again") from error
         if _FORMAT not in metadata:
             raise InputError(
-                f"{source} is a .safetensors file but no prediction; give the file that Prediction.save wrote."
+                f"{source} is a .safetensors file but no prediction; give the file that Prediction.save wrote"
             )
         try:
             fields = json.loads(metadata[_FORMAT])
@@ -171,15 +171,13 @@ class Prediction:
             components = None if fields["components"] is None else tuple(int(m) for m in fields["components"])
             seconds = None if fields["seconds"] is None else float(fields["seconds"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source} has damaged metadata ({error!r}); write the prediction again.") from error
+            raise InputError(f"{source} has damaged metadata ({error!r}); write the prediction again") from error
         if version != _VERSION:
             raise InputError(
-                f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it."
+                f"{source} has format version {version}, not {_VERSION}; read it with the bayeslora that wrote it"
             )
         if not {"log_probs"} <= tensors.keys() <= set(_TENSORS):
-            raise InputError(
-                f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again."
-            )
+            raise InputError(f"{source} holds the tensors {sorted(tensors)}, not those of a prediction; write it again")
         try:
             return cls(components=components, truncated=truncated, readout=readout, seconds=seconds, **tensors)
         except InputError as error:
@@ -191,31 +189,31 @@ def _validate(prediction: Prediction) -> None:
     log_probs, mean = prediction.log_probs, prediction.mean_log_probs
     if log_probs.ndim != 3 or log_probs.numel() == 0:
         raise InputError(
-            f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one of each."
+            f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one of each"
         )
     if mean is not None and mean.shape != log_probs.shape[1:]:
         raise InputError(
-            f"mean_log_probs has shape {list(mean.shape)}, log_probs {list(log_probs.shape)}; give both the same rows."
+            f"mean_log_probs has shape {list(mean.shape)}, log_probs {list(log_probs.shape)}; give both the same rows"
         )
     for name, values in (("log_probs", log_probs), ("mean_log_probs", mean)):
         if values is not None:
             _check_rows(name, values)
     error = prediction.monte_carlo_error
     if error is not None and (error.shape != log_probs.shape[1:2] or bool((error.isnan() | (error < 0)).any())):
-        raise InputError("monte_carlo_error is not one number of at least 0 for each example; predict again.")
+        raise InputError("monte_carlo_error is not one number of at least 0 for each example; predict again")
     components = prediction.components
     if components is not None and len(components) != log_probs.shape[0]:
         raise InputError(
-            f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw."
+            f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw"
         )
     if prediction.truncated < 0:
-        raise InputError(f"truncated is {prediction.truncated}; give the number of examples whose prompt was cut.")
+        raise InputError(f"truncated is {prediction.truncated}; give the number of examples whose prompt was cut")
 
 
 def _check_rows(name: str, values: Tensor) -> None:
     """Refuse [S N C] or [N C] log-probabilities that are not float32, or of which a row is NaN or does not sum to 1."""
     if values.dtype != torch.float32:
-        raise InputError(f"{name} has type {values.dtype}; give float32 (call .float() on it).")
+        raise InputError(f"{name} has type {values.dtype}; give float32 (call .float() on it)")
     total = values.logsumexp(-1)
     bad = ~(total.abs() < 1e-2)
     if values.ndim == 3:
@@ -227,5 +225,5 @@ def _check_rows(name: str, values: Tensor) -> None:
     draw = int(bad[:, row].nonzero()[0])
     place = f"{name}: row {row}" + (f" of draw {draw}" if values.ndim == 3 else "")
     if bool(values[..., row, :].isnan().reshape(len(bad), -1)[draw].any()):
-        raise InputError(f"{place} is NaN; the model's output overflowed, predict again in float32 or bfloat16.")
-    raise InputError(f"{place} does not sum to 1; give log-probabilities (log_softmax of the choices' scores).")
+        raise InputError(f"{place} is NaN; the model's output overflowed, predict again in float32 or bfloat16")
+    raise InputError(f"{place} does not sum to 1; give log-probabilities (log_softmax of the choices' scores)")

@@ -34,7 +34,7 @@ def average(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, "N C"]:
     """Average the draws' probabilities, log p̄ = logsumexp_s log p_s - log S; -inf where every draw has -inf."""
     if log_probs.ndim != 3 or log_probs.shape[0] == 0:
         raise InputError(
-            f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one draw."
+            f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one draw"
         )
     count = taken(log_probs).sum(0).double()
     return (torch.logsumexp(log_probs.double(), dim=0) - count.log()[:, None]).to(log_probs.dtype)
@@ -71,7 +71,7 @@ def between_within(
     """Split a mixture's mutual information into ``(between, within)`` its members, one component per draw."""
     if len(components) != log_probs.shape[0]:
         raise InputError(
-            f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw."
+            f"components has {len(components)} entries for {log_probs.shape[0]} draws; give one member per draw"
         )
     # With p_m the average over member m's draws and p the equal-weight average over the members,
     # between = H(p) - mean_m H(p_m) and within = mean_m [H(p_m) - mean_{s in m} H(p_s)]: the chain rule of mutual

@@ -77,7 +77,7 @@ def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
     return Point(read_tensors(folder / ADAPTER), origin)
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling")
+@former_keywords(seed="draws.seed", sampling="draws.sampling")
 def export_draws(posterior: Posterior, folder: str | Path, draws: int | Draws, *, name: str = "draw") -> list[Path]:
     """Write draws as plain PEFT adapters, for any tool that reads them.
 

@@ -74,40 +74,45 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def former_keywords(
-    parameter: str, kind: type, level: int = 2, /, **fields: str
-) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Return what lets a function accept keywords of the last release, each now a field of what a parameter takes.
+def former_keywords(**now: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return what lets a function accept keywords of the last release; each says what it is now: ``seed="draws.seed"``.
 
-    The warning is of the caller, ``level`` frames up: one more where another of these is around it.
+    The parameter ``draws`` takes `Draws`, any other what its default is.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        """Return the function, which then takes its former keywords too."""
         signature = inspect.signature(function)
 
         @wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            former = {name: kwargs.pop(name) for name in fields if name in kwargs}
+            """Call the function with former keywords as fields, and a warning of its caller."""
+            former = {name: kwargs.pop(name) for name in now if name in kwargs}
             if not former:
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            value = bound.arguments.get(parameter, signature.parameters[parameter].default)
-            if parameter in bound.arguments and isinstance(value, kind):
-                raise InputError(f"{', '.join(former)}: a field of {parameter}={kind.__name__}(…); give it there alone")
-            values = {fields[name]: v for name, v in former.items()}
-            if not isinstance(value, kind):  # a number of draws
-                values = {"count": value, **values}
-            text = ", ".join(f"{name}={value!r}" for name, value in values.items())
-            warnings.warn(
-                f"{function.__qualname__}: {'=, '.join(former)}= will go with the next release; "
-                f"write {parameter}=bl.{kind.__name__}({text})",
-                DeprecationWarning,
-                stacklevel=level,
-            )
-            bound.arguments[parameter] = kind(**values)
+            for parameter in dict.fromkeys(now[name].partition(".")[0] for name in former):
+                names = [name for name in former if now[name].startswith(f"{parameter}.")]
+                default = signature.parameters[parameter].default
+                value = bound.arguments.get(parameter, default)
+                kind: type = Draws if parameter == "draws" else type(default)
+                if parameter in bound.arguments and isinstance(value, kind):
+                    one = f"{parameter}={kind.__name__}(…)"
+                    raise InputError(f"{', '.join(names)}: a field of {one}; give it there alone")
+                values = {now[name].partition(".")[2]: former[name] for name in names}
+                if not isinstance(value, kind):  # a number of draws
+                    values = {"count": value, **values}
+                text = ", ".join(f"{name}={value!r}" for name, value in values.items())
+                warnings.warn(
+                    f"{function.__qualname__}: {'=, '.join(names)}= will go with the next release; "
+                    f"write {parameter}=bl.{kind.__name__}({text})",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                bound.arguments[parameter] = kind(**values)
             return function(*bound.args, **bound.kwargs)
 
-        setattr(call, "former_keywords", (*getattr(function, "former_keywords", ()), *fields))  # noqa: B010
+        setattr(call, "former_keywords", tuple(now))  # noqa: B010
         return call
 
     return decorate
@@ -125,7 +130,7 @@ def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "
 
 
 def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
-    """Return numbers uniform on [0, 1) that belong to one parameter of one draw; see `noise`."""
+    """Return numbers uniform on [0, 1] that belong to one parameter of one draw; see `noise`."""
     if sampling == "sobol":
         return _sobol(seed, index, name, like).float()
     if sampling == "simplex":

@@ -119,7 +119,7 @@ class Readout:
             yield
 
 
-def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer = None) -> Readout:
+def readout_for(model: nn.Module, split: Split, tokenizer: Tokenizer | None = None) -> Readout:
     """Return how a split's answers are read from a model: as its format says, or by the model where it says auto."""
     peft = require_lora(model)
     base = peft.get_base_model()

@@ -27,8 +27,7 @@ Text = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat, which go through the tokenizer's chat template."""
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling")
-@former_keywords("options", PassOptions, 3, stack="stack")
+@former_keywords(seed="draws.seed", sampling="draws.sampling", stack="options.stack")
 def predict_rewards(
     model: nn.Module,
     posterior: Posterior,

@@ -28,9 +28,15 @@ from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling", tolerance="tolerance", fewest_draws="minimum")
 @former_keywords(
-    "options", PassOptions, 3, stack="stack", share_prefix="share_prefix", compile="compile", progress="progress"
+    seed="draws.seed",
+    sampling="draws.sampling",
+    tolerance="draws.tolerance",
+    fewest_draws="draws.minimum",
+    stack="options.stack",
+    share_prefix="options.share_prefix",
+    compile="options.compile",
+    progress="options.progress",
 )
 def predict(
     model: nn.Module,

@@ -32,7 +32,7 @@ from bayeslora.training.trainer import TrainerRun, run_trainer
 logger = logging.getLogger(__name__)
 
 
-@former_keywords("draws", Draws, seed="seed", sampling="sampling")
+@former_keywords(seed="draws.seed", sampling="draws.sampling")
 def distill(
     model: nn.Module,
     posterior: Posterior,

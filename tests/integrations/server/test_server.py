@@ -218,7 +218,7 @@ def test_a_full_queue_and_a_late_answer(tokenizer):
             begun.set()
             go.wait(20)
 
-        worker.submit(Call(hold))
+        worker.submit(Call([hold]))
         begun.wait(20)
         body = {"model": "tiny", "prompt": "bag", "max_tokens": 3}
         with ThreadPoolExecutor(2) as pool:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
-from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.decoding import Row, RowSampler
-from bayeslora.integrations.server.errors import busy
+from bayeslora.integrations.server.errors import busy, late, stopping
 from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.params import Params, require_lora
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
-from bayeslora.prediction.likelihoods import Likelihoods
-from bayeslora.prediction.memory import default_token_budget, in_halves
-from bayeslora.prediction.readouts import readout_for
-from bayeslora.tasks.types import Format, Split
+from bayeslora.prediction.memory import in_halves
 
 Result = TypeVar("Result")
 
@@ -35,6 +32,7 @@ class Generation:
     model: str
     draws: int
     rows: list[Row]
+    deadline: float = math.inf  # of `time.monotonic`
     error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -47,15 +45,25 @@ class Generation:
 @final
 @dataclass
 class Call(Generic[Result]):
-    """Anything else that needs the model."""
+    """Anything else that needs the model: parts, between which other requests have their turn; its result is theirs."""
 
-    work: Callable[[], Result]
-    result: Future[Result] = field(default_factory=Future)
+    parts: Sequence[Callable[[], Result]]
+    deadline: float = math.inf  # of `time.monotonic`
+    result: Future[list[Result]] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)  # set when nobody waits for it any more
+    _found: list[Result] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Do it, if somebody still waits."""
-        if self.result.set_running_or_notify_cancel():
-            self.result.set_result(self.work())
+    def step(self) -> bool:
+        """Do the next part, if somebody still waits; say whether that was all."""
+        if not self._found and not self.result.set_running_or_notify_cancel():
+            return True
+        if self.cancelled.is_set() or time.monotonic() > self.deadline:
+            raise late()
+        self._found.append(self.parts[len(self._found)]())
+        if len(self._found) < len(self.parts):
+            return False
+        self.result.set_result(self._found)
+        return True
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits what went wrong."""
@@ -80,21 +88,27 @@ class Worker:
         self.thread.start()
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue; a full queue, or a server that is stopping, is busy."""
+        """Put a job into the queue; a full queue is busy."""
         with self._changed:
-            if self._closed or len(self.queue) >= self.limits.waiting:
+            if self._closed:
+                raise stopping()
+            if len(self.queue) >= self.limits.waiting:
                 raise busy()
             self.queue.append(job)
             self._changed.notify()
 
-    def close(self) -> None:
-        """End the thread: what waits is refused, what runs comes to its next token."""
+    def stop(self) -> None:
+        """Refuse what waits, and end what runs at its next token."""
         with self._changed:
             self._closed = True
             left, self.queue = self.queue, deque()
             self._changed.notify()
         for job in left:
-            job.fail(busy())
+            job.fail(stopping())
+
+    def close(self) -> None:
+        """End the thread."""
+        self.stop()
         self.thread.join(timeout=10)
 
     def _work(self) -> None:
@@ -108,7 +122,9 @@ class Worker:
                 batch = self._batch(first) if isinstance(first, Generation) else []
             try:
                 if isinstance(first, Call):
-                    first.run()
+                    if not first.step():
+                        with self._changed:
+                            self.queue.append(first)
                 else:
                     self._generate(batch)
             except Exception as error:  # the thread lives on; whoever waits gets the error
@@ -160,11 +176,3 @@ class Worker:
         }  # fmt: skip
         decoder = Decoder(self.served.model, draws, True, tokenizer, settings)
         decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
-
-
-def prompt_log_probs(
-    model: nn.Module, tokenizer: Tokenizer, draws: Sequence[Params], ids: Sequence[int]
-) -> Float[Tensor, "T-1 V"]:
-    """Return log p̄ of what follows each token but the last of a prompt, averaged over draws at each token."""
-    readout = readout_for(model, Split("prompt", (), Format("", "likelihood")), tokenizer)
-    return Likelihoods(model, draws, readout, default_token_budget(model)).average(ids)
