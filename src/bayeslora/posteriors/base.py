@@ -11,7 +11,7 @@ field ``members`` (a tuple) or ``posterior`` (one) is what it is made of, and ev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -54,6 +54,10 @@ class Engine(Protocol):
     @property
     def mean(self) -> bool:
         """Whether the answers at the mean are asked for too."""
+
+    @property
+    def contents(self) -> Sequence[object]:
+        """What tells an example from others, wherever it stands among them."""
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the answers of the model with drawn weights, and with the mean."""
