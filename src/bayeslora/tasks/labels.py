@@ -29,7 +29,8 @@ def spell(value: object) -> str | None:
     """Return a label as text: a whole number without its fraction (1.0 is 1), None for a blank or what is no label."""
     text = plain(value) or ""
     if isinstance(value, Real) and not isinstance(value, Integral):
-        return str(int(value)) if text and float(value).is_integer() else text or None
+        number = float(value)
+        return str(int(number)) if text and number.is_integer() else text or None
     return re.sub(r"^(-?\d{1,18})\.0+$", r"\1", text) or None
 
 
@@ -75,8 +76,8 @@ def label_index(
     indices = {index for index in _readings(value, text, choices) if 0 <= index < len(choices)}
     if len(indices) > 1:
         raise InputError(
-            f"{where}: the label {text[:80]!r} is both the text of one choice and the index or letter of another: say what "
-            "labels are with columns={'codes': [...]}"
+            f"{where}: the label {text[:80]!r} is both the text of one choice and the index or letter of another: say "
+            "what labels are with columns={'codes': [...]}"
         )
     if not indices:
         raise InputError(
