@@ -1,7 +1,12 @@
-"""Run-time shape checks for the whole suite, and the fixtures that every folder of tests uses."""
+"""For the whole suite: run-time shape checks, no network, no deprecated calls, and common fixtures."""
 
 import contextlib
 import gc
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -31,7 +36,57 @@ with contextlib.suppress(ModuleNotFoundError):
 
 torch.set_num_threads(1)  # tiny models are slower on several threads, which wait for each other
 
+from support.offline import sitecustomize  # noqa: E402
 from support.tiny import KINDS, make_tokenizer  # noqa: E402
+
+from bayeslora.cli import terminal  # noqa: E402
+
+terminal.HIDDEN = ()  # the command line hides what is to be an error here
+
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(sitecustomize.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+
+class Deprecations(logging.Handler):
+    """Keeps what libraries say of deprecated arguments in their logs, where pytest's filters do not see it."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        if re.search(r"deprecated|will be removed", message := record.getMessage()):
+            self.messages.append(f"{record.name}: {message}")
+
+
+DEPRECATIONS = Deprecations()
+for name in ("transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub", "torch"):
+    logging.getLogger(name).addHandler(DEPRECATIONS)
+
+
+@pytest.fixture(scope="session")
+def reached():
+    """Name the file in which tries to reach other machines are noted, by this process and those that it starts."""
+    with tempfile.NamedTemporaryFile("r") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(sitecustomize.REACHED, file.name)
+        yield file
+
+
+@pytest.fixture(scope="session")
+def deprecations():
+    return DEPRECATIONS
+
+
+@pytest.fixture(autouse=True)
+def nothing_outside_and_nothing_deprecated(request, reached, monkeypatch):
+    """Fail a test in which something looked for the network, unless it is marked so, or a library said "deprecated"."""
+    if request.node.get_closest_marker("network"):
+        monkeypatch.setenv(sitecustomize.ALLOWED, "1")
+    yield
+    tried, said = reached.read(), [*DEPRECATIONS.messages]
+    DEPRECATIONS.messages.clear()
+    assert (tried, said) == ("", [])
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,11 @@ def default_device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def cache_argument(call: Callable[..., object]) -> str:
+    """Return a model's argument for keys and values: ``cache`` in newer releases of transformers."""
+    return "cache" if "cache" in inspect.signature(call).parameters else "past_key_values"
 
 
 def load_model(

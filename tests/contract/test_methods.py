@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.methods_table import DROPOUT, HEAD, LEARNERS, LM, PAIRS, TABLE
-from support.tiny import arguments, same_params, same_state, state_of
+from support.tiny import CHECKPOINTING, arguments, same_params, same_state, state_of
 from torch import nn
 from transformers import TrainerCallback
 
@@ -267,7 +267,7 @@ def test_a_batch_in_parts_gives_the_same_posterior(trained, tokenizer, tmp_path)
 
 def test_gradient_checkpointing_gives_the_same_posterior(trained, tokenizer, tmp_path):
     torch.manual_seed(12345)  # nor does it matter what the caller's generator was at
-    checkpointed = again(trained, tmp_path, tokenizer, gradient_checkpointing=True)
+    checkpointed = again(trained, tmp_path, tokenizer, **{CHECKPOINTING: True})
     assert same_draws(checkpointed, trained.posterior)
 
 

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from support.methods_table import DROPOUT, LM, TABLE
-from support.tiny import TARGETS, arguments, gaussian, make_task, same_params
+from support.tiny import CHECKPOINTING, TARGETS, arguments, gaussian, make_task, same_params
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -58,7 +58,7 @@ def test_a_method_learns_on_a_quantised_base(bits, name, folder, tokenizer, tmp_
     model, task, method = quantised(folder, bits, DROPOUT), make_task(readout="likelihood"), TABLE[name].method
     before = read(model)
     args = arguments(
-        tmp_path / "run", gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, max_steps=4,
+        tmp_path / "run", **{CHECKPOINTING: checkpointing}, gradient_accumulation_steps=2, max_steps=4,
         per_device_train_batch_size=2,
     )  # fmt: skip
     posterior = fit(model, task, method, args, tokenizer=tokenizer)

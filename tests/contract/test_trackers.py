@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.methods_table import DROPOUT
-from support.tiny import KINDS, arguments, make_model, make_task
+from support.tiny import CHECKPOINTING, KINDS, arguments, make_model, make_task
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import SFTConfig, SFTTrainer
@@ -97,7 +97,7 @@ def sft(model, args, tokenizer, **kwargs):
     rows = Dataset.from_list([{"prompt": a, "completion": b} for a, b in SENTENCES * (ROWS // 2)])
     same = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to",
             "disable_tqdm", "logging_strategy", "logging_steps", "use_cpu", "seed")  # fmt: skip
-    own = SFTConfig(**{name: getattr(args, name) for name in same})
+    own = SFTConfig(**{name: getattr(args, name) for name in same}, **{CHECKPOINTING: True})
     return SFTTrainer(model, own, train_dataset=rows, processing_class=tokenizer, **kwargs)
 
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from support.methods_table import DROPOUT, LEARNERS, TABLE
-from support.tiny import COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
+from support.tiny import CHECKPOINTING, COLOURS, TARGETS, arguments, make_base, make_model, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -49,7 +49,7 @@ def sft_arguments(folder, **changes):
     plain = arguments(folder)
     same = ("max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to", "disable_tqdm",
             "logging_strategy", "use_cpu", "seed")  # fmt: skip
-    return SFTConfig(str(folder), **({name: getattr(plain, name) for name in same} | changes))
+    return SFTConfig(str(folder), **({name: getattr(plain, name) for name in same} | {CHECKPOINTING: True} | changes))
 
 
 def sft(model, args, tokenizer, kwargs, **more):
@@ -122,7 +122,7 @@ def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer, tmp_path):
     method = Swag(start=2, interval=1)
     found = []
     for name, (make_arguments, make) in TRAINERS.items():
-        exact = {"gradient_checkpointing": False, "bf16": False, "optim": "sgd", "weight_decay": 0.0}
+        exact = {CHECKPOINTING: False, "bf16": False, "optim": "sgd", "weight_decay": 0.0}
         args = make_arguments(tmp_path / name, **exact)
         model = make_model("llama")
         make(model, args, tokenizer, method.trainer_kwargs(model, ROWS)).train()
@@ -133,7 +133,7 @@ def test_both_trainers_learn_the_same_from_the_same_rows(tokenizer, tmp_path):
 
 def test_packed_rows_have_the_loss_of_rows_apart(tokenizer, tmp_path):
     model = make_model("llama")
-    trainer = sft(model, packed_arguments(tmp_path, bf16=False, gradient_checkpointing=False), tokenizer, {})
+    trainer = sft(model, packed_arguments(tmp_path, bf16=False, **{CHECKPOINTING: False}), tokenizer, {})
     batch = next(iter(trainer.get_train_dataloader()))
     starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
     labels = batch.pop("labels")

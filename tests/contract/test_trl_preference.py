@@ -6,7 +6,17 @@ from datasets import Dataset
 from peft import LoraConfig
 from support.methods_table import DROPOUT, LEARNERS, TABLE
 from support.preferences import PAIRS, ROWS, TEXTS, reward_model
-from support.tiny import TARGETS, arguments, make_base, make_model, make_tokenizer, same_params, same_state, state_of
+from support.tiny import (
+    CHECKPOINTING,
+    TARGETS,
+    arguments,
+    make_base,
+    make_model,
+    make_tokenizer,
+    same_params,
+    same_state,
+    state_of,
+)
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
@@ -21,7 +31,7 @@ def configured(kind, folder, **changes):
     plain = arguments(folder)
     same = ("max_steps", "per_device_train_batch_size", "learning_rate", "save_strategy", "report_to", "disable_tqdm",
             "logging_strategy", "use_cpu", "seed")  # fmt: skip
-    exact = {"bf16": False, "gradient_checkpointing": False}
+    exact = {"bf16": False, CHECKPOINTING: False}
     return kind(str(folder), **({name: getattr(plain, name) for name in same} | exact | changes))
 
 
@@ -93,7 +103,7 @@ def test_a_map_run_is_the_plain_dpo_run_bit_for_bit(tokenizer, tmp_path):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_gradient_checkpointing_sees_the_same_noise(name, trainer, tokenizer, tmp_path):
     plain, again = (
-        trained(TABLE[name].method, trainer, tmp_path, tokenizer, gradient_checkpointing=value)[1]
+        trained(TABLE[name].method, trainer, tmp_path, tokenizer, **{CHECKPOINTING: value})[1]
         for value in (False, True)
     )
     assert same_params(plain.draw(0), again.draw(0))

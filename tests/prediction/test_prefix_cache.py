@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.tiny import make_model, make_split, same_state, state_of
 
+from bayeslora.models import cache_argument
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Draws, Point
 from bayeslora.posteriors.transforms import restricted
@@ -88,6 +89,7 @@ def test_a_model_that_does_not_go_on_from_kept_keys_is_given_whole_prompts(token
     wanted = predict(model, Point(read(model)), split, tokenizer=tokenizer, options=PassOptions(share_prefix=False))
     model = make_model("llama")  # another object: the outcome of a trial is kept with the model
     attention = model.base_model.model.model.layers[1].self_attn
-    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True)  # fmt: skip  # noqa: E501
+    name = cache_argument(attention.forward)
+    attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, name: None}), with_kwargs=True)
     found = predict(model, Point(read(model)), split, tokenizer=tokenizer)
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=0, atol=2e-5)

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import COLOURS, KINDS, arguments, make_model, make_split, make_task, same_params, same_state, state_of
+from support.tiny import (
+    CHECKPOINTING,
+    COLOURS,
+    KINDS,
+    arguments,
+    make_model,
+    make_split,
+    make_task,
+    same_params,
+    same_state,
+    state_of,
+)
 from torch import nn
 from torch.nn import functional
 from transformers import TrainerCallback
@@ -153,7 +164,7 @@ def test_the_gradient_is_the_one_of_the_plain_loop(model, tokenizer, readout_nam
     split = split_of(readout_name)
     readout = readout_for(model, split, tokenizer)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, f"{CHECKPOINTING}_enable")(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
         model.train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -162,7 +173,7 @@ def test_the_gradient_is_the_one_of_the_plain_loop(model, tokenizer, readout_nam
     found = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
     model.zero_grad()
     if checkpointing:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{CHECKPOINTING}_disable")()
     plain = plain_loop(model, split, tokenizer, readout_name)
     (-sum(row[label] for row, label in zip(plain, split.labels, strict=True)) / len(plain)).backward()
     for name, p in lora_parameters(model).items():

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
-
 from bayeslora.integrations.server import Limits, Served, make_app
+from bayeslora.integrations.server.connections import Server
 from bayeslora.tasks.types import Format, Split
 from support.tiny import gaussian, make_model
 
@@ -31,8 +30,9 @@ def served(tokenizer: Any, **changes: Any) -> Served:
 @contextmanager
 def running(what: Served, limits: Limits | None = None) -> Iterator[tuple[str, Any]]:
     """Serve on a free port; yields the address and the worker."""
+    limits = limits or Limits()
     app = make_app(what, limits)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = Server(app, limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -169,6 +169,12 @@ KINDS = {
 }
 
 
+CHECKPOINTING = (
+    f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
+)
+"""What the installed transformers calls that layers are run again in the backward pass."""
+
+
 def arguments(folder: Any, **changes: Any) -> TrainingArguments:
     """Arguments of a run that takes a second and writes nothing unless asked."""
     options = {

@@ -36,6 +36,12 @@ class Options(ModelOptions, TaskOptions, TransformOptions):
     most_tokens: int = option(1024, "Most new tokens of an answer.", least=1)
     most_rows: int = option(16, "Most answers that are generated at once.", least=1)
     most_waiting: int = option(64, "Most requests in the queue; further requests get HTTP 429.", least=1)
+    most_context: int = option(32768, "Most tokens of a prompt with its answer; the model's limit counts too.", least=2)
+    most_texts: int = option(1024, "Most texts to classify in one request.", least=1)
+    most_connections: int = option(256, "Most connections; further ones get HTTP 503.", least=1)
+    allowed_hosts: list[str] = option(
+        [], "Names that clients call the server by; none: those of this machine, or any if --host is not this machine."
+    )
     timeout: float = option(120.0, "Most seconds of a request.", least=0.001)
     api_key: str = option("", "Key that clients must send; empty: that of BAYESLORA_API_KEY, if it is set.")
 
@@ -45,18 +51,20 @@ def run(options: Options) -> None:
     if options.draws > options.most_draws:
         raise InputError(f"--draws is {options.draws}, more than --most-draws, {options.most_draws}")
     try:
-        import uvicorn
-
         from bayeslora.integrations.server import Limits, Served, make_app
+        from bayeslora.integrations.server.connections import Server
+        from bayeslora.integrations.server.served import LOOPBACK
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'bayeslora[serve]'") from error
     from bayeslora.cli import build, data, progress
 
+    local = options.host in ("localhost", "::1") or options.host.startswith("127.")
     with _listening(options.host, options.port) as listening:
         key = options.api_key or os.environ.get("BAYESLORA_API_KEY", "")
         limits = Limits(
             waiting=options.most_waiting, rows=options.most_rows, tokens=options.most_tokens, timeout=options.timeout,
-            api_key=key,
+            api_key=key, context=options.most_context, texts=options.most_texts, connections=options.most_connections,
+            hosts=tuple(options.allowed_hosts) or ((*LOOPBACK, options.host) if local else ("*",)),
         )  # fmt: skip
         folder = run_folder(Path(options.run))
         with progress.own_progress():
@@ -69,12 +77,11 @@ def run(options: Options) -> None:
             options.name or folder.resolve().name, model, tokenizer, posterior, options.draws, options.most_draws, like,
             options.draw_seed, options.text_column,
         )  # fmt: skip
-        place = f"http://{options.host}:{listening.getsockname()[1]}"
+        place = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
         print(f"serving {served.name} at {place}   interface: {place}/v1   Ctrl-C stops", flush=True)
-        if not key and options.host not in ("127.0.0.1", "localhost", "::1"):
+        if not key and not local:
             print("anybody who reaches this address can use it: set --api-key", flush=True)
-        config = uvicorn.Config(make_app(served, limits), log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(make_app(served, limits), limits).run(sockets=[listening])
 
 
 def _listening(host: str, port: int) -> socket.socket:

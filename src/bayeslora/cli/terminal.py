@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 NOISY = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "kernels", "torchao", "httpx", "lm_eval")
 """Libraries of which only errors are shown."""
+HIDDEN: tuple[type[Warning], ...] = (FutureWarning, DeprecationWarning)
+"""Categories of warnings that are for programmers, wherever they come from."""
 
 
 def say(line: str) -> None:
@@ -29,9 +31,10 @@ def quiet() -> Iterator[None]:
     levels = {own: logging.INFO} | {logging.getLogger(name): logging.ERROR for name in NOISY}
     before = {logger: logger.level for logger in levels}
     with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):
+        for category in HIDDEN:
             warnings.simplefilter("ignore", category)
-        warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)}|torch)(\.|$)")
+        for category in (UserWarning, RuntimeWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(NOISY)}|torch)(\.|$)")
         try:
             own.addHandler(handler)
             for logger, level in levels.items():

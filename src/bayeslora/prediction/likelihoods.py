@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Bool, Float
-from bayeslora.params import Params, evaluating, require_lora
+from bayeslora.params import Params, evaluating
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.passes import Passes, Reading
@@ -56,12 +56,11 @@ class Likelihoods:
             log_likelihoods[:, columns] = sums[:, row, : len(columns)]
         return log_likelihoods, greedy
 
-    def average(self, ids: Sequence[int]) -> Float[Tensor, "T V"]:
-        """Return log p̄ of what follows each of T + 1 tokens but the last, averaged over the draws, on the CPU."""
-        averages = [torch.empty(0, len(require_lora(self.model).get_base_model().get_input_embeddings().weight))]
-        if len(ids) > 1:
-            row = Encoded(tuple(ids[:1]), (tuple(ids[1:]),), -1)
-            self._sums([row], lambda _, sums, __: averages.append(sums.cpu() - math.log(len(self.draws))))
+    def average(self, context: Sequence[int], text: Sequence[int]) -> Float[Tensor, "T V"]:
+        """Return log p̄ in the place of each of a text's T tokens after a context, both of a token at least."""
+        averages: list[Tensor] = []
+        row = Encoded(tuple(context), (tuple(text),), -1)
+        self._sums([row], lambda _, sums, __: averages.append(sums.cpu() - math.log(len(self.draws))))
         return averages[-1]
 
     def _sums(self, rows: Sequence[Encoded], complete: Callable[[int, Tensor, Tensor], None]) -> Float[Tensor, "S B C"]:

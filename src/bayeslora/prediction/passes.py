@@ -220,7 +220,7 @@ class Passes:
     ) -> Float[Tensor, "S B C"]:
         """Return the answers of one pass, which goes on from the keys and values of a prefix if they are given."""
         batch = on(self.readout.collate(rows), device_of(self.model))
-        inputs = batch if cache is None else continued(batch, cache)
+        inputs = batch if cache is None else continued(self.model, batch, cache)
         logits: Tensor = require_lora(self.model)(**inputs).logits
         return self.reading.read(logits, batch, count, examples).cpu()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from bayeslora.models import cache_argument
 from bayeslora.params import device_of, require_lora
 from bayeslora.prediction.encoding import Encoded
 
@@ -39,12 +40,13 @@ def prefix_cache(model: nn.Module, tokens: Sequence[int], count: int) -> Dynamic
     layers = getattr(base, base.base_model_prefix)
     ids = torch.tensor([list(tokens)] * count, device=device_of(model))
     cache = DynamicCache(config=base.config)
-    layers(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    keys_and_values = {cache_argument(layers.forward): cache}
+    layers(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **keys_and_values)
     whole = all(type(layer) is DynamicLayer and layer.get_seq_length() == len(tokens) for layer in cache.layers)
     return cache if whole and cache.layers else None
 
 
-def continued(batch: Mapping[str, Tensor], cache: DynamicCache) -> dict[str, object]:
+def continued(model: nn.Module, batch: Mapping[str, Tensor], cache: DynamicCache) -> dict[str, object]:
     """Return a batch of prompts without their prefix that goes on from the keys and values of each draw's prefix."""
     size = cache.get_seq_length()
     expanded = copy.copy(cache)
@@ -57,5 +59,5 @@ def continued(batch: Mapping[str, Tensor], cache: DynamicCache) -> dict[str, obj
         **batch,
         "attention_mask": nn.functional.pad(mask, (size, 0), value=seen),
         "position_ids": batch["position_ids"] + size,
-        "past_key_values": expanded,
+        cache_argument(require_lora(model).get_base_model().forward): expanded,
     }

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from bayeslora.errors import InputError
 
+TEXT_COLUMNS = ("text", "question", "sentence")
+"""Usual names of the text's column, the first that there is."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -70,7 +73,7 @@ def make_columns(description: Columns | Mapping[str, object], base: Columns) -> 
 
 def guess_columns(names: Collection[str]) -> Columns:
     """Return the columns of rows whose user named none, by the usual names for text, choices and label."""
-    text = next((name for name in ("text", "question", "sentence") if name in names), "text")
+    text = next((name for name in TEXT_COLUMNS if name in names), "text")
     return Columns(text=text, choices="choices" if "choices" in names else None)
 
 

@@ -74,6 +74,7 @@ def test_mending_splits_digits_that_the_merges_would_join():
 
 
 @pytest.mark.slow
+@pytest.mark.network
 @pytest.mark.usefixtures("no_hub")
 def test_the_converted_model_knows_the_capital_of_france_and_reads_as_smollm2_does(tmp_path):
     folder = demo_model(tmp_path)
@@ -126,6 +127,7 @@ def test_a_snapshot_whose_weights_are_not_the_published_ones_is_passed_over_with
 
 
 @pytest.mark.slow
+@pytest.mark.network
 @pytest.mark.usefixtures("no_hub")
 def test_the_encoder_from_the_wheel_finds_sentences_that_mean_the_same(tmp_path, monkeypatch):
     folder = demo_encoder(tmp_path)

@@ -9,14 +9,15 @@ from starlette.exceptions import HTTPException
 
 from bayeslora.errors import InputError
 
-_KINDS = {429: "rate_limit_error", 500: "server_error", 504: "server_error"}
+_KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(HTTPException):
     """An HTTP status and OpenAI's fields: a message, its kind, the parameter at fault, and a code for programs."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(status, message, {"Retry-After": "1"} if status == 429 else None)
+        super().__init__(status, message, _HEADERS.get(status))
         kind = _KINDS.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -24,6 +25,11 @@ class ApiError(HTTPException):
 def busy() -> ApiError:
     """Return the error of a full queue."""
     return ApiError(429, "the server is busy; try again soon", "server_busy")
+
+
+def stopping() -> ApiError:
+    """Return the error of a server that is told to stop."""
+    return ApiError(503, "the server is stopping; try again later or elsewhere", "server_stopping")
 
 
 def late() -> ApiError:
@@ -38,7 +44,7 @@ def api_error(error: Exception) -> ApiError:
             return error
         case HTTPException():
             api = ApiError(error.status_code, str(error.detail))
-            api.headers = error.headers
+            api.headers = error.headers or api.headers
             return api
         case RequestValidationError():
             first = error.errors()[0]

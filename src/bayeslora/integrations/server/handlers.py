@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
-from typing import TypeVar, final
+from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import islice
+from typing import final
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from starlette.concurrency import run_in_threadpool
 
 from bayeslora.errors import InputError
-from bayeslora.integrations.server.classification import prediction_json, split_of
+from bayeslora.integrations.server.classification import Asked, prediction_json
 from bayeslora.integrations.server.decoding import Echo, Row, TokenNote
-from bayeslora.integrations.server.errors import ApiError, api_error, late
+from bayeslora.integrations.server.echo import echo_of, scoring
+from bayeslora.integrations.server.errors import ApiError, api_error
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
-from bayeslora.integrations.server.responses import ChatCompletion, Completion, Json, TextCompletion, echo_of
-from bayeslora.integrations.server.worker import Call, Generation, Worker, prompt_log_probs
-from bayeslora.posteriors import Draws
-from bayeslora.prediction import predict
+from bayeslora.integrations.server.responses import ChatCompletion, Completion, Json, TextCompletion
+from bayeslora.integrations.server.waiting import Client
+from bayeslora.integrations.server.worker import Generation, Worker
 from bayeslora.prediction.generation.run import check_room, prompt_ids
 
-Result = TypeVar("Result")
-POLL = 0.5
-"""Seconds between two checks whether the client is still there."""
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -50,31 +50,29 @@ class Handler:
 
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``/v1/completions``."""
-        prompts = [self._prompt_ids(prompt, body.max_tokens) for prompt in body.prompts]
-        if not prompts:
-            raise ApiError(400, "prompt is empty; give at least one", param="prompt")
-        rows = self._rows(body, prompts, body.max_tokens)
-        shape = TextCompletion(body.model, self._draw_count(body.model, body.draws), body.logprobs)
-        if body.echo:
-            for number, row in enumerate(rows):
-                row.echo = await self._echo(shape, body, body.prompts[number // body.n], row.ids)
-        return await self._respond(body, shape, rows, request)
+        client, draws = self._client(request), self._draw_count(body.model, body.draws)
+        prompts = body.prompts
+        self._check_answers(len(prompts) * body.n, body.max_tokens)
+        encoded = await run_in_threadpool(lambda: [self._prompt_ids(prompt, body.max_tokens) for prompt in prompts])
+        echoes = await self._echoes(client, body, draws, encoded) if body.echo else [Echo()] * len(prompts)
+        rows = self._rows(body, encoded, body.max_tokens, echoes)
+        return await self._respond(client, body, TextCompletion(body.model, draws, body.logprobs), rows)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer ``/v1/chat/completions``."""
+        client, draws = self._client(request), self._draw_count(body.model, body.draws)
         max_tokens = body.max_completion_tokens or body.max_tokens or min(256, self.limits.tokens)
-        ids = self._prompt_ids(
-            [{"role": message.role, "content": message.text} for message in body.messages], max_tokens
-        )
-        rows = self._rows(body, [ids], max_tokens)
+        self._check_answers(body.n, max_tokens)
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        ids = await run_in_threadpool(self._prompt_ids, messages, max_tokens)
+        rows = self._rows(body, [ids], max_tokens, [Echo()])
         top = (body.top_logprobs or 0) if body.logprobs else None
-        shape = ChatCompletion(body.model, self._draw_count(body.model, body.draws), top)
-        return await self._respond(body, shape, rows, request)
+        return await self._respond(client, body, ChatCompletion(body.model, draws, top), rows)
 
-    async def classify(self, body: ClassifyRequest) -> Response:
+    async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Answer ``/v1/classify``."""
-        served, draws = self.served, self._draw_count(body.model, body.draws)
-        classes = served.like.classes
+        client, draws = self._client(request), self._draw_count(body.model, body.draws)
+        classes, rows = self.served.like.classes, body.rows
         if classes is not None and body.choices is not None and tuple(body.choices) != classes:
             raise ApiError(
                 400, f"this model was trained on the classes {list(classes)}; leave choices out", param="choices"
@@ -82,20 +80,25 @@ class Handler:
         choices = classes or tuple(body.choices or ())
         if len(set(choices)) < 2 or len(set(choices)) != len(choices):
             raise ApiError(400, "choices must be at least two different texts", param="choices")
-        if not body.rows:
+        if classes is None:
+            _at_most(len(choices), self.limits.choices, "choices", "choices")
+            _at_most(max(map(len, choices)), self.limits.characters, "characters of a choice", "choices")
+        if not rows:
             raise ApiError(400, "input is empty; give at least one text", param="input")
+        _at_most(len(rows), self.limits.texts, "texts", "input")
         try:
-            split = split_of(served.like, body.rows, choices, served.text_column)
+            asked = Asked(self.served, body.model, draws, choices, self.limits.characters)
+            parts = await run_in_threadpool(asked.parts, rows)
+            found = await client.results(parts)
         except InputError as error:
             raise ApiError(400, str(error), param="input") from error
-        prediction = await self._call(
-            lambda: predict(
-                served.model, served.posterior_of(body.model), split, Draws(draws, served.seed),
-                tokenizer=served.tokenizer, mean=False,
-            )
-        )  # fmt: skip
-        data = prediction_json(prediction, choices)
-        return JSONResponse({"object": "list", "model": body.model, "draws": prediction.draws, "data": data})
+        data = [row for prediction in found for row in prediction_json(prediction, choices)]
+        data = [{"index": index, **row} for index, row in enumerate(data)]
+        return JSONResponse({"object": "list", "model": body.model, "draws": found[0].draws, "data": data})
+
+    def _client(self, request: Request) -> Client:
+        """Return who waits for the answer to a request that has just come."""
+        return Client(self.worker, request, time.monotonic() + self.limits.timeout)
 
     def _known(self, name: str) -> str:
         """Return a model's name, or refuse it."""
@@ -112,121 +115,88 @@ class Handler:
             return 1
         return min(requested or self.served.draws, most if distinct is None else distinct)
 
+    def _check_answers(self, count: int, max_tokens: int) -> None:
+        """Refuse what no answer can be, or too many or too long ones, before anything is tokenised."""
+        if not self.served.generates:
+            raise ApiError(400, "this model classifies and cannot generate; use /v1/classify", param="model")
+        _at_most(count, self.limits.rows, "answers at once", "n")
+        _at_most(max_tokens, self.limits.tokens, "new tokens", "max_tokens")
+
     def _prompt_ids(self, prompt: str | list[int] | list[dict[str, str]], max_tokens: int) -> list[int]:
         """Return a prompt's tokens, or refuse it."""
-        served = self.served
-        if not served.generates:
-            raise ApiError(400, "this model classifies and cannot generate; use /v1/classify", param="model")
-        if max_tokens > self.limits.tokens:
-            raise ApiError(
-                400, f"{max_tokens} new tokens are more than this server's {self.limits.tokens}; ask for fewer",
-                param="max_tokens",
-            )  # fmt: skip
+        served, longest, room = self.served, self.limits.characters, self.limits.context
         try:
             if isinstance(prompt, str):
-                return prompt_ids(served.model, served.tokenizer, prompt, max_tokens)
-            messages = [part for part in prompt if isinstance(part, dict)]
-            if messages:
-                return prompt_ids(served.model, served.tokenizer, messages, max_tokens)
-            tokens = [part for part in prompt if isinstance(part, int)]
-            if any(not 0 <= token < len(served.tokenizer) for token in tokens):
-                raise InputError(f"must have tokens from 0 to {len(served.tokenizer) - 1}")
-            return check_room(served.model, tokens, max_tokens)
+                _at_most(len(prompt), longest, "characters", "prompt")
+                return prompt_ids(served.model, served.tokenizer, prompt, max_tokens, room)
+            elif messages := [part for part in prompt if isinstance(part, dict)]:
+                _at_most(sum(len(part["content"]) for part in messages), longest, "characters", "messages")
+                return prompt_ids(served.model, served.tokenizer, messages, max_tokens, room)
+            else:
+                tokens = [part for part in prompt if isinstance(part, int)]
+                _at_most(len(tokens), longest, "token ids", "prompt")
+                if any(not 0 <= token < len(served.tokenizer) for token in tokens):
+                    raise InputError(f"must have tokens from 0 to {len(served.tokenizer) - 1}")
+                return check_room(served.model, tokens, max_tokens, room)
+        except TemplateError as error:
+            raise ApiError(400, f"the model's chat template refuses the messages: {error}", param="messages") from error
         except InputError as error:
-            code = "context_length_exceeded" if "more than the model's" in str(error) else None
+            code = "context_length_exceeded" if "more than the" in str(error) else None
             raise ApiError(400, f"the prompt {error}", code, "prompt") from error
 
-    def _rows(self, body: Sampled, prompts: Sequence[list[int]], max_tokens: int) -> list[Row]:
+    def _rows(self, body: Sampled, prompts: Sequence[list[int]], max_tokens: int, echoes: Sequence[Echo]) -> list[Row]:
         """Return the rows that a request wants, n for each prompt."""
-        count = len(prompts) * body.n
-        if count > self.limits.rows:
-            raise ApiError(
-                400, f"{count} answers are more than this server gives at once, {self.limits.rows}; ask for fewer",
-                param="n",
-            )  # fmt: skip
         seed = random.getrandbits(31) if body.seed is None else body.seed
+        how = max_tokens, body.temperature, body.top_p
         return [
-            Row(ids, max_tokens, body.temperature, body.top_p, 1000 * seed + p * body.n + i, body.stops)
-            for p, ids in enumerate(prompts)
+            Row(ids, *how, seed=1000 * seed + p * body.n + i, stops=body.stops, echo=echo)
+            for p, (ids, echo) in enumerate(zip(prompts, echoes, strict=True))
             for i in range(body.n)
         ]
 
-    async def _call(self, work: Callable[[], Result]) -> Result:
-        """Do something in the model's thread."""
-        job = Call([work])
-        self.worker.submit(job)
-        try:
-            return (await asyncio.wait_for(asyncio.wrap_future(job.result), self.limits.timeout))[0]
-        except TimeoutError as error:
-            raise late() from error
-
-    async def _echo(
-        self, shape: TextCompletion, body: CompletionRequest, prompt: str | list[int], ids: list[int]
-    ) -> Echo:
-        """Return a prompt, with the log-probabilities of its tokens where they are wanted."""
-        served, log_p = self.served, None
-        if body.logprobs is not None:
-            log_p = await self._call(
-                lambda: prompt_log_probs(served.model, served.tokenizer, served.draws_of(body.model, shape.draws), ids)
-            )
-        return echo_of(served.tokenizer, prompt, ids, log_p, body.logprobs or 0)
-
-    async def _respond(self, body: Sampled, shape: Completion, rows: list[Row], request: Request) -> Response:
-        """Put rows into the queue, and return the answer or the stream."""
-        loop = asyncio.get_running_loop()
-        tokens: asyncio.Queue[tuple[int, TokenNote | None]] = asyncio.Queue()
-
-        def pass_on(number: int, note: TokenNote | None) -> None:
-            """Take a token from the model's thread to this one, if there is still somebody to read it."""
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(tokens.put_nowait, (number, note))
-
-        for number, row in enumerate(rows):
-            row.on_token = partial(pass_on, number)
-        job = Generation(body.model, shape.draws, rows)
-        if rows[0].max_tokens:
-            self.worker.submit(job)
+    async def _echoes(
+        self, client: Client, body: CompletionRequest, draws: int, encoded: Sequence[list[int]]
+    ) -> list[Echo]:
+        """Return the prompts, with the log-probabilities of their tokens where they are wanted."""
+        served, top = self.served, body.logprobs
+        if top is None:
+            parts, scores = [], None
         else:
-            for row in rows:
-                row.finish = "length"
-                row.on_token(None)
-        arriving = self._arriving(job, tokens, request)
+            parts = [scoring(served, body.model, draws, ids, top) for ids in encoded]
+            scores = iter(await client.results([part for some in parts for part in some]) if any(parts) else ())
+
+        def echoes() -> list[Echo]:
+            """Return each prompt with its own scores."""
+            if scores is None:
+                pairs = zip(body.prompts, encoded, strict=True)
+                return [echo_of(served.tokenizer, prompt, ids, None) for prompt, ids in pairs]
+            own = [[score for part in islice(scores, len(some)) for score in part] for some in parts]
+            rows = zip(body.prompts, encoded, own, strict=True)
+            return [echo_of(served.tokenizer, *row) for row in rows]
+
+        return await run_in_threadpool(echoes)
+
+    async def _respond(self, client: Client, body: Sampled, shape: Completion, rows: list[Row]) -> Response:
+        """Put rows into the queue, and return the answer or the stream."""
+        arriving = client.tokens(Generation(body.model, shape.draws, rows, client.deadline))
         if body.stream:
-            with_usage = bool((body.stream_options or {}).get("include_usage"))
-            events = _events(shape, rows, arriving, with_usage)
+            events = _events(shape, rows, arriving, body.with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async for _ in arriving:
             pass
         return JSONResponse(shape.whole(rows))
 
-    async def _arriving(
-        self, job: Generation, tokens: asyncio.Queue[tuple[int, TokenNote | None]], request: Request
-    ) -> AsyncIterator[tuple[int, TokenNote]]:
-        """Yield tokens until all rows have ended; whoever stops listening ends the rows."""
-        left, deadline = len(job.rows), time.monotonic() + self.limits.timeout
-        try:
-            while left:
-                if time.monotonic() > deadline or await request.is_disconnected():
-                    raise late()
-                try:
-                    number, note = await asyncio.wait_for(tokens.get(), POLL)
-                except TimeoutError:
-                    continue
-                if note is None:
-                    left -= 1
-                else:
-                    yield number, note
-        finally:
-            for row in job.rows:
-                row.cancelled.set()
-        if job.error is not None:
-            raise job.error
+
+def _at_most(count: int, most: int, what: str, param: str) -> None:
+    """Refuse more than this server allows."""
+    if count > most:
+        raise ApiError(400, f"{count} {what} are more than this server's {most}; ask for fewer", param=param)
 
 
 async def _events(
     shape: Completion, rows: list[Row], arriving: AsyncIterator[tuple[int, TokenNote]], with_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield the events of a stream."""
+    """Yield the events of a stream; whatever fails is its last one."""
     try:
         for number in range(len(rows)):
             opening = shape.opening(number)
@@ -237,7 +207,9 @@ async def _events(
         if with_usage:
             yield _event(shape.closing(rows))
         yield "data: [DONE]\n\n"
-    except (ApiError, InputError) as error:
+    except Exception as error:
+        if not isinstance(error, (ApiError, InputError)):
+            logger.exception("a stream failed")
         yield _event(api_error(error).body)
 
 

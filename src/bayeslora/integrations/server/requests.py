@@ -1,10 +1,23 @@
-"""Requests as OpenAI's interface has them, and those to classify."""
+"""Requests as OpenAI's interface has them, and those to classify.
+
+Types are strict, so that no number is read out of a text; fields that are not known here are ignored, for clients of
+other servers send many. What one server allows beyond this is in `Limits`.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from bayeslora.integrations.server.errors import ApiError
 
@@ -20,9 +33,31 @@ def _refuse(value: Value, info: ValidationInfo) -> Value:
 
 
 Unsupported = AfterValidator(_refuse)
+NoNumber = Annotated[float | None, Unsupported, WithJsonSchema({"enum": [None, 0]})]
+NoObject = Annotated[dict[str, float] | None, Unsupported, WithJsonSchema({"enum": [None, {}]})]
+NoList = Annotated[list[object] | None, Unsupported, WithJsonSchema({"enum": [None, []]})]
+NoText = Annotated[str | None, Unsupported, WithJsonSchema({"enum": [None, ""]})]
+OnlyOne = Annotated[int | None, WithJsonSchema({"enum": [None, 1]})]
+Stop = Annotated[str, Field(max_length=256)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Field(ge=0)]
+Filled = Field(json_schema_extra={"minItems": 1})  # an empty list gets a clearer refusal than one for each type
+TokenIds = Annotated[list[TokenId], Filled]
 
 
-class Sampled(BaseModel):
+class Strict(BaseModel):
+    """A part of a request."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """What a stream has besides its pieces."""
+
+    include_usage: bool | None = None
+
+
+class Sampled(Strict):
     """What both kinds of completion have in common."""
 
     model: str
@@ -30,13 +65,18 @@ class Sampled(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
-    stream_options: dict[str, object] | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: Seed | None = None
     draws: int | None = Field(None, ge=1)
-    presence_penalty: Annotated[float | None, Unsupported] = None
-    frequency_penalty: Annotated[float | None, Unsupported] = None
-    logit_bias: Annotated[dict[str, float] | None, Unsupported] = None
+    presence_penalty: NoNumber = None
+    frequency_penalty: NoNumber = None
+    logit_bias: NoObject = None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the tokens used."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -48,12 +88,17 @@ class Sampled(BaseModel):
 class CompletionRequest(Sampled):
     """``/v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], Filled]
+        | TokenIds
+        | Annotated[list[TokenIds], Filled]
+    )  # fmt: skip
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
-    best_of: int | None = None
-    suffix: Annotated[str | None, Unsupported] = None
+    best_of: OnlyOne = None
+    suffix: NoText = None
 
     @field_validator("best_of")
     @classmethod
@@ -78,33 +123,43 @@ class CompletionRequest(Sampled):
         return [p for p in self.prompt if not isinstance(p, int)]
 
 
-class Message(BaseModel):
+class Part(Strict):
+    """A part of a message."""
+
+    type: Annotated[str, WithJsonSchema({"const": "text"})]
+    text: str = ""
+
+    @field_validator("type")
+    @classmethod
+    def _only_text(cls, value: str) -> str:
+        """Refuse images and sounds."""
+        if value != "text":
+            raise ApiError(400, f"a part of a message is of type {value!r}; give text only", param="messages")
+        return value
+
+
+class Message(Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, object]] | None = None
+    content: str | Annotated[list[Part], Field(max_length=64)] | None = None
 
     @property
     def text(self) -> str:
         """The content as text."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        other = next((part.get("type") for part in self.content if part.get("type") != "text"), None)
-        if other is not None:
-            raise ApiError(400, f"a part of a message is of type {other!r}; give text only", param="messages")
-        return "".join(str(part.get("text", "")) for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 class ChatRequest(Sampled):
     """``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=1024)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=5)
-    tools: Annotated[list[object] | None, Unsupported] = None
-    response_format: dict[str, object] | None = None
+    tools: NoList = None
+    response_format: Annotated[dict[str, object] | None, WithJsonSchema({"enum": [None, {"type": "text"}]})] = None
 
     @field_validator("response_format")
     @classmethod
@@ -113,11 +168,14 @@ class ChatRequest(Sampled):
         return value if (value or {}).get("type", "text") == "text" else _refuse(value, info)
 
 
-class ClassifyRequest(BaseModel):
+Columns = dict[str, object]
+
+
+class ClassifyRequest(Strict):
     """``/v1/classify``: which of some choices answers a text."""
 
     model: str
-    input: str | dict[str, object] | list[str | dict[str, object]]
+    input: str | Columns | Annotated[list[str | Columns], Filled]
     choices: list[str] | None = None
     draws: int | None = Field(None, ge=1)
 

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
 
-from bayeslora._typing import Float, Tokenizer
-from bayeslora.integrations.server.decoding import Echo, LogProbs, Row, TokenNote
+from bayeslora.integrations.server.decoding import LogProbs, Row, TokenNote
 
 Json = dict[str, object]
 """A JSON object that this server writes."""
@@ -159,31 +157,6 @@ def usage(rows: Sequence[Row]) -> dict[str, int]:
     prompt = sum({id(row.ids): len(row.ids) for row in rows}.values())
     completion = sum(len(row.notes) for row in rows)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def echo_of(
-    tokenizer: Tokenizer, prompt: str | list[int], ids: Sequence[int], log_p: Float[Tensor, "T-1 V"] | None, top: int
-) -> Echo:
-    """Return a prompt's text and, with log p̄ of what follows each token but the last, its log-probabilities."""
-    if isinstance(prompt, str) and tokenizer.is_fast:
-        spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-        text, starts = prompt, [start for start, _ in spans[: len(ids)]]
-    else:
-        texts = [tokenizer.decode(list(ids[:k]), skip_special_tokens=True) for k in range(len(ids) + 1)]
-        text, starts = texts[-1], [len(before) for before in texts[:-1]]
-    if log_p is None:
-        return Echo(text)
-    values = log_p.gather(1, torch.tensor(list(ids[1:]), dtype=torch.long)[:, None])[:, 0].tolist()
-    best = log_p.topk(top)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    tops = [{tokenizer.decode([i]): p for i, p in zip(*pair, strict=True)} for pair in pairs]
-    log_probs: LogProbs = {
-        "tokens": [tokenizer.decode([i]) for i in ids],
-        "token_logprobs": [None, *values],
-        "top_logprobs": [None, *tops],
-        "text_offset": list(starts),
-    }
-    return Echo(text, log_probs)
 
 
 def _top(note: TokenNote, count: int) -> list[tuple[str, float]]:

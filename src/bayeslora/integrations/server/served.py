@@ -12,6 +12,9 @@ from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.tasks.types import Split
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Names of the machine itself."""
+
 
 @final
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class Limits:
         timeout: Most seconds of a request, in the queue and in the model.
         body: Most bytes of a request.
         api_key: What clients have to send as ``Authorization: Bearer``; empty for nothing.
+        context: Most tokens of a prompt with its answer; a model's own limit counts too.
+        characters: Most characters, or token ids, of a text in a request.
+        texts: Most texts to classify in one request.
+        choices: Most choices to classify a text into.
+        connections: Most connections; what comes on further ones gets HTTP 503.
+        patience: Seconds that a connection waits for its client: to send a request, the next one, or to read on.
+        hosts: Names that clients may call the server by, in ``Host``; ``*`` for any.
     """
 
     waiting: int = 64
@@ -33,6 +43,13 @@ class Limits:
     timeout: float = 120.0
     body: int = 2**20
     api_key: str = ""
+    context: int = 32768
+    characters: int = 2**18
+    texts: int = 1024
+    choices: int = 256
+    connections: int = 256
+    patience: int = 20
+    hosts: tuple[str, ...] = LOOPBACK
 
 
 @final

@@ -11,20 +11,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
-from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.decoding import Row, RowSampler
-from bayeslora.integrations.server.errors import busy, late
+from bayeslora.integrations.server.errors import busy, late, stopping
 from bayeslora.integrations.server.served import Limits, Served
 from bayeslora.params import Params, require_lora
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
-from bayeslora.prediction.likelihoods import Likelihoods
-from bayeslora.prediction.memory import default_token_budget, in_halves
-from bayeslora.prediction.readouts import readout_for
-from bayeslora.tasks.types import Format, Split
+from bayeslora.prediction.memory import in_halves
 
 Result = TypeVar("Result")
 
@@ -93,21 +88,27 @@ class Worker:
         self.thread.start()
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue; a full queue, or a server that is stopping, is busy."""
+        """Put a job into the queue; a full queue is busy."""
         with self._changed:
-            if self._closed or len(self.queue) >= self.limits.waiting:
+            if self._closed:
+                raise stopping()
+            if len(self.queue) >= self.limits.waiting:
                 raise busy()
             self.queue.append(job)
             self._changed.notify()
 
-    def close(self) -> None:
-        """End the thread: what waits is refused, what runs comes to its next token."""
+    def stop(self) -> None:
+        """Refuse what waits, and end what runs at its next token."""
         with self._changed:
             self._closed = True
             left, self.queue = self.queue, deque()
             self._changed.notify()
         for job in left:
-            job.fail(busy())
+            job.fail(stopping())
+
+    def close(self) -> None:
+        """End the thread."""
+        self.stop()
         self.thread.join(timeout=10)
 
     def _work(self) -> None:
@@ -175,11 +176,3 @@ class Worker:
         }  # fmt: skip
         decoder = Decoder(self.served.model, draws, True, tokenizer, settings)
         decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
-
-
-def prompt_log_probs(
-    model: nn.Module, tokenizer: Tokenizer, draws: Sequence[Params], ids: Sequence[int]
-) -> Float[Tensor, "T-1 V"]:
-    """Return log p̄ of what follows each token but the last of a prompt, averaged over draws at each token."""
-    readout = readout_for(model, Split("prompt", (), Format("", "likelihood")), tokenizer)
-    return Likelihoods(model, draws, readout, default_token_budget(model)).average(ids)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from bayeslora._typing import Float, Int, Tokenizer
 from bayeslora.errors import InputError
+from bayeslora.models import cache_argument
 from bayeslora.params import Params, device_of, require_lora, seed_of
 from bayeslora.prediction.generation.answers import Answer
 from bayeslora.prediction.generation.averaging import Averager, DrawsCache, answering
@@ -106,7 +107,8 @@ class Decoder:
             notes = _Notes(averager, on_step, ended or self._stops, width)
             settings = {
                 "pad_token_id": padding, "num_beams": 1, **self.settings,
-                "past_key_values": DrawsCache(averager.draws, base.config), "tokenizer": self.tokenizer,
+                cache_argument(base.prepare_inputs_for_generation): DrawsCache(averager.draws, base.config),
+                "tokenizer": self.tokenizer,
             }  # fmt: skip
             if not beams:
                 criteria = [notes, *self.settings.get("stopping_criteria", ())]
@@ -211,8 +213,8 @@ def _scored(averager: Averager, base: PreTrainedModel, ids: Tensor, mask: Tensor
     for t in range(new.shape[1]):
         positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         base(
-            input_ids=tokens, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=tokens, attention_mask=seen, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{cache_argument(base.forward): cache},
         )  # fmt: skip
         tokens = new[:, t : t + 1].to(ids.device)
         steps.append(_step(averager, tokens[:, 0]))

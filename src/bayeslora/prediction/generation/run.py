@@ -133,7 +133,9 @@ def _answered(
     return decoder.in_batches(encoded, size, on_step)
 
 
-def prompt_ids(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: int) -> list[int]:
+def prompt_ids(
+    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: int, most: int | None = None
+) -> list[int]:
     """Return a prompt's token ids, which leave room for the longest answer; errors lack their subject, the prompt."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -145,17 +147,19 @@ def prompt_ids(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, longest: 
         ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"
         ]
-    return check_room(model, ids, longest)
+    return check_room(model, ids, longest, most)
 
 
-def check_room(model: nn.Module, ids: Sequence[int], longest: int) -> list[int]:
-    """Return a prompt's token ids if the model has room for them and the longest answer; see `prompt_ids`."""
+def check_room(model: nn.Module, ids: Sequence[int], longest: int, most: int | None = None) -> list[int]:
+    """Return a prompt's token ids if the model has room for them and the longest answer, and so has a limit."""
     if not ids:
         raise InputError("is empty; give it at least one token")
-    room = getattr(require_lora(model).get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    own = getattr(require_lora(model).get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    rooms = [(limit, whose) for limit, whose in ((own, "model"), (most, "server")) if limit is not None]
+    room, whose = min(rooms, default=(None, ""))
     if room is not None and len(ids) + longest > room:
         raise InputError(
-            f"has {len(ids)} tokens, and with {longest} new ones more than the model's {room}; shorten it or lower "
+            f"has {len(ids)} tokens, and with {longest} new ones more than the {whose}'s {room}; shorten it or lower "
             "max_new_tokens"
         )
     return list(ids)

@@ -1,0 +1,62 @@
+"""Build sdist and wheel into a folder, and check what is in them: `python .ci/distributions.py FOLDER`.
+
+The sdist has tracked files only, the tests among them; the wheel is the package's tracked files, and what the sdist
+builds is the same. Needs `build` and `hatchling`.
+"""
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from packaging.metadata import Metadata
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("src/bayeslora/py.typed", "tests/conftest.py", "tests/support/tiny.py", "LICENSE", "NOTICE", "README.md")
+
+
+def build(source: Path, out: Path, kind: str) -> None:
+    """Build ``sdist`` or ``wheel`` of a folder with the build backend that is installed."""
+    command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    """Return the files of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def check(out: Path) -> None:
+    """Build both, and raise AssertionError where one is not as it should be."""
+    build(ROOT, out, "sdist")
+    build(ROOT, out, "wheel")
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
+    tracked = set(listed.stdout.splitlines())
+
+    with tarfile.open(sdist) as archive, tempfile.TemporaryDirectory() as scratch:
+        archive.extractall(scratch, filter="data")
+        (unpacked,) = Path(scratch).iterdir()
+        files = {str(p.relative_to(unpacked).as_posix()) for p in unpacked.rglob("*") if p.is_file()}
+        assert files - tracked == {"PKG-INFO"}, f"not tracked, but in the sdist: {files - tracked - {'PKG-INFO'}}"
+        left_out = {name for name in tracked if name.startswith(("src/", "tests/"))} - files
+        assert not left_out, f"not in the sdist: {left_out}"
+        assert set(NEEDED) <= files, f"not in the sdist: {set(NEEDED) - files}"
+        build(unpacked, Path(scratch), "wheel")
+        (again,) = Path(scratch).glob("*.whl")
+        assert contents(again) == contents(wheel), "the sdist builds another wheel than the checkout"
+
+    package = {name.removeprefix("src/") for name in tracked if name.startswith("src/")}
+    inside = contents(wheel)
+    info = {name for name in inside if PurePosixPath(name).parts[0].endswith(".dist-info")}
+    assert inside.keys() - info == package, f"the wheel differs from src: {(inside.keys() - info) ^ package}"
+    (metadata,) = (inside[name] for name in info if name.endswith(".dist-info/METADATA"))
+    Metadata.from_email(metadata, validate=True)
+    print(f"{sdist.name}: {len(files)} files; {wheel.name}: {len(package)} files; metadata valid")
+
+
+if __name__ == "__main__":
+    check(Path(sys.argv[1]))
