@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from bayeslora.cli.options import TaskOptions
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
 from bayeslora.files import read_object, write_json
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Posterior
@@ -172,7 +172,7 @@ def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
         columns = replace(columns, choices=None)
     elif columns.choices is None:
         raise InputError(
-            f"{rows.name} has no column of choices (its columns are {', '.join(rows.columns)}); name it with "
+            f"{rows.name} has no column of choices (its columns are {listed(rows.columns)}); name it with "
             "--choice-columns"
         )
     return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
@@ -246,7 +246,7 @@ def _aligned(split: Split, classes: tuple[str, ...] | None) -> Split:
         answer = None if e.label is None else e.choices[e.label]
         if answer is not None and answer not in classes:
             raise InputError(
-                f"row {row} of {split.name} has the class {answer!r}, and the run was trained on {', '.join(classes)}"
+                f"row {row} of {split.name} has the class {answer[:80]!r}, and the run was trained on {listed(classes)}"
             )
         examples.append(replace(e, choices=classes, label=None if answer is None else classes.index(answer)))
     return replace(split, examples=tuple(examples), classes=classes)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
 from bayeslora.files import check_json
 from bayeslora.tasks.templates import LETTERS
 
@@ -41,8 +41,8 @@ def class_name(value: object, where: str) -> str | None:
         raise InputError(f"{where}: the label {_shown(value)} is no text or number")
     if text is not None and _fraction(text):
         raise InputError(
-            f"{where}: the label {text!r} is no whole number: classes are names or whole numbers; where it is a name, "
-            "name all of them with columns={'classes': [...]}"
+            f"{where}: the label {text[:80]!r} is no whole number: classes are names or whole numbers; where it is a "
+            "name, name all of them with columns={'classes': [...]}"
         )
     return text
 
@@ -67,11 +67,11 @@ def label_index(
     declared = [codes, choices] if classes else [codes]
     for names, one in ((names, one) for names in declared for one in (exact, text)):
         if names.count(one) > 1:
-            raise InputError(f"{where}: the label {one!r} is that of two choices: give each its own")
+            raise InputError(f"{where}: the label {one[:80]!r} is that of two choices: give each its own")
         if one in names:
             return names.index(one)
     if _whole(text) and any(_whole(name) for names in declared for name in names):
-        shown = _listed(codes or choices)
+        shown = listed(codes or choices)
         raise InputError(f"{where}: the label {text[:80]!r} is out of range: it should be one of {shown}")
     indices = {index for index in _readings(value, text, choices) if 0 <= index < len(choices)}
     if len(indices) > 1:
@@ -82,7 +82,7 @@ def label_index(
     if not indices:
         raise InputError(
             f"{where}: the label {text[:80]!r} is out of range: give an index from 0 to {len(choices) - 1}, a letter "
-            f"or the text of one of {_listed([repr(choice[:40]) for choice in choices])}"
+            f"or the text of one of {listed(map(repr, choices))}"
         )
     return indices.pop()
 
@@ -115,8 +115,3 @@ def _fraction(text: str) -> bool:
 def _shown(value: object) -> str:
     """Return the beginning of a value for a message."""
     return repr(value)[:80]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return names for a message, not too many."""
-    return ", ".join(names[:30]) + (", …" if len(names) > 30 else "")

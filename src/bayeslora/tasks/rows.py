@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
 from bayeslora.files import parse_json
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
 from bayeslora.tasks.labels import class_name, label_index, plain, sorted_classes
-from bayeslora.tasks.templates import placeholders, template_columns
+from bayeslora.tasks.templates import check_template, placeholders, template_columns
 from bayeslora.tasks.types import Example, Format, Split
 
 MAX_CLASSES = 1000
@@ -48,7 +48,7 @@ class _Row:
 
     def lacks(self, column: str, reason: str = "") -> InputError:
         """Return the error for a column that is not there."""
-        return InputError(f"{self.where} has no column {column!r}{reason}: its columns are {', '.join(self.values)}")
+        return InputError(f"{self.where} has no column {column!r}{reason}: its columns are {listed(self.values)}")
 
 
 def split_from_rows(
@@ -77,6 +77,7 @@ def split_from_rows(
         fixed = tuple(classes or columns.classes or find_classes(table, columns.label))
         _check_choices(numbered[0].choices(fixed), table.name, allow_duplicates=False)
     template = "" if fmt is None else fmt.template
+    check_template(template, "auto" if fmt is None else fmt.readout)
     examples = tuple(_example(row, columns, label, template, fixed, allow_duplicates) for row in numbered)
     blank = next((row for row, example in zip(numbered, examples, strict=True) if example.label is None), None)
     if label is not None and blank is not None and (need_labels or any(e.label is not None for e in examples)):
@@ -89,7 +90,7 @@ def find_classes(rows: Rows, label: str | None) -> tuple[str, ...]:
     if label is None or not any(label in row for row in rows):
         raise InputError(
             f"{rows.name} has no label column {label!r} to take classes from (its columns are "
-            f"{', '.join(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'"
+            f"{listed(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'"
         )
     classes = sorted_classes(class_name(row.get(label), rows.where(index)) for index, row in enumerate(rows))
     if len(classes) > MAX_CLASSES:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from string import Formatter, ascii_uppercase
 from typing import Literal, get_args
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
 from bayeslora.files import check_json
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, TaskKind
 
@@ -152,7 +152,7 @@ def _fill(example: Example, fmt: Format) -> str:
         values["choices"] = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(example.choices))
     lacking = [name for name in template_columns(fmt.template) if name not in values]
     if lacking:
-        has = ", ".join(name for name, _ in example.columns) or "none"
+        has = listed(name for name, _ in example.columns) or "none"
         raise InputError(
             f"{example.text[:60]!r} has no column {lacking[0]!r}, which the template names (its columns are {has}): "
             "give rows with that column, or another template"
