@@ -113,7 +113,7 @@ def build_arguments(
     try:
         return TrainingArguments(str(folder), **(values | more))
     except (TypeError, ValueError) as error:
-        raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())}") from error
+        raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())[:400]}") from error
 
 
 def load_transformed(run: str, options: groups.TransformOptions) -> Posterior:
