@@ -83,7 +83,8 @@ def _add_interface(app: FastAPI, worker: Worker) -> None:
     shared, work = [400, 401, 500, 503] if keyed else [400, 500, 503], [404, 413, 429, 504]
     dependencies = [Depends(_BEARER)] if keyed else []  # for the description; `_Key` refuses
     router = APIRouter(prefix="/v1", route_class=_Route, dependencies=dependencies)
-    stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer"}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    stream = {"content": {"text/event-stream": {"itemSchema": event}}, "description": "The answer, or its pieces"}
     for method, path, endpoint, model, statuses in (
         ("GET", "/models", handler.models, Models, []),
         ("GET", "/models/{name:path}", handler.model, Model, [404]),

@@ -78,8 +78,8 @@ class Handler:
                 400, f"this model was trained on the classes {list(classes)}; leave choices out", param="choices"
             )
         choices = classes or tuple(body.choices or ())
-        if len(set(choices)) < 2 or len(set(choices)) != len(choices):
-            raise ApiError(400, "choices must be at least two different texts", param="choices")
+        if len(set(choices)) < 2 or len(set(choices)) != len(choices) or not all(map(str.strip, choices)):
+            raise ApiError(400, "choices must be at least two different texts, none of them blank", param="choices")
         if classes is None:
             _at_most(len(choices), self.limits.choices, "choices", "choices")
             _at_most(max(map(len, choices)), self.limits.characters, "characters of a choice", "choices")

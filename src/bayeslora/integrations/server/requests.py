@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -32,15 +33,23 @@ def _refuse(value: Value, info: ValidationInfo) -> Value:
     return value
 
 
+def _whole(value: object) -> object:
+    """Return 1 for 1.0, which JSON calls an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Unsupported = AfterValidator(_refuse)
+Integer = Annotated[int, BeforeValidator(_whole)]
 NoNumber = Annotated[float | None, Unsupported, WithJsonSchema({"enum": [None, 0]})]
 NoObject = Annotated[dict[str, float] | None, Unsupported, WithJsonSchema({"enum": [None, {}]})]
 NoList = Annotated[list[object] | None, Unsupported, WithJsonSchema({"enum": [None, []]})]
 NoText = Annotated[str | None, Unsupported, WithJsonSchema({"enum": [None, ""]})]
-OnlyOne = Annotated[int | None, WithJsonSchema({"enum": [None, 1]})]
+OnlyOne = Annotated[Integer | None, WithJsonSchema({"enum": [None, 1]})]
 Stop = Annotated[str, Field(max_length=256)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-TokenId = Annotated[int, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1)]
+Top = Annotated[Integer, Field(ge=0, le=5)]
+Seed = Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[Integer, Field(ge=0)]
 Filled = Field(json_schema_extra={"minItems": 1})  # an empty list gets a clearer refusal than one for each type
 TokenIds = Annotated[list[TokenId], Filled]
 
@@ -63,12 +72,12 @@ class Sampled(Strict):
     model: str
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=128)
+    n: Integer = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Seed | None = None
-    draws: int | None = Field(None, ge=1)
+    draws: Count | None = None
     presence_penalty: NoNumber = None
     frequency_penalty: NoNumber = None
     logit_bias: NoObject = None
@@ -94,8 +103,8 @@ class CompletionRequest(Sampled):
         | TokenIds
         | Annotated[list[TokenIds], Filled]
     )  # fmt: skip
-    max_tokens: int = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=5)
+    max_tokens: Integer = Field(16, ge=0)
+    logprobs: Top | None = None
     echo: bool = False
     best_of: OnlyOne = None
     suffix: NoText = None
@@ -154,10 +163,10 @@ class ChatRequest(Sampled):
     """``/v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=5)
+    top_logprobs: Top | None = None
     tools: NoList = None
     response_format: Annotated[dict[str, object] | None, WithJsonSchema({"enum": [None, {"type": "text"}]})] = None
 
@@ -177,7 +186,7 @@ class ClassifyRequest(Strict):
     model: str
     input: str | Columns | Annotated[list[str | Columns], Filled]
     choices: list[str] | None = None
-    draws: int | None = Field(None, ge=1)
+    draws: Count | None = None
 
     @property
     def rows(self) -> list[str | dict[str, object]]:
