@@ -437,15 +437,10 @@ def judged(work, *words: str) -> str:
         return "used"
     except InputError as error:
         said = str(error)
-        if (
-            "\n" in said
-            or not 10 < len(said) < 900
-            or said.endswith(".")
-            or (words and not any(word in said for word in words))
-        ):
-            return f"unclear: {said[:300]!r}"
-        said.encode(errors="backslashreplace")
-        return "refused"
+        stop = said.endswith(".") and "its columns are" not in said  # the name of one may end so
+        placed = not words or any(word in said for word in words)
+        clear = placed and not stop and "\n" not in said and 10 < len(said) < 900
+        return "refused" if clear else f"unclear: {said[:300]!r}"
     except SlowError:
         return f"slow: {traceback.format_exc()[-300:]!r}"
     except MemoryError:

@@ -13,10 +13,12 @@ from bayeslora.tasks.templates import LETTERS
 
 def plain(value: object) -> str | None:
     """Return a cell as text without spaces around it, empty for a blank, None or NaN; None for what is no text."""
-    if value is None or value != value:  # NaN
+    if value is None:
         return ""
     if not isinstance(value, (str, Real)):
         return None
+    if value != value:  # NaN
+        return ""
     text = str(value).strip()
     try:
         check_json(text)
@@ -50,7 +52,8 @@ def class_name(value: object, where: str) -> str | None:
 def sorted_classes(labels: Iterable[object]) -> tuple[str, ...]:
     """Return the distinct labels in the order of numbers where all are whole numbers, else of text."""
     texts = {text for label in labels if (text := spell(label)) is not None}
-    return tuple(sorted(texts, key=int) if all(_whole(text) for text in texts) else sorted(texts))
+    whole = all(_whole(text) for text in texts)
+    return tuple(sorted(texts, key=lambda text: (int(text) if whole else 0, text)))  # 01 and 1 differ
 
 
 def label_index(

@@ -63,8 +63,7 @@ def split_from_rows(
 ) -> Split:
     """Build a split from rows, such as those of `read_rows`; its classes are None for multiple choice."""
     table = rows if isinstance(rows, Rows) else Rows(name, tuple(rows))
-    if not len(table):
-        raise InputError(f"{table.name} has no rows: give at least one")
+    _refuse_empty(table)
     if columns is None:
         columns = guess_columns(table.columns)
         columns = Columns(text=columns.text) if classes is not None else columns
@@ -87,6 +86,7 @@ def split_from_rows(
 
 def find_classes(rows: Rows, label: str | None) -> tuple[str, ...]:
     """Return the sorted values of the label column as class names, at least two."""
+    _refuse_empty(rows)
     if label is None or not any(label in row for row in rows):
         raise InputError(
             f"{rows.name} has no label column {label!r} to take classes from (its columns are "
@@ -157,6 +157,12 @@ def _choices(row: _Row, columns: Columns, classes: tuple[str, ...] | None) -> tu
     if not codes and isinstance(names, (list, tuple)) and len(names) == len(texts):
         codes = row.choices(names)
     return row.choices(texts), codes[: len(texts)]
+
+
+def _refuse_empty(rows: Rows) -> None:
+    """Refuse rows that are none."""
+    if not len(rows):
+        raise InputError(f"{rows.name} has no rows: give at least one")
 
 
 def _check_choices(choices: tuple[str, ...], where: str, allow_duplicates: bool) -> None:
