@@ -48,6 +48,7 @@ def run(options: Options) -> None:
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples"))
     from bayeslora.cli import build, data, progress, settings, terminal
+    from bayeslora.files import standing
     from bayeslora.methods.ensemble import Ensemble, seeded
     from bayeslora.params import device_of, initialise, lora_parameters
     from bayeslora.posteriors.loading import load_posterior
@@ -64,7 +65,7 @@ def run(options: Options) -> None:
         task = data.build_task(options, "train")
         model, tokenizer = build.build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
-            if (out / "posterior").exists():
+            if standing(out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_folder, read_object
+from bayeslora.files import atomic_folder, read_object, undisturbed
 from bayeslora.params import check_against, lora_parameters
 from bayeslora.posteriors.base import FAMILIES, Posterior
 from bayeslora.posteriors.folder import (
@@ -54,7 +54,7 @@ def load_posterior(
         InputError: If it is no posterior, one of another format, a file is damaged, or it is not for the model; the
             message says which.
     """
-    posterior = _read(fetch(name, revision, token))
+    posterior = undisturbed(fetch(name, revision, token), _read)
     if model is not None:
         check_base(posterior.require_origin(), model)
         check_against(posterior.mean, lora_parameters(model))

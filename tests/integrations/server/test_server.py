@@ -149,8 +149,7 @@ def test_requests_that_come_together_share_a_batch(tokenizer):
 
         with ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(one, range(8)))
-        assert sum(worker.batches) == 8
-        assert len(worker.batches) < 8
+        assert max(worker.batches) > 1
         assert texts == [one(k) for k in range(8)]
 
 

@@ -17,13 +17,13 @@ from starlette.concurrency import run_in_threadpool
 
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.classification import Asked, prediction_json
-from bayeslora.integrations.server.decoding import Echo, Row, TokenNote
+from bayeslora.integrations.server.decoding import Echo, Generation, Row, TokenNote
 from bayeslora.integrations.server.echo import echo_of, scoring
 from bayeslora.integrations.server.errors import ApiError, api_error
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
 from bayeslora.integrations.server.responses import ChatCompletion, Completion, Json, TextCompletion
 from bayeslora.integrations.server.waiting import Client
-from bayeslora.integrations.server.worker import Generation, Worker
+from bayeslora.integrations.server.worker import Worker
 from bayeslora.prediction.generation.run import check_room, prompt_ids
 
 logger = logging.getLogger(__name__)
