@@ -239,3 +239,9 @@ def test_local_paths_are_kept_in_full_so_that_a_run_serves_from_anywhere(swag_ru
     options = json.loads((swag_run / "options.json").read_text())
     assert Path(options["data"]).is_absolute()
     assert Path(options["model"]).is_absolute()
+
+
+def test_one_of_several_processes_is_refused(refused, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is for one process" in refused("train", *home.marbles(), "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

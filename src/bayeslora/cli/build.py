@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora._typing import Tokenizer
 from bayeslora.cli import options as groups
@@ -30,6 +30,7 @@ from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
+from bayeslora.training.stopping import TimedCheckpoints
 
 
 def build_model(options: groups.TrainOptions, classes: Sequence[str] | None) -> tuple[PeftModel, Tokenizer]:
@@ -114,6 +115,11 @@ def build_arguments(
         return TrainingArguments(str(folder), **(values | more))
     except (TypeError, ValueError) as error:
         raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())[:400]}") from error
+
+
+def timed_checkpoints(options: groups.TrainingOptions) -> list[TrainerCallback]:
+    """Return the callback that saves by the clock, if the options ask for it."""
+    return [TimedCheckpoints(options.save_minutes)] if options.save_minutes else []
 
 
 def load_transformed(run: str, options: groups.TransformOptions) -> Posterior:

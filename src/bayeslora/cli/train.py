@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayeslora.cli.options import TrainOptions, option
+from bayeslora.cli.options import SAVING, TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
@@ -46,7 +46,7 @@ class Options(TrainOptions):
 def run(options: Options) -> None:
     """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples"))
+    check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples", *SAVING))
     from bayeslora.cli import build, data, progress, settings, terminal
     from bayeslora.files import standing
     from bayeslora.methods.ensemble import Ensemble, seeded
@@ -74,8 +74,9 @@ def run(options: Options) -> None:
                 adapted = sum(p.numel() for p in lora_parameters(model).values())
                 what = f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters"
                 terminal.say(f"{what}, on {device_of(model)}")
-                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
+                timed = build.timed_checkpoints(options)
+                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume, callbacks=timed)
                 data.save_run(out, posterior, task.train)
-                if not options.save_steps:
-                    shutil.rmtree(out / "training", ignore_errors=True)
+            if not options.save_steps:
+                shutil.rmtree(out / "training", ignore_errors=True)
         build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

@@ -12,6 +12,7 @@ from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Recorder, recall
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
@@ -97,7 +98,7 @@ class PostHoc(Inference, Generic[Fitted]):
     @final
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return a callback that notes the run; training is plain."""
-        return {"callbacks": [Recorder(self.name, num_data)]}
+        return {"callbacks": [Recorder(self.name, num_data), CheckpointState()]}
 
     @abstractmethod
     def check(self, model: nn.Module, task: Task) -> None:

@@ -78,12 +78,13 @@ class MethodCallback(TrainerCallback, ABC):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Begin, and put the run on record under the model that the Trainer really trains."""
         run = Run.of(args, state, kwargs)
-        remember(run.model, self.begin(run))
+        record = self.begin(run)
+        record.save = self._save
+        remember(run.model, record)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
-        """Write into the checkpoint, from the first process."""
-        if state.is_world_process_zero:
-            self.save(checkpoint_file(args, state, self.file), Run.of(args, state, kwargs))
+    def _save(self, folder: Path, run: Run) -> None:
+        """Write into a checkpoint, which is not complete yet."""
+        self.save(folder / self.file, run)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Take out of the model what the run put there, and end."""

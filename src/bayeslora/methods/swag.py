@@ -28,6 +28,7 @@ from transformers import TrainerState
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
 from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import MetricsCallback, spread
 from bayeslora.params import Params, lora_parameters, read
@@ -75,7 +76,7 @@ class Swag(Method):
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
         collector = Collector(self, num_data)
-        return {"callbacks": [collector, MetricsCallback(self.name, collector.metrics)]}
+        return {"callbacks": [collector, MetricsCallback(self.name, collector.metrics), CheckpointState()]}
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`."""

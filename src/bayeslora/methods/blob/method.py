@@ -44,6 +44,7 @@ from bayeslora.methods.blob.terms import (
 )
 from bayeslora.methods.blob.token_count import TokenCount
 from bayeslora.methods.callback import MethodCallback, Run, write_tensors
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.guards import check_training
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import MetricsCallback, spread
@@ -110,7 +111,7 @@ class Blob(Method):
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`."""
         learner = BlobCallback(self, num_data, attach(model))
-        return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics)]}
+        return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics), CheckpointState()]}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""

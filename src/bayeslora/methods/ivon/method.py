@@ -21,6 +21,7 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.sampler import Sampler, learned, moments
@@ -189,7 +190,7 @@ class Ivon(Method):
         sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": [sampler, MetricsCallback(self.name, sampler.metrics)],
+            "callbacks": [sampler, MetricsCallback(self.name, sampler.metrics), CheckpointState()],
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
