@@ -11,11 +11,16 @@ import pytest
 
 from bayeslora.cli import VERBS
 from bayeslora.cli.parse import parse
+from bayeslora.methods import METHODS
 from bayeslora.version import __version__
 
 
 def module(verb):
     return import_module(f"bayeslora.cli.{verb.replace('-', '_')}")
+
+
+def test_the_help_of_method_names_every_method(bay):
+    assert METHODS.keys() - set(re.findall(r"[\w-]+", bay("train", "--help").out)) == set()
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
