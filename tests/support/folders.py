@@ -23,16 +23,18 @@ def seal(folder: Path) -> None:
     for member in members:
         seal(member)
     path = folder / CONFIG
+    if not _small(path):
+        return
     try:
         config = json.loads(path.read_text())
         names = [*TENSORS, ADAPTER_CONFIG, *(f"{member.name}/{CONFIG}" for member in members)]
-        sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names if (folder / n).is_file()}
+        sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names if _small(folder / n)}
         if isinstance(config.get("sha256"), dict):
             config["sha256"] |= sums
         config.pop("checksum", None)
         config["checksum"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         path.write_text(json.dumps(config))
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return
 
 
@@ -44,3 +46,8 @@ def first_format(folder: Path) -> None:
     config["sha256"] = {name: value for name, value in config["sha256"].items() if name in TENSORS}
     del config["checksum"]
     (folder / CONFIG).write_text(json.dumps(config | {"format_version": 1}, indent=2, sort_keys=True) + "\n")
+
+
+def _small(path: Path) -> bool:
+    """Whether a path is a file of a size that is read at once."""
+    return path.is_file() and path.stat().st_size < 2**24

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bayeslora.errors import InputError
-from bayeslora.files import read_object
+from bayeslora.files import parse_json, read_bytes, read_object
 from bayeslora.params import Params
 from bayeslora.posteriors import schema
 from bayeslora.posteriors.provenance import Origin
@@ -32,6 +32,8 @@ LARGEST = 1e30
 """The largest number in a tensor: sums and products with noise stay finite."""
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _MOST_TENSORS = 1_000_000
+_LONGEST_HEADER = 10**8
+"""As long as safetensors takes it."""
 _CACHED = "snapshots"
 """The folder of the Hub's cache in which each revision has one, with links to the files in ``blobs`` beside it."""
 
@@ -125,6 +127,7 @@ def read_tensors(path: Path) -> Params:
     """Read a safetensors file as finite float32; names, types and sizes are looked at before any tensor is made."""
     if not path.is_file():
         raise InputError(f"{path} is missing or no regular file; copy the whole folder again")
+    _check_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -136,7 +139,7 @@ def read_tensors(path: Path) -> Params:
                     kind = f"{part.get_dtype()} {part.get_shape()}"
                     raise InputError(f"{path}: {name[:80]!r} is {kind}, and no tensor of floats; copy the folder again")
             tensors = {name: file.get_tensor(name).float() for name in names}
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise InputError(f"{path} cannot be read ({str(error)[:200]}); copy the folder again") from error
     for name, value in tensors.items():
         if not bool((value.abs() <= LARGEST).all()):
@@ -179,7 +182,7 @@ def _check_sums(folder: Path, config: Mapping[str, Any], version: int) -> None:
             raise InputError(f"{folder / name} is missing; copy the whole folder again")
         if name not in sums:
             raise InputError(f"{folder / CONFIG} has no checksum of {name}; copy the folder again")
-        if not file.is_file() or _sha256(file) != sums[name]:
+        if not file.is_file() or _sha256(file) != sums[name]:  # a pipe is not opened
             raise InputError(
                 f"{folder / name} is damaged or was changed (its checksum is not the one written with "
                 "it); copy the folder again"
@@ -190,7 +193,10 @@ def _file(folder: Path, name: str) -> Path:
     """Return a file of a folder, if it lies there; the links of the Hub's cache lead to its own files."""
     path = folder / name
     if path.is_symlink() or (path.parent.is_symlink() and path.parent != folder):
-        real, root = path.resolve(), folder.resolve()
+        try:
+            real, root = path.resolve(), folder.resolve()
+        except (OSError, RuntimeError) as error:  # a link that leads to itself
+            raise InputError(f"{path} is a link that leads nowhere; copy the file itself there") from error
         revision = next((each for each in (root, *root.parents) if each.parent.name == _CACHED), None)
         cache = root if revision is None else revision.parent.parent / "blobs"
         if not (real.is_relative_to(root) or real.is_relative_to(cache)):
@@ -205,6 +211,27 @@ def _checksum(config: Mapping[str, object]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    """Return a file's checksum."""
+    """Return a file's checksum, after a look at its size."""
+    if path.suffix == ".json":
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    _check_size(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a safetensors file that is not as long as its header says, or longer than the memory."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= min(size, _LONGEST_HEADER) else b""
+    try:
+        table = parse_json(text.decode())
+        ends = [entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__"]  # type: ignore[attr-defined]
+        whole = max(ends, default=0) == size - 8 - length
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} cannot be read (it is not as long as its header says); copy the folder again")
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise InputError(f"{path} has {size:,} bytes, more than this machine's memory")

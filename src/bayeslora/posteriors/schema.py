@@ -137,7 +137,7 @@ def check_adapter(path: Path, config: Mapping[str, Any], mean: Params) -> None:
     patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     if sum(bool(re.search("[*+{]", pattern)) for pattern in patterns) > 64:
         raise InputError(f"{path}: rank_pattern and alpha_pattern have too many regular expressions")
-    ranks = [len(value) for name, value in mean.items() if "lora_A" in name or "lora_embedding_A" in name]
+    ranks = [value.shape[0] for name, value in mean.items() if value.ndim and re.search("lora_(embedding_)?A", name)]
     spread = config.get("rank_pattern") or {}
     for rank in (config.get("r") or 1, *spread.values()):
         if rank > max(ranks, default=64) * (8 if spread else 1):
