@@ -57,7 +57,7 @@ def model_for(
     name = options.model or (origin.base_model if origin is not None else "")
     if not name or origin is None:
         raise InputError("the posterior does not say what its base model is; name it with --model")
-    adapter = adapter_of(origin.adapter_config)
+    adapter = adapter_of(origin.adapter_config, posterior.mean)
     readout = "head" if adapter.task_type == "SEQ_CLS" else "auto"
     return _load(name, classes, options, readout=readout, adapter=adapter)
 
