@@ -52,11 +52,11 @@ class Handler:
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``/v1/completions``."""
         client, draws = self._client(request), self._draw_count(body.model, body.draws)
-        prompts = body.prompts
-        self._check_answers(len(prompts) * body.n, body.max_tokens)
-        encoded = await run_in_threadpool(lambda: [self._prompt_ids(prompt, body.max_tokens) for prompt in prompts])
+        prompts, max_tokens = body.prompts, min(16, self.limits.tokens) if body.max_tokens is None else body.max_tokens
+        self._check_answers(len(prompts) * body.n, max_tokens)
+        encoded = await run_in_threadpool(lambda: [self._prompt_ids(prompt, max_tokens) for prompt in prompts])
         echoes = await self._echoes(client, body, draws, encoded) if body.echo else [Echo()] * len(prompts)
-        rows = self._rows(body, encoded, body.max_tokens, echoes)
+        rows = self._rows(body, encoded, max_tokens, echoes)
         return await self._respond(client, body, TextCompletion(body.model, draws, body.logprobs), rows)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
