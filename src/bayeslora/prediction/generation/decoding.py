@@ -99,6 +99,9 @@ class Decoder:
         """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``.
 
         ``first`` is the number of the first prompt among all: batches are sampled with numbers of their own.
+
+        Raises:
+            InputError: If transformers refuses the settings.
         """
         base = require_lora(self.model).get_base_model()
         device = device_of(self.model)
