@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.methods import multi_swag as multi_swag
     from bayeslora.methods.checkpoints import last_checkpoint as last_checkpoint
     from bayeslora.methods.ivon.optimizer import IvonOptimizer as IvonOptimizer
+    from bayeslora.methods.steps import FiniteSteps as FiniteSteps
     from bayeslora.metrics.evaluation import Evaluation as Evaluation
     from bayeslora.metrics.evaluation import evaluate as evaluate
     from bayeslora.metrics.prediction import Prediction as Prediction
@@ -74,6 +75,7 @@ _HOMES = {
     "methods": "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc Swag Temperature Tfb multi_swag",
     "methods.checkpoints": "last_checkpoint",
     "methods.ivon.optimizer": "IvonOptimizer",
+    "methods.steps": "FiniteSteps",
     "metrics.evaluation": "Evaluation evaluate",
     "metrics.prediction": "Prediction",
     "models": "load_model",

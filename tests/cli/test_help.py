@@ -181,4 +181,4 @@ def test_yaml_that_does_not_fit_is_refused_and_the_file_named(refused, tmp_path,
 
 
 def test_a_missing_yaml_file_is_refused(refused, tmp_path):
-    assert "No such file" in refused("train", "--config", tmp_path / "none.yaml")
+    assert "There is no file" in refused("train", "--config", tmp_path / "none.yaml")

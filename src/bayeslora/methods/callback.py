@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
 from bayeslora.methods.records import Record, check_num_data, remember, require_record
-from bayeslora.params import Params, lora_parameters, require_lora
+from bayeslora.params import Params, check_finite, lora_parameters, require_lora
 
 HALF = (torch.float16, torch.bfloat16)
 """Types that are put into float32."""
@@ -128,6 +128,7 @@ def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, at once or not at all."""
+    check_finite(tensors, f"{path} is not written")
     with atomic_file(path) as partial:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, metadata)
 

@@ -26,6 +26,7 @@ from bayeslora.methods.checkpoints import seed_of_checkpoint
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
 from bayeslora.methods.records import Record, check_num_data, recall, remember, require_record
+from bayeslora.methods.steps import guarded
 from bayeslora.methods.swag import Swag
 from bayeslora.params import initialise, require_lora, seed_of
 from bayeslora.posteriors import Mixture, Posterior
@@ -95,7 +96,7 @@ class Ensemble(Method):
                 "trained member and put them together with method.mixture(members, model)"
             )
         kwargs = self.member.trainer_kwargs(model, num_data)
-        return {**kwargs, "callbacks": [_Start(self, num_data), *kwargs["callbacks"], _Keep(self)]}
+        return {**kwargs, "callbacks": guarded([_Start(self, num_data), *kwargs["callbacks"], _Keep(self)])}
 
     def posterior(self, model: nn.Module) -> Mixture:
         """Return the mixture of the members that were trained; see `Method.posterior`."""

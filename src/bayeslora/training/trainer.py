@@ -21,6 +21,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods.base import TrainerKwargs
 from bayeslora.methods.checkpoints import CheckpointState
+from bayeslora.methods.steps import FiniteSteps, guarded
 from bayeslora.metrics.measures import measures
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.compilation import compiled
@@ -64,7 +65,7 @@ def run_trainer(
     args, stop = adapted(run.args), Stop()
     checkpoint = checkpoint_of(args, run.settings) if resume else None
     callbacks = [each for each in run.kwargs.get("callbacks", ()) if not isinstance(each, CheckpointState)]
-    kwargs = {**run.kwargs, "callbacks": [*callbacks, stop, CheckpointState(run.settings)]}
+    kwargs = {**run.kwargs, "callbacks": guarded([*callbacks, stop, CheckpointState(run.settings)])}
     whole = sampler is None and not args.batch_eval_metrics and args.eval_do_concat_batches
     if run.held_out and whole and "compute_metrics" not in kwargs:
         kwargs |= scoring(max(len(row.answers) for row in run.held_out))
@@ -81,7 +82,7 @@ def run_trainer(
             data_collator=collate or run.readout.collate,
             **kwargs,
         )
-        trainer.sampler = sampler
+        trainer.sampler, trainer.guard = sampler, kwargs["callbacks"][0]
         display = _DISPLAY.get()
         if display is not None and not args.disable_tqdm:
             trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
@@ -143,9 +144,21 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
 
 @final
 class _Trainer(Trainer):
-    """The stock Trainer, which may take its rows in the order of a sampler, and ends a run only once."""
+    """The stock Trainer, which may take its rows in any order, shows a guard its losses, and ends a run only once."""
 
     sampler: Sampler[tuple[int, ...]] | None = None
+    guard: FiniteSteps
+
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        """Let the guard see the loss, which a ``compute_loss_func`` has computed."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.guard.note(loss)
+        return loss
+
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        """Save what is finite, whoever has asked for it."""
+        self.guard.check(self.args, self.state, self.model, self.optimizer)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, unless the checkpoint that the run goes on from is its end: there the stock Trainer goes on."""
