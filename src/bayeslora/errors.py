@@ -33,3 +33,10 @@ def close_matches(word: str, known: Iterable[str], otherwise: str | None = None,
     if close:
         return f"did you mean {' or '.join(close)}{also}?"
     return (f"known: {', '.join(every)}" if otherwise is None else otherwise) + also
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names for a message, neither too many nor too long."""
+    every = [" ".join(str(name).split()) for name in names]
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in every[:20]]
+    return ", ".join(shown + ["…"] * (len(every) > 20))

@@ -121,7 +121,7 @@ def in_child(action: Callable[[], object], root: Path, *, at: int = 0, after: fl
 
 def _child(action: Callable[[], object], root: str, at: int, writer: int) -> NoReturn:
     """Do it, and tell how many operations it took; die at one of them, with a file half written."""
-    count, real = 0, vars(safetensors.torch)["serialize_file"]
+    count, real, real_save = 0, vars(safetensors.torch)["serialize_file"], torch.save
 
     def operation(half: Path | None) -> None:
         nonlocal count
@@ -142,8 +142,13 @@ def _child(action: Callable[[], object], root: str, at: int, writer: int) -> NoR
         operation(Path(path))
         real(tensors, path, **more)
 
+    def save(value: Any, path: Any, **more: Any) -> None:
+        operation(Path(path) if isinstance(path, str | Path) else None)
+        real_save(value, path, **more)
+
     status = 1
     try:
+        vars(torch)["save"] = save
         vars(safetensors.torch)["serialize_file"] = serialize
         sys.addaudithook(hook)
         log = os.open(f"{root}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

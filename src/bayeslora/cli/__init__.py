@@ -6,6 +6,7 @@ A verb's module is a `Verb`. It imports what is slow inside its functions, so th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if typed[0] in ("-V", "--version"):
         print(__version__)
         return 0
+    if re.search("[\ud800-\udfff]", " ".join(typed)):
+        return _refuse("a word of the command is not UTF-8; write it, and name files, in UTF-8")
     verb, *rest = typed
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         return _refuse("the command line is for one process; start it by itself, or call bayeslora.fit in several")
@@ -87,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8":
+            raise
+        return _refuse(f"the output has characters that {error.encoding} lacks; set PYTHONIOENCODING=utf-8")
     except (InputError, OSError, RuntimeError) as error:
         if os.environ.get("BAYESLORA_TRACEBACK"):
             raise

@@ -107,14 +107,20 @@ def incomplete(checkpoint: Path) -> str:
         if state["global_step"] != int(checkpoint.name[11:]):
             return f"{STATE} is of step {state['global_step']}"
         lost = _lost(checkpoint, _attributes(state.get("stateful_callbacks")))
+        inside = list(_inside(checkpoint))
     except FileNotFoundError:
         return f"{STATE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{STATE} cannot be read"
-    for kind in ("adapter_model", "optimizer|global_step|pytorch_model_fsdp", "scheduler", "rng_state"):
-        if not any(path.name.startswith(tuple(kind.split("|"))) for path in _inside(checkpoint)):
-            lost = lost or f"{kind.partition('|')[0]} is missing"
-    return lost or next((f"{path.name} is cut" for path in _inside(checkpoint) if not _readable(path)), "")
+    for kinds in (
+        ("adapter_model",),
+        ("optimizer", "global_step", "pytorch_model_fsdp"),
+        ("scheduler",),
+        ("rng_state",),
+    ):
+        if not any(path.name.startswith(kinds) for path in inside):
+            lost = lost or f"{kinds[0]} is missing"
+    return lost or next((f"{path.name} is cut" for path in inside if not _readable(path)), "")
 
 
 def settings_of(checkpoint: Path) -> dict[str, Any] | None:

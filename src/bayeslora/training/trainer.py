@@ -144,7 +144,7 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
 
 @final
 class _Trainer(Trainer):
-    """The stock Trainer, which may take its rows in any order, lets a guard look at losses, and ends a run only once."""
+    """The stock Trainer, which may take its rows in any order, shows a guard its losses, and ends a run only once."""
 
     sampler: Sampler[tuple[int, ...]] | None = None
     guard: FiniteSteps
