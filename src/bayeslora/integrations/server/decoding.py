@@ -167,16 +167,17 @@ def choose(rows: Sequence[Row], log_probs: Float[Tensor, "R V"]) -> Int[Tensor, 
     if not sampled:
         return picks
     of = [rows[number] for number in sampled]
-    wide = {"dtype": torch.float64, "device": "cpu" if log_probs.device.type == "mps" else log_probs.device}
-    temperatures = torch.tensor([[row.temperature] for row in of], **wide)
-    probs = (log_probs[sampled].to(**wide) / temperatures).softmax(-1)
+    device = torch.device("cpu") if log_probs.device.type == "mps" else log_probs.device  # which has no float64
+    temperatures = torch.tensor([[row.temperature] for row in of], dtype=torch.float64, device=device)
+    probs = (log_probs[sampled].to(device, torch.float64) / temperatures).softmax(-1)
     for place, row in enumerate(of):
         if row.top_p < 1:
             ordered, places = probs[place].sort(descending=True)
             left_out = ordered.cumsum(-1) - ordered >= row.top_p  # the first token is always in
             probs[place, places[left_out]] = 0.0
     # one uniform number of the row's seed and place for each token, however often the token is asked for
-    uniform = torch.tensor([[(seed_of("row", row.seed, len(row.notes)) >> 10) / 2**53] for row in of], **wide)
+    numbers = [[(seed_of("row", row.seed, len(row.notes)) >> 10) / 2**53] for row in of]
+    uniform = torch.tensor(numbers, dtype=torch.float64, device=device)
     total = probs.cumsum(-1)
     found = torch.searchsorted(total, uniform * total[:, -1:], right=True)[:, 0].clamp(max=total.shape[1] - 1)
     picks[sampled] = found.to(picks.device)
