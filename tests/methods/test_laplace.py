@@ -299,7 +299,9 @@ def test_linearised_predictions_average_draws_of_the_logits(fitted, tokenizer):
     with readout.attached(model):
         logits, covariances = logit_moments(model, [posterior.posterior], batches, len(rows))
     torch.testing.assert_close(found.mean_log_probs, logits.log_softmax(-1), rtol=1e-4, atol=1e-5)
-    expected = logit_draws(logits, covariances[0], LOGIT_DRAWS, 3).log_softmax(-1)  # they cost next to nothing
+    contents = [row.content for row in readout.encode(rows)[0]]
+    expected = logit_draws(logits, covariances[0], contents, LOGIT_DRAWS, 3)  # they cost next to nothing
+    expected = expected.log_softmax(-1)
     torch.testing.assert_close(found.log_probs, expected, rtol=1e-3, atol=1e-4)
     assert found.mutual_information.max() > 0
     with torch.inference_mode():
@@ -310,7 +312,7 @@ def test_linearised_predictions_average_draws_of_the_logits(fitted, tokenizer):
 def test_draws_of_logits_have_their_moments():
     root = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.0], [-0.2, 0.1, 0.0]])  # a singular covariance
     logits, covariance = torch.tensor([[1.0, 0.0, -1.0]]), (root @ root.T)[None]
-    draws = logit_draws(logits, covariance, 20_000, 0)[:, 0]
+    draws = logit_draws(logits, covariance, [0], 20_000, 0)[:, 0]
     # false alarm: 12 comparisons at five standard errors, 1e-5
     torch.testing.assert_close(draws.mean(0), logits[0], rtol=0, atol=5 / math.sqrt(20_000))
     torch.testing.assert_close(torch.cov(draws.T), covariance[0], rtol=0, atol=5 * math.sqrt(2 / 20_000))

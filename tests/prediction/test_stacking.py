@@ -4,84 +4,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from support.around import AROUND, diagonal
 from support.tiny import make_model, make_split, make_task, same_state, state_of
 
 from bayeslora.errors import InputError
 from bayeslora.params import read
 from bayeslora.posteriors import (
-    ColumnDropout,
-    DiagonalGaussian,
     Draws,
-    KroneckerGaussian,
-    LowRankGaussian,
-    Mixture,
     Point,
-    Scaled,
-    TokenDropout,
 )
 from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import PassOptions, memory, predict
 from bayeslora.prediction.batching import grouped, schedule
 from bayeslora.prediction.stacking import StackedLinear, layers_that_differ
-
-
-def spread(model):
-    mean = read(model)
-    return mean, {name: torch.full_like(value, 0.01) for name, value in mean.items()}
-
-
-def diagonal(model):
-    return DiagonalGaussian(*spread(model))
-
-
-def only_a(model):
-    mean, variance = spread(model)
-    return DiagonalGaussian(mean, {name: v for name, v in variance.items() if "lora_A" in name})
-
-
-def low_rank(model):
-    mean, variance = spread(model)
-    rng = torch.Generator().manual_seed(5)
-    snapshots = {n: m + 0.1 * torch.randn(3, *m.shape, generator=rng) for n, m in mean.items()}
-    return LowRankGaussian(mean, variance, snapshots)
-
-
-def kronecker(model):
-    mean, _ = spread(model)
-    matrices = {name: value for name, value in mean.items() if value.ndim == 2}
-    values = [{n: torch.ones(m.shape[k] + 1) for n, m in matrices.items()} for k in (0, 1)]
-    vectors = [{n: torch.eye(m.shape[k]) for n, m in matrices.items()} for k in (0, 1)]
-    strength = {n: torch.ones(()) for n in matrices}
-    return KroneckerGaussian(mean, values[0], vectors[0], values[1], vectors[1], strength, 50.0)
-
-
-def dropout(model):
-    mean, _ = spread(model)
-    return ColumnDropout(mean, 0.3, {name: 1.0 for name in mean if "lora_A" in name})
-
-
-def ensemble(model):
-    mean, _ = spread(model)
-    rng = torch.Generator().manual_seed(6)
-    return Mixture(tuple(
-        Point({n: m + 0.1 * torch.randn(m.shape, generator=rng) for n, m in mean.items()}) for _ in range(3)
-    ))  # fmt: skip
-
-
-FAMILIES = {
-    "point": lambda model: Point(read(model)),
-    "diagonal": diagonal,
-    "only-a": only_a,
-    "low-rank": low_rank,
-    "kronecker": kronecker,
-    "dropout": dropout,
-    "ensemble": ensemble,
-    "mixture": lambda model: Mixture((diagonal(model), low_rank(model))),
-    "last-layer": lambda model: restricted(diagonal(model), 1),
-    "scaled": lambda model: Scaled(diagonal(model), {f"{of}.{part}": torch.tensor([0.5 if part == "weight" else 0.0])
-                                                     for of in ("draws", "mean") for part in ("weight", "bias")}),
-    "with-token-dropout": lambda model: Mixture((diagonal(model), TokenDropout(read(model), 0.2))),
-}  # fmt: skip
 
 
 @contextmanager
@@ -105,10 +40,10 @@ def tolerance(kind):
     return {"rtol": 0, "atol": 0.05 if kind.dtype == torch.bfloat16 else 2e-5}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", AROUND)
 def test_stacked_draws_answer_as_the_loop_does(family, kind, tokenizer):
     model = kind.build()
-    posterior, split = FAMILIES[family](model), kind.task().test
+    posterior, split = AROUND[family](model), kind.task().test
     before = state_of(model)
     with counted() as calls:
         together = predict(model, posterior, split, Draws(4, seed=3), tokenizer=tokenizer, token_budget=400)

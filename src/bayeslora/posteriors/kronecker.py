@@ -142,6 +142,9 @@ class KroneckerGaussian(Linearisable):
         sides = []
         for vectors in (self.left_vectors[name], self.right_vectors[name]):
             squares = vectors.square()
-            sides.append(torch.cat([squares, (1 - squares.sum(1, keepdim=True)).clamp_min(0)], 1))
+            rest = (1 - squares.sum(1, keepdim=True)).clamp_min(0)
+            if vectors.shape[0] == vectors.shape[1]:  # no other direction: only rounding, which a weak prior enlarges
+                rest.zero_()
+            sides.append(torch.cat([squares, rest], 1))
         diagonal = sides[0] @ f @ sides[1].T
         return self.strength[name] ** 2 * diagonal.view_as(self.mean[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -81,18 +81,28 @@ class Linearised(Derived):
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""
         logits, covariances = engine.moments(self.posterior)
-        log_probs = logit_draws(logits, covariances, draws.count, draws.seed).log_softmax(-1)
+        log_probs = logit_draws(logits, covariances, engine.contents, draws.count, draws.seed).log_softmax(-1)
         return log_probs, logits.log_softmax(-1)
 
 
 def logit_draws(
-    logits: Float[Tensor, "N C"], covariances: Float[Tensor, "N C C"], draws: int, seed: int
+    logits: Float[Tensor, "N C"],
+    covariances: Float[Tensor, "N C C"],
+    contents: Sequence[object],
+    draws: int,
+    seed: int,
 ) -> Float[Tensor, "S N C"]:
-    """Return draws of normal logits; draw k of example n depends on seed, k and n only.
+    """Return draws of normal logits; draw k of an example depends on seed, k and the example's content only.
 
     Means are minus infinity for choices that an example does not have.
     """
     values, vectors = torch.linalg.eigh(covariances.double())
-    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
-    noise = torch.stack([torch.randn(logits.shape, generator=generator(seed, k, "logits")) for k in range(draws)])
-    return logits + torch.einsum("ncd,snd->snc", root, noise.double()).float()
+    # the symmetric root, for it alone does not turn with the rounding of the covariance
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :] @ vectors.mT
+    noise = root.new_zeros(len(logits), draws, logits.shape[1])
+    for row, content in enumerate(contents):
+        choices = int(torch.isfinite(logits[row]).sum())
+        size = -(-draws * choices // 16) * 16  # torch draws blocks of 16, and more of them leave the first as they are
+        numbers = torch.randn(size, generator=generator(seed, "logits", content))[: draws * choices]
+        noise[row, :, :choices] = numbers.view(draws, choices)
+    return logits + torch.einsum("ncd,nsd->snc", root, noise).float()

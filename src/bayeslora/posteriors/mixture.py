@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 
 from bayeslora.errors import InputError
-from bayeslora.params import Params, generator
+from bayeslora.params import Params, seed_of
 from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws, Sampling
@@ -56,7 +56,7 @@ class Mixture(Posterior):
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return draw ``index // M`` of member ``index % M``."""
         inner, member = divmod(index, len(self.members))
-        return self.members[member].draw(inner, member_seed(seed, member), sampling)
+        return self.members[member].draw(inner, self._seed(seed, member), sampling)
 
     def unit(self, sampling: Sampling = "independent") -> int:
         """Return how many draws belong together: whole groups of every member."""
@@ -105,9 +105,9 @@ class Mixture(Posterior):
         """Yield the members and what each gives of some draws; the last give none if there are fewer draws."""
         for k, member in enumerate(self.members[: draws.count]):
             count = len(range(k, draws.count, len(self.members)))
-            yield member, replace(draws, count=count, seed=member_seed(draws.seed, k), tolerance=None)
+            yield member, replace(draws, count=count, seed=self._seed(draws.seed, k), tolerance=None)
 
-
-def member_seed(seed: int, member: int) -> int:
-    """Return the stream of draws of a mixture's member; the first member has the mixture's own."""
-    return seed if member == 0 else int(generator(seed, "member", member).initial_seed())
+    def _seed(self, seed: int, member: int) -> int:
+        """Return the stream of draws of a member; the first has the mixture's own, and so its members' too."""
+        before = sum(m.unit() for m in self.members[:member])  # no fewer than the posteriors inside those before
+        return seed_of(seed, "member", before) if member else seed

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Literal, ParamSpec, TypeVar, cast, final, get_args
+from typing import Literal, ParamSpec, TypeVar, final, get_args
 
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from bayeslora.errors import InputError
-from bayeslora.params import generator
+from bayeslora.params import generator, seed_of
 
 Sampling = Literal["independent", "antithetic", "simplex", "sobol"]
 """How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; the noise
@@ -155,23 +155,42 @@ def _simplex(seed: int, index: int, name: str, like: Tensor) -> Tensor:
 
 
 _BITS = 30
-"""Binary digits of torch's Sobol numbers."""
+"""Binary digits of torch's Sobol numbers, and of the index of a point."""
 
 
 def _sobol(seed: int, index: int, name: str, like: Tensor) -> Tensor:
     """Return a point of Sobol's sequence in (0, 1), its digits shifted at random; float64.
 
-    A parameter with more numbers than the sequence has dimensions takes it several times, with other shifts.
+    Every parameter has the sequence in an order of its own, for the same dimension in the same order would correlate
+    two parameters. One with more numbers than the sequence has dimensions takes it several times.
     """
-    point = sobol_digits(index, min(like.numel(), SobolEngine.MAXDIM))
-    shift = torch.randint(0, 2**_BITS, (like.numel(),), generator=generator(seed, "sobol", name))
-    digits = point.repeat(-(-like.numel() // len(point)))[: like.numel()] ^ shift
+    size, most = like.numel(), SobolEngine.MAXDIM
+    keys = [(seed, "sobol", name, *([part] if part else [])) for part in range(0, max(size, 1), most)]
+    points = [sobol_digits(_shuffled(index, *key), min(size, most)) for key in keys]
+    shift = torch.randint(0, 2**_BITS, (size,), generator=generator(seed, "sobol", name))
+    digits = torch.cat(points)[:size] ^ shift
     return ((digits.double() + 0.5) / 2**_BITS).view(like.shape)
 
 
-@lru_cache(maxsize=128)
+def _shuffled(index: int, *key: object) -> int:
+    """Return another index, one to one, so that blocks of 2^m indices stay blocks (Burley 2020, JCGT 9(4), §3)."""
+    # a random flip of each binary digit, which depends on the digits above it: Owen's scrambling, of the index
+    below = range(index.bit_length() - 1)
+    return seed_of(*key) % 2**_BITS ^ index ^ sum(seed_of(*key, b, index >> b + 1) % 2 << b for b in below)
+
+
 def sobol_digits(index: int, dimensions: int) -> Tensor:
-    """Return the digits of a point of Sobol's sequence as integers."""
+    """Return the digits of a point of Sobol's sequence as integers: its direction numbers at the Gray code's ones."""
+    directions, gray = _directions(dimensions), index ^ index >> 1
+    point = torch.zeros_like(directions[0])
+    for bit in range(gray.bit_length()):
+        if gray >> bit & 1:
+            point ^= directions[bit]
+    return point
+
+
+@lru_cache(maxsize=8)
+def _directions(dimensions: int) -> Tensor:
+    """Return the sequence's direction numbers [bits dimensions] as integers."""
     engine = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
-    point = cast(Tensor, engine.fast_forward(index).draw(1, dtype=torch.float64)[0])  # type: ignore[no-untyped-call]
-    return (point * 2**_BITS).long()
+    return engine.sobolstate.T.contiguous()

@@ -25,6 +25,11 @@ class Encoded:
     neutral: tuple[int, ...] = ()  # a prompt without the question, whose log-likelihood of an answer is taken off
     neutral_answers: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What is put to the model: the same for the same example in any place of any split."""
+        return self.prompt, self.answers
+
 
 def tokenizer_of(model: nn.Module) -> Tokenizer:
     """Return the tokenizer that was saved under a model's name or path."""

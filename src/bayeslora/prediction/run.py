@@ -134,6 +134,11 @@ class _Engine:
         """The model that answers."""
         return self.passes.model
 
+    @property
+    def contents(self) -> list[object]:
+        """What tells an example from others, wherever it stands among them."""
+        return [row.content for row in self.passes.rows]
+
     def once(self, params: Params) -> Float[Tensor, "N C"]:
         """Return the log-probabilities under some weights."""
         return self.passes.run(lambda _: params, 1)[0]

@@ -167,7 +167,7 @@ def choose(rows: Sequence[Row], log_probs: Float[Tensor, "R V"]) -> Int[Tensor, 
     if not sampled:
         return picks
     of = [rows[number] for number in sampled]
-    device = torch.device("cpu") if log_probs.device.type == "mps" else log_probs.device  # which has no float64
+    device = torch.device("cpu") if log_probs.device.type == "mps" else log_probs.device  # MPS has no float64
     temperatures = torch.tensor([[row.temperature] for row in of], dtype=torch.float64, device=device)
     probs = (log_probs[sampled].to(device, torch.float64) / temperatures).softmax(-1)
     for place, row in enumerate(of):

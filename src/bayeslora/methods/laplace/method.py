@@ -140,10 +140,11 @@ def _linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[
     model = adapter.model
     readout = readout_for(model, rows, adapter.tokenizer)
     budget = gradient_budget(model, adapter.token_budget, rows)
-    batches = batched(model, readout, readout.encode(rows)[0], budget)
+    encoded = readout.encode(rows)[0]
+    batches, contents = batched(model, readout, encoded, budget), [row.content for row in encoded]
     with swapped(model, candidates[0].mean), readout.attached(model):
         logits, covariances = logit_moments(model, candidates, batches, len(rows))
-    draws = (logit_draws(logits, covariance, LOGIT_DRAWS, adapter.seed) for covariance in covariances)
+    draws = (logit_draws(logits, covariance, contents, LOGIT_DRAWS, adapter.seed) for covariance in covariances)
     return [float(nll(average(each.log_softmax(-1)), rows.labels)) for each in draws]
 
 

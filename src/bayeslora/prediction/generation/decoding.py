@@ -75,7 +75,7 @@ class Decoder:
             """Generate for one batch."""
             nonlocal started
             started = False
-            rows = self.answers([prompts[n] for n in numbers], on_step=note)
+            rows = self.answers([prompts[n] for n in numbers], on_step=note, first=numbers[0])
             each = len(rows) // (len(numbers) * (1 if self.average else len(self.draws)))  # answers of a draw
             for place, answer in enumerate(rows):
                 answers[numbers[place // each % len(numbers)]].append(answer)
@@ -89,9 +89,20 @@ class Decoder:
         return answers
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], ended: Ended | None = None, on_step: OnStep | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        ended: Ended | None = None,
+        on_step: OnStep | None = None,
+        *,
+        first: int = 0,
     ) -> list[Answer]:
-        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``."""
+        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``.
+
+        ``first`` is the number of the first prompt among all: batches are sampled with numbers of their own.
+
+        Raises:
+            InputError: If transformers refuses the settings.
+        """
         base = require_lora(self.model).get_base_model()
         device = device_of(self.model)
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -102,7 +113,9 @@ class Decoder:
         beams = self.settings.get("num_beams", 1) > 1
         forked = range(torch.cuda.device_count()) if device.type == "cuda" else []
         with answering(self.model, self.draws, average=self.average) as averager, torch.random.fork_rng(forked):
-            torch.manual_seed(seed_of("tokens", self.seed))  # transformers samples from the default generators only
+            torch.manual_seed(
+                seed_of("tokens", self.seed, first)
+            )  # transformers samples from the default generators only
             notes = _Notes(averager, on_step, ended or self._stops, width)
             settings = {
                 "pad_token_id": padding, "num_beams": 1, **self.settings,

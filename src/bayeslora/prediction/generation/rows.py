@@ -69,7 +69,7 @@ class Rows:
     def _joined(self, mine: Tensor, theirs: Tensor, width: int) -> Tensor:
         """Return keys or values of both, draw after draw, with padding in front."""
         padded = [nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in (mine, theirs)]
-        return torch.cat([part.reshape(self.cache.draws, -1, *part.shape[1:]) for part in padded], 1).flatten(0, 1)
+        return torch.cat([part.view(self.cache.draws, -1, *part.shape[1:]) for part in padded], 1).flatten(0, 1)
 
 
 def joins(model: nn.Module) -> bool:
