@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Literal, ParamSpec, TypeVar, cast, final, get_args
+from typing import Literal, ParamSpec, TypeVar, final, get_args
 
 import torch
 from torch import Tensor
@@ -193,4 +193,4 @@ def sobol_digits(index: int, dimensions: int) -> Tensor:
 def _directions(dimensions: int) -> Tensor:
     """Return the sequence's direction numbers [bits dimensions] as integers."""
     engine = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
-    return cast(Tensor, engine.sobolstate).T.contiguous()
+    return engine.sobolstate.T.contiguous()

@@ -94,12 +94,9 @@ class Decoder:
         ended: Ended | None = None,
         on_step: OnStep | None = None,
         *,
-        first: int = 0,
+        first: int = 0,  # number of the first prompt among all: batches are sampled with numbers of their own
     ) -> list[Answer]:
-        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``.
-
-        ``first`` is the number of the first prompt among all: batches are sampled with numbers of their own.
-        """
+        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``."""
         base = require_lora(self.model).get_base_model()
         device = device_of(self.model)
         width = max(map(len, prompts))
