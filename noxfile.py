@@ -3,21 +3,9 @@
 from pathlib import Path
 
 import nox
-from packaging.requirements import Requirement
 
 nox.options.sessions = ["lint", "types", "tests"]
-PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 SHORT_DEMO = ["demo", "--train-rows", "60", "--test-rows", "60", "--epochs", "2", "--draws", "3", "--out", "demo"]
-
-
-def lowest_of(*extras: str) -> list[str]:
-    """Return the lowest release that the project declares of each of its requirements and of some extras'."""
-    declared = [*PROJECT["dependencies"], *(r for extra in extras for r in PROJECT["optional-dependencies"][extra])]
-    pins = {}
-    for requirement in map(Requirement, declared):
-        (low,) = (one.version for one in requirement.specifier if one.operator == ">=")
-        pins[requirement.name] = f"{requirement.name}=={low}"
-    return list(pins.values())
 
 
 @nox.session
@@ -43,17 +31,19 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="uv")  # which can resolve to the lowest; it reads UV_… and not pip's settings
 def lowest(session: nox.Session) -> None:
     """The tests with the lowest release that is declared of every requirement."""
-    session.install("-e", ".[test]", *lowest_of("test"))
-    session.run("pytest", *session.posargs)
+    session.install("--resolution", "lowest-direct", "-e", ".[test]", "pip")  # what a venv has, and uv's has not
+    # the releases of then call what has since been deprecated in those of today that they require
+    categories = ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning")
+    session.run("pytest", *(f"-Wdefault::{name}" for name in categories), *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="uv")
 def latest(session: nox.Session) -> None:
-    """The tests with the newest release of everything, requirements of requirements too."""
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
+    """The tests with the newest release of everything, whatever pip's settings and caches say."""
+    session.install("--resolution", "highest", "--upgrade", "--refresh", "-e", ".[test]", "pip")
     session.run("pytest", *session.posargs)
 
 

@@ -4,6 +4,7 @@ The sdist has tracked files only, the tests among them; the wheel is the package
 builds is the same. Needs `build` and `hatchling`.
 """
 
+import argparse
 import subprocess
 import sys
 import tarfile
@@ -29,13 +30,20 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def tracked_files() -> set[str]:
+    """Return the files that git tracks, or outside of a clone all that are there."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=False, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return set(listed.stdout.splitlines())
+    return {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
 def check(out: Path) -> None:
     """Build both, and raise AssertionError where one is not as it should be."""
     build(ROOT, out, "sdist")
     build(ROOT, out, "wheel")
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
-    tracked = set(listed.stdout.splitlines())
+    tracked = tracked_files()
 
     with tarfile.open(sdist) as archive, tempfile.TemporaryDirectory() as scratch:
         archive.extractall(scratch, filter="data")
@@ -59,4 +67,6 @@ def check(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    check(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where sdist and wheel go; a new folder")
+    check(parser.parse_args().folder)

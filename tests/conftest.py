@@ -8,6 +8,8 @@ import re
 import tempfile
 from pathlib import Path
 
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # reports and counts; read on import
+
 import jaxtyping
 import pytest
 import torch

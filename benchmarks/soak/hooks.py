@@ -14,6 +14,6 @@ def filter_case(context: Any, case: Any) -> bool:
     if not isinstance(body, dict):
         return True
     prompt, n = body.get("prompt"), body.get("n", 1)
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    answers = (len(prompt) if several else 1) * (n if isinstance(n, int) else 1)
+    several = isinstance(prompt, list) and prompt and isinstance(prompt[0], (list, str))
+    answers = (len(prompt) if several else 1) * (n if isinstance(n, (int, float)) else 1)
     return answers <= 16 and not (body.get("echo") and body.get("stream"))

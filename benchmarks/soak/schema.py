@@ -22,13 +22,13 @@ OPERATIONS = 6
 """Of the description, among which the cases are divided."""
 
 
-def run(cases: int, seed: int, port: int) -> dict[str, Any]:
+def run(cases: int, seed: int, port: int, phases: str) -> dict[str, Any]:
     """Return schemathesis' report of about as many cases."""
     with tempfile.TemporaryDirectory() as folder, serving(port, tokens=8, characters=64, timeout=60):
         report = Path(folder) / "report.json"
         command = [
             str(Path(sys.executable).with_name("schemathesis")), "run", f"http://127.0.0.1:{port}/openapi.json",
-            "--checks", "all", "--header", f"Authorization: Bearer {KEY}", "--continue-on-failure",
+            "--checks", "all", "--phases", phases, "--header", f"Authorization: Bearer {KEY}", "--continue-on-failure",
             "--max-examples", str(max(1, cases // OPERATIONS)), "--seed", str(seed),
             "--report", "json", "--report-json-path", str(report),
         ]  # fmt: skip
@@ -43,10 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000, help="how many requests at least, about")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phases", default="examples,coverage,fuzzing,stateful", help="of schemathesis")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--json", help="file to write the rows to")
     asked = parser.parse_args()
-    found = run(asked.cases, asked.seed, asked.port)
+    found = run(asked.cases, asked.seed, asked.port, asked.phases)
     rates = [numbers for phases in found["valid_rates"].values() for numbers in phases.values()]
     finish(
         [

@@ -29,7 +29,9 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.methods import Temperature as Temperature
     from bayeslora.methods import Tfb as Tfb
     from bayeslora.methods import multi_swag as multi_swag
+    from bayeslora.methods.checkpoints import last_checkpoint as last_checkpoint
     from bayeslora.methods.ivon.optimizer import IvonOptimizer as IvonOptimizer
+    from bayeslora.methods.steps import FiniteSteps as FiniteSteps
     from bayeslora.metrics.evaluation import Evaluation as Evaluation
     from bayeslora.metrics.evaluation import evaluate as evaluate
     from bayeslora.metrics.prediction import Prediction as Prediction
@@ -66,11 +68,14 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.tasks import load_task as load_task
     from bayeslora.training.distillation import distill as distill
     from bayeslora.training.run import fit as fit
+    from bayeslora.training.stopping import TimedCheckpoints as TimedCheckpoints
     from bayeslora.training.trainer_kwargs import kwargs_for as kwargs_for
 
 _HOMES = {
     "methods": "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc Swag Temperature Tfb multi_swag",
+    "methods.checkpoints": "last_checkpoint",
     "methods.ivon.optimizer": "IvonOptimizer",
+    "methods.steps": "FiniteSteps",
     "metrics.evaluation": "Evaluation evaluate",
     "metrics.prediction": "Prediction",
     "models": "load_model",
@@ -88,6 +93,7 @@ _HOMES = {
     "tasks": "load_task",
     "training.distillation": "distill",
     "training.run": "fit",
+    "training.stopping": "TimedCheckpoints",
     "training.trainer_kwargs": "kwargs_for",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

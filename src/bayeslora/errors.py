@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from signal import SIGINT
 
 
 class InputError(ValueError):
@@ -14,7 +15,15 @@ class InputError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by the user after a checkpoint was written; the same call with ``resume=True`` goes on."""
+    """Training was stopped by a signal after a checkpoint was written; the same call with ``resume=True`` goes on.
+
+    Attributes:
+        signal: Number of the signal: ``SIGINT`` (Ctrl-C) or ``SIGTERM``.
+    """
+
+    def __init__(self, message: str, signal: int = SIGINT) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def close_matches(word: str, known: Iterable[str], otherwise: str | None = None, also: str = "") -> str:
@@ -24,3 +33,10 @@ def close_matches(word: str, known: Iterable[str], otherwise: str | None = None,
     if close:
         return f"did you mean {' or '.join(close)}{also}?"
     return (f"known: {', '.join(every)}" if otherwise is None else otherwise) + also
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names for a message, neither too many nor too long."""
+    every = [" ".join(str(name).split()) for name in names]
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in every[:20]]
+    return ", ".join(shown + ["…"] * (len(every) > 20))

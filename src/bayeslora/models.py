@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
+
+_ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
+"""The name on disk of an adapted layer's matrix A."""
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -91,8 +95,8 @@ def load_model(
     )
     try:
         model = get_peft_model(base, lora)
-    except ValueError as error:
-        raise InputError(f"the adapter does not fit {name}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # PEFT raises any kind for a configuration that does not fit
+        raise InputError(f"the adapter does not fit {name}: {_first(error)}") from error
     return model.to(target), tokenizer
 
 
@@ -126,10 +130,36 @@ def _base(
     return base, tokenizer, causal
 
 
-def adapter_of(config: Mapping[str, object]) -> LoraConfig:
-    """Return the configuration that ``adapter_config.json`` holds, without the keys that this PEFT lacks."""
+def adapter_of(config: Mapping[str, object], names: Collection[str] = ()) -> LoraConfig:
+    """Return the configuration that ``adapter_config.json`` holds, without the keys that this PEFT lacks.
+
+    Args:
+        config: The configuration.
+        names: The adapter's parameters by their names on disk; if given, the layers are those, and no regular
+            expression of the configuration, which may take for ever, says which they are.
+
+    Returns:
+        The configuration, for training.
+
+    Raises:
+        InputError: If PEFT does not take it.
+    """
     known = {f.name for f in fields(LoraConfig) if f.init}
-    return LoraConfig(**{k: v for k, v in config.items() if k in known} | {"inference_mode": False})
+    values = {k: v for k, v in config.items() if k in known} | {"inference_mode": False}
+    layers = {found[1] for name in names if (found := _ADAPTED.fullmatch(name))}
+    if layers and isinstance(values.get("target_modules"), str):
+        values["target_modules"] = sorted(layers)
+    if layers and isinstance(values.get("exclude_modules"), str):
+        values["exclude_modules"] = None
+    try:
+        return LoraConfig(**values)
+    except Exception as error:  # of any kind: the values are a file's
+        raise InputError(f"the adapter's configuration is none of LoRA's: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextmanager

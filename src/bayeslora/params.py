@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PeftType
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from bayeslora.errors import InputError
 
@@ -64,6 +65,28 @@ def device_of(model: nn.Module) -> torch.device:
 def read(model: nn.Module) -> Params:
     """Return a float32 copy of the active adapter's parameters, on the CPU."""
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lora_parameters(model).items()}
+
+
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """Return max |x| of all tensors, of this process's part where they are spread; not finite if any number is not."""
+    local: list[Tensor] = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return get_total_norm([t for t in local if t.is_floating_point() and t.numel()], math.inf).float()
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that have a NaN or an infinity."""
+    return [name for name, value in tensors.items() if not bool(largest([value]).isfinite())]
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors of which one has a NaN or an infinity, by its name; ``what`` is what the message begins with."""
+    if not bool(largest(tensors.values()).isfinite()):
+        names = non_finite(tensors)
+        more = f", and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        raise InputError(
+            f"{what}: {names[0]}{more} has numbers that are not finite; train with a lower learning rate, or from an "
+            "earlier checkpoint"
+        )
 
 
 def check_against(params: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

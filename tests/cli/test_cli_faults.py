@@ -10,6 +10,8 @@ from support.cli_data import POINTS, QUICK, question_rows, write_rows
 
 from bayeslora import files
 from bayeslora.cli import main
+from bayeslora.cli.data import saved_format
+from bayeslora.cli.options import TaskOptions
 from bayeslora.cli.settings import build_method
 from bayeslora.errors import InputError
 from bayeslora.methods import Map, Swag
@@ -159,6 +161,22 @@ def test_damaged_posterior_and_options_are_refused_and_the_file_named(refused, s
     assert "draws must be a whole number" in refused("evaluate", run)
 
 
+def test_a_run_whose_way_to_put_rows_is_damaged_is_refused(tmp_path):
+    shot = {"text": "t", "choices": ["a", "b"], "label": 0, "columns": []}
+    good = {"name": "n", "classes": None, "format": {"kind": "question", "normalisation": "sum", "few_shot": [shot]}}
+    write_rows(tmp_path / "task.json", [good])
+    assert saved_format(tmp_path, TaskOptions(few_shot=1)).format.few_shot[0].choices == ("a", "b")
+    form = good["format"]
+    changes = [{"format": form | {key: value}} for key, value in (("kind", "x"), ("kind", []), ("normalisation", 1))]
+    changes += [{"format": {}}, {"format": []}, {"format": "x"}, {"classes": "ab"}, {"classes": [1]}, {"name": None}]
+    shots = [shot | {"label": 2}, shot | {"label": "a"}, shot | {"text": 1}, shot | {"choices": [1, 2]}, {}, 5, "x"]
+    changes += [{"format": form | {"few_shot": value}} for value in (5, *([s] for s in shots))]
+    for change in [*changes, {"format": form | {"few_shot": [shot | {"columns": [["a", 1]]}]}}]:
+        write_rows(tmp_path / "task.json", [good | change])
+        with pytest.raises(InputError, match=r"task\.json cannot be used \(.*\); copy the run again"):
+            saved_format(tmp_path, TaskOptions())
+
+
 def test_another_base_model_is_refused(refused, swag_run, home, tmp_path):
     from transformers import LlamaForCausalLM
 
@@ -221,3 +239,9 @@ def test_local_paths_are_kept_in_full_so_that_a_run_serves_from_anywhere(swag_ru
     options = json.loads((swag_run / "options.json").read_text())
     assert Path(options["data"]).is_absolute()
     assert Path(options["model"]).is_absolute()
+
+
+def test_one_of_several_processes_is_refused(refused, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is for one process" in refused("train", *home.marbles(), "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -40,7 +40,7 @@ def test_generate_gives_each_draw_an_answer(bay, swag_run, tmp_path):
     [
         (["generate"], "name what to generate from"),
         (["generate", "RUN"], "at least one prompt"),
-        (["generate", "RUN", "--input", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["generate", "RUN", "--input", "nowhere.txt"], "There is no file nowhere.txt"),
         (["generate", "RUN", "--prompt", "bag", "--chat"], "no chat template"),
         (["generate", "RUN", "--prompt", "bag", "--max-new-tokens", "999"], "more than the model's 128"),
         (["generate", "RUN", "--prompt", "bag", "--each", "--beams", "2", "--max-new-tokens", "2"], "num_beams"),

@@ -11,11 +11,16 @@ import pytest
 
 from bayeslora.cli import VERBS
 from bayeslora.cli.parse import parse
+from bayeslora.methods import METHODS
 from bayeslora.version import __version__
 
 
 def module(verb):
     return import_module(f"bayeslora.cli.{verb.replace('-', '_')}")
+
+
+def test_the_help_of_method_names_every_method(bay):
+    assert METHODS.keys() - set(re.findall(r"[\w-]+", bay("train", "--help").out)) == set()
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -176,4 +181,4 @@ def test_yaml_that_does_not_fit_is_refused_and_the_file_named(refused, tmp_path,
 
 
 def test_a_missing_yaml_file_is_refused(refused, tmp_path):
-    assert "No such file" in refused("train", "--config", tmp_path / "none.yaml")
+    assert "There is no file" in refused("train", "--config", tmp_path / "none.yaml")

@@ -220,25 +220,27 @@ def test_progress_goes_to_standard_error_and_libraries_are_silent(home, tmp_path
     assert not any(name in done.stderr for name in NOISY)
 
 
-def test_ctrl_c_leaves_a_checkpoint_from_which_resume_gives_the_uninterrupted_posterior(
-    bay, swag_run, home, tmp_path, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_from_which_resume_gives_the_uninterrupted_posterior(
+    number, bay, swag_run, home, tmp_path, monkeypatch
 ):
     from bayeslora.cli import progress
 
-    out = tmp_path / "run"
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     step = progress.Progress.on_step_end
 
     def press(self, args, state, control, **kwargs):
         step(self, args, state, control, **kwargs)
         if state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     words = ["train", *home.marbles(), *QUICK, *POINTS, "--draws", "3", "--out", out]
     with monkeypatch.context() as patch:
         patch.setattr(progress.Progress, "on_step_end", press)
         said = bay(*words)
-    assert said.status == 130
+    assert said.status == 128 + number
     assert "--resume goes on" in said.err
+    assert signal.getsignal(signal.SIGTERM) is before
     assert not (out / "posterior").exists()
     assert bay("evaluate", out).status == 2  # there is nothing to evaluate yet
     assert bay(*words).status == 2  # and nothing is overwritten

@@ -11,10 +11,10 @@ from support.tiny import arguments, make_model, make_task
 
 from bayeslora.comparison import cached_runs as module
 from bayeslora.comparison.cached_runs import CachedRuns, planned
-from bayeslora.comparison.keys import of_arguments, of_model, of_rows
 from bayeslora.comparison.run import compare
 from bayeslora.methods import Ensemble, Isotropic, Laplace, Map, Swag
 from bayeslora.tasks.types import Example, Format, Split
+from bayeslora.training.keys import of_arguments, of_model, of_rows
 
 METHODS = {"map": Map(), "swag": Swag("diagonal"), "noise": Isotropic(0.01)}
 """A run, one that goes on from it, and one that is fitted to it."""

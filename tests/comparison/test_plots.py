@@ -224,6 +224,10 @@ def test_predictors_of_a_figure_look_different(names):
     assert len(set(chosen.values())) == len(names)
 
 
+def test_every_method_has_a_look_of_its_own():
+    assert len({looks([name])[name] for name in METHODS}) == len(METHODS)  # without one it has that of the first
+
+
 def test_lines_of_the_same_dashes_differ_in_grayscale():
     def light(look):
         return sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), to_rgb(look.colour), strict=True))

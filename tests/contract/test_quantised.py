@@ -118,7 +118,7 @@ def test_a_method_learns_in_trl_which_casts_the_adapter(name, trainer, folder, t
     row |= {"completion": " red"} if trainer is SFTTrainer else {"chosen": " red", "rejected": " blue"}
     args = config(
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no",
-        report_to="none", disable_tqdm=True, use_cpu=True,
+        report_to="none", disable_tqdm=True, use_cpu=True, **{CHECKPOINTING: True},
     )  # fmt: skip
     kwargs = kwargs_for(trainer, method, model, 8)
     run = trainer(model, args=args, train_dataset=Dataset.from_list([row] * 8), processing_class=tokenizer, **kwargs)

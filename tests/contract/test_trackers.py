@@ -122,7 +122,7 @@ def test_a_tracker_that_is_added_to_a_trainer_later_is_told_them_and_the_other_c
     args = arguments(tmp_path, logging_strategy="steps", logging_steps=1)
     trainer = stock(model, args, tokenizer)
     others = list(trainer.callback_handler.callbacks)
-    collector = kwargs["callbacks"][0]
+    collector = kwargs["callbacks"][2]
     for callback in (Tracker(), collector, figures):
         trainer.add_callback(callback)
     trainer.train()

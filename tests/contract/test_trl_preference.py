@@ -109,13 +109,25 @@ def test_gradient_checkpointing_sees_the_same_noise(name, trainer, tokenizer, tm
     assert same_params(plain.draw(0), again.draw(0))
 
 
-def log_probs(model, batch):
-    """Log-probability of each row's completion by a pass in evaluation mode."""
-    ids, labels = batch["input_ids"], batch["labels"][:, 1:]
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
-    own = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+def summed(logits, batch):
+    """Log-probability of each row's completion; of all its tokens where TRL is too old to name the completion's."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = batch.get("labels", ids.masked_fill(mask == 0, -100))[:, 1:]
+    own = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     return (own * (labels != -100)).sum(1)
+
+
+def said(outputs, batch):
+    """What a pass of the Trainer said of each row."""
+    return (
+        outputs.log_probs.sum(1).detach() if hasattr(outputs, "log_probs") else summed(outputs.logits.detach(), batch)
+    )
+
+
+def log_probs(model, batch):
+    """The same by a pass in evaluation mode."""
+    with torch.no_grad():
+        return summed(model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
 
 
 @pytest.mark.parametrize("reference", ["base", "copy"])
@@ -131,7 +143,7 @@ def test_the_reference_of_dpo_has_no_noise_and_the_trained_pass_has(name, refere
         model.delete_adapter("ref")
 
     def look(_, args, inputs, outputs):
-        seen.append((torch.is_grad_enabled(), inputs, outputs.log_probs.detach().sum(1)))
+        seen.append((torch.is_grad_enabled(), inputs, said(outputs, inputs)))
 
     model.register_forward_hook(look, with_kwargs=True)
     trainer.train()
@@ -155,7 +167,7 @@ def test_chosen_and_rejected_are_under_the_same_draw_of_ivon(tokenizer, tmp_path
         if torch.is_grad_enabled():
             own = trainer.optimizer.optimizer
             draw = {name: (own.mean(p) + own.noise(p)).clone() for name, p in lora_parameters(model).items()}
-            seen.append((draw, inputs, outputs.log_probs.detach().sum(1)))
+            seen.append((draw, inputs, said(outputs, inputs)))
 
     model.register_forward_hook(look, with_kwargs=True)
     trainer.train()

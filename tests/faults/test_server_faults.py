@@ -2,9 +2,12 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import jinja2
@@ -85,6 +88,17 @@ def test_what_a_request_may_ask_for_is_bounded(path, body, said, address):
 def test_whole_numbers_may_have_a_point_and_unknown_fields_are_ignored(address):
     body = {"model": "tiny", "prompt": "bag", "n": 2.0, "max_tokens": 1.0, "user": "me", "store": {"any": 1}}
     assert len(post(address, "completions", body).json()["choices"]) == 2
+
+
+def test_a_column_without_a_name_is_not_the_text(address):
+    body = {"model": "tiny", "input": {"": {"any": 1}, "text": "bag"}, "choices": ["a", "b"]}
+    assert post(address, "classify", body).status_code == 200
+
+
+def test_an_answer_whose_length_is_not_said_fits_the_server(tokenizer):
+    with running(served(tokenizer), Limits(tokens=3)) as (address, _):
+        found = post(address, "completions", {"model": "tiny", "prompt": "bag"}).json()
+    assert found["usage"]["completion_tokens"] == 3
 
 
 def test_messages_that_the_template_refuses(tokenizer):
@@ -192,6 +206,31 @@ def test_a_late_classification_ends_and_so_does_one_whose_client_has_gone(tokeni
         assert len(parts) < 30
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_client_hangs_up(stream, tokenizer):
+    what, passes = served(tokenizer), []
+    with running(what) as (address, _):
+        body = {"model": "tiny", "messages": CHAT, "max_tokens": 1, "stream": stream}
+        post(address, "chat/completions", body)
+
+        def slow(*_):
+            passes.append(1)
+            time.sleep(0.02)
+
+        what.model.get_base_model().register_forward_hook(slow)
+        content = json.dumps({**body, "max_tokens": 100}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with connected(address) as client:
+            client.send(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            while len(passes) < 5:
+                time.sleep(0.01)
+        seen = 0
+        while seen < len(passes):
+            seen = len(passes)
+            time.sleep(0.3)
+    assert len(passes) < 60
+
+
 def test_a_stream_that_fails_says_so(tokenizer, monkeypatch):
     monkeypatch.setattr(TextCompletion, "piece", lambda *_: 1 / 0)
     with running(served(tokenizer)) as (address, _):
@@ -247,6 +286,20 @@ def test_the_key_is_asked_for_before_the_body_is_read(tokenizer):
         assert description["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
         for path in ("/", "/health"):
             assert httpx.get(f"{address}{path}").status_code == 200
+
+
+@pytest.mark.slow
+def test_the_description_is_kept(tmp_path):
+    pytest.importorskip("schemathesis")
+    script = Path(__file__).parents[2] / "benchmarks" / "soak" / "schema.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    how = ["--cases", "150", "--phases", "fuzzing", "--port", str(port), "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([sys.executable, script, *how], capture_output=True, text=True, check=False)
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows if not row["met"]] == [], done.stdout
+    assert {row["name"]: row["value"] for row in rows}["cases that fit, accepted"] > 20
 
 
 def connected(address):

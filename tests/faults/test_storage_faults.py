@@ -1,16 +1,16 @@
 """Damaged folders, full disks and folders in the way: it is said in words and nothing is lost."""
 
 import errno
-import json
 import os
 import shutil
 from dataclasses import replace
 
 import pytest
+from support.folders import change, seal
 from support.tiny import gaussian, make_model, same_params
 
-from bayeslora import files
 from bayeslora.errors import InputError
+from bayeslora.files import atomic
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point
 from bayeslora.posteriors import folder as storage
@@ -25,9 +25,10 @@ def saved(tmp_path):
     return tmp_path / "posterior"
 
 
-def change(path, **values):
-    config = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+def changed(folder, **values):
+    """Change the configuration, with checksums that are right."""
+    change(folder / "posterior_config.json", **values)
+    seal(folder)
 
 
 def flip(path):
@@ -48,12 +49,12 @@ DAMAGE = {
     "adapter changed": (lambda f: flip(f / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
     "spread changed": (lambda f: flip(f / "posterior.safetensors"), "posterior.safetensors is damaged"),
     "spread cut": (lambda f: os.truncate(f / "posterior.safetensors", 100), "posterior.safetensors is damaged"),
-    "later format": (lambda f: change(f / "posterior_config.json", format_version=9), "format version 9"),
-    "unknown family": (lambda f: change(f / "posterior_config.json", family="Cauchy"), "names the family 'Cauchy'"),
-    "part lacking": (lambda f: change(f / "posterior_config.json", family="LowRankGaussian"), "lacks a part"),
-    "no scalars": (lambda f: change(f / "posterior_config.json", scalars=None), "lacks a part"),
-    "no fingerprint": (lambda f: change(f / "posterior_config.json", fingerprint=None), "fingerprint"),
-    "checksums of no kind": (lambda f: change(f / "posterior_config.json", sha256=["x"]), "sha256"),
+    "later format": (lambda f: changed(f, format_version=9), "format version 9"),
+    "unknown family": (lambda f: changed(f, family="Cauchy"), "names the family 'Cauchy'"),
+    "part lacking": (lambda f: changed(f, family="LowRankGaussian"), "lacks a part"),
+    "no scalars": (lambda f: changed(f, scalars=None), "lacks a part"),
+    "no fingerprint": (lambda f: changed(f, fingerprint=None), "fingerprint"),
+    "checksums of no kind": (lambda f: changed(f, sha256=["x"]), "sha256"),
 }
 
 
@@ -76,7 +77,7 @@ def test_values_that_cannot_be_are_refused_even_with_the_right_checksum(tmp_path
 
 def test_cut_safetensors_are_refused_even_with_the_right_checksum(saved):
     os.truncate(saved / "posterior.safetensors", 100)
-    change(saved / "posterior_config.json", sha256={})
+    seal(saved)
     with pytest.raises(InputError, match="cannot be read"):
         load_posterior(saved)
 
@@ -150,10 +151,14 @@ def fails_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, full)
 
 
-FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "write_json", 2), (files.os, "replace", 1)]
+FULL = [(storage, "save_file", 1), (storage, "save_file", 2), (storage, "write_json", 2)]
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), FULL, ids=lambda value: str(getattr(value, "__name__", value)))
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [*FULL, (atomic.os, "replace", 1)],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, owner, name, call):
     posterior = gaussian(make_model())
     fails_at(monkeypatch, owner, name, call)
@@ -162,11 +167,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, owner, name, c
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call"),
-    [*FULL, (files.os, "replace", 2)],
-    ids=lambda value: str(getattr(value, "__name__", value)),
-)
+@pytest.mark.parametrize(("owner", "name", "call"), FULL, ids=lambda value: str(getattr(value, "__name__", value)))
 def test_a_full_disk_leaves_the_old_folder_as_it_was(saved, monkeypatch, owner, name, call):
     old = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = make_model()

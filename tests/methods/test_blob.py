@@ -212,7 +212,7 @@ def one_step(tmp_path, method, **changes):
                 p.fill_(0.1)
     args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant", **changes)
     kwargs = method.trainer_kwargs(model, 4)
-    callback, *_ = kwargs["callbacks"]
+    _, _, callback, *_ = kwargs["callbacks"]
     seen = {}
     before_step = callback.on_pre_optimizer_step
 
@@ -274,7 +274,7 @@ def test_the_posterior_is_a_gaussian_over_a_with_g_to_the_fourth(tmp_path):
     model = make_model()
     method = Blob(kl_cycle=4)
     kwargs = method.trainer_kwargs(model, 24)
-    layers = kwargs["callbacks"][0].layers
+    layers = kwargs["callbacks"][2].layers
     train(model, kwargs, arguments(tmp_path))
     posterior = method.posterior(model)
     assert posterior.variance.keys() == layers.keys()
@@ -290,7 +290,7 @@ def test_a_run_that_broke_off_leaves_nothing_in_the_way_of_the_next(tmp_path):
 
     model, task = make_model(), make_task(readout="likelihood")
     broken = Blob().trainer_kwargs(model, 24)
-    broken["callbacks"][0].on_optimizer_step = breaks
+    broken["callbacks"][2].on_optimizer_step = breaks
     with pytest.raises(KeyboardInterrupt):
         train(model, broken, arguments(tmp_path / "a"))
     assert any(isinstance(m, BlobLinear) for m in model.modules())

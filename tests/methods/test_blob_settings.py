@@ -45,7 +45,7 @@ class Run:
     def __init__(self, method, model, steps, rows, rate=2e-3):
         self.model, self.args = model, TrainingArguments("unused", per_device_train_batch_size=8, use_cpu=True)
         self.state = SimpleNamespace(global_step=0, max_steps=steps)
-        self.callback = method.trainer_kwargs(model, rows)["callbacks"][0]
+        self.callback = method.trainer_kwargs(model, rows)["callbacks"][2]
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / steps)
         self.tell("on_train_begin")

@@ -259,7 +259,7 @@ def test_what_it_cannot_train_is_refused(tmp_path):
     deepspeed.deepspeed = "zero2.json"
     kwargs = Ivon().trainer_kwargs(model, ROWS)
     with pytest.raises(InputError, match="DeepSpeed"):
-        kwargs["callbacks"][0].on_train_begin(deepspeed, None, None, model=model, optimizer=None)
+        kwargs["callbacks"][2].on_train_begin(deepspeed, None, None, model=model, optimizer=None)
     for changes, word in (({"gradient_accumulation_steps": 2}, "max_grad_norm"), ({"max_grad_norm": 0.0}, "accumul")):
         several = Ivon(draws_per_step=2).trainer_kwargs(model, ROWS)
         with pytest.raises(InputError, match=word):
@@ -277,7 +277,7 @@ def test_fsdp_version_1_is_refused(tmp_path):
     kwargs = Ivon().trainer_kwargs(model, ROWS)
     optimizer = torch.optim.SGD([FlatParameter(torch.zeros(3))], lr=0.1)
     with pytest.raises(InputError, match="FSDP version 1"):
-        kwargs["callbacks"][0].on_train_begin(arguments(tmp_path), None, None, model=model, optimizer=optimizer)
+        kwargs["callbacks"][2].on_train_begin(arguments(tmp_path), None, None, model=model, optimizer=optimizer)
 
 
 def test_parameters_that_are_spread_over_processes_are_refused(tmp_path):
@@ -289,7 +289,7 @@ def test_parameters_that_are_spread_over_processes_are_refused(tmp_path):
         optimizer = torch.optim.SGD([torch.nn.Parameter(DTensor.from_local(torch.zeros(3), mesh))], lr=0.1)
         for name, kwargs, trained in runs:
             with pytest.raises(InputError, match=f"{name} cannot train under FSDP version 2 .* use DDP"):
-                kwargs["callbacks"][0].on_train_begin(args, None, None, model=trained, optimizer=optimizer)
+                kwargs["callbacks"][2].on_train_begin(args, None, None, model=trained, optimizer=optimizer)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -359,6 +359,6 @@ def test_several_draws_of_a_step_are_refused_under_fp16(tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0)
     args.fp16 = True
     optimizer = IvonOptimizer(list(lora_parameters(model).values()), lr=1.0, ess=10.0)
-    callback = Ivon(draws_per_step=2).trainer_kwargs(model, ROWS)["callbacks"][0]
+    callback = Ivon(draws_per_step=2).trainer_kwargs(model, ROWS)["callbacks"][2]
     with pytest.raises(InputError, match="bf16=True"):
         callback.on_train_begin(args, None, None, model=model, optimizer=optimizer)

@@ -19,7 +19,7 @@ TEMPLATE = "{% for m in messages %}Question: {{ m.content }}{% endfor %} Answer:
 
 def served(tokenizer: Any, **changes: Any) -> Served:
     """What the tests serve: texts go on to their length, for no token ends them."""
-    model = make_model("llama")
+    model = changes.pop("model", None) or make_model("llama")
     model.get_base_model().generation_config.eos_token_id = None
     tokenizer.chat_template = TEMPLATE
     like = Split("input", (), Format("", "likelihood"), None)

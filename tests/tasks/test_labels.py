@@ -64,6 +64,7 @@ def test_text_whose_readings_agree_is_accepted():
 def test_classes_are_sorted_as_numbers_only_if_all_are():
     assert sorted_classes([10, "9", 10.0, None, " 9"]) == ("9", "10")
     assert sorted_classes(["b", "10", "9"]) == ("10", "9", "b")
+    assert sorted_classes([f"{zeros}1" for zeros in ("000", "", "0", "00")]) == ("0001", "001", "01", "1")
 
 
 def test_a_whole_float_is_spelled_as_an_integer():

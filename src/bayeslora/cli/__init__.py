@@ -6,9 +6,14 @@ A verb's module is a `Verb`. It imports what is slow inside its functions, so th
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from bayeslora.cli.parse import parse
@@ -56,7 +61,7 @@ class Verb(Protocol):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 for input that cannot be used, or 130 after Ctrl-C."""
+    """Run the command line; return 0, 2 for input that cannot be used, 130 after Ctrl-C, or 143 after SIGTERM."""
     typed = list(sys.argv[1:] if argv is None else argv)
     if not typed or typed[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -64,23 +69,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if typed[0] in ("-V", "--version"):
         print(__version__)
         return 0
+    if re.search("[\ud800-\udfff]", " ".join(typed)):
+        return _refuse("a word of the command is not UTF-8; write it, and name files, in UTF-8")
     verb, *rest = typed
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return _refuse("the command line is for one process; start it by itself, or call bayeslora.fit in several")
     if verb not in VERBS:
         return _refuse(f"unknown verb {verb!r}, {close_matches(verb, VERBS)}")
     try:
         module = cast(Verb, import_module(f"bayeslora.cli.{verb.replace('-', '_')}"))
         options = parse(module.Options, rest, verb=verb, examples=module.EXAMPLES)
-        with quiet():
+        with quiet(), terminable(verb in RESUMABLE):
             module.run(options)
     except SystemExit as left:
         return int(left.code or 0)
     except KeyboardInterrupt as stop:
-        words = str(stop) if isinstance(stop, Interrupted) else "stopped"
+        words, number = (str(stop), stop.signal) if isinstance(stop, Interrupted) else ("stopped", signal.SIGINT)
         hint = "; the same command with --resume goes on from there" if verb in RESUMABLE else ""
-        return _refuse(words + hint, 130)
+        return _refuse(words + hint, 128 + number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8":
+            raise
+        return _refuse(f"the output has characters that {error.encoding} lacks; set PYTHONIOENCODING=utf-8")
     except (InputError, OSError, RuntimeError) as error:
         if os.environ.get("BAYESLORA_TRACEBACK"):
             raise
@@ -92,6 +105,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse("the accelerator has too little memory; lower --batch-size, --max-length or --token-budget")
         raise
     return 0
+
+
+@contextmanager
+def terminable(resumable: bool) -> Iterator[None]:
+    """Let SIGTERM end a verb as Ctrl-C does, where it can be gone on with; training notes it and saves first."""
+    if not resumable or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        """Stop at once."""
+        raise Interrupted("stopped", number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(message: str, status: int = 2) -> int:

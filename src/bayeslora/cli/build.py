@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora._typing import Tokenizer
 from bayeslora.cli import options as groups
@@ -20,7 +19,7 @@ from bayeslora.comparison.cached_runs import CachedRuns
 from bayeslora.comparison.report import write_pictures, write_table
 from bayeslora.comparison.run import Comparison, compare
 from bayeslora.errors import InputError, close_matches
-from bayeslora.files import write_json
+from bayeslora.files import parse_json, write_json
 from bayeslora.methods import Inference
 from bayeslora.metrics.evaluation import evaluate
 from bayeslora.metrics.prediction import Prediction
@@ -31,6 +30,7 @@ from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split
+from bayeslora.training.stopping import TimedCheckpoints
 
 
 def build_model(options: groups.TrainOptions, classes: Sequence[str] | None) -> tuple[PeftModel, Tokenizer]:
@@ -57,7 +57,7 @@ def model_for(
     name = options.model or (origin.base_model if origin is not None else "")
     if not name or origin is None:
         raise InputError("the posterior does not say what its base model is; name it with --model")
-    adapter = adapter_of(origin.adapter_config)
+    adapter = adapter_of(origin.adapter_config, posterior.mean)
     readout = "head" if adapter.task_type == "SEQ_CLS" else "auto"
     return _load(name, classes, options, readout=readout, adapter=adapter)
 
@@ -99,11 +99,13 @@ def build_arguments(
         "seed": seed,
     }
     try:
-        more = json.loads(options.trainer)
+        more = parse_json(options.trainer)
     except ValueError as error:
         raise InputError(f"--trainer is not JSON ({error}); write such as '{{\"max_grad_norm\": 0.5}}'") from error
     if not isinstance(more, dict):
-        raise InputError(f"--trainer must be a JSON object such as '{{\"max_grad_norm\": 0.5}}', and it is {more!r}")
+        raise InputError(
+            f"--trainer must be a JSON object such as '{{\"max_grad_norm\": 0.5}}', and it is {more!r:.80}"
+        )
     known = [f.name for f in fields(TrainingArguments)]
     for key in more:
         if key not in known:
@@ -112,7 +114,12 @@ def build_arguments(
     try:
         return TrainingArguments(str(folder), **(values | more))
     except (TypeError, ValueError) as error:
-        raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())}") from error
+        raise InputError(f"the Trainer does not take these arguments: {' '.join(str(error).split())[:400]}") from error
+
+
+def timed_checkpoints(options: groups.TrainingOptions) -> list[TrainerCallback]:
+    """Return the callback that saves by the clock, if the options ask for it."""
+    return [TimedCheckpoints(options.save_minutes)] if options.save_minutes else []
 
 
 def load_transformed(run: str, options: groups.TransformOptions) -> Posterior:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bayeslora.cli.options import TrainOptions, option
+from bayeslora.cli.options import SAVING, TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
@@ -20,7 +20,7 @@ What methods share is trained once: MAP is the ensemble's first member, SWAG goe
 run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
 FREE = (
     *("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image"),
-    *("device", "token_budget", "set", "draws"),
+    *("device", "token_budget", "set", "draws", *SAVING),
 )
 """Options that may change when a comparison goes on: what depends on them is made anew, and the rest is taken over."""
 
@@ -86,6 +86,7 @@ def run(options: Options) -> None:
             resamples=options.resamples,
             bins=options.bins,
             report=terminal.say,
+            callbacks=build.timed_checkpoints(options),
         )
         with opened(out, options):
             build.finish(runs, methods, options.seeds, options.image)

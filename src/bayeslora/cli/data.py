@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from bayeslora.cli.options import TaskOptions
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
 from bayeslora.files import read_object, write_json
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Posterior
@@ -135,15 +135,14 @@ def saved_format(folder: Path, options: TaskOptions) -> Split | None:
         return None
     saved = read_object(folder / _FILE, missing="")
     try:
-        form, classes = saved["format"], saved["classes"]
-        shots = tuple(
-            Example(s["text"], tuple(s["choices"]), s["label"], columns=tuple(map(tuple, s.get("columns", ()))))
-            for s in form["few_shot"]
-        )
+        form, classes, name = saved["format"], saved["classes"], saved["name"]
         kind, normalisation = form["kind"], form.get("normalisation", "sum")
-        name = str(saved["name"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / _FILE} lacks {error}; copy the run again") from error
+        shots = tuple(map(_solved, form["few_shot"]))
+        known = kind in get_args(TaskKind) and normalisation in get_args(Normalisation) and isinstance(name, str)
+        if not known or not (classes is None or _texts(classes)):
+            raise TypeError("a value is none that this version knows")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / _FILE} cannot be used ({str(error)[:80]}); copy the run again") from error
     if options.normalisation not in ("auto", normalisation):
         raise InputError(
             f"the run was trained with --normalisation {normalisation}, not {options.normalisation}; leave it out"
@@ -153,6 +152,21 @@ def saved_format(folder: Path, options: TaskOptions) -> Split | None:
     template, longest = unescaped(options.template), options.max_length or None
     form = Format(template, options.readout, shots[: options.few_shot], longest, kind, normalisation)
     return Split(name, (), form, tuple(classes) if classes else None)
+
+
+def _solved(saved: Mapping[str, Any]) -> Example:
+    """Return a solved example that a run keeps; refuse one that is none by a TypeError."""
+    columns = tuple((key, value) for key, value in saved.get("columns", ()))
+    example = Example(saved["text"], tuple(saved["choices"]), saved["label"], columns=columns)
+    texts = _texts([example.text, *example.choices, *(text for pair in columns for text in pair)])
+    if not texts or example.label not in range(len(example.choices)):
+        raise TypeError("a solved example is none")
+    return example
+
+
+def _texts(values: object) -> bool:
+    """Return whether a value is a list of texts."""
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
@@ -172,7 +186,7 @@ def split_like(rows: Rows, like: Split, options: TaskOptions) -> Split:
         columns = replace(columns, choices=None)
     elif columns.choices is None:
         raise InputError(
-            f"{rows.name} has no column of choices (its columns are {', '.join(rows.columns)}); name it with "
+            f"{rows.name} has no column of choices (its columns are {listed(rows.columns)}); name it with "
             "--choice-columns"
         )
     return split_from_rows(rows, like.format, name=rows.name, columns=columns, classes=like.classes)
@@ -246,7 +260,7 @@ def _aligned(split: Split, classes: tuple[str, ...] | None) -> Split:
         answer = None if e.label is None else e.choices[e.label]
         if answer is not None and answer not in classes:
             raise InputError(
-                f"row {row} of {split.name} has the class {answer!r}, and the run was trained on {', '.join(classes)}"
+                f"row {row} of {split.name} has the class {answer[:80]!r}, and the run was trained on {listed(classes)}"
             )
         examples.append(replace(e, choices=classes, label=None if answer is None else classes.index(answer)))
     return replace(split, examples=tuple(examples), classes=classes)

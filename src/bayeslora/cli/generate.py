@@ -101,10 +101,10 @@ def _prompts(options: Options) -> list[str]:
     """Return the prompts, or refuse."""
     prompts = [p.replace("\\n", "\n") for p in options.prompt]
     if options.input:
-        path = Path(options.input)
-        if options.input != "-" and not path.is_file():
-            raise InputError(f"there is no file {path}")
-        text = sys.stdin.read() if options.input == "-" else path.read_text(encoding="utf-8")
+        from bayeslora.tasks.files import read_text
+
+        piped = options.input == "-"
+        text = read_text(sys.stdin if piped else Path(options.input), "standard input" if piped else options.input)
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise InputError("give at least one prompt: --prompt TEXT or --input FILE")

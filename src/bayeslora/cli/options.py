@@ -104,8 +104,15 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "AdamW's weight decay.")
     scheduler: str = option("linear", "Schedule of the learning rate.")
     warmup: float = option(0.06, "Share of the steps in which the learning rate rises; 1 or more: that many steps.")
-    save_steps: int = option(0, "Steps between checkpoints; 0: at Ctrl-C only.")
+    save_steps: int = option(0, "Steps between checkpoints, which are then kept; 0: by --save-minutes alone.")
+    save_minutes: float = option(
+        10.0, "Minutes between checkpoints, which go when the run is done; 0: at Ctrl-C and SIGTERM alone.", least=0
+    )
     trainer: str = option("{}", "Any other arguments of transformers' TrainingArguments, as JSON.")
+
+
+SAVING = ("save_steps", "save_minutes")
+"""Options that do not change what is learned."""
 
 
 @dataclass(kw_only=True)

@@ -117,9 +117,7 @@ def _from_run(run: str, options: Mapping[str, Field[object]]) -> dict[str, objec
 
 def _from_yaml(path: Path, options: Mapping[str, Field[object]]) -> dict[str, object]:
     """Return the options of a YAML file."""
-    import yaml
-
-    content = load_yaml(path) or {}
+    content = load_yaml(path, typed="trainer") or {}
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold options and their values, one a line, such as 'task: openbookqa'")
     names = {f.metadata["former"] or name: name for name, f in options.items()} | {name: name for name in options}
@@ -127,11 +125,12 @@ def _from_yaml(path: Path, options: Mapping[str, Field[object]]) -> dict[str, ob
     for key, value in content.items():
         name = names.get(str(key).replace("-", "_"), "")
         if not name:
-            raise InputError(f"{path} names the unknown option {key!r}; {close_matches(str(key), sorted(options))}")
+            shown = str(key)[:80]
+            raise InputError(f"{path} names the unknown option {shown!r}; {close_matches(shown, sorted(options))}")
         if name in values:
             raise InputError(f"{path} gives {name} a second time, as {key}; keep one of the two")
         if isinstance(value, dict) and name == "trainer":
-            value = json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))[key], default=str)
+            value = json.dumps(value, default=str)
         if isinstance(value, dict) and name == "set":
             value = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in value.items()]
         values[name] = read(value, options[name].type, f"{path}: {name}")

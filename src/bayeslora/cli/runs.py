@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.files import read_object, write_json
+from bayeslora.files import read_object, standing, write_json
 
 _FILE = "options.json"
 
@@ -63,7 +63,7 @@ def run_folder(path: Path) -> Path:
 def posterior_name(name: str) -> str:
     """Return what to load a posterior from: the one inside a run's folder, else the folder or repository itself."""
     folder = Path(name)
-    if (folder / "posterior").is_dir():
+    if standing(folder / "posterior").is_dir():
         return str(folder / "posterior")
     if (folder / _FILE).exists():
         raise InputError(f"{folder} holds no posterior; finish its training with bayeslora train … --resume")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_type_hints
 
 from bayeslora.cli.values import read
-from bayeslora.errors import InputError, close_matches
+from bayeslora.errors import InputError, close_matches, listed
 from bayeslora.methods import METHODS, Ensemble, Inference
 
 EVERY = tuple(f"{name}:3" if isinstance(make(), Ensemble) else name for name, make in METHODS.items())
@@ -17,21 +17,21 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
     """Return a method by its name, such as ``swag``, ``ensemble:5`` or ``ivon:3``, with settings ``key=value``."""
     base, colon, members = name.partition(":")
     if base not in METHODS:
-        raise InputError(f"unknown method {base!r}, {close_matches(base, METHODS)}")
+        raise InputError(f"unknown method {base[:80]!r}, {close_matches(base[:80], METHODS)}")
     words: dict[str, str] = {}
     for item in settings:
         key, sign, text = item.partition("=")
         if not sign:
-            raise InputError(f"the setting {item!r} has no value; write key=value")
+            raise InputError(f"the setting {item[:80]!r} has no value; write key=value")
         if key in words:
-            raise InputError(f"the setting {key!r} is given a second time, as {item!r}; keep one of the two")
+            raise InputError(f"the setting {key[:80]!r} is given a second time, as {item[:80]!r}; keep one of the two")
         words[key] = text.strip('"')
     plain = METHODS[base]()
     if colon:
         if not isinstance(plain, Ensemble):
             plain = Ensemble(member=plain)
         if not members.isdecimal():
-            raise InputError(f"{name!r}: after the colon comes the number of members, such as {base}:5")
+            raise InputError(f"{name[:80]!r}: after the colon comes the number of members, such as {base}:5")
         words["members"] = members
     return _with(plain, words, base)
 
@@ -45,7 +45,7 @@ def build_methods(names: Sequence[str], given: Sequence[str]) -> dict[str, Infer
         label, dot, setting = item.partition(".")
         if not dot or label not in settings:
             raise InputError(
-                f"--set {item!r} names none of the methods {', '.join(settings)}; write method.key=value, such as "
+                f"--set {item[:80]!r} names none of the methods {listed(settings)}; write method.key=value, such as "
                 "swag.rank=10"
             )
         settings[label].append(setting)
@@ -53,9 +53,9 @@ def build_methods(names: Sequence[str], given: Sequence[str]) -> dict[str, Infer
     for label, method in labelled:
         name = label or method
         if "/" in name:
-            raise InputError(f"a method's label names a file, and {name!r} cannot; write it without a slash")
+            raise InputError(f"a method's label names a file, and {name[:80]!r} cannot; write it without a slash")
         if name in methods:
-            raise InputError(f"two methods are called {name}; give each a label of its own, label={method}")
+            raise InputError(f"two methods are called {name[:80]}; give each a label of its own, label={method[:80]}")
         methods[name] = build_method(method, settings[label or method.partition(":")[0]])
     return methods
 
@@ -82,7 +82,7 @@ def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:
             part = next((part for part, member in inner.items() if key in vars(member)), "")
             if not part:
                 known = [each for owner in (method, *inner.values()) for each in vars(owner) if each not in inner]
-                raise InputError(f"{name} has no setting {key!r}, {close_matches(key, known)}")
+                raise InputError(f"{name} has no setting {key[:80]!r}, {close_matches(key[:80], known)}")
             routed[part].setdefault(key, text)
     values |= {key: _with(one, routed[key], one.name if key in words else name) for key, one in inner.items()}
     return type(method)(**(settings | values))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from bayeslora.cli.options import TrainOptions, option
+from bayeslora.cli.options import SAVING, TrainOptions, option
 from bayeslora.cli.runs import check_folder, opened
 from bayeslora.errors import InputError
 
@@ -38,6 +39,11 @@ class Options(TrainOptions):
     member: int = option(
         0, "Train this member of the ensemble with --seed alone, by the method of its members; 0 has the seed itself."
     )
+    non_finite: Literal["stop", "skip"] = option(
+        "stop",
+        "A step whose loss or gradient is not finite: stop before it, or skip it, at most 5 in a row and a tenth of "
+        "all.",
+    )
     resamples: int = option(1000, "Bootstrap resamples for the 95 % intervals of the test metrics; 0: none.")
     out: str = option("bayeslora-run", "Folder for the results.")
     resume: bool = option(False, "Go on with a folder that is there.")
@@ -46,9 +52,12 @@ class Options(TrainOptions):
 def run(options: Options) -> None:
     """Train, keep the posterior, and measure it on the test split if there is one with labels."""
     out = Path(options.out)
-    check_folder(out, options, resume=options.resume, free=("draws", "token_budget", "device", "resamples"))
+    free = ("draws", "token_budget", "device", "non_finite", "resamples", *SAVING)
+    check_folder(out, options, resume=options.resume, free=free)
     from bayeslora.cli import build, data, progress, settings, terminal
+    from bayeslora.files import standing
     from bayeslora.methods.ensemble import Ensemble, seeded
+    from bayeslora.methods.steps import FiniteSteps
     from bayeslora.params import device_of, initialise, lora_parameters
     from bayeslora.posteriors.loading import load_posterior
     from bayeslora.training.run import fit
@@ -64,7 +73,7 @@ def run(options: Options) -> None:
         task = data.build_task(options, "train")
         model, tokenizer = build.build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
-            if (out / "posterior").exists():
+            if standing(out / "posterior").exists():
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:
@@ -73,8 +82,9 @@ def run(options: Options) -> None:
                 adapted = sum(p.numel() for p in lora_parameters(model).values())
                 what = f"{options.method} on {task.name}: {rows} training rows, {adapted:,} adapter parameters"
                 terminal.say(f"{what}, on {device_of(model)}")
-                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume)
+                more = [FiniteSteps(options.non_finite), *build.timed_checkpoints(options)]
+                posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume, callbacks=more)
                 data.save_run(out, posterior, task.train)
-                if not options.save_steps:
-                    shutil.rmtree(out / "training", ignore_errors=True)
+            if not options.save_steps:
+                shutil.rmtree(out / "training", ignore_errors=True)
         build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

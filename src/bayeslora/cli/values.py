@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import re
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import ClassVar, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from bayeslora.errors import InputError
+from bayeslora.files import parse_json, read_bytes
 
+MAX_YAML = 2**18
+"""Most bytes of a configuration."""
 _NAMES: dict[object, str] = {
     int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null",
 }  # fmt: skip
@@ -23,7 +26,7 @@ def read(value: object, hint: object, what: str) -> object:
     try:
         return _read(value, hint)
     except (ValueError, OverflowError):
-        raise InputError(f"{what} must be {in_words(hint)}, and it is {_as_json(value)!r}") from None
+        raise InputError(f"{what} must be {in_words(hint)}, and it is {_as_json(value)!r:.80}") from None
 
 
 def _read(value: object, hint: object) -> object:
@@ -48,7 +51,9 @@ def _read(value: object, hint: object) -> object:
     elif isinstance(value, bool):
         raise ValueError
     elif hint is str and isinstance(value, str | int | float):
-        return str(value)
+        if re.search("[\0\ud800-\udfff]", text := str(value)):
+            raise ValueError  # no file can be called so, and none can hold it
+        return text
     elif hint is int and isinstance(value, str | int):
         return int(value)
     elif hint is float and isinstance(value, str | int | float) and not math.isnan(number := float(value)):
@@ -70,7 +75,7 @@ def _as_json(value: object) -> object:
     if not isinstance(value, str):
         return value
     with contextlib.suppress(ValueError):
-        return json.loads(value)
+        return parse_json(value)
     return _CONSTANTS.get(value.lower(), value)
 
 
@@ -86,26 +91,44 @@ def in_words(hint: object) -> str:
     return f"a list, each {in_words(inside[0])}" if origin is list else _NAMES.get(hint, str(hint))
 
 
-def load_yaml(path: Path) -> object:
-    """Read a YAML file: its words as they are typed (``[yes, 1]`` are two texts) but null, and no key twice."""
+def load_yaml(path: Path, typed: str = "") -> object:
+    """Read a YAML file: words as they are typed (``[yes, 1]`` are two texts) but null, and below the key ``typed``."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar = {
-            first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
-            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
+        def compose_node(self, parent: yaml.Node, index: object) -> yaml.Node:
+            """Refuse what makes other values, or much, of few words."""
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) not in (None, "!"):
+                what = "an alias" if isinstance(event, yaml.AliasEvent) else f"the tag {event.tag[:40]}"
+                raise InputError(f"{path} line {event.start_mark.line + 1} has {what}; write the value itself")
+            return super().compose_node(parent, index)
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-            keys = [key.value for key, _ in node.value]
-            for row, key in enumerate(keys):
-                if key in keys[:row]:
-                    line = node.value[row][0].start_mark.line + 1
-                    raise InputError(f"{path} line {line} gives {key!r} a second time; keep one of the two")
-            return super().construct_mapping(node, deep)
+        def words(self, node: yaml.Node) -> object:
+            """Return a node's value."""
+            if isinstance(node, yaml.ScalarNode):
+                return None if node.tag.endswith(":null") else node.value
+            if isinstance(node, yaml.SequenceNode):
+                return [self.words(each) for each in node.value]
+            found: dict[str, object] = {}
+            for name, value in node.value:
+                line = f"{path} line {name.start_mark.line + 1}"
+                if not isinstance(name, yaml.ScalarNode):
+                    raise InputError(f"{line} has a key that is no word; write one word before the colon")
+                if name.value in found:
+                    raise InputError(f"{line} gives {name.value[:80]!r} a second time; keep one of the two")
+                found[name.value] = self.words(value)
+                if node is root and name.value == typed and isinstance(value, yaml.MappingNode):
+                    found[name.value] = self.construct_object(value, deep=True)
+            return found
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"the configuration {path} cannot be read: {reason}") from error
+        loader = Loader(read_bytes(path, MAX_YAML).decode())
+        root = loader.get_single_node()
+        return None if root is None else loader.words(root)
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"the configuration {path} cannot be read: it is nested too deeply") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"the configuration {path} cannot be read: {' '.join(str(error).split())}") from error

@@ -3,7 +3,7 @@
 MAP with seed s is the first member of the ensemble with seed s, and SWAG goes on from MAP at a constant learning rate,
 as in its paper; SWAG is MultiSWAG's first run, and what is fitted to a trained adapter is fitted to MAP.
 
-A run's folder and a prediction's file are named by a key of all that they depend on (`comparison.keys`). A change makes
+A run's folder and a prediction's file are named by a key of all that they depend on (`training.keys`). A change makes
 a new one beside the old; what is the same is taken from there.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +20,14 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from bayeslora._typing import Tokenizer
-from bayeslora.comparison import keys
 from bayeslora.comparison.costs import Cost, folder_bytes, max_known, peak_memory
 from bayeslora.files import write_json
 from bayeslora.methods import Ensemble, Inference, Map, PostHoc, Swag
+from bayeslora.methods.checkpoints import checkpoints
 from bayeslora.methods.ensemble import member_seed
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import device_of, initialise
@@ -33,8 +35,8 @@ from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
-from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.tasks.types import Split, Task
+from bayeslora.training import keys
 from bayeslora.training.run import fit
 
 
@@ -58,6 +60,7 @@ class CachedRuns:
     resamples: int = 1000
     bins: int = 15
     report: Callable[[str], None] = print  # called with one line when something begins
+    callbacks: Sequence[TrainerCallback] = ()  # more for the Trainer, which change nothing that is learned
 
     @property
     def test(self) -> Split:
@@ -68,12 +71,7 @@ class CachedRuns:
     @cached_property
     def inputs(self) -> keys.Parts:
         """What every run depends on, looked at once: `compare` makes a copy of its own."""
-        return {
-            "train": keys.of_rows(self.task.train),
-            "validation": keys.of_rows(self.task.validation),
-            "model": keys.of_model(self.model),
-            "tokenizer": keys.of_tokenizer(self.tokenizer or tokenizer_of(self.model)),
-        }
+        return keys.inputs(self.model, self.task, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -209,6 +207,9 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
         seconds += time.perf_counter() - began
         posterior.save_pretrained(folder, overwrite=True)
         write_json(log, {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends})
+        if runs.args.save_strategy == SaveStrategy.NO:  # those of the clock and of signals serve no more
+            for checkpoint in checkpoints(run.folder):
+                shutil.rmtree(checkpoint, ignore_errors=True)
     record = json.loads(log.read_text(encoding="utf-8"))
     cost = Cost(record["seconds"], None, record["memory"], folder_bytes(folder))
     return Learned(load_posterior(folder), cost, run.key)
@@ -221,7 +222,7 @@ def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start
         initialise(model, args.seed)
     if isinstance(method, PostHoc):
         return method.fit(model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget)
-    return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True)
+    return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True, callbacks=runs.callbacks)
 
 
 def _differing(run: Run) -> str:

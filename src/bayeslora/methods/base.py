@@ -12,10 +12,12 @@ from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Recorder, recall
+from bayeslora.methods.steps import guarded
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
-from bayeslora.params import read
+from bayeslora.params import Params, check_finite, read
 from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, scored
 from bayeslora.prediction import predict
@@ -97,7 +99,7 @@ class PostHoc(Inference, Generic[Fitted]):
     @final
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return a callback that notes the run; training is plain."""
-        return {"callbacks": [Recorder(self.name, num_data)]}
+        return {"callbacks": guarded([Recorder(self.name, num_data), CheckpointState()])}
 
     @abstractmethod
     def check(self, model: nn.Module, task: Task) -> None:
@@ -142,12 +144,19 @@ class PostHoc(Inference, Generic[Fitted]):
         origin = origin_for(model, self, None if task.train is None else len(task.train))
         check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
         origin = scored(origin, task.normalisation)
-        posterior = Point(read(model), origin) if start is None else start
+        posterior = Point(trained(model), origin) if start is None else start
         return self._fit(TrainedAdapter(model, task, posterior, origin, tokenizer, seed, token_budget))
 
     @abstractmethod
     def _fit(self, adapter: TrainedAdapter) -> Fitted:
         """Return the posterior around an adapter, once `check` has passed."""
+
+
+def trained(model: nn.Module) -> Params:
+    """Return a copy of the trained adapter, float32 on the CPU, or refuse one with numbers that are not finite."""
+    params = read(model)
+    check_finite(params, "the trained adapter makes no posterior")
+    return params
 
 
 def settings(method: Inference) -> dict[str, object]:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_file
 from bayeslora.methods.records import Record, check_num_data, remember, require_record
-from bayeslora.params import Params, lora_parameters, require_lora
+from bayeslora.params import Params, check_finite, lora_parameters, require_lora
 
 HALF = (torch.float16, torch.bfloat16)
 """Types that are put into float32."""
@@ -78,12 +78,13 @@ class MethodCallback(TrainerCallback, ABC):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Begin, and put the run on record under the model that the Trainer really trains."""
         run = Run.of(args, state, kwargs)
-        remember(run.model, self.begin(run))
+        record = self.begin(run)
+        record.save = self._save
+        remember(run.model, record)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
-        """Write into the checkpoint, from the first process."""
-        if state.is_world_process_zero:
-            self.save(checkpoint_file(args, state, self.file), Run.of(args, state, kwargs))
+    def _save(self, folder: Path, run: Run) -> None:
+        """Write into a checkpoint, which is not complete yet."""
+        self.save(folder / self.file, run)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Take out of the model what the run put there, and end."""
@@ -127,6 +128,7 @@ def checkpoint_file(args: TrainingArguments, state: TrainerState, name: str) -> 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, at once or not at all."""
+    check_finite(tensors, f"{path} is not written")
     with atomic_file(path) as partial:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, metadata)
 

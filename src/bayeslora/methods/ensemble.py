@@ -12,7 +12,6 @@ than logits are averaged, and the mutual information is taken over members befor
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +21,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.files import write_json
 from bayeslora.methods.base import Inference, Method, PostHoc, TrainerKwargs, origin_for
-from bayeslora.methods.callback import checkpoint_file
+from bayeslora.methods.checkpoints import seed_of_checkpoint
 from bayeslora.methods.map import Map
 from bayeslora.methods.mc_dropout import column_dropout
 from bayeslora.methods.records import Record, check_num_data, recall, remember, require_record
+from bayeslora.methods.steps import guarded
 from bayeslora.methods.swag import Swag
 from bayeslora.params import initialise, require_lora, seed_of
 from bayeslora.posteriors import Mixture, Posterior
-
-_STATE_FILE = "bayeslora_member.json"
 
 
 @final
@@ -99,7 +96,7 @@ class Ensemble(Method):
                 "trained member and put them together with method.mixture(members, model)"
             )
         kwargs = self.member.trainer_kwargs(model, num_data)
-        return {**kwargs, "callbacks": [_Start(self, num_data), *kwargs["callbacks"], _Keep(self)]}
+        return {**kwargs, "callbacks": guarded([_Start(self, num_data), *kwargs["callbacks"], _Keep(self)])}
 
     def posterior(self, model: nn.Module) -> Mixture:
         """Return the mixture of the members that were trained; see `Method.posterior`."""
@@ -183,7 +180,7 @@ class _Start(TrainerCallback):
             record = Record(name, self.num_data, {})
             remember(model, record)
         if not begins:
-            _check_seed(checkpoint_file(args, state, _STATE_FILE), args.seed)
+            _check_seed(state, args.output_dir, args.seed)
             return
         if args.seed in record.learned:
             raise InputError(
@@ -192,19 +189,14 @@ class _Start(TrainerCallback):
             )
         initialise(model, args.seed)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
-        """Write the member's seed into the checkpoint."""
-        if state.is_world_process_zero:
-            write_json(checkpoint_file(args, state, _STATE_FILE), {"seed": args.seed})
 
-
-def _check_seed(path: Path, seed: int) -> None:
+def _check_seed(state: TrainerState, folder: str, seed: int) -> None:
     """Refuse to resume a run that was begun with another seed."""
-    before = json.loads(path.read_text(encoding="utf-8"))["seed"] if path.exists() else None
+    before = seed_of_checkpoint(state)
     if before != seed:
         known = "an older version, which numbered members otherwise" if before is None else f"seed {before}"
         raise InputError(
-            f"{path.parent} was begun with {known}, and this member has seed {seed}: it would be two members in one; "
+            f"{folder} was begun with {known}, and this member has seed {seed}: it would be two members in one; "
             "finish it as it was begun, or train it anew"
         )
 

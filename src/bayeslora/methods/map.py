@@ -14,10 +14,11 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Recorder
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase
-from bayeslora.params import read
+from bayeslora.methods.steps import guarded
 from bayeslora.posteriors import Point
 
 
@@ -46,8 +47,8 @@ class Map(Method):
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callbacks, and the loss if there is a KL term."""
-        callbacks: list[TrainerCallback] = [Recorder(self.name, num_data)]
-        kwargs: TrainerKwargs = {"callbacks": callbacks}
+        callbacks: list[TrainerCallback] = [Recorder(self.name, num_data), CheckpointState()]
+        kwargs: TrainerKwargs = {}
         if self.weight_decay or self.weight_decay_b:
             callbacks.append(DecoupledDecay(self.weight_decay, self.weight_decay_b))
         if self.early_stopping is not None:
@@ -56,11 +57,11 @@ class Map(Method):
             divergence = KlToBase(self.kl)
             callbacks.append(divergence)
             kwargs["compute_loss_func"] = divergence.loss
-        return kwargs
+        return {**kwargs, "callbacks": guarded(callbacks)}
 
     def posterior(self, model: nn.Module) -> Point:
         """Return the model's adapter as it is."""
-        return Point(read(model), origin_for(model, self))
+        return Point(trained(model), origin_for(model, self))
 
 
 @final

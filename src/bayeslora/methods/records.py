@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from torch import nn
@@ -23,10 +24,11 @@ class Record:
     num_data: int
     learned: Any = None  # what the method needs, in its own type
     undo: Callable[[nn.Module], None] | None = None  # takes out what the run put into the model
+    save: Callable[[Path, Any], None] | None = None  # writes what was learned into a checkpoint of a run
 
     def clear(self, model: nn.Module) -> None:
         """Take out what the run put into the model; once."""
-        undo, self.undo = self.undo, None
+        undo, self.undo, self.save = self.undo, None, None
         if undo is not None:
             undo(model)
 
@@ -42,6 +44,11 @@ def remember(model: nn.Module, record: Record) -> None:
         if earlier is not record:
             earlier.clear(model)
     records[record.method] = record
+
+
+def records(model: nn.Module) -> list[Record]:
+    """Return the records of the last runs of all methods on a model."""
+    return list(_RECORDS.get(model, {}).values())
 
 
 def recall(model: nn.Module, method: str) -> Record | None:

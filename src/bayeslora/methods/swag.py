@@ -26,11 +26,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
 from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Record, require_record
+from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, lora_parameters, read
+from bayeslora.params import Params, lora_parameters
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ class Swag(Method):
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
         collector = Collector(self, num_data)
-        return {"callbacks": [collector, MetricsCallback(self.name, collector.metrics)]}
+        metrics = MetricsCallback(self.name, collector.metrics)
+        return {"callbacks": guarded([collector, metrics, CheckpointState()])}
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`."""
@@ -99,7 +102,7 @@ class Swag(Method):
             A posterior of the family that ``kind`` names.
         """
         origin = origin_for(model, self)
-        mean = read(model) | {n: m.clone() for n, m in moments.mean.items()}
+        mean = trained(model) | {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":
             return Point(mean, origin)
         scale = self.scale if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
@@ -166,6 +169,7 @@ class Collector(MethodCallback):
         self.method = method
         self.moments = Moments(method.rank)
         self.start = self.interval = 0
+        self.moved = True
 
     def begin(self, run: Run) -> Record:
         """Plan the collections, hold the schedule, and take up the moments of a checkpoint."""
@@ -189,10 +193,14 @@ class Collector(MethodCallback):
         hold(run.scheduler, self.start, method.learning_rate or args.learning_rate / 10)
         return Record(self.name, self.num_data, self.moments)
 
+    def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
+        """Note whether the step was taken."""
+        self.moved = took_step(kwargs["optimizer"])
+
     def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
-        """Collect if it is time."""
+        """Collect if it is time, and not where the last collection was."""
         since = state.global_step - self.start
-        if since > 0 and since % self.interval == 0:
+        if since > 0 and since % self.interval == 0 and self.moved:
             self.moments.add({name: p for name, p in lora_parameters(kwargs["model"]).items() if p.requires_grad})
 
     def metrics(self, state: TrainerState) -> dict[str, float]:

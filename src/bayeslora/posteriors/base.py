@@ -25,7 +25,7 @@ from bayeslora.errors import InputError
 from bayeslora.files import atomic_folder
 from bayeslora.params import Params, swapped
 from bayeslora.posteriors.card import DESCRIPTIONS, card
-from bayeslora.posteriors.folder import Content, write_folder
+from bayeslora.posteriors.folder import Content, member_folder, write_folder
 from bayeslora.posteriors.hub import push
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import GROUPS, Draws, Sampling
@@ -233,10 +233,10 @@ class Posterior(ABC):
                 tensors[name] = dict(value)
             else:
                 scalars[name] = dict(value) if isinstance(value, Mapping) else value
-        write_folder(folder, Content(type(self).__name__, self.mean, origin, tensors, scalars, len(members)))
         for i, member in enumerate(members):
-            (folder / f"member-{i}").mkdir()
-            member.write(folder / f"member-{i}")
+            member_folder(folder, i).mkdir()
+            member.write(member_folder(folder, i))
+        write_folder(folder, Content(type(self).__name__, self.mean, origin, tensors, scalars, len(members)))
 
     @final
     def save_pretrained(

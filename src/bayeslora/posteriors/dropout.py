@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,8 +40,11 @@ class ColumnDropout(Posterior):
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        """Check the rate."""
+        """Check the rate, and that the strengths are of matrices."""
         _check_rate(self.rate)
+        for name, strength in self.strength.items():
+            if name not in self.mean or self.mean[name].ndim < 2 or not math.isfinite(strength):
+                raise InputError(f"the strength of {name!r} must be a finite number, and its mean a matrix")
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the parameters with the columns of one mask dropped."""

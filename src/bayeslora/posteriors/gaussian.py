@@ -96,8 +96,10 @@ class LowRankGaussian(Posterior):
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        """Check shapes, and that there are at least two snapshots."""
+        """Check shapes, the scale, and that there are at least two snapshots."""
         _check_variance(self.mean, self.variance)
+        if not 0 <= self.scale < math.inf:
+            raise InputError(f"the scale of a covariance must be finite and not negative, and it is {self.scale}")
         if self.snapshots.keys() != self.variance.keys():
             raise InputError("the snapshots and the variance of a low-rank posterior name different parameters")
         for name, s in self.snapshots.items():

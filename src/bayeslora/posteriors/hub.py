@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bayeslora.errors import InputError
+from bayeslora.files import standing
 from bayeslora.posteriors.card import name_card
 
 _STALE = ["posterior.safetensors", "member-*"]
@@ -64,8 +65,9 @@ def fetch(name: str | Path, revision: str | None = None, token: str | bool | Non
     """Return a folder, or that of a repository ``org/name`` on the Hugging Face Hub, from the cache or downloaded."""
     from huggingface_hub import snapshot_download
 
-    if Path(name).is_dir():
-        return Path(name)
+    folder = standing(Path(name))
+    if folder.is_dir():
+        return folder
     try:
         return Path(snapshot_download(str(name), revision=revision, token=token))
     except Exception as error:  # as above

@@ -9,26 +9,31 @@ appears at once, when all of it is written.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast, get_type_hints
 
+import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.files import atomic_folder, read_object
-from bayeslora.params import check_against, lora_parameters
+from bayeslora.files import atomic_folder, undisturbed
+from bayeslora.params import Params, check_against, lora_parameters
 from bayeslora.posteriors.base import FAMILIES, Posterior
 from bayeslora.posteriors.folder import (
-    ADAPTER,
-    ADAPTER_CONFIG,
     CONFIG,
+    LARGEST,
+    Content,
+    member_folder,
+    read_adapter,
     read_folder,
-    read_tensors,
     write_adapter,
 )
 from bayeslora.posteriors.hub import fetch
 from bayeslora.posteriors.point import Point
 from bayeslora.posteriors.provenance import Origin, check_base
 from bayeslora.posteriors.sampling import Draws, former_keywords
+from bayeslora.posteriors.schema import scalar_rule
 
 
 def load_posterior(
@@ -54,7 +59,7 @@ def load_posterior(
         InputError: If it is no posterior, one of another format, a file is damaged, or it is not for the model; the
             message says which.
     """
-    posterior = _read(fetch(name, revision, token))
+    posterior = undisturbed(fetch(name, revision, token), _read)
     if model is not None:
         check_base(posterior.require_origin(), model)
         check_against(posterior.mean, lora_parameters(model))
@@ -67,14 +72,8 @@ def load_adapter(name: str | Path, *, revision: str | None = None) -> Posterior:
     folder = fetch(name, revision)
     if (folder / CONFIG).exists():
         return load_posterior(folder)
-    missing = f"{folder} is neither a posterior of bayeslora nor a PEFT adapter (it has no {ADAPTER_CONFIG})"
-    config = read_object(folder / ADAPTER_CONFIG, missing)
-    if config.get("peft_type") != "LORA":
-        raise InputError(
-            f"{folder} is an adapter of type {config.get('peft_type')}; bayeslora serves LoRA adapters only"
-        )
-    origin = Origin(config, str(config.get("base_model_name_or_path") or ""), {})
-    return Point(read_tensors(folder / ADAPTER), origin)
+    config, mean = read_adapter(folder)
+    return Point(mean, Origin(config, str(config.get("base_model_name_or_path") or ""), {}))
 
 
 @former_keywords(seed="draws.seed", sampling="draws.sampling")
@@ -104,14 +103,53 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int | Draws, *
     return [target / adapter for adapter in names]
 
 
-def _read(folder: Path) -> Posterior:
+def _read(folder: Path, depth: int = 8) -> Posterior:
     """Read one posterior, and what it is made of."""
+    if not depth:
+        raise InputError(f"{folder} is nested too deeply; copy the folder again")
     content = read_folder(folder)
     family = FAMILIES.get(content.family)
     if family is None:
-        raise InputError(f"{folder / CONFIG} names the family {content.family!r}; known: {', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise InputError(f"{folder / CONFIG} names the family {content.family[:60]!r}; known: {known}")
+    inner = [member_folder(folder, i) for i in range(content.members)]
+    for each in inner:
+        if each.is_symlink():
+            raise InputError(f"{each} is a link; copy the folder itself there")
+    members = tuple(_read(each, depth - 1) for each in inner)
     try:
-        members = tuple(_read(folder / f"member-{i}") for i in range(content.members))
-        return family.from_parts(content, members)
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{folder} lacks a part of a {content.family} ({error}); copy the folder again") from error
+        _check_parts(family, content)
+        posterior = family.from_parts(content, members)
+        _check_draws(posterior, content)
+        return posterior
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    except (TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:  # shapes that do not go together
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{folder} lacks a part of a {content.family} ({first}); copy the folder again") from error
+
+
+def _check_parts(family: type[Posterior], content: Content) -> None:
+    """Refuse parts that are no fields of a family, or of another kind than its fields, or another number of members."""
+    kinds, names = get_type_hints(family), {field.name for field in fields(cast(Any, family))}
+    own = names - {"mean", "origin", "members", "posterior"}
+    for name in (*content.tensors, *content.scalars):
+        if name not in own or (name in content.tensors) != (kinds[name] == Params):
+            raise InputError(f"a {content.family} has no part {name[:60]!r} of that kind; copy the folder again")
+    for name, value in content.scalars.items():
+        rule = scalar_rule(kinds[name])
+        if not rule.holds(value):
+            raise InputError(f"the {name} of a {content.family} must be {rule.words}, and it is {str(value)[:60]!r}")
+    if ("members" in names) != (content.members > 1) and content.members != int(bool({"members", "posterior"} & names)):
+        raise InputError(f"a {content.family} is not made of {content.members} posteriors; copy the folder again")
+
+
+def _check_draws(posterior: Posterior, content: Content) -> None:
+    """Refuse a posterior whose mean is not the plain adapter of its folder, or of which a draw is not finite."""
+    mean = posterior.mean
+    if mean.keys() != content.mean.keys() or not all(torch.equal(mean[name], content.mean[name]) for name in mean):
+        raise InputError("the plain adapter is not the mean of what the posterior is made of; copy the folder again")
+    if content.members or not posterior.draws_are_weights:
+        return
+    if not all(bool((value.abs() <= LARGEST).all()) for value in posterior.draw(0).values()):
+        raise InputError(f"a draw of the {content.family} is not finite; copy the folder again")

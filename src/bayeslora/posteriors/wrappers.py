@@ -87,6 +87,8 @@ class Scaled(Derived):
         if self.scaling.keys() != {f"{of}.{part}" for of in ("draws", "mean") for part in ("weight", "bias")}:
             raise InputError("a scaled posterior needs weight and bias for the draws and for the mean")
         for name, value in self.scaling.items():
+            if value.ndim > 1 or value.shape != self.scaling[name.replace("bias", "weight")].shape:
+                raise InputError(f"the scaling's {name} must be one number for each choice, or one for all")
             if not bool(torch.isfinite(value).all()) or (name.endswith("weight") and bool((value <= 0).any())):
                 raise InputError(f"the scaling's {name} must be finite{', and positive' * name.endswith('weight')}")
 

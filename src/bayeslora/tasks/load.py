@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -148,12 +149,12 @@ def _source(name: str | None, data: str | Path | None, file_as: str, *, describe
         if known is None:
             raise unknown_task(name)
         return _Source(known.name, known, (known.hub,), {split: hub_rows(known, split) for split in known.splits})
-    path = Path(data).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(data))
+    if not os.path.exists(path):
         raise InputError(f"There is no file or folder {path}: give data=FOLDER with the task's files")
-    plain = path.stem if path.is_file() else path.resolve().name
+    plain = path.resolve().name if path.is_dir() else path.stem
     known = find_task(name or plain)
-    if path.is_file():
+    if not path.is_dir():
         if file_as not in {"test", "train"}:
             raise InputError(f"file_as is {file_as!r}: give 'test' or 'train'")
         only: SplitName = "train" if file_as == "train" else "test"

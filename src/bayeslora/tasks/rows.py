@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
+from bayeslora.files import parse_json
 from bayeslora.tasks.columns import Columns, guess_columns
 from bayeslora.tasks.files import Rows
-from bayeslora.tasks.labels import label_index, sorted_classes
-from bayeslora.tasks.templates import placeholders, template_columns
+from bayeslora.tasks.labels import class_name, label_index, plain, sorted_classes
+from bayeslora.tasks.templates import check_template, placeholders, template_columns
 from bayeslora.tasks.types import Example, Format, Split
+
+MAX_CLASSES = 1000
+"""Most classes that are taken from labels; more are names or numbers of the rows rather than classes."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,22 @@ class _Row:
     def text(self, column: str, reason: str = "", *, blank: bool = False) -> str:
         """Return a cell's text without spaces around it, which may be empty if ``blank`` says so."""
         value = self.cell(column, reason)
-        if not isinstance(value, (str, int, float)) or not (blank or str(value).strip()):
-            raise InputError(f"{self.where}: the column {column!r} is {value!r}: it should hold text")
-        return str(value).strip()
+        text = None if value is None else plain(value)
+        if text is None or not (text or (blank and isinstance(value, str))):
+            raise InputError(f"{self.where}: the column {column!r} is {repr(value)[:80]}: it should hold text")
+        return text
+
+    def choices(self, cells: Iterable[object]) -> tuple[str, ...]:
+        """Return cells as texts; a blank one becomes the empty text, which `_check_choices` refuses."""
+        texts = [(plain(cell), cell) for cell in cells]
+        wrong = next((cell for text, cell in texts if text is None), None)
+        if wrong is not None:
+            raise InputError(f"{self.where}: the choice {repr(wrong)[:80]} should be text")
+        return tuple(text or "" for text, _ in texts)
 
     def lacks(self, column: str, reason: str = "") -> InputError:
         """Return the error for a column that is not there."""
-        return InputError(f"{self.where} has no column {column!r}{reason}: its columns are {', '.join(self.values)}")
+        return InputError(f"{self.where} has no column {column!r}{reason}: its columns are {listed(self.values)}")
 
 
 def split_from_rows(
@@ -51,8 +63,7 @@ def split_from_rows(
 ) -> Split:
     """Build a split from rows, such as those of `read_rows`; its classes are None for multiple choice."""
     table = rows if isinstance(rows, Rows) else Rows(name, tuple(rows))
-    if not len(table):
-        raise InputError(f"{table.name} has no rows: give at least one")
+    _refuse_empty(table)
     if columns is None:
         columns = guess_columns(table.columns)
         columns = Columns(text=columns.text) if classes is not None else columns
@@ -63,7 +74,9 @@ def split_from_rows(
     fixed = None
     if columns.choices is None:
         fixed = tuple(classes or columns.classes or find_classes(table, columns.label))
+        _check_choices(numbered[0].choices(fixed), table.name, allow_duplicates=False)
     template = "" if fmt is None else fmt.template
+    check_template(template, "auto" if fmt is None else fmt.readout)
     examples = tuple(_example(row, columns, label, template, fixed, allow_duplicates) for row in numbered)
     blank = next((row for row, example in zip(numbered, examples, strict=True) if example.label is None), None)
     if label is not None and blank is not None and (need_labels or any(e.label is not None for e in examples)):
@@ -73,12 +86,18 @@ def split_from_rows(
 
 def find_classes(rows: Rows, label: str | None) -> tuple[str, ...]:
     """Return the sorted values of the label column as class names, at least two."""
+    _refuse_empty(rows)
     if label is None or not any(label in row for row in rows):
         raise InputError(
             f"{rows.name} has no label column {label!r} to take classes from (its columns are "
-            f"{', '.join(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'"
+            f"{listed(rows.columns)}): name it with columns={{'label': ...}}, or the classes with 'classes'"
         )
-    classes = sorted_classes(row.get(label) for row in rows)
+    classes = sorted_classes(class_name(row.get(label), rows.where(index)) for index, row in enumerate(rows))
+    if len(classes) > MAX_CLASSES:
+        raise InputError(
+            f"{rows.name} has {len(classes):,} different values in its label column {label!r}: name the column of the "
+            "classes, or, if these are classes, all of them in columns={'classes': [...]}"
+        )
     if len(classes) < 2:
         content = f"the one value {classes[0]!r}" if classes else "blanks only"
         raise InputError(
@@ -108,7 +127,8 @@ def _example(
     else:
         text = "\n".join(values.values())
     choices, codes = _choices(row, columns, classes)
-    _check_choices(choices, row.where, allow_duplicates)
+    if classes is None:
+        _check_choices(choices, row.where, allow_duplicates)
     value = None if label is None else row.cell(label)
     index = label_index(value, choices, codes, classes=classes is not None, where=row.where)
     return Example(text, choices, index, columns=tuple(values.items()))
@@ -121,35 +141,36 @@ def _choices(row: _Row, columns: Columns, classes: tuple[str, ...] | None) -> tu
         return classes, codes if len(codes) == len(classes) else ()
     if isinstance(columns.choices, tuple):
         cells = [row.cell(column) for column in columns.choices]
-        while cells and (cells[-1] is None or not str(cells[-1]).strip()):
+        while cells and plain(cells[-1]) == "":
             cells.pop()
-        return _strings(cells), codes[: len(cells)]
+        return row.choices(cells), codes[: len(cells)]
     column = str(columns.choices)
     cell = row.cell(column)
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
         try:
-            cell = json.loads(cell)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{row.where}: the column {column!r} is not a JSON list of choices: {error.msg}") from None
+            cell = parse_json(cell)
+        except ValueError as error:
+            raise InputError(f"{row.where}: the column {column!r} is not a JSON list of choices: {error}") from None
     texts, names = (cell.get("text"), cell.get("label")) if isinstance(cell, Mapping) else (cell, None)
     if not isinstance(texts, (list, tuple)):
-        raise InputError(f"{row.where}: the column {column!r} is {cell!r}: it should hold a list of choices")
+        raise InputError(f"{row.where}: the column {column!r} is {repr(cell)[:80]}: it should hold a list of choices")
     if not codes and isinstance(names, (list, tuple)) and len(names) == len(texts):
-        codes = _strings(names)
-    return _strings(texts), codes[: len(texts)]
+        codes = row.choices(names)
+    return row.choices(texts), codes[: len(texts)]
 
 
-def _strings(cells: Iterable[object]) -> tuple[str, ...]:
-    """Return cells as text; a blank cell becomes the empty text, which is refused where choices are checked."""
-    return tuple("" if cell is None else str(cell).strip() for cell in cells)
+def _refuse_empty(rows: Rows) -> None:
+    """Refuse rows that are none."""
+    if not len(rows):
+        raise InputError(f"{rows.name} has no rows: give at least one")
 
 
 def _check_choices(choices: tuple[str, ...], where: str, allow_duplicates: bool) -> None:
     """Refuse choices that cannot be told apart."""
     if len(choices) < 2:
-        raise InputError(f"{where} has fewer than 2 choices: {list(choices)}")
+        raise InputError(f"{where} has fewer than 2 choices: {str(list(choices))[:80]}")
     if not all(choices):
-        raise InputError(f"{where} has an empty choice: {list(choices)}")
+        raise InputError(f"{where} has an empty choice: {str(list(choices))[:80]}")
     if len(set(choices)) < len(choices) and not allow_duplicates:
         twice = next(choice for choice in choices if choices.count(choice) > 1)
-        raise InputError(f"{where} has the choice {twice!r} twice: make the choices differ")
+        raise InputError(f"{where} has the choice {twice[:80]!r} twice: make the choices differ")

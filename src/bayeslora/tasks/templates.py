@@ -7,7 +7,8 @@ from dataclasses import replace
 from string import Formatter, ascii_uppercase
 from typing import Literal, get_args
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
+from bayeslora.files import check_json
 from bayeslora.tasks.types import Example, Format, Normalisation, Split, TaskKind
 
 ConcreteReadout = Literal["letters", "likelihood", "head"]
@@ -15,6 +16,7 @@ ConcreteReadout = Literal["letters", "likelihood", "head"]
 LETTERS = ascii_uppercase
 CHARACTERS_PER_TOKEN = 4
 """Characters that count as one token where likelihoods are set in relation to characters: about right for English."""
+MAX_PLACEHOLDERS = 100
 
 _BLANK = "Fill in the blank (_) in the sentence.\nSentence: {text}\n"
 
@@ -43,24 +45,28 @@ def check_template(template: str, readout: str) -> None:
     """Refuse a template that cannot be filled for a readout; empty means the default and is accepted."""
     if not template:
         return
+    shown = repr(template)[:200]
     try:
+        check_json(template)
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise InputError(f"The template {template!r} is malformed ({error}): write {{{{ for a brace") from None
-    fields = {name for _, name, _, _ in parts if name is not None}
+        raise InputError(f"The template {shown} is malformed ({error}): write {{{{ for a brace") from None
+    fields = [name for _, name, _, _ in parts if name is not None]
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
     if "" in fields or not plain:
         named = "a placeholder {} without a name" if "" in fields else "a conversion or a format specification"
         raise InputError(
-            f"The template {template!r} has {named}: use only {{text}}, {{choices}} and names of columns in braces"
+            f"The template {shown} has {named}: use only {{text}}, {{choices}} and names of columns in braces"
         )
-    if not fields - {"choices"}:
+    if not set(fields) - {"choices"}:
         raise InputError(
-            f"The template {template!r} has no {{text}} and no other column: say where the question or text goes"
+            f"The template {shown} has no {{text}} and no other column: say where the question or text goes"
         )
+    if len(fields) > MAX_PLACEHOLDERS:
+        raise InputError(f"The template {shown} has {len(fields)} placeholders: {MAX_PLACEHOLDERS} are the most")
     if readout == "letters" and "choices" not in fields:
         raise InputError(
-            f"The template {template!r} has no {{choices}}, which the letters readout needs: add it, or choose "
+            f"The template {shown} has no {{choices}}, which the letters readout needs: add it, or choose "
             "readout='likelihood'"
         )
 
@@ -146,7 +152,7 @@ def _fill(example: Example, fmt: Format) -> str:
         values["choices"] = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(example.choices))
     lacking = [name for name in template_columns(fmt.template) if name not in values]
     if lacking:
-        has = ", ".join(name for name, _ in example.columns) or "none"
+        has = listed(name for name, _ in example.columns) or "none"
         raise InputError(
             f"{example.text[:60]!r} has no column {lacking[0]!r}, which the template names (its columns are {has}): "
             "give rows with that column, or another template"

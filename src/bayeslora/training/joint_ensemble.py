@@ -133,7 +133,7 @@ class _MemberGradients(TrainerCallback):
         grads = [p.grad for p in self._params if p.grad is not None]
         for grad in grads:
             grad.mul_(self.members)  # the loss is the mean over the rows of all members
-        if not self.max_grad_norm:
+        if not grads or not self.max_grad_norm:
             return
         squares = torch.stack([grad.flatten(1).float().square().sum(1) for grad in grads])
         factor = (self.max_grad_norm / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.files import write_json
+from bayeslora.files import standing, write_json
 from bayeslora.methods import Ensemble, Inference, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
@@ -25,7 +28,9 @@ from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import scored
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split, Task
+from bayeslora.training import keys
 from bayeslora.training.joint_ensemble import FOLDER, train_jointly
+from bayeslora.training.resuming import refuse_others
 from bayeslora.training.trainer import TrainerRun, adapted, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -47,8 +52,9 @@ def fit(
     The loss is the cross-entropy over the choices, so that what is trained is what is evaluated. A method that is
     fitted to a trained adapter (`PostHoc`) is fitted to the plain fine-tune. An ensemble trains its members one after
     another in ``<output_dir>/member-k`` and keeps each there when it is done. Evaluations on the way log accuracy, NLL,
-    ECE and Brier score of the adapter as it is then, but for members that are trained together. Ctrl-C writes a
-    checkpoint and stops; a second one stops at once.
+    ECE and Brier score of the adapter as it is then, but for members that are trained together. Ctrl-C and SIGTERM
+    write a checkpoint and stop; a second one stops at once. In several processes all return the posterior, and the
+    first one writes.
 
     Args:
         model: PEFT model with a LoRA adapter. It is trained from the adapter that it has, and ends in the last state of
@@ -58,14 +64,16 @@ def fit(
         args: Arguments of the Trainer.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         start: Where to start from instead: a posterior's mean, or one for each member of an ensemble.
-        resume: Whether to go on from the last checkpoint in ``output_dir``, if there is one.
+        resume: Whether to go on from the newest complete checkpoint in ``output_dir``, if there is one. What does not
+            change what is learned, such as logging, saving and evaluating, may be other than it was.
         callbacks: More callbacks for the Trainer.
 
     Returns:
         The posterior.
 
     Raises:
-        InputError: If the task cannot be trained on, or something does not fit.
+        InputError: If the task cannot be trained on, something does not fit, or the checkpoints in ``output_dir`` are
+            of other settings or data.
     """
     if task.train is None or not len(task.train):
         raise InputError(f"the task {task.name} has no training examples; give data with a train split")
@@ -93,6 +101,11 @@ class _Common:
     resume: bool
     callbacks: Sequence[TrainerCallback]
 
+    @cached_property
+    def inputs(self) -> keys.Parts:
+        """What all runs depend on, looked at once."""
+        return keys.inputs(self.model, self.task, self.tokenizer)
+
 
 def _check_labels(split: Split, purpose: str) -> None:
     """Refuse a split in which a label is not known."""
@@ -109,9 +122,10 @@ def _train(common: _Common, method: Inference, args: TrainingArguments, start: P
         point = _train(common, Map(), args, start)
         return method.fit(model, task, start=point, tokenizer=common.tokenizer, seed=args.seed)
     assert isinstance(method, Method)
+    run = _prepared(common, method, args, [start])
     if start is not None:
         write(model, start.mean)
-    run_trainer(_prepared(common, method, args), resume=common.resume)
+    run_trainer(run, resume=common.resume)
     return method.posterior(model)
 
 
@@ -121,25 +135,25 @@ def _train_members(
     """Train an ensemble's members, those that are not there already, and put them together."""
     model, resume = common.model, common.resume
     member_args = [method.member_arguments(args, k) for k in range(method.members)]
-    folders = [Path(each.output_dir) / "posterior" for each in member_args]
-    if resume and all(folder.exists() for folder in folders):
+    folders = [standing(Path(each.output_dir) / "posterior") for each in member_args]
+    kept = [resume and folder.exists() for folder in folders]
+    if all(kept):
         return method.mixture([load_posterior(folder) for folder in folders], model)
-    _note_seeds(args, member_args, resume)
+    _note_members(common, method, args, member_args, starts)
+    members: list[Posterior] = []
     if method.together:
         members = _train_jointly(common, method.member, member_args, starts)
-        for member, folder in zip(members, folders, strict=True):
-            member.save_pretrained(folder, overwrite=True)
-        return method.mixture(members, model)
-    members = []
     for k, (each, folder) in enumerate(zip(member_args, folders, strict=True)):
-        if resume and folder.exists():
+        if kept[k] and not method.together:
             members.append(load_posterior(folder))
             continue
-        logger.info("Training member %d of %d.", k + 1, method.members)
-        initialise(model, each.seed)
-        member = _train(common, method.member, each, starts[k])
-        member.save_pretrained(folder, overwrite=True)
-        members.append(member)
+        if not method.together:
+            logger.info("Training member %d of %d.", k + 1, method.members)
+            initialise(model, each.seed)
+            members.append(_train(common, method.member, each, starts[k]))
+        if args.process_index == 0:
+            members[k].save_pretrained(folder, overwrite=True)
+        PartialState().wait_for_everyone()
     return method.mixture(members, model)
 
 
@@ -147,7 +161,7 @@ def _train_jointly(
     common: _Common, method: Inference, args: Sequence[TrainingArguments], starts: Sequence[Posterior | None]
 ) -> list[Posterior]:
     """Train the members of an ensemble in one pass over the base."""
-    run, means = _prepared(common, method, args[0]), []
+    run, means = _prepared(common, method, args[0], starts), []
     for start, each in zip(starts, args, strict=True):
         if start is None:
             initialise(common.model, each.seed)
@@ -156,22 +170,57 @@ def _train_jointly(
     return [Point(params, origin_for(common.model, method)) for params in members]
 
 
-def _note_seeds(args: TrainingArguments, member_args: Sequence[TrainingArguments], resume: bool) -> None:
-    """Keep the members' seeds beside their folders, and refuse to go on with an ensemble that has others."""
+def _note_members(
+    common: _Common,
+    method: Ensemble,
+    args: TrainingArguments,
+    member_args: Sequence[TrainingArguments],
+    starts: Sequence[Posterior | None],
+) -> None:
+    """Keep beside the members what they depend on, and refuse to go on with an ensemble of others."""
     folder = Path(args.output_dir)
     file, seeds = folder / "members.json", [[each.seed, each.data_seed] for each in member_args]
-    if resume and any(path.exists() for path in (folder / FOLDER, *(Path(each.output_dir) for each in member_args))):
+    settings = _settings(common, method.member, args, starts) | {"seed": None, "data_seed": None, "members": None}
+    own = [Path(each.output_dir) for each in member_args]
+    if common.resume and any(path.exists() for path in (folder / FOLDER, *own)):
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [None]
-        if any(one != other for one, other in zip(before, seeds, strict=False)):
+        former = before["seeds"] if isinstance(before, dict) else before  # versions before kept the seeds alone
+        if any(one != other for one, other in zip(former, seeds, strict=False)):
             raise InputError(
                 f"the ensemble in {folder} was begun with other seeds of its members, as an older version gave them; "
                 "finish it as it was begun, or choose another output folder"
             )
+        refuse_others(file, before["settings"] if isinstance(before, dict) else None, settings)
     if args.process_index == 0:
-        write_json(file, seeds)
+        if not common.resume:  # else a run that breaks off would go on with members of an earlier one
+            for each in own:
+                shutil.rmtree(each / "posterior", ignore_errors=True)
+        write_json(file, {"seeds": seeds, "settings": settings})
+    PartialState().wait_for_everyone()
 
 
-def _prepared(common: _Common, method: Inference, args: TrainingArguments) -> TrainerRun:
+def _settings(
+    common: _Common, method: Inference, args: TrainingArguments, starts: Sequence[Posterior | None]
+) -> keys.Parts:
+    """Return what a run depends on: going on with it under others would give what no run gives."""
+    settings = {
+        "method": keys.of_method(method),
+        "training": keys.of_arguments(args),
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "rows": None if common.task.train is None else len(common.task.train),
+        "members": len(starts),
+        "start": [keys.of_params(start.mean) for start in starts if start is not None],
+        **common.inputs,
+    }
+    if not args.load_best_model_at_end and isinstance(method, Method):
+        del settings["validation"]  # nothing is chosen on it
+    return settings
+
+
+def _prepared(
+    common: _Common, method: Inference, args: TrainingArguments, starts: Sequence[Posterior | None]
+) -> TrainerRun:
     """Encode a task's rows, and gather what the Trainer is given."""
     task = common.task
     assert task.train is not None
@@ -186,7 +235,7 @@ def _prepared(common: _Common, method: Inference, args: TrainingArguments) -> Tr
     args = _stopping_early(adapted(args), method, held_out is not None)
     if task.validation is not None and args.eval_strategy != IntervalStrategy.NO:
         _check_labels(task.validation, "evaluation")
-    return TrainerRun(common.model, readout, rows, held_out, args, kwargs)
+    return TrainerRun(common.model, readout, rows, held_out, args, kwargs, _settings(common, method, args, starts))
 
 
 def _stopping_early(args: TrainingArguments, method: Inference, held_out: bool) -> TrainingArguments:
@@ -196,4 +245,6 @@ def _stopping_early(args: TrainingArguments, method: Inference, held_out: bool) 
             raise InputError("early stopping needs a validation split; load the task with validation=0.1")
         args.eval_strategy = args.save_strategy = IntervalStrategy.EPOCH
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+    if isinstance(method, Map) and method.early_stopping is not None:
+        args.restore_callback_states_from_checkpoint = True  # how often the evaluation was no better
     return args

@@ -1,34 +1,35 @@
-"""A run of the stock Trainer on encoded examples, which Ctrl-C ends with a checkpoint."""
+"""A run of the stock Trainer on encoded examples, which goes on from its newest complete checkpoint."""
 
 from __future__ import annotations
 
 import copy
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any, final
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import get_last_checkpoint
 
 from bayeslora.errors import InputError, Interrupted
 from bayeslora.methods.base import TrainerKwargs
+from bayeslora.methods.checkpoints import CheckpointState
+from bayeslora.methods.steps import FiniteSteps, guarded
 from bayeslora.metrics.measures import measures
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.readouts import Readout
+from bayeslora.training.keys import Parts
+from bayeslora.training.resuming import checkpoint_of
+from bayeslora.training.stopping import Stop
 
 SCORES = ("accuracy", "nll", "ece", "brier")
 """What the Trainer's evaluations measure, of the adapter as it is then."""
@@ -49,6 +50,7 @@ class TrainerRun:
     held_out: Sequence[Encoded] | None
     args: TrainingArguments
     kwargs: TrainerKwargs
+    settings: Parts | None = None  # what the run depends on, if it may be resumed
 
 
 def run_trainer(
@@ -58,10 +60,12 @@ def run_trainer(
     sampler: Sampler[tuple[int, ...]] | None = None,
     collate: Callable[[Sequence[Rows]], Batch] | None = None,
 ) -> None:
-    """Train with the stock Trainer, or ``resume`` from the last checkpoint; Ctrl-C saves and raises `Interrupted`."""
+    """Train with the stock Trainer, or ``resume`` from the last checkpoint; signals save and raise `Interrupted`."""
     # evaluations measure `SCORES` but for adapters side by side; ``torch_compile`` compiles each layer by itself
-    args, stop = adapted(run.args), _Stop()
-    kwargs = {**run.kwargs, "callbacks": [*run.kwargs.get("callbacks", ()), stop]}
+    args, stop = adapted(run.args), Stop()
+    checkpoint = checkpoint_of(args, run.settings) if resume else None
+    callbacks = [each for each in run.kwargs.get("callbacks", ()) if not isinstance(each, CheckpointState)]
+    kwargs = {**run.kwargs, "callbacks": guarded([*callbacks, stop, CheckpointState(run.settings)])}
     whole = sampler is None and not args.batch_eval_metrics and args.eval_do_concat_batches
     if run.held_out and whole and "compute_metrics" not in kwargs:
         kwargs |= scoring(max(len(row.answers) for row in run.held_out))
@@ -78,15 +82,19 @@ def run_trainer(
             data_collator=collate or run.readout.collate,
             **kwargs,
         )
-        trainer.sampler = sampler
+        trainer.sampler, trainer.guard = sampler, kwargs["callbacks"][0]
         display = _DISPLAY.get()
         if display is not None and not args.disable_tqdm:
             trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             trainer.add_callback(display)
-        checkpoint = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.asked:
-        raise Interrupted(f"stopped at step {trainer.state.global_step} with a checkpoint in {args.output_dir}")
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except RuntimeError:
+            if stop.signal is None:  # else it reached a worker too, which loads rows
+                raise
+    if stop.signal is not None:
+        where = f"with a checkpoint in {args.output_dir}" if stop.saved else "after the last checkpoint"
+        raise Interrupted(f"stopped at step {trainer.state.global_step} {where}", stop.signal)
 
 
 @contextmanager
@@ -136,9 +144,36 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
 
 @final
 class _Trainer(Trainer):
-    """The stock Trainer, which may take its rows in the order of a sampler."""
+    """The stock Trainer, which may take its rows in any order, shows a guard its losses, and ends a run only once."""
 
     sampler: Sampler[tuple[int, ...]] | None = None
+    guard: FiniteSteps
+
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        """Let the guard see the loss, which a ``compute_loss_func`` has computed."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.guard.note(loss)
+        return loss
+
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        """Save what is finite, whoever has asked for it."""
+        self.guard.check(self.args, self.state, self.model, self.optimizer)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the checkpoint that the run goes on from is its end: there the stock Trainer goes on."""
+        stopped = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        if self.state.global_step >= self.state.max_steps or any(
+            each.early_stopping_patience_counter >= each.early_stopping_patience > 0 for each in stopped
+        ):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the state of the random numbers, and wait until all processes have: the checkpoint then is complete."""
+        super()._save_rng_state(output_dir)
+        PartialState().wait_for_everyone()
 
     def _get_train_sampler(self, *args: object, **kwargs: object) -> Sampler[Any] | None:
         """Return the sampler, or the Trainer's own."""
@@ -158,36 +193,3 @@ class _Rows(Dataset[Rows]):
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Rows:
         return self.rows[index] if isinstance(index, int) else tuple(self.rows[i] for i in index)
-
-
-@final
-class _Stop(TrainerCallback):
-    """Ends training after the step in which Ctrl-C was pressed, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take Ctrl-C for the length of a ``with`` block, if this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            """Note that Ctrl-C was pressed; a second one has its usual effect."""
-            self.asked = True
-            signal.signal(signal.SIGINT, before)
-
-        signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
-        """Save and stop if asked."""
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True

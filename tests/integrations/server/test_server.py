@@ -149,8 +149,7 @@ def test_requests_that_come_together_share_a_batch(tokenizer):
 
         with ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(one, range(8)))
-        assert sum(worker.batches) == 8
-        assert len(worker.batches) < 8
+        assert max(worker.batches) > 1
         assert texts == [one(k) for k in range(8)]
 
 
@@ -226,7 +225,7 @@ def test_a_full_queue_and_a_late_answer(tokenizer):
             while not worker.queue:
                 time.sleep(0.01)
             full = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
-            assert full.status_code == 429
+            assert (full.status_code, full.headers["retry-after"]) == (429, "1")
             assert full.json()["error"]["code"] == "server_busy"
             assert waits.result().status_code == 504
             go.set()

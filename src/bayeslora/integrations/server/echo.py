@@ -10,6 +10,7 @@ import torch
 from bayeslora._typing import Tokenizer
 from bayeslora.integrations.server.decoding import Echo, LogProbs
 from bayeslora.integrations.server.served import Served
+from bayeslora.integrations.server.text import Text
 from bayeslora.prediction.likelihoods import Likelihoods
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.readouts import readout_for
@@ -59,11 +60,9 @@ def echo_of(tokenizer: Tokenizer, prompt: str | list[int], ids: Sequence[int], s
 
 def _placed(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
     """Return the text of token ids, and where in it each begins."""
-    text, starts, begun, shown = "", list[int](), 0, ""
-    for number in range(len(ids)):
-        starts.append(len(text))
-        window = tokenizer.decode(list(ids[begun : number + 1]), skip_special_tokens=True)
-        if not window.endswith("\N{REPLACEMENT CHARACTER}") or number + 1 == len(ids):
-            text += window[len(shown) :]
-            begun, shown = number, tokenizer.decode([ids[number]], skip_special_tokens=True)
-    return text, starts
+    text, starts = Text(), list[int]()
+    for token in ids:
+        starts.append(len(text.settled))
+        text.add(tokenizer, token)
+    text.close(tokenizer)
+    return text.settled, starts

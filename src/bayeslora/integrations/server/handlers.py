@@ -14,16 +14,17 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.classification import Asked, prediction_json
-from bayeslora.integrations.server.decoding import Echo, Row, TokenNote
+from bayeslora.integrations.server.decoding import Echo, Generation, Row, TokenNote
 from bayeslora.integrations.server.echo import echo_of, scoring
 from bayeslora.integrations.server.errors import ApiError, api_error
 from bayeslora.integrations.server.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampled
 from bayeslora.integrations.server.responses import ChatCompletion, Completion, Json, TextCompletion
 from bayeslora.integrations.server.waiting import Client
-from bayeslora.integrations.server.worker import Generation, Worker
+from bayeslora.integrations.server.worker import Worker
 from bayeslora.prediction.generation.run import check_room, prompt_ids
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,11 @@ class Handler:
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``/v1/completions``."""
         client, draws = self._client(request), self._draw_count(body.model, body.draws)
-        prompts = body.prompts
-        self._check_answers(len(prompts) * body.n, body.max_tokens)
-        encoded = await run_in_threadpool(lambda: [self._prompt_ids(prompt, body.max_tokens) for prompt in prompts])
+        prompts, max_tokens = body.prompts, min(16, self.limits.tokens) if body.max_tokens is None else body.max_tokens
+        self._check_answers(len(prompts) * body.n, max_tokens)
+        encoded = await run_in_threadpool(lambda: [self._prompt_ids(prompt, max_tokens) for prompt in prompts])
         echoes = await self._echoes(client, body, draws, encoded) if body.echo else [Echo()] * len(prompts)
-        rows = self._rows(body, encoded, body.max_tokens, echoes)
+        rows = self._rows(body, encoded, max_tokens, echoes)
         return await self._respond(client, body, TextCompletion(body.model, draws, body.logprobs), rows)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -181,10 +182,27 @@ class Handler:
         arriving = client.tokens(Generation(body.model, shape.draws, rows, client.deadline))
         if body.stream:
             events = _events(shape, rows, arriving, body.with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _Stream(events, rows)
         async for _ in arriving:
             pass
         return JSONResponse(shape.whole(rows))
+
+
+@final
+class _Stream(StreamingResponse):
+    """Server-sent events; once they are over, even before the first, nobody works for them any more."""
+
+    def __init__(self, events: AsyncIterator[str], rows: Sequence[Row]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self.rows:
+                row.cancelled.set()
 
 
 def _at_most(count: int, most: int, what: str, param: str) -> None:

@@ -39,17 +39,17 @@ def _whole(value: object) -> object:
 
 
 Unsupported = AfterValidator(_refuse)
-Integer = Annotated[int, BeforeValidator(_whole)]
+Whole = BeforeValidator(_whole)
 NoNumber = Annotated[float | None, Unsupported, WithJsonSchema({"enum": [None, 0]})]
 NoObject = Annotated[dict[str, float] | None, Unsupported, WithJsonSchema({"enum": [None, {}]})]
 NoList = Annotated[list[object] | None, Unsupported, WithJsonSchema({"enum": [None, []]})]
 NoText = Annotated[str | None, Unsupported, WithJsonSchema({"enum": [None, ""]})]
-OnlyOne = Annotated[Integer | None, WithJsonSchema({"enum": [None, 1]})]
+OnlyOne = Annotated[int | None, WithJsonSchema({"enum": [None, 1]}), Whole]
 Stop = Annotated[str, Field(max_length=256)]
-Count = Annotated[Integer, Field(ge=1)]
-Top = Annotated[Integer, Field(ge=0, le=5)]
-Seed = Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)]
-TokenId = Annotated[Integer, Field(ge=0)]
+Count = Annotated[int, Field(ge=1), Whole]
+Top = Annotated[int, Field(ge=0, le=5), Whole]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole]
+TokenId = Annotated[int, Field(ge=0), Whole]
 Filled = Field(json_schema_extra={"minItems": 1})  # an empty list gets a clearer refusal than one for each type
 TokenIds = Annotated[list[TokenId], Filled]
 
@@ -72,7 +72,7 @@ class Sampled(Strict):
     model: str
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    n: Integer = Field(1, ge=1, le=128)
+    n: Annotated[int, Field(ge=1, le=128), Whole] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
@@ -103,7 +103,7 @@ class CompletionRequest(Sampled):
         | TokenIds
         | Annotated[list[TokenIds], Filled]
     )  # fmt: skip
-    max_tokens: Integer = Field(16, ge=0)
+    max_tokens: Annotated[int, Field(ge=0), Whole] | None = None
     logprobs: Top | None = None
     echo: bool = False
     best_of: OnlyOne = None

@@ -11,9 +11,9 @@ from typing import TypeVar, final
 
 from fastapi import Request
 
-from bayeslora.integrations.server.decoding import TokenNote
+from bayeslora.integrations.server.decoding import Generation, TokenNote
 from bayeslora.integrations.server.errors import late, stopping
-from bayeslora.integrations.server.worker import Call, Generation, Worker
+from bayeslora.integrations.server.worker import Call, Worker
 
 Result = TypeVar("Result")
 POLL = 0.5

@@ -11,35 +11,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
-from transformers import LogitsProcessorList
-
-from bayeslora.errors import InputError
-from bayeslora.integrations.server.decoding import Row, RowSampler
+from bayeslora.integrations.server.batching import Group, Seat, make_group
+from bayeslora.integrations.server.decoding import Generation
 from bayeslora.integrations.server.errors import busy, late, stopping
 from bayeslora.integrations.server.served import Limits, Served
-from bayeslora.params import Params, require_lora
-from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of
-from bayeslora.prediction.memory import in_halves
 
 Result = TypeVar("Result")
-
-
-@final
-@dataclass
-class Generation:
-    """The rows of one request; only requests for the same model's same number of draws share a batch."""
-
-    model: str
-    draws: int
-    rows: list[Row]
-    deadline: float = math.inf  # of `time.monotonic`
-    error: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """Note what went wrong, and tell whoever waits."""
-        self.error = error
-        for row in self.rows:
-            row.on_token(None)
 
 
 @final
@@ -72,20 +49,28 @@ class Call(Generic[Result]):
 
 
 Job = Generation | Call[Any]
+TURN = 8
+"""Tokens after which others who wait have the model."""
 
 
 @final
 class Worker:
-    """The thread, its queue, and the sizes of its last batches."""
+    """The thread, its queue, and how many rows each of the last steps had."""
 
     def __init__(self, served: Served, limits: Limits) -> None:
         self.served, self.limits = served, limits
         self.queue: deque[Job] = deque()
         self.batches: deque[int] = deque(maxlen=100)
+        self._groups: deque[Group] = deque()  # whose turn is next comes first
         self._changed = threading.Condition()
         self._closed = False
         self.thread = threading.Thread(target=self._work, name="bayeslora-model", daemon=True)
         self.thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody takes jobs out of the queue."""
+        return self.thread.is_alive() and not self._closed
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue; a full queue is busy."""
@@ -98,7 +83,7 @@ class Worker:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Refuse what waits, and end what runs at its next token."""
+        """Refuse what waits, and what runs and has not ended with its next token."""
         with self._changed:
             self._closed = True
             left, self.queue = self.queue, deque()
@@ -112,67 +97,103 @@ class Worker:
         self.thread.join(timeout=10)
 
     def _work(self) -> None:
-        """Do jobs until the end."""
-        while True:
+        """Let calls and groups have their turns until the end."""
+        try:
+            while self._wait():
+                self._call()
+                self._generate()
+        finally:  # nobody waits for a thread that has ended, whatever has ended it
+            self.stop()
+            for group in self._groups:
+                group.fail(stopping())
+
+    def _wait(self) -> bool:
+        """Wait for something to do; say whether the thread goes on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self.queue or self._groups)
+            return not self._closed
+
+    def _attempt(self, whose: Job | Group, work: Callable[[], object]) -> bool:
+        """Do something; what goes wrong is told to those whose it is, and the thread lives on."""
+        try:
+            work()
+        except Exception as error:
+            whose.fail(error)
+            return False
+        return True
+
+    def _call(self) -> None:
+        """Do a part of the call that has waited longest; it goes behind the others for the rest."""
+        with self._changed:
+            call = next((job for job in self.queue if isinstance(job, Call)), None)
+            if call is None:
+                return
+            self.queue.remove(call)
+
+        def step() -> None:
+            """Do it, and queue again."""
+            if not call.step():
+                with self._changed:
+                    self.queue.append(call)
+
+        self._attempt(call, step)
+
+    def _generate(self) -> None:
+        """Let the next group of rows go on."""
+        head = self._head()
+        if head is not None and self._opens(head):
+            self._attempt(head, lambda: self._groups.append(make_group(self.served, head.key, self.limits.rows)))
+        if not self._groups:
+            return
+        group = self._groups[0]
+
+        def ends(tokens: int) -> bool:
+            """Note a step, and say whether the turn ends with so many."""
+            self.batches.append(len(group.running))
+            return self._closed or (tokens >= TURN and self._others_wait(group))
+
+        def turn() -> None:
+            """Go on for some tokens."""
+            group.turn(lambda: self._newcomers(group), ends, lambda: len(self._groups) == 1)
+
+        done = self._attempt(group, turn)
+        self._groups.rotate(-1)
+        if not done or not len(group):
+            self._groups.remove(group)
+
+    def _head(self) -> Generation | None:
+        """Return the request that has waited longest for its rows; those that nobody waits for leave the queue."""
+        with self._changed:
+            waiting = [job for job in self.queue if isinstance(job, Generation)]
+            for job in waiting:
+                over = [job.over(row) for row in job.rows]  # of all, for each ends here if it is late
+                if all(over):
+                    self.queue.remove(job)
+            return next((job for job in waiting if job in self.queue), None)
+
+    def _opens(self, head: Generation) -> bool:
+        """Say whether a request starts a new group."""
+        return self._free() > 0 and all(group.key != head.key for group in self._groups)
+
+    def _free(self) -> int:
+        """Return how many more rows may run."""
+        return self.limits.rows - sum(map(len, self._groups))
+
+    def _others_wait(self, group: Group) -> bool:
+        """Say whether anybody waits for the model besides a group and those who will join it."""
+        head = self._head()
+        with self._changed:
+            calls = any(isinstance(job, Call) for job in self.queue)
+        return calls or len(self._groups) > 1 or (head is not None and self._opens(head))
+
+    def _newcomers(self, group: Group) -> list[Seat]:
+        """Take rows out of the queue for a group, in the order in which they came, as many as may run."""
+        seats: list[Seat] = []
+        while (head := self._head()) is not None and head.key == group.key and len(seats) < self._free():
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self.queue)
-                if self._closed:
-                    return
-                first = self.queue.popleft()
-                batch = self._batch(first) if isinstance(first, Generation) else []
-            try:
-                if isinstance(first, Call):
-                    if not first.step():
-                        with self._changed:
-                            self.queue.append(first)
-                else:
-                    self._generate(batch)
-            except Exception as error:  # the thread lives on; whoever waits gets the error
-                failed: Sequence[Job] = batch or (first,)
-                for job in failed:
-                    job.fail(error)
-
-    def _batch(self, first: Generation) -> list[Generation]:
-        """Take out of the queue what fits into a batch with the first."""
-        batch, count = [first], len(first.rows)
-        for job in [job for job in self.queue if isinstance(job, Generation)]:
-            same = (job.model, job.draws) == (first.model, first.draws)
-            if same and count + len(job.rows) <= self.limits.rows:
-                self.queue.remove(job)
-                batch.append(job)
-                count += len(job.rows)
-        return batch
-
-    def _generate(self, jobs: list[Generation]) -> None:
-        """Generate the rows of some requests in one batch, in halves where memory does not suffice."""
-        rows = [row for job in jobs for row in job.rows]
-        self.batches.append(len(rows))
-        draws = self.served.draws_of(jobs[0].model, jobs[0].draws)
-        # a batch may start again as long as nobody has seen a token of it
-        if in_halves(
-            lambda batch: self._decode(batch, draws), [rows], lambda batch: not any(row.notes for row in batch)
-        ):
-            raise InputError("the prompt does not fit into memory")
-        for row in rows:
-            row.on_token(None)
-
-    def _decode(self, rows: Sequence[Row], draws: list[Params]) -> None:
-        """Generate rows in one batch."""
-        tokenizer = self.served.tokenizer
-        ends = ends_of(require_lora(self.served.model).get_base_model(), {})
-
-        def note(step: Step) -> bool:
-            """Give each row its token; say whether all have ended."""
-            for number, row in enumerate(rows):
-                if self._closed:
-                    row.cancelled.set()
-                if row.finish is None:
-                    row.take(tokenizer, step, number, ends)
-            return all(row.finish is not None for row in rows)
-
-        settings = {
-            "max_new_tokens": max(row.max_tokens for row in rows), "do_sample": False,
-            "logits_processor": LogitsProcessorList([RowSampler(rows)]),
-        }  # fmt: skip
-        decoder = Decoder(self.served.model, draws, True, tokenizer, settings)
-        decoder.answers([row.ids for row in rows], lambda number, _: rows[number].finish is not None, note)
+                row = head.rows[head.seated]
+                head.seated += 1
+                if head.seated == len(head.rows):
+                    self.queue.remove(head)
+            seats.append(Seat(row, head))
+        return seats

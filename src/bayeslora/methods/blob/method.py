@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
 from bayeslora.methods.blob.layer import BlobLinear, attach, begin, detach, sizes
 from bayeslora.methods.blob.terms import (
     DEFAULTS,
@@ -44,13 +44,15 @@ from bayeslora.methods.blob.terms import (
 )
 from bayeslora.methods.blob.token_count import TokenCount
 from bayeslora.methods.callback import MethodCallback, Run, write_tensors
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.guards import check_training
 from bayeslora.methods.records import Record, require_record
+from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, read
+from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian
 
-_SIZE, _TOKENS = ".size", "tokens"
+_SIZE, _TOKENS, _STEPS = ".size", "tokens", "steps"
 
 
 @final
@@ -110,13 +112,14 @@ class Blob(Method):
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`."""
         learner = BlobCallback(self, num_data, attach(model))
-        return {"callbacks": [learner, MetricsCallback(self.name, learner.metrics)]}
+        metrics = MetricsCallback(self.name, learner.metrics)
+        return {"callbacks": guarded([learner, metrics, CheckpointState()])}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""
         spreads: Params = require_record(model, self.name).learned
         variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
-        return DiagonalGaussian(read(model), variance, origin_for(model, self))
+        return DiagonalGaussian(trained(model), variance, origin_for(model, self))
 
 
 @final
@@ -134,6 +137,7 @@ class BlobCallback(MethodCallback):
         self.sizes: dict[str, float] = {}
         self.scales: dict[str, Scale] = {}
         self.cycle = 1
+        self.steps = 0  # that were taken: one that is left out does not use up its weight of the divergence
 
     def begin(self, run: Run) -> Record:
         """Draw the start of G or read it from the checkpoint, and switch the noise on."""
@@ -150,6 +154,7 @@ class BlobCallback(MethodCallback):
         for layer in self.layers.values():
             layer.spread.data = layer.spread.data.float()  # some trainers cast everything that is trained
             layer.noisy = True
+        self.steps = state.global_step
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
             begin(self.layers, method.setting("init_spread"), method.number("relative_spread"), args.seed)
@@ -179,14 +184,14 @@ class BlobCallback(MethodCallback):
             float(kl_divergence(layer.weight.float(), layer.spread, self.scales[name].sigma))
             for name, layer in self.layers.items()
         )
-        weight = self.weight(max(0, state.global_step - 1))
+        weight = self.weight(max(0, self.steps - 1))
         return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         """Add Tπ∇KL to the gradients; or keep those of G from the Trainer's optimiser."""
         self.tokens.note()
-        weight = self.weight(state.global_step)
+        weight = self.weight(self.steps)
         for name, layer in self.layers.items():
             mean, spread, sigma = layer.weight, layer.spread, self.scales[name].sigma
             if spread.grad is None or mean.grad is None:
@@ -202,19 +207,20 @@ class BlobCallback(MethodCallback):
         """Take the released algorithm's second step, by plain gradient descent."""
         optimizer = kwargs["optimizer"]
         gradients, self.gradients = self.gradients, {}
-        if not gradients or getattr(optimizer, "step_was_skipped", False):
+        if not took_step(optimizer):
             return
+        weight, self.steps = self.weight(self.steps), self.steps + 1
         group = optimizer.param_groups[0]
         first = group.get("initial_lr", group["lr"])
         rate = self.rate * (float(group["lr"]) / float(first) if first else 1.0)
-        weight = self.weight(state.global_step)
         for name, gradient in gradients.items():
             paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
 
     def save(self, path: Path, run: Run) -> None:
         """Write G, and what the weight of the divergence depends on."""
         tensors = {name + _SIZE: torch.tensor(size, dtype=torch.float64) for name, size in self.sizes.items()}
-        write_tensors(path, {**self._spreads(), **tensors, _TOKENS: self.tokens.noted})
+        counts = {_TOKENS: self.tokens.noted, _STEPS: torch.tensor(self.steps)}
+        write_tensors(path, {**self._spreads(), **tensors, **counts})
 
     def _load(self, path: Path) -> None:
         """Read what `save` wrote; a checkpoint of an earlier version has G alone, for an absolute prior."""
@@ -226,6 +232,8 @@ class BlobCallback(MethodCallback):
             self.sizes = sizes(self.layers)
         if _TOKENS in tensors:
             self.tokens.noted = tensors[_TOKENS]
+        if _STEPS in tensors:
+            self.steps = int(tensors[_STEPS])
 
     def end(self, run: Run) -> None:
         """Take G from where the adapter comes from: the best checkpoint, if it is used."""

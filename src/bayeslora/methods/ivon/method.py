@@ -20,14 +20,15 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for
+from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.sampler import Sampler, learned, moments
 from bayeslora.methods.ivon.settings import BETAS, PRESETS, WARMUP, Group, check_ivon, default_ess
 from bayeslora.methods.records import check_num_data, require_record
+from bayeslora.methods.steps import guarded
 from bayeslora.methods.trainer_log import MetricsCallback
-from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian
 
 
@@ -189,7 +190,7 @@ class Ivon(Method):
         sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": [sampler, MetricsCallback(self.name, sampler.metrics)],
+            "callbacks": guarded([sampler, MetricsCallback(self.name, sampler.metrics), CheckpointState()]),
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
@@ -197,5 +198,5 @@ class Ivon(Method):
         known = require_record(model, self.name).learned
         if isinstance(known, IvonOptimizer):
             known = learned(known, model)
-        mean, variance = moments(read(model), known)
+        mean, variance = moments(trained(model), known)
         return DiagonalGaussian(mean, variance, origin_for(model, self))

@@ -25,16 +25,18 @@ from bayeslora.prediction.stacking import differing, stacked, stacks
 
 @final
 class DrawsCache(DynamicCache):
-    """Keys and values of every row under each of S draws, draw after draw."""
+    """Keys and values of every row under each of S draws, draw after draw; without a configuration, of every token."""
 
-    def __init__(self, draws: int, config: PretrainedConfig) -> None:
+    def __init__(self, draws: int, config: PretrainedConfig | None = None) -> None:
         super().__init__(config=config)
         self.draws = draws
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take other rows, the same under every draw."""
-        steps = len(beam_idx) * torch.arange(self.draws, device=beam_idx.device)
-        super().reorder_cache((steps[:, None] + beam_idx).flatten())
+        """Take other rows, the same under every draw, as many as there are or more or fewer."""
+        for layer in self.layers:
+            count = len(layer.keys) // self.draws if layer.get_seq_length() > 0 else len(beam_idx)
+            starts = count * torch.arange(self.draws, device=beam_idx.device)
+            layer.reorder_cache((starts[:, None] + beam_idx).flatten())
 
 
 @final
@@ -51,6 +53,11 @@ class Averager:
         self.log_probs = logits[:, -1].float().log_softmax(-1).view(self.draws, -1, logits.shape[-1])
         self.average = self.log_probs[0] if self.draws == 1 else self.log_probs.logsumexp(0) - math.log(self.draws)
         return self.average[:, None]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Take other rows."""
+        index = torch.tensor(rows, device=self.average.device)
+        self.log_probs, self.average = self.log_probs[:, index], self.average[index]
 
 
 @contextmanager

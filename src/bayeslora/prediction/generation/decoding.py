@@ -94,15 +94,20 @@ class Decoder:
         ended: Ended | None = None,
         on_step: OnStep | None = None,
         *,
-        first: int = 0,  # number of the first prompt among all: batches are sampled with numbers of their own
+        first: int = 0,
     ) -> list[Answer]:
-        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``."""
+        """Return the rows' answers to one batch of prompts, in the order of transformers' ``generate``.
+
+        ``first`` is the number of the first prompt among all: batches are sampled with numbers of their own.
+
+        Raises:
+            InputError: If transformers refuses the settings.
+        """
         base = require_lora(self.model).get_base_model()
         device = device_of(self.model)
-        width = max(map(len, prompts))
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[padding] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        ids, mask = left_padded(prompts, padding, device)
+        width = ids.shape[1]
         if not self.average:
             ids, mask = (value.repeat(len(self.draws), 1) for value in (ids, mask))
         beams = self.settings.get("num_beams", 1) > 1
@@ -163,6 +168,16 @@ class Decoder:
         return bool(self.settings.get("stop_strings")) and self.stopped(ids)[1] is not None
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:
+    """Return prompts as one batch with padding in front, and its mask."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
+
+
 def alternatives(tokenizer: Tokenizer, step: Step, row: int) -> tuple[tuple[str, float], ...]:
     """Return the most probable tokens in the place of a row's, with their p̄."""
     pairs = zip(step.best[row].tolist(), step.best_log_probs[row].tolist(), strict=True)
@@ -187,7 +202,7 @@ class _Notes(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Note a step, and return which rows are to end."""
-        self.steps.append(_step(self.averager, input_ids[:, -1]))
+        self.steps.append(step_of(self.averager, input_ids[:, -1]))
         stop = self.on_step is not None and bool(self.on_step(self.steps[-1]))
         for row, ids in enumerate(input_ids[:, self.width :].tolist()):
             if row not in self.lengths and self.ended(row, ids):
@@ -196,7 +211,7 @@ class _Notes(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def _step(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
+def step_of(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
     """Return the draws' distributions at the tokens that were chosen."""
     best = averager.average.topk(min(ALTERNATIVES, averager.average.shape[-1]))
     pick = chosen[:, None]
@@ -224,7 +239,7 @@ def _scored(averager: Averager, base: PreTrainedModel, ids: Tensor, mask: Tensor
             **{cache_argument(base.forward): cache},
         )  # fmt: skip
         tokens = new[:, t : t + 1].to(ids.device)
-        steps.append(_step(averager, tokens[:, 0]))
+        steps.append(step_of(averager, tokens[:, 0]))
         seen = torch.cat([seen, torch.ones_like(tokens)], 1)
     return steps
 

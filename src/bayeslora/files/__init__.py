@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files: JSON that can be trusted, and what appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,55 +6,15 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from bayeslora.errors import InputError
+from bayeslora.files.atomic import atomic_file, atomic_folder, standing, undisturbed
 
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside the file that takes the file's place when the block ends well, and vanishes otherwise."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-@contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that takes the target's place when the block ends well, and vanishes otherwise."""
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; choose another folder or pass overwrite=True")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{target} cannot be made: {error.strerror}") from error
-    try:
-        work.chmod(0o755)
-        yield work
-        _take_place(work, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target} could not be written, and nothing of it was kept: {reason}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+__all__ = ["atomic_file", "atomic_folder", "standing", "undisturbed"]
 
 
 def read_bytes(path: Path, most: int = 2**24) -> bytes:
@@ -147,21 +107,3 @@ def write_text(path: Path, text: str) -> None:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _take_place(work: Path, target: Path) -> None:
-    """Move a folder into the place of the target; the old target goes after that, and stays if the move fails."""
-    if not target.exists():
-        os.replace(work, target)
-        return
-    old = work.with_name(work.name + "-old")
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink()

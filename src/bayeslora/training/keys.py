@@ -20,9 +20,10 @@ from transformers import TrainingArguments
 from bayeslora._typing import Tokenizer
 from bayeslora.methods import Inference
 from bayeslora.methods.base import settings
-from bayeslora.params import is_new_head, lora_parameters, require_lora
+from bayeslora.params import Params, is_new_head, lora_parameters, require_lora
 from bayeslora.posteriors.provenance import origin_of
-from bayeslora.tasks.types import Split
+from bayeslora.prediction.encoding import tokenizer_of
+from bayeslora.tasks.types import Split, Task
 
 T = TypeVar("T")
 Parts = dict[str, object]
@@ -61,6 +62,16 @@ _SAMPLED = 16
 def key_of(parts: Mapping[str, object]) -> str:
     """Return twelve hexadecimal digits for what something depends on."""
     return _digest({"version": VERSION, **parts}, 12)
+
+
+def inputs(model: nn.Module, task: Task, tokenizer: Tokenizer | None) -> Parts:
+    """Return what every run on a model and a task depends on; without a tokenizer it is the model's."""
+    return {
+        "train": of_rows(task.train),
+        "validation": of_rows(task.validation),
+        "model": of_model(model),
+        "tokenizer": of_tokenizer(tokenizer or tokenizer_of(model)),
+    }
 
 
 def of_method(method: Inference) -> Parts:
@@ -102,6 +113,15 @@ def of_rows(split: Split | None) -> str | None:
         return None
     rows = [[e.text, e.choices, e.label, e.columns] for e in split]
     return _digest([rows, asdict(split.format), split.classes])
+
+
+def of_params(params: Params) -> str:
+    """Return a digest of an adapter's numbers."""
+    sha = hashlib.sha256()
+    for name, value in sorted(params.items()):
+        sha.update(name.encode())
+        sha.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def of_arguments(args: TrainingArguments) -> Parts:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from support.tiny import arguments, make_model, make_task, make_tokenizer
 from tokenizers import normalizers
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from bayeslora.comparison import keys
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, planned, prediction_inputs
 from bayeslora.comparison.costs import Cost
-from bayeslora.comparison.keys import key_of, of_arguments, of_method, of_model, of_rows, of_tokenizer
 from bayeslora.methods import METHODS, Map, PostHoc, Swag
 from bayeslora.posteriors import Draws
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Example, Format, Split, Task
+from bayeslora.training import keys
+from bayeslora.training.keys import key_of, of_arguments, of_method, of_model, of_rows, of_tokenizer
 from bayeslora.training.run import fit
 
 
@@ -62,6 +62,7 @@ RUNS = {
     "resamples": (7, "nothing: evaluated again"),
     "bins": (7, "nothing: evaluated again"),
     "report": (str, "nothing: it is only called"),
+    "callbacks": ((TrainerCallback(),), "nothing: they are to change nothing that is learned"),
 }
 
 
@@ -236,7 +237,7 @@ def test_how_a_tokenizer_was_used_is_no_part_of_the_key_and_what_it_makes_of_tex
 PARAMETERS = {
     # model, posterior and split are in the key; with a mean always; the rest are the same up to rounding
     predict: {"model", "posterior", "split", "draws", "mean", "tokenizer", "token_budget", "options"},
-    # no callbacks are given; a run goes on from its own folder
+    # callbacks change nothing that is learned; a run goes on from its own folder
     fit: {"model", "task", "method", "args", "tokenizer", "start", "resume", "callbacks"},
     PostHoc.fit: {"self", "model", "task", "start", "tokenizer", "seed", "token_budget"},
     PassOptions: {"stack", "share_prefix", "compile", "progress"},
