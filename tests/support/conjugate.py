@@ -2,8 +2,8 @@
 
 A parameter comes from the prior, data from the parameter, the exact posterior is put in the family's form, and draws
 come from the family's own code. The rank of the parameter among the draws, by any function of both, is then uniform
-(Cook, Gelman and Rubin 2006; Talts et al. 2018, arXiv 1804.06788). The likelihood is among the functions, for it also sees a
-posterior that forgets the data (Modrák et al. 2023, arXiv 2211.02383).
+(Cook, Gelman and Rubin 2006; Talts et al. 2018, arXiv 1804.06788). The likelihood is among the functions, for it also
+sees a posterior that forgets the data (Modrák et al. 2023, arXiv 2211.02383).
 """
 
 from __future__ import annotations
