@@ -34,7 +34,8 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="uv")  # which can resolve to the lowest; it reads UV_… and not pip's settings
 def lowest(session: nox.Session) -> None:
     """The tests with the lowest release that is declared of every requirement."""
-    session.install("--resolution", "lowest-direct", "-e", ".[test]", "pip")  # what a venv has, and uv's has not
+    session.install("pip")  # which uv leaves out, and the demo uses
+    session.install("--resolution", "lowest-direct", "-e", ".[test]")
     # the releases of then call what has since been deprecated in those of today that they require
     categories = ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning")
     session.run("pytest", *(f"-Wdefault::{name}" for name in categories), *session.posargs)

@@ -1,12 +1,14 @@
 """Loading a base model with a fresh adapter: what kind it becomes, and what is refused."""
 
+import functools
+
 import pytest
 import torch
 from peft import PeftModel
 from support.tiny import make_base, make_tokenizer
 
 from bayeslora.errors import InputError
-from bayeslora.models import adapter_of, default_device, fast_dtype, load_model
+from bayeslora.models import adapter_of, cache_argument, default_device, fast_dtype, load_model
 from bayeslora.posteriors.provenance import origin_of
 
 
@@ -78,3 +80,14 @@ def test_a_damaged_model_is_refused(folder, tmp_path, file):
     (broken / file).write_bytes((broken / file).read_bytes()[:40])
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(broken, target_modules=["q_proj"])
+
+
+def test_keys_and_values_go_under_the_name_that_a_model_takes():
+    def former(input_ids, past_key_values=None):
+        """Takes the old name."""
+
+    @functools.wraps(lambda input_ids, cache=None: None)
+    def renamed(*args, **kwargs):
+        """Takes the new name, inside of a decorator that goes on taking the old one."""
+
+    assert (cache_argument(former), cache_argument(renamed)) == ("past_key_values", "cache")

@@ -27,7 +27,9 @@ def test_loopback_is_in_reach():
         socket.create_connection(("localhost", server.getsockname()[1]), timeout=5).close()
 
 
-def test_a_deprecated_call_is_an_error(deprecations):
+def test_a_deprecated_call_is_an_error(request, deprecations):
+    if request.config.getoption("pythonwarnings"):
+        pytest.skip("warnings are set on the command line")
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         with pytest.raises(category):
             warnings.warn("goes", category, stacklevel=1)

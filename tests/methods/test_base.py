@@ -22,7 +22,7 @@ def test_a_method_that_is_fitted_trains_plainly_and_notes_the_run():
     model = make_model()
     kwargs = Laplace().trainer_kwargs(model, 24)
     assert kwargs.keys() == {"callbacks"}
-    _, _, recorder = kwargs["callbacks"]
+    _, _, recorder, _ = kwargs["callbacks"]
     recorder.on_train_begin(None, None, None, model=model)
     record = recall(model, "laplace")
     assert record is not None

@@ -193,8 +193,8 @@ def _note_members(
         refuse_others(file, before["settings"] if isinstance(before, dict) else None, settings)
     if args.process_index == 0:
         if not common.resume:  # else a run that breaks off would go on with members of an earlier one
-            for each in own:
-                shutil.rmtree(each / "posterior", ignore_errors=True)
+            for each in (folder / FOLDER, *own):
+                shutil.rmtree(each, ignore_errors=True)
         write_json(file, {"seeds": seeds, "settings": settings})
     PartialState().wait_for_everyone()
 

@@ -16,7 +16,8 @@ from bayeslora.tasks.templates import template_columns
 from bayeslora.version import __version__
 
 Schema = dict[str, Any]
-FILLED = {"type": "string", "pattern": r"\S"}
+BLANKS = r"\x09-\x0d\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what `str.strip` takes off
+FILLED = {"type": "string", "pattern": f"[^{BLANKS}]"}
 
 
 def errors(statuses: Sequence[int]) -> dict[int | str, Schema]:
@@ -81,14 +82,14 @@ def _bound_inputs(request: Schema, served: Served, limits: Limits) -> None:
     """Bound what is classified, and the choices."""
     properties, classes = request["properties"], served.like.classes
     named = template_columns(served.like.format.template)
-    cell = {"anyOf": [FILLED | {"maxLength": limits.characters}, {"type": "number"}]}
+    cell = {"anyOf": [FILLED | {"maxLength": limits.characters}, {"type": ["number", "boolean"]}]}
     text_columns = [served.text_column] if served.text_column else list(TEXT_COLUMNS)
     row: Schema = {
         "type": "object",
         "required": list(named),
-        "properties": dict.fromkeys([*text_columns, *named], cell),
+        "properties": dict.fromkeys(named, cell),
+        "anyOf": [_first(column, text_columns[:place], cell) for place, column in enumerate(text_columns)],
     }
-    row["anyOf"] = [{"required": [column]} for column in text_columns]
     one = [row] if named else [{"type": "string", "maxLength": limits.characters}, row]
     several = {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": limits.texts}
     properties["input"]["anyOf"] = [*one, several]
@@ -103,3 +104,9 @@ def _bound_inputs(request: Schema, served: Served, limits: Limits) -> None:
         "uniqueItems": True,
     }
     request["required"].append("choices")
+
+
+def _first(column: str, before: Sequence[str], cell: Schema) -> Schema:
+    """Return what is true of a row whose text is in a column, for it has none of those before."""
+    found: Schema = {"required": [column], "properties": {column: cell}}
+    return found | ({"not": {"anyOf": [{"required": [name]} for name in before]}} if before else {})

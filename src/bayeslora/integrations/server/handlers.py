@@ -63,7 +63,7 @@ class Handler:
         """Answer ``/v1/chat/completions``."""
         client, draws = self._client(request), self._draw_count(body.model, body.draws)
         max_tokens = body.max_completion_tokens or body.max_tokens or min(256, self.limits.tokens)
-        self._check_answers(body.n, max_tokens)
+        self._check_answers(body.n, max(max_tokens, body.max_tokens or 0))
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         ids = await run_in_threadpool(self._prompt_ids, messages, max_tokens)
         rows = self._rows(body, [ids], max_tokens, [Echo()])

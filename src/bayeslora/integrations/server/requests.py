@@ -48,7 +48,7 @@ OnlyOne = Annotated[int | None, WithJsonSchema({"enum": [None, 1]}), Whole]
 Stop = Annotated[str, Field(max_length=256)]
 Count = Annotated[int, Field(ge=1), Whole]
 Top = Annotated[int, Field(ge=0, le=5), Whole]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole]
+Seed = Annotated[int, Whole]
 TokenId = Annotated[int, Field(ge=0), Whole]
 Filled = Field(json_schema_extra={"minItems": 1})  # an empty list gets a clearer refusal than one for each type
 TokenIds = Annotated[list[TokenId], Filled]
