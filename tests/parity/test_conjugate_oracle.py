@@ -38,4 +38,4 @@ def test_the_test_of_uniformity_keeps_its_level_and_sees_each_moment():
     assert 30 <= rejected <= 72
     for weights in ([2, 1, 1, 1], [2, 1, 1, 2], [1, 2, 2, 1], [1, 2, 1, 2]):
         share = torch.tensor(weights, dtype=torch.float64).repeat_interleave(3)
-        assert p_value(torch.multinomial(share, 400, replacement=True, generator=rng), DRAWS) < 1e-6
+        assert p_value(torch.multinomial(share, 2000, replacement=True, generator=rng), DRAWS) < 1e-6
