@@ -153,7 +153,7 @@ def test_damaged_posterior_and_options_are_refused_and_the_file_named(refused, s
     run = shutil.copytree(swag_run, tmp_path / "run")
     spread = run / "posterior" / "posterior.safetensors"
     spread.write_bytes(spread.read_bytes()[:100])
-    assert "posterior.safetensors is damaged" in refused("evaluate", run)
+    assert "posterior.safetensors cannot be read (it is not as long as its header says)" in refused("evaluate", run)
     (run / "task.json").write_text("{}}")
     (run / "options.json").write_text('{"rank": ')
     assert "options.json cannot be read" in refused("evaluate", run)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from support.cli_data import POINTS, QUICK, write_rows
+from support.folders import change, first_format
 
 from bayeslora.cli.data import format_from_options, saved_format, scored_as, split_like, unescaped
 from bayeslora.cli.options import TaskOptions
@@ -93,9 +94,8 @@ def test_files_of_earlier_versions_mean_sums(swag_run, tmp_path):
     for file in (swag_run / "posterior").iterdir():
         if file.is_file():
             (copy / file.name).write_bytes(file.read_bytes())
-    config = json.loads((copy / "posterior_config.json").read_text())
-    del config["normalisation"]
-    (copy / "posterior_config.json").write_text(json.dumps(config))
+    first_format(copy)
+    change(copy / "posterior_config.json", normalisation=None)
     origin = load_posterior(copy).origin
     assert origin.normalisation == "sum"
     assert scored_as(TaskOptions(), origin).normalisation == "sum"

@@ -1,8 +1,8 @@
 """What a prediction, a text or a training run does not depend on: bit for bit, or up to the rounding of float32.
 
-The rounding bound is Higham and Mary's (2019, SIAM J. Sci. Comput. 41(5)): a chain of K products of inner length n is off
-by 5·K·√n·u relative to its size, u = 2^-24, but with probability 2·exp(-12.5) a product. K is twice the model's linear
-layers, for attention and its sums; the size is that of the largest log-probability.
+The rounding bound is Higham and Mary's (2019, SIAM J. Sci. Comput. 41(5)): a chain of K products of inner length n is
+off by 5·K·√n·u relative to its size, u = 2^-24, but with probability 2·exp(-12.5) a product. K is twice the model's
+linear layers, for attention and its sums; the size is that of the largest log-probability.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Draws of every family against its dense covariance, for each sampling and after each transform.
 
-The bound of an entry is five standard errors √((Σ_ii Σ_jj + Σ_ij²)/n) of n independent normal draws. A group of draws that
-belong together counts as one, which can only make the bound wider, and a stream of Sobol's as so many independent ones:
-scrambled points are never much worse. A false alarm has probability 6e-7 an entry, and the seeds are fixed.
+The bound of an entry is five standard errors √((Σ_ii Σ_jj + Σ_ij²)/n) of n independent normal draws. A group of draws
+that belong together counts as one, which can only make the bound wider, and a stream of Sobol's as so many independent
+ones: scrambled points are never much worse. A false alarm has probability 6e-7 an entry, and the seeds are fixed.
 """
 
 import math
@@ -173,7 +173,7 @@ def vector_of(deviations):
 
 
 def test_nothing_is_correlated_across_parameters_but_a_low_rank_gaussian():
-    """Its ε₂ is one for all parameters, with the correlation of the formula; the others' blocks are off by chance only."""
+    """Its ε₂ is one for all parameters, as the formula says; the others' parameters are independent."""
     sizes = [math.prod(shape) for shape in SHAPES.values()]
     same = torch.block_diag(*(torch.ones(size, size) for size in sizes)) > 0
     for family in ("diagonal", "kronecker", "dropout"):

@@ -90,10 +90,10 @@ def read_folder(folder: Path) -> Content:
             raise InputError(
                 f"{folder} lacks a part of a {str(config.get('family'))[:60]} ({key!r}); copy the folder again"
             )
-    config = {"normalisation": "sum", **config}  # earlier versions had no other
     schema.check(folder / CONFIG, config, schema.POSTERIOR)
     schema.check(folder / CONFIG, config["fingerprint"], schema.FINGERPRINT)
     _check_sums(folder, config, version)
+    config = {"normalisation": "sum", **config}  # earlier versions had no other
     adapter = read_object(_file(folder, ADAPTER_CONFIG), f"{folder} has no {ADAPTER_CONFIG}; copy the folder again")
     mean = read_tensors(_file(folder, ADAPTER))
     schema.check_adapter(folder / ADAPTER_CONFIG, adapter, mean)

@@ -124,7 +124,14 @@ def _read(folder: Path, depth: int = 8) -> Posterior:
         return posterior
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    except (TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:  # shapes that do not go together
+    except (
+        TypeError,
+        KeyError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # shapes that do not go together
         first = (str(error).splitlines() or [""])[0][:200]
         raise InputError(f"{folder} lacks a part of a {content.family} ({first}); copy the folder again") from error
 

@@ -140,9 +140,10 @@ class ContinuousGroup(Group):
         budget = max(1, default_token_budget(self.served.model) // _PART // len(self._draws))
         prompts: set[tuple[int, ...]] = set()
         while self.waiting and len(self.running) + len(self.joining) < self._most:
-            prompts.add(tuple(self.waiting[0].row.so_far))
-            if self.joining and max(map(len, prompts)) * len(prompts) > budget:
+            wanted = prompts | {tuple(self.waiting[0].row.so_far)}  # equal ones are run once
+            if self.joining and len(wanted) > len(prompts) and max(map(len, wanted)) * len(wanted) > budget:
                 break
+            prompts = wanted
             self.joining.append(self.waiting.popleft())
         too_large = in_halves(partial(self._prefill, averager, budget), [self.joining] if self.joining else [])
         self.joining = []

@@ -39,6 +39,7 @@ class Client:
         job = Call(parts, self.deadline)
         self.worker.submit(job)
         future = asyncio.wrap_future(job.result)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever asked may have gone
         try:
             while not (await asyncio.wait([future], timeout=POLL))[0]:
                 await self.check()
