@@ -174,7 +174,7 @@ def killed(name: str, method: Inference, limit: int, kills: int, seed: int) -> T
         wanted = digest(whole / "posterior")
         while count < kills:
             folder = Path(place, f"{count}-{len(faults)}-{rng.random()}")
-            at = rng.randint(1, usual.operations) if (count + inside) % 2 == 0 or inside <= count // 2 else 0
+            at = rng.randint(1, usual.operations) if 2 * inside <= count else 0
             moment = f"operation {at} of {usual.operations}" if at else ""
             after = 0.0 if at else rng.uniform(0.02, usual.seconds)
             ended = in_child(lambda folder=folder: train(method, folder, limit), folder, at=at, after=after)  # type: ignore[misc]
