@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.families import FAMILIES, mean
 from support.folders import ADAPTER_CONFIG, CONFIG, change, first_format, seal
 from support.tiny import make_model, same_params
@@ -15,6 +16,7 @@ from bayeslora.errors import InputError
 from bayeslora.models import adapter_of
 from bayeslora.params import read
 from bayeslora.posteriors import Mixture, Point
+from bayeslora.posteriors.folder import read_tensors
 from bayeslora.posteriors.loading import load_adapter, load_posterior
 from bayeslora.posteriors.provenance import Origin, origin_of
 
@@ -132,3 +134,9 @@ def test_a_plain_adapter_of_any_floats_becomes_float32(tmp_path, dtype):
     (tmp_path / "p" / CONFIG).unlink()
     loaded = load_adapter(tmp_path / "p")
     assert same_params(loaded.mean, {name: value.to(dtype).float() for name, value in mean().items()})
+
+
+def test_a_tensor_of_more_dimensions_than_torch_has_is_refused(tmp_path):
+    save_file({"base_model.model.x.lora_A.weight": torch.ones([1] * 70)}, tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match="no tensor of floats"):
+        read_tensors(tmp_path / "t.safetensors")

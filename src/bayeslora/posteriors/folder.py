@@ -137,10 +137,13 @@ def read_tensors(path: Path) -> Params:
                 raise InputError(f"{path} has {len(names):,} tensors, and at most {_MOST_TENSORS:,} are read")
             for name in names:
                 part = file.get_slice(name)
-                if part.get_dtype() not in _DTYPES or 0 in part.get_shape() or len(name) > 4096:
-                    kind = f"{part.get_dtype()} {part.get_shape()}"
+                shape = part.get_shape()
+                if part.get_dtype() not in _DTYPES or 0 in shape or len(shape) > 8 or len(name) > 4096:
+                    kind = f"{part.get_dtype()} {str(shape)[:60]}"
                     raise InputError(f"{path}: {name[:80]!r} is {kind}, and no tensor of floats; copy the folder again")
             tensors = {name: file.get_tensor(name).float() for name in names}
+    except InputError:
+        raise
     except (OSError, SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise InputError(f"{path} cannot be read ({str(error)[:200]}); copy the folder again") from error
     for name, value in tensors.items():
