@@ -5,9 +5,9 @@ builds is the same. Needs `build` and `hatchling`.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -45,8 +45,8 @@ def check(out: Path) -> None:
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     tracked = tracked_files()
 
-    with tarfile.open(sdist) as archive, tempfile.TemporaryDirectory() as scratch:
-        archive.extractall(scratch, filter="data")
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.unpack_archive(sdist, scratch)
         (unpacked,) = Path(scratch).iterdir()
         files = {str(p.relative_to(unpacked).as_posix()) for p in unpacked.rglob("*") if p.is_file()}
         assert files - tracked == {"PKG-INFO"}, f"not tracked, but in the sdist: {files - tracked - {'PKG-INFO'}}"

@@ -107,4 +107,5 @@ def test_a_mixtures_uncertainty_is_that_of_the_joint_law_of_member_draw_and_answ
             assert float(each.entropy[row]) == pytest.approx(entropy(answer), abs=1e-6)  # float32
             assert float(each.expected_entropy[row]) == pytest.approx(entropy(answer) - total, abs=1e-6)  # float32
             top = answer.argmax()
-            assert float(each.disagreement[row]) == np.mean(joint.reshape(-1, choices).argmax(1) != top)
+            others = np.mean(joint.reshape(-1, choices).argmax(1) != top)
+            assert float(each.disagreement[row]) == pytest.approx(others, abs=1e-6)
