@@ -43,8 +43,12 @@ def all_finite(tensors):
     return bool(tensors) and all(bool(value.isfinite().all()) for value in tensors.values())
 
 
+QUICK = ("map", "blob", "ivon")
+
+
 def methods(*names):
-    return pytest.mark.parametrize("method", [METHODS[name] for name in names], ids=names)
+    each = [pytest.param(METHODS[n], id=n, marks=[] if n in QUICK else pytest.mark.slow) for n in names]
+    return pytest.mark.parametrize("method", each)
 
 
 @methods(*METHODS)

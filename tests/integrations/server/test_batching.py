@@ -30,7 +30,10 @@ def requests(count, seed=0):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma3", "mistral"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "gemma3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "qwen3", "gpt2", "mistral"))],
+)
 def test_whoever_comes_when_rows_have_the_tokens_they_have_alone(kind, tokenizer):
     model, rng = make(kind), random.Random(kind)
     assert joins(model)
