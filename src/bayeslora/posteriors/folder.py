@@ -94,9 +94,7 @@ def read_folder(folder: Path) -> Content:
     schema.check(folder / CONFIG, config["fingerprint"], schema.FINGERPRINT)
     _check_sums(folder, config, version)
     config = {"normalisation": "sum", **config}  # earlier versions had no other
-    adapter = read_object(_file(folder, ADAPTER_CONFIG), f"{folder} has no {ADAPTER_CONFIG}; copy the folder again")
-    mean = read_tensors(_file(folder, ADAPTER))
-    schema.check_adapter(folder / ADAPTER_CONFIG, adapter, mean)
+    adapter, mean = _adapter(folder, f"{folder} has no {ADAPTER_CONFIG}; copy the folder again", lacking="LORA")
     tensors: dict[str, Params] = {}
     for key, value in (read_tensors(_file(folder, SPREAD)) if (folder / SPREAD).exists() else {}).items():
         field, _, name = key.partition("/")
@@ -116,13 +114,7 @@ def write_adapter(params: Params, origin: Origin, folder: Path) -> None:
 def read_adapter(folder: Path) -> tuple[dict[str, Any], Params]:
     """Read a plain PEFT adapter, its configuration and its tensors, checked."""
     missing = f"{folder} is neither a posterior of bayeslora nor a PEFT adapter (it has no {ADAPTER_CONFIG})"
-    config = read_object(_file(folder, ADAPTER_CONFIG), missing)
-    if config.get("peft_type") != "LORA":
-        kind = str(config.get("peft_type"))[:60]
-        raise InputError(f"{folder} is an adapter of type {kind}; bayeslora serves LoRA adapters only")
-    mean = read_tensors(_file(folder, ADAPTER))
-    schema.check_adapter(folder / ADAPTER_CONFIG, config, mean)
-    return config, mean
+    return _adapter(folder, missing, lacking=None)
 
 
 def read_tensors(path: Path) -> Params:
@@ -160,6 +152,17 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 def member_folder(folder: Path, member: int) -> Path:
     """Return the folder of what a posterior is made of."""
     return folder / f"member-{member}"
+
+
+def _adapter(folder: Path, missing: str, lacking: str | None) -> tuple[dict[str, Any], Params]:
+    """Return an adapter's configuration and tensors, checked; ``lacking`` is its type where it says none."""
+    config = read_object(_file(folder, ADAPTER_CONFIG), missing)
+    kind = config.get("peft_type", lacking)
+    if kind != "LORA":
+        raise InputError(f"{folder} is an adapter of type {str(kind)[:60]}; bayeslora serves LoRA adapters only")
+    mean = read_tensors(_file(folder, ADAPTER))
+    schema.check_adapter(folder / ADAPTER_CONFIG, config, mean)
+    return config, mean
 
 
 def _covered(folder: Path, members: int) -> list[str]:

@@ -130,9 +130,6 @@ def check(path: Path, value: Mapping[str, object], rules: Mapping[str, Rule]) ->
 
 def check_adapter(path: Path, config: Mapping[str, Any], mean: Params) -> None:
     """Refuse a configuration of an adapter that is wrong, or that builds one of another size than its tensors."""
-    if config.get("peft_type", "LORA") != "LORA":
-        kind = str(config["peft_type"])[:60]
-        raise InputError(f"{path.parent} is an adapter of type {kind}; bayeslora serves LoRA adapters only")
     check(path, config, ADAPTER)
     patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     if sum(bool(re.search("[*+{]", pattern)) for pattern in patterns) > 64:
