@@ -12,7 +12,6 @@ from torch import nn
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Recorder, recall
 from bayeslora.methods.steps import guarded
 from bayeslora.metrics.classification import nll
@@ -99,7 +98,7 @@ class PostHoc(Inference, Generic[Fitted]):
     @final
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return a callback that notes the run; training is plain."""
-        return {"callbacks": guarded([Recorder(self.name, num_data), CheckpointState()])}
+        return {"callbacks": guarded([Recorder(self.name, num_data)])}
 
     @abstractmethod
     def check(self, model: nn.Module, task: Task) -> None:

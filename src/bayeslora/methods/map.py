@@ -15,7 +15,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
-from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Recorder
 from bayeslora.methods.regularisers import DecoupledDecay, KlToBase
 from bayeslora.methods.steps import guarded
@@ -47,7 +46,7 @@ class Map(Method):
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callbacks, and the loss if there is a KL term."""
-        callbacks: list[TrainerCallback] = [Recorder(self.name, num_data), CheckpointState()]
+        callbacks: list[TrainerCallback] = [Recorder(self.name, num_data)]
         kwargs: TrainerKwargs = {}
         if self.weight_decay or self.weight_decay_b:
             callbacks.append(DecoupledDecay(self.weight_decay, self.weight_decay_b))

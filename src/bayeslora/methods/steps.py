@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from bayeslora.errors import InputError
+from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.params import check_finite, largest, non_finite
 
 logger = logging.getLogger(__name__)
@@ -97,15 +98,13 @@ class FiniteSteps(TrainerCallback):
         """Forget the losses of other passes."""
         self._losses = []
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         """Let a finite step pass; leave another out, or stop."""
         optimizer, losses = kwargs["optimizer"], self._losses
         grads = [p.grad for p in _trained(optimizer) if p.grad is not None]
         size, self._losses = largest(grads), []
         loss = torch.stack([one.to(size.device) for one in losses]).sum() if losses else torch.zeros_like(size)
-        size_of, loss_of = _over_processes(torch.stack([size, loss]), args)
+        size_of, loss_of = over_processes(torch.stack([size, loss]))
         if math.isfinite(size_of) and math.isfinite(loss_of):
             self.in_a_row = 0
             return
@@ -149,7 +148,7 @@ class FiniteSteps(TrainerCallback):
             state.log_history[-1].update(left_out)
             self.since_log = 0
 
-    def check(self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+    def check(self, args: object, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Refuse to go on to a checkpoint if anything that is trained, or the optimiser's state, is not finite."""
         held = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         known = {id(p): name for name, p in model.named_parameters()}
@@ -157,12 +156,12 @@ class FiniteSteps(TrainerCallback):
             if isinstance(values, Mapping):
                 whose = known.get(id(p), "a parameter")
                 held |= {f"{k} of {whose}": v for k, v in values.items() if isinstance(v, Tensor)}
-        if all(map(math.isfinite, _over_processes(largest(held.values())[None], args))):
+        if all(map(math.isfinite, over_processes(largest(held.values())[None]))):
             return
         check_finite(held, f"no checkpoint of step {state.global_step} is written")
         raise InputError(f"no checkpoint of step {state.global_step} is written: another process's is not finite")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at what is about to be saved."""
         if control.should_save:
             self.check(args, state, kwargs["model"], kwargs["optimizer"])
@@ -180,10 +179,11 @@ def _trained(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _over_processes(numbers: Tensor, args: TrainingArguments) -> list[float]:
-    """Return the sums over all processes, so that all decide alike; the device is waited for once."""
-    if args.world_size > 1:
-        numbers = reduce(numbers.to(PartialState().device), "sum")
+def over_processes(numbers: Tensor) -> list[float]:
+    """Return the sums over all processes, so that all decide alike; all must ask, and the device is waited for once."""
+    processes = PartialState()
+    if processes.num_processes > 1:
+        numbers = reduce(numbers.to(processes.device), "sum")
     values: list[float] = numbers.tolist()
     return values
 
@@ -260,8 +260,12 @@ def random_state() -> Callable[[], None]:
 
 
 def guarded(callbacks: Iterable[TrainerCallback]) -> list[TrainerCallback]:
-    """Return callbacks after the one `FiniteSteps` among them that was given last, or a new one, and what they need."""
+    """Return callbacks amid those that every run has, of each kind the one that was given last, or a new one."""
     given = list(callbacks)
-    guard = next((one for one in reversed(given) if isinstance(one, FiniteSteps)), None) or FiniteSteps()
-    others = [one for one in given if not isinstance(one, FiniteSteps | EvaluationRandomness)]
-    return [guard, EvaluationRandomness(), *others]
+
+    def last(kind: type[TrainerCallback]) -> TrainerCallback:
+        """Return the one of a kind."""
+        return next((one for one in reversed(given) if isinstance(one, kind)), None) or kind()
+
+    others = [one for one in given if not isinstance(one, FiniteSteps | EvaluationRandomness | CheckpointState)]
+    return [last(FiniteSteps), last(EvaluationRandomness), *others, last(CheckpointState)]

@@ -28,7 +28,6 @@ from transformers import TrainerState
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
 from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
-from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
@@ -78,7 +77,7 @@ class Swag(Method):
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
         collector = Collector(self, num_data)
         metrics = MetricsCallback(self.name, collector.metrics)
-        return {"callbacks": guarded([collector, metrics, CheckpointState()])}
+        return {"callbacks": guarded([collector, metrics])}
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`."""

@@ -12,11 +12,10 @@ from types import FrameType
 from typing import final
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bayeslora.errors import InputError
+from bayeslora.methods.steps import over_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -106,7 +105,4 @@ class Stop(TrainerCallback):
 
 def in_any_process(flag: bool) -> bool:
     """Return whether a flag is set in any process of the run; all processes must ask."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return flag
-    return bool(reduce(torch.tensor(float(flag), device=state.device), "sum").item())
+    return over_processes(torch.tensor([float(flag)]))[0] > 0

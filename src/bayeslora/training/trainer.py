@@ -64,8 +64,8 @@ def run_trainer(
     # evaluations measure `SCORES` but for adapters side by side; ``torch_compile`` compiles each layer by itself
     args, stop = adapted(run.args), Stop()
     checkpoint = checkpoint_of(args, run.settings) if resume else None
-    callbacks = [each for each in run.kwargs.get("callbacks", ()) if not isinstance(each, CheckpointState)]
-    kwargs = {**run.kwargs, "callbacks": guarded([*callbacks, stop, CheckpointState(run.settings)])}
+    callbacks = [*run.kwargs.get("callbacks", ()), stop, CheckpointState(run.settings)]
+    kwargs = {**run.kwargs, "callbacks": guarded(callbacks)}
     whole = sampler is None and not args.batch_eval_metrics and args.eval_do_concat_batches
     if run.held_out and whole and "compute_metrics" not in kwargs:
         kwargs |= scoring(max(len(row.answers) for row in run.held_out))

@@ -44,7 +44,6 @@ from bayeslora.methods.blob.terms import (
 )
 from bayeslora.methods.blob.token_count import TokenCount
 from bayeslora.methods.callback import MethodCallback, Run, write_tensors
-from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.guards import check_training
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.steps import guarded, took_step
@@ -113,7 +112,7 @@ class Blob(Method):
         """Put the Gaussian layers into the model, so that its optimiser will know them; see `Method.trainer_kwargs`."""
         learner = BlobCallback(self, num_data, attach(model))
         metrics = MetricsCallback(self.name, learner.metrics)
-        return {"callbacks": guarded([learner, metrics, CheckpointState()])}
+        return {"callbacks": guarded([learner, metrics])}
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""

@@ -21,7 +21,6 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
-from bayeslora.methods.checkpoints import CheckpointState
 from bayeslora.methods.guards import plain_layers
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.sampler import Sampler, learned, moments
@@ -190,7 +189,7 @@ class Ivon(Method):
         sampler = Sampler(self, num_data)
         return {
             "optimizer_cls_and_kwargs": (IvonOptimizer, settings),
-            "callbacks": guarded([sampler, MetricsCallback(self.name, sampler.metrics), CheckpointState()]),
+            "callbacks": guarded([sampler, MetricsCallback(self.name, sampler.metrics)]),
         }
 
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
