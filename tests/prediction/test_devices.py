@@ -1,160 +1,119 @@
-"""A model whose layers lie on two devices answers and learns as on one: no tensor meets one from elsewhere.
+"""A model on a GPU, or with its layers on two, answers and learns as on the CPU: no tensor meets one from elsewhere.
 
-The devices are pretended: the tensors are ordinary ones that carry the name of a place, and every torch function that
-is given tensors of two places raises, as torch does for two GPUs. As with ``device_map="auto"``, each layer moves its
-inputs to where it is. What this proves is that our code between the layers moves what it combines; what is on no named
-place (the CPU) is not looked at.
+The devices are pretended, see `support.pretended`. With two, each layer moves its inputs to where it is, as with
+``device_map="auto"``.
 """
-
-from contextlib import contextmanager
 
 import pytest
 import torch
-from accelerate.utils import send_to_device
+from support.pretended import FIRST, SECOND, OtherDeviceError, moved, place, pretended, put
 from support.tiny import gaussian, make_model, make_split
-from torch import Tensor
+from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
 from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, accumulated
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
-from bayeslora.posteriors import Linearised
+from bayeslora.posteriors import Draws, Linearised
 from bayeslora.prediction import PassOptions, predict, readout_for
+from bayeslora.prediction.generation import generate, generate_each
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.likelihoods import Likelihoods
 from bayeslora.prediction.passes import batched
 from bayeslora.training.distillation import soft_loss
 
-FIRST, SECOND = "cuda:0", "cuda:1"
+
+def model():
+    return make_model().eval()
 
 
-def place(value):
-    return getattr(value, "_place", "cpu")
+@pytest.fixture(params=[1, 2], ids=["one-gpu", "two-gpus"])
+def both(request):
+    """What is found on the CPU, and on one GPU or two."""
+    return lambda work: moved(work, model, apart=request.param == 2)
 
 
-def put(value, where):
-    value._place = where
-    return value
-
-
-class Elsewhere(TorchFunctionMode):
-    """Tensors are where their name says, and do not meet others."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if getattr(func, "__self__", None) is Tensor.device:
-            return torch.device(place(args[0]))
-        if func is torch.autograd.grad:
-            found = func(*args, **kwargs)
-            return tuple(put(value, place(asked)) for value, asked in zip(found, args[1], strict=True))
-        if func in (Tensor.to, Tensor.cpu):
-            return self.moved(func, args, kwargs)
-        asked = str(kwargs.pop("device")) if kwargs.get("device") is not None else None
-        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        places = {place(t) for t in tensors} - {"cpu"}
-        if len(places) > 1 and func is not Tensor.copy_:
-            raise RuntimeError(f"{func} is given tensors on {sorted(places)}")
-        where = asked or (place(args[0]) if func is Tensor.copy_ else next(iter(places), "cpu"))
-        found = func(*args, **kwargs)
-        for value in tree_flatten(found)[0]:
-            if isinstance(value, Tensor):
-                put(value, where)
-        return found
-
-    def moved(self, func, args, kwargs):
-        where = "cpu" if func is Tensor.cpu else place(args[0])
-        rest = []
-        for value in args[1:]:
-            if isinstance(value, (str, torch.device)):
-                where = str(value)
-            elif isinstance(value, Tensor):
-                where = place(value)
-                rest.append(value.dtype)
-            else:
-                rest.append(value)
-        if kwargs.get("device") is not None:
-            where = str(kwargs["device"])
-        kept = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
-        found = args[0].to(*rest, **kept) if rest or kept else args[0]
-        return put(found.view_as(found) if found is args[0] else found, where)
-
-
-def move_inputs(module, where):
-    """Do as accelerate's hooks do: what a module is given goes to its place."""
-    plain = module.forward
-
-    def forward(*args, **kwargs):
-        return plain(*send_to_device(args, where), **send_to_device(kwargs, where))
-
-    module.forward = forward
-
-
-@contextmanager
-def spread(model):
-    """Put the second layer, the last norm and the head on the second device, all else on the first."""
-    base = model.get_base_model()
-    later = (base.model.layers[1], base.model.norm, base.lm_head)
-    for tensor in (*model.parameters(), *model.buffers()):
-        put(tensor, FIRST)
-    for module in later:
-        move_inputs(module, SECOND)
-        for tensor in (*module.parameters(), *module.buffers()):
-            put(tensor, SECOND)
-    with Elsewhere():
-        yield
-
-
-def both(work):
-    """What is found on one device, and on two."""
-    plain, apart = make_model().eval(), make_model().eval()
-    wanted = work(plain)
-    with spread(apart):
-        return wanted, work(apart)
+def agree(pair, tolerance=1e-5):
+    wanted, found = pair
+    assert bool(wanted.isfinite().any())
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("normalisation", ["sum", "tokens", "unconditional"])
 @pytest.mark.parametrize(
     "how", [{"token_budget": 300}, {"token_budget": 300, "options": PassOptions(stack=False)}, {"token_budget": 60}]
 )
-def test_prediction_by_draws_is_that_of_one_device(normalisation, how, tokenizer):
+def test_prediction_by_draws_is_that_of_the_cpu(normalisation, how, both, tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="likelihood", normalisation=normalisation)
-    wanted, found = both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, **how).log_probs)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    agree(both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, **how).log_probs))
 
 
-def test_a_common_beginning_is_kept_where_its_layers_are(tokenizer):
+def test_as_many_draws_as_an_example_needs_are_those_of_the_cpu(both, tokenizer):
+    split, draws = make_split("test", 6, 5, classes=False, readout="letters"), Draws(8, tolerance=0.02, minimum=2)
+    agree(both(lambda model: predict(model, gaussian(model), split, draws, tokenizer=tokenizer, token_budget=99).log_p))
+
+
+def test_a_classification_head_answers_where_it_is(tokenizer):
+    split = make_split("test", 6, 5, classes=True)
+
+    def work(model):
+        return predict(model, gaussian(model), split, 3, tokenizer=tokenizer, token_budget=300).log_probs
+
+    agree(moved(work, lambda: make_model("bert").eval()))
+
+
+def test_a_common_beginning_is_kept_where_its_layers_are(both, tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="letters", before="Question: red holds 1 blue. " * 4)
-    wanted, found = both(
-        lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, token_budget=300).log_probs
+    agree(
+        both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, token_budget=300).log_probs)
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_labels_and_counts_meet_the_scores_where_these_are(tokenizer):
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"do_sample": True}, {"num_beams": 2}, {"stop_strings": "blue"}],
+    ids=["greedy", "sampled", "beams", "stop"],
+)
+def test_texts_are_generated_where_the_model_is(how, both, tokenizer):
+    prompts = ["bag holds 3 red", "Question: gold"]
+
+    def work(model):
+        found = generate(model, gaussian(model), prompts, 3, tokenizer=tokenizer, max_new_tokens=5, batch_size=2, **how)
+        return torch.cat([torch.cat([answer.log_probs, answer.draw_log_probs.flatten()]) for answer in found])
+
+    agree(both(work))
+
+
+def test_each_draw_generates_where_the_model_is(both, tokenizer):
+    def work(model):
+        found = generate_each(
+            model, gaussian(model), ["bag holds"], 3, tokenizer=tokenizer, max_new_tokens=4, batch_size=1
+        )
+        return torch.cat([answer.log_probs for answer in found[0].answers])
+
+    agree(both(work))
+
+
+def test_labels_and_counts_meet_the_scores_where_these_are(both, tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="likelihood")
 
     def losses(model):
-        readout = readout_for(model, split, tokenizer)
-        apart = place(next(model.parameters())) == FIRST
-        batch = {k: v.to(FIRST) if apart else v for k, v in readout.collate(readout.encode(split)[0]).items()}
-        labels, count = batch.pop("labels"), torch.tensor(6.0)
-        count = put(count, FIRST) if apart else count
+        readout, where = readout_for(model, split, tokenizer), place(next(model.parameters()))
+        batch = {k: v.to(where) for k, v in readout.collate(readout.encode(split)[0]).items()}
+        labels, count = batch.pop("labels"), torch.tensor(6.0).to(where)
         with readout.attached(model):
             logits = model(**batch).logits
-        assert place(logits) == (SECOND if apart else "cpu")
         soft = soft_loss(torch.full((6, 4), 0.25).log())
         values = [answer_loss({"logits": logits}, labels, count), soft({"logits": logits}, torch.arange(6), count)]
         sum(values).backward()
-        return [*(v.detach().cpu() for v in values), *(p.grad.cpu() for p in lora_parameters(model).values())]
+        gradients = [p.grad.cpu().flatten() for p in lora_parameters(model).values()]
+        return torch.cat([*(v.detach().cpu()[None] for v in values), *gradients])
 
-    for one, other in zip(*both(losses), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    agree(both(losses))
 
 
 @pytest.mark.parametrize("kind", [DiagonalCurvature, KroneckerCurvature])
-def test_curvature_is_summed_where_each_layer_is(kind, tokenizer):
+def test_curvature_is_summed_where_each_layer_is(kind, both, tokenizer):
     split = make_split("test", 6, 5, classes=False, readout="likelihood")
 
     def predicted(model):
@@ -167,11 +126,10 @@ def test_curvature_is_summed_where_each_layer_is(kind, tokenizer):
         posterior = Linearised(curvature.posterior(read(model), 10.0, None), None)
         return predict(model, posterior, split, tokenizer=tokenizer, token_budget=200).log_p
 
-    wanted, found = both(predicted)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    agree(both(predicted), 1e-4)
 
 
-def test_texts_are_scored_where_the_head_is(tokenizer):
+def test_texts_are_scored_where_the_head_is(both, tokenizer):
     split = make_split("test", 1, 5, classes=False, readout="likelihood")
     pairs = [((3, 4, 5), (6, 7)), ((3, 4, 5), (8,)), ((9, 10), (11, 12, 13))]
 
@@ -180,14 +138,35 @@ def test_texts_are_scored_where_the_head_is(tokenizer):
         readout = readout_for(model, split, tokenizer)
         return Likelihoods(model, draws, readout, 100).of(pairs, lambda _: None)[0]
 
-    wanted, found = both(scored)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    agree(both(scored))
 
 
-def test_the_pretence_refuses_two_places():
-    a, b = put(torch.ones(2), FIRST), put(torch.ones(2), SECOND)
-    with Elsewhere(), pytest.raises(RuntimeError, match=r"cuda:0.*cuda:1"):
-        functional.mse_loss(a, b)
-    with Elsewhere():
-        assert place(a + b.to(a.device)) == FIRST
-        assert str(a.device) == FIRST
+def test_the_pretence_finds_a_tensor_that_was_left_on_the_cpu(monkeypatch, tokenizer):
+    split, apart = make_split("test", 6, 5, classes=False, readout="likelihood"), model()
+    monkeypatch.setattr(
+        "bayeslora.prediction.passes.on", lambda batch, _: {k: batch[k] for k in batch if k != "labels"}
+    )
+    with pretended(apart), pytest.raises(OtherDeviceError, match="cpu"):
+        predict(apart, gaussian(apart), split, 3, tokenizer=tokenizer, token_budget=300)
+
+
+def test_the_pretence_mixes_no_places():
+    first, second, here = put(torch.ones(2), FIRST), put(torch.ones(2), SECOND), torch.ones(2)
+    index = torch.tensor([0])
+    with pretended(nn.Identity()):
+        for mixed in (
+            lambda: functional.mse_loss(first, second),
+            lambda: first + here,
+            lambda: torch.cat([first, here]),
+            lambda: first.index_add(0, index, first[:1]),
+            lambda: first.gather(0, index),
+            lambda: torch.equal(first, here),
+            lambda: torch.randn(2, device=FIRST, generator=torch.Generator("cpu")),
+            first.numpy,
+        ):
+            with pytest.raises(OtherDeviceError):
+                mixed()
+        for allowed in (first + second.to(first.device), first[index], first * torch.tensor(2.0), nn.Parameter(first)):
+            assert place(allowed) == str(allowed.device) == FIRST
+        assert place(first.copy_(here)) == FIRST
+        assert place(first.cpu()) == "cpu"

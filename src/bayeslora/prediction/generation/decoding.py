@@ -214,7 +214,7 @@ class _Notes(StoppingCriteria):
 def step_of(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
     """Return the draws' distributions at the tokens that were chosen."""
     best = averager.average.topk(min(ALTERNATIVES, averager.average.shape[-1]))
-    pick = chosen[:, None]
+    pick = chosen[:, None].to(averager.average.device)  # which is the head's, and the tokens are where the model begins
     return Step(
         token_ids=chosen.cpu(),
         log_probs=averager.average.gather(1, pick)[:, 0].cpu(),
