@@ -8,20 +8,24 @@ tensors say whether it may be, as on a real GPU; where they cannot, tensors of o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import PropertyMock, patch
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import TrainingArguments
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 _NAMES = {"cuda": FIRST, "cpu:0": "cpu"}
 _CPU_INDICES = (Tensor.__getitem__, Tensor.__setitem__)
 _MOVES = ("to", "cpu", "cuda", "type_as")
+_ANYWHERE = ("backward", "__set__", "_has_compatible_shallow_copy_type")
 
 
 def _memory(value: Tensor) -> Any:
@@ -64,7 +68,7 @@ class Pretended(TorchFunctionMode):
         if func is torch.autograd.grad:
             found = func(*args, **kwargs)
             return tuple(put(value, place(asked)) for value, asked in zip(found, args[1], strict=True))
-        if func is torch.autograd.backward or name == "backward":
+        if func is torch.autograd.backward or name in _ANYWHERE:
             return func(*args, **kwargs)
         if name in _MOVES and args and isinstance(args[0], Tensor):
             return self._moved(name, args[0], args[1:], kwargs)
@@ -157,7 +161,7 @@ class _Generator(torch.Generator):
     """A generator with a place."""
 
     def __new__(cls, device: object = "cpu") -> _Generator:
-        made: _Generator = super().__new__(cls, "cpu")
+        made = super().__new__(cls)
         made.place = str(device)
         return made
 
@@ -172,25 +176,30 @@ def _inputs_moved(module: nn.Module, where: str) -> None:
         """Run where the module is."""
         return plain(*send_to_device(args, where), **send_to_device(kwargs, where))
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 @contextmanager
 def pretended(model: nn.Module, *later: nn.Module) -> Iterator[Pretended]:
-    """Put a model on a pretended GPU for a ``with`` block, and these modules of it on a second one."""
+    """Put a model on a pretended GPU for a ``with`` block, and these modules of it on a second one.
+
+    The Trainer takes the first for its device.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         put(tensor, FIRST)
     for module in later:
         _inputs_moved(module, SECOND)
         for tensor in (*module.parameters(), *module.buffers()):
             put(tensor, SECOND)
-    plain = torch.Generator
-    torch.Generator = _Generator  # type: ignore[misc]
-    try:
-        with Pretended() as mode:
-            yield mode
-    finally:
-        torch.Generator = plain  # type: ignore[misc]
+    memory = {"mem_get_info": (2**30, 2**31), "memory_reserved": 0, "memory_allocated": 0}
+    gpu = PropertyMock(return_value=torch.device(FIRST))
+    with ExitStack() as changes:
+        changes.enter_context(patch("torch.Generator", _Generator))
+        for owner in (TrainingArguments, Accelerator):
+            changes.enter_context(patch.object(owner, "device", gpu))
+        for name, value in memory.items():
+            changes.enter_context(patch(f"torch.cuda.{name}", return_value=value))
+        yield changes.enter_context(Pretended())
 
 
 def later_half(model: Any) -> tuple[nn.Module, ...]:
