@@ -1,5 +1,6 @@
 """Requests of strangers: each bears alone what it asks for, and whatever it does, others are answered."""
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -7,12 +8,18 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import jinja2
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from peft import LoraConfig, get_peft_model
 from support.serving import running, served
+from transformers import BloomConfig, BloomForCausalLM
 
 from bayeslora.integrations.server import Limits, classification, connections, echo
 from bayeslora.integrations.server.responses import TextCompletion
@@ -357,3 +364,56 @@ def test_a_request_that_comes_slowly_is_not_waited_for(sent, tokenizer):
             except OSError:
                 break
         assert time.monotonic() - began < 2
+
+
+def test_a_client_that_stops_reading_is_not_waited_for():
+    ended_streams = []
+    app = FastAPI()
+    app.state.worker = SimpleNamespace(stop=lambda: None)
+
+    @app.get("/{name}")
+    def stream(name: str) -> StreamingResponse:
+        async def parts():
+            try:
+                for _ in range(64):
+                    yield b"x" * 2**18
+                    await asyncio.sleep(0.05)
+            finally:
+                ended_streams.append(name)
+
+        return StreamingResponse(parts())
+
+    server = connections.Server(app, Limits(patience=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    with connected(address) as stalled, ThreadPoolExecutor() as pool:
+        reader = pool.submit(httpx.get, f"{address}/reads")  # for longer than the server's patience
+        stalled.send(b"GET /stalls HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert len(reader.result().content) == 64 * 2**18
+        waited = time.monotonic() + 5
+        while "stalls" not in ended_streams and time.monotonic() < waited:
+            time.sleep(0.05)
+        received = 0
+        with suppress(ConnectionResetError):
+            while part := stalled.recv(2**20):
+                received += len(part)
+    server.should_exit = True
+    thread.join(10)
+    assert sorted(ended_streams) == ["reads", "stalls"]
+    assert received < 64 * 2**18
+
+
+def test_the_servers_bound_on_tokens_holds_where_the_model_has_none(tokenizer):
+    base = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2))
+    assert not hasattr(base.config, "max_position_embeddings")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
+    with running(served(tokenizer, model=model), SMALL) as (address, _):
+        prompt = {"model": "tiny", "prompt": [5] * 45, "temperature": 0}
+        assert post(address, "completions", {**prompt, "max_tokens": 19}).status_code == 200
+        refused = post(address, "completions", {**prompt, "max_tokens": 20})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "more than the server's 64" in refused.json()["error"]["message"]

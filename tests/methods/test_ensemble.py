@@ -104,6 +104,12 @@ def test_going_on_with_other_seeds_is_refused(begun, tmp_path):
         begun(Ensemble(2))
 
 
+def test_a_damaged_list_of_members_is_named(begun, tmp_path):
+    (tmp_path / "run" / "members.json").write_text('{"seeds": [[3, nu')
+    with pytest.raises(InputError, match=r"members\.json cannot be read"):
+        begun(Ensemble(2))
+
+
 def test_an_ensemble_that_is_whole_is_read_whatever_its_seeds_were(begun, tmp_path):
     whole = begun(Ensemble(2))
     longer = begun(Ensemble(3))  # goes on with one member more

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora._typing import Tokenizer
 from bayeslora.errors import InputError
-from bayeslora.files import standing, write_json
+from bayeslora.files import read_object, standing, write_json
 from bayeslora.methods import Ensemble, Inference, Map, Method, PostHoc
 from bayeslora.methods.base import origin_for
 from bayeslora.methods.regularisers import answer_loss
@@ -183,14 +182,14 @@ def _note_members(
     settings = _settings(common, method.member, args, starts) | {"seed": None, "data_seed": None, "members": None}
     own = [Path(each.output_dir) for each in member_args]
     if common.resume and any(path.exists() for path in (folder / FOLDER, *own)):
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [None]
-        former = before["seeds"] if isinstance(before, dict) else before  # versions before kept the seeds alone
-        if any(one != other for one, other in zip(former, seeds, strict=False)):
+        before = read_object(file, missing="") if file.exists() else {}  # an older version kept none
+        former = before.get("seeds", [None])
+        if not isinstance(former, list) or any(one != other for one, other in zip(former, seeds, strict=False)):
             raise InputError(
                 f"the ensemble in {folder} was begun with other seeds of its members, as an older version gave them; "
                 "finish it as it was begun, or choose another output folder"
             )
-        refuse_others(file, before["settings"] if isinstance(before, dict) else None, settings)
+        refuse_others(file, before.get("settings"), settings)
     if args.process_index == 0:
         if not common.resume:  # else a run that breaks off would go on with members of an earlier one
             for each in (folder / FOLDER, *own):
