@@ -502,7 +502,7 @@ def outcomes(seed: int, number: int, folder: Path, tokens) -> tuple[str, dict[st
 
 
 def run(seed: int, numbers: range) -> tuple[collections.Counter, list[str], float, float]:
-    """Return the outcomes of some inputs by kind, the faults, the slowest in seconds of the processor and the memory gained in MB."""
+    """Return outcomes by kind, the faults, the slowest in seconds of the processor, and the memory gained in MB."""
     for timer in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(timer, _slow)
     tokens = tokenizer()
