@@ -136,6 +136,18 @@ def test_the_curvature_does_not_depend_on_the_batches(structure, tokens, tokeniz
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("budget", [30, 4000])
+def test_the_query_of_a_first_token_which_sees_itself_alone_is_not_counted(budget, tokenizer):
+    model, readout, rows, batches = prepared("llama-likelihood", tokenizer, budget)
+    sites = {site.name.split("model.layers.")[1]: site for site in linear_sites(model)}
+    query, value = (sites[f"0.self_attn.{name}.lora_A.weight"] for name in ("q_proj", "v_proj"))
+    curvature = KroneckerCurvature([query, value], 4)
+    with readout.attached(model):
+        accumulated(model, curvature, batches, rows.labels)
+    counts = [int(curvature.count[site.module]) for site in (query, value)]
+    assert counts == [counts[1] - len(rows), sum(readout.length(row) for row in readout.encode(rows)[0])]
+
+
 def test_on_one_example_with_one_token_k_fac_is_the_whole_matrix(tokenizer):
     model, readout, rows, _ = prepared("bert", tokenizer)
     rows = rows.take([0])

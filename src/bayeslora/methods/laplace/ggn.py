@@ -124,7 +124,9 @@ class KroneckerCurvature(Curvature):
         """Add a batch."""
         for module, name in {site.module: site.name for site in self.sites}.items():
             x, g = gradients.inputs[module], mixed(gradients, module, root)
-            reaching = g.abs().amax((0, 3)) > 0
+            size = g.abs().amax((0, 3))
+            # that of a first token's query is zero by cancellation: some kernels give zero, others rounding
+            reaching = size > torch.finfo(torch.float32).eps * size.amax(1, keepdim=True)
             if self.tokens == "reduce":
                 weight = reaching.float() / reaching.sum(1, keepdim=True).clamp_min(1)
                 x, g = (weight[..., None] * x).sum(1, keepdim=True), g.sum(2, keepdim=True)
