@@ -1,15 +1,11 @@
 """Steps that are not finite: the run stops there or leaves them out, and nothing of them is written."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.methods_table import LEARNERS
+from support.ranks import in_ranks
 from support.spoil import Spoil, numbers
 from support.tiny import arguments, gaussian, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback
@@ -275,62 +271,34 @@ def test_every_method_that_learns_looks_at_its_steps():
             assert isinstance(first, FiniteSteps), row.name
 
 
-WORKER = """
-import math, sys
-from support.tiny import arguments, make_model
-from transformers import Trainer
-from bayeslora.errors import InputError
-from bayeslora.methods import Map
-from bayeslora.methods.steps import FiniteSteps
-from faults.test_non_finite import ROWS
-
-GUARD = FiniteSteps(sys.argv[2])
-
-class OneOfTwo(Trainer):
-    def compute_loss(self, model, inputs, **named):
-        loss = super().compute_loss(model, inputs, **named)
-        spoiled = self.state.global_step == 2 and self.args.process_index == 1
-        return loss + (math.nan if spoiled else 0.0)  # the gradient stays finite
-
-    def training_step(self, *args, **named):
-        loss = super().training_step(*args, **named)
-        GUARD.note(loss)
-        return loss
-
-if __name__ == "__main__":
-    model, guard = make_model(), GUARD
-    args = arguments(sys.argv[1], max_steps=4, ddp_find_unused_parameters=False)
-    callbacks = [*Map().trainer_kwargs(model, len(ROWS))["callbacks"][1:], guard]
-    try:
-        OneOfTwo(model, args, train_dataset=ROWS, callbacks=callbacks).train()
-    except InputError as error:
-        print(error)
-    print("skipped", guard.skipped)
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["stop", "skip"])
 def test_all_processes_stop_or_leave_out_where_one_has_a_loss_that_is_nan(what, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests, script = Path(__file__).parents[1], tmp_path / "worker.py"
-    script.write_text(WORKER)
-    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path / "run", what],
-            env=os.environ | pair | {"PYTHONPATH": paths, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-        assert ("step 3 of 4: the loss is nan" in said) is True, said
+    guard = FiniteSteps(what)
+
+    class OneOfTwo(Trainer):
+        def compute_loss(self, model, inputs, **named):
+            loss = super().compute_loss(model, inputs, **named)
+            spoiled = self.state.global_step == 2 and self.args.process_index == 1
+            return loss + (math.nan if spoiled else 0.0)  # the gradient stays finite
+
+        def training_step(self, *args, **named):
+            loss = super().training_step(*args, **named)
+            guard.note(loss)
+            return loss
+
+    def train():
+        model = make_model()
+        args = arguments(tmp_path / "run", max_steps=4, ddp_find_unused_parameters=False)
+        callbacks = [*Map().trainer_kwargs(model, len(ROWS))["callbacks"][1:], guard]
+        try:
+            OneOfTwo(model, args, train_dataset=ROWS, callbacks=callbacks).train()
+        except InputError as error:
+            print(error)
+        print("skipped", guard.skipped)
+
+    for status, said in in_ranks(train):
+        assert status == 0, said
+        assert "step 3 of 4: the loss is nan" in said, said
         assert f"skipped {int(what == 'skip')}" in said, said
 
 

@@ -1,5 +1,6 @@
 """BLoB's settings: the start and the prior in units of each matrix, the temperature of the divergence, and presets."""
 
+import functools
 import math
 import shutil
 from types import SimpleNamespace
@@ -169,6 +170,7 @@ def test_a_resumed_run_has_the_prior_of_the_start(tmp_path, update):
     assert same_params(again.variance, whole.variance)
 
 
+@functools.cache
 def simulated(method, steps):
     """Train by a method on 200 rows of a logistic model in 384 directions, of which the data say little but of a few.
 
@@ -203,23 +205,19 @@ def simulated(method, steps):
     return answers(a), average, y[200:].long(), float((omega.square().mean() / start).sqrt())
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """MAP's answers after 6,000 steps, and the labels."""
-    mean, _, labels, _ = simulated(Map(), 6000)
-    return mean, labels
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["paper", "elbo"])
-def test_six_thousand_steps_keep_the_noise_and_lose_no_accuracy_to_map(update, plain):
+def test_six_thousand_steps_keep_the_noise_and_lose_no_accuracy_to_map(update):
     # an absolute prior took Ω to 0.2, three times its start, and the draws lost two points to the mean
     _, draws, labels, growth = simulated(Blob(update), 6000)
+    plain = simulated(Map(), 6000)[0], labels
     assert 0.9 < growth < 1.1
     assert accuracy(draws, labels) > accuracy(*plain) - 0.01
     assert ece(draws, labels) < ece(*plain) / 2
     assert nll(draws, labels) < nll(*plain) / 2
 
 
+@pytest.mark.slow
 def test_on_the_evidence_bound_six_thousand_steps_are_as_good_as_six_hundred():
     (_, short, labels, _), (_, long, *_) = (simulated(Blob("elbo"), steps) for steps in (600, 6000))
     assert nll(long, labels) < nll(short, labels) + 0.02

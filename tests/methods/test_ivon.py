@@ -4,13 +4,10 @@ import itertools
 import logging
 import math
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.ranks import in_ranks
 from support.tiny import arguments, make_model, make_task, make_tokenizer, same_params
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -175,51 +172,20 @@ def test_several_draws_of_a_step_are_different_noise(tmp_path):
     assert [a == b for a, b in itertools.pairwise(seen)] == [False, True]
 
 
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from support.tiny import arguments, make_model
-from test_ivon import ROWS, run
-from bayeslora.methods import Ivon
-from bayeslora.params import read
-
-if __name__ == "__main__":
-    model = make_model()
-    method = Ivon(sigma0=0.05, max_step=1e-2)
-    args = arguments(sys.argv[2], per_device_train_batch_size=2, max_steps=5)
-    run(model, args, method.trainer_kwargs(model, ROWS))
-    if args.process_index == 0:
-        posterior = method.posterior(model)
-        torch.save({"mean": posterior.mean, "variance": posterior.variance}, sys.argv[3])
-"""
-
-
-@pytest.mark.slow
 def test_two_processes_are_one_process_on_the_joint_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parent
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    def trained(name, **changes):
+        model, method = make_model(), Ivon(sigma0=0.05, max_step=1e-2)
+        run(model, arguments(tmp_path / name, max_steps=5, **changes), method.trainer_kwargs(model, ROWS))
+        return method.posterior(model)
 
-    def start(name, **more):
-        command = [sys.executable, script, here.parent, tmp_path / "run", tmp_path / name]
-        return subprocess.Popen(
-            command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def pair():
+        posterior = trained("pair", per_device_train_batch_size=2)
+        if os.environ["RANK"] == "0":
+            torch.save({"mean": posterior.mean, "variance": posterior.variance}, tmp_path / "pair.pt")
 
-    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [start("pair.pt", RANK=str(r), LOCAL_RANK=str(r), **pair) for r in range(2)]
-    model, method = make_model(), Ivon(sigma0=0.05, max_step=1e-2)
-    run(model, arguments(tmp_path / "alone", max_steps=5), method.trainer_kwargs(model, ROWS))
-    alone = method.posterior(model)
-    for process in processes:
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said
-    both = torch.load(tmp_path / "pair.pt", weights_only=True)
+    ended = in_ranks(pair)
+    assert [status for status, _ in ended] == [0, 0], ended
+    alone, both = trained("alone"), torch.load(tmp_path / "pair.pt", weights_only=True)
     for part, ours in (("mean", alone.mean), ("variance", alone.variance)):
         for name, value in ours.items():
             torch.testing.assert_close(value, both[part][name], rtol=1e-4, atol=1e-6)

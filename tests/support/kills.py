@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -162,26 +163,32 @@ def _child(action: Callable[[], object], root: str, at: int, writer: int) -> NoR
     os._exit(status)
 
 
-def killed(name: str, method: Inference, limit: int, kills: int, seed: int) -> Tally:
-    """Kill runs of a method, at operations on files and at any time in turn, and compare what they come to."""
+def killed(name: str, method: Inference, kills: int, seed: int) -> Tally:
+    """Kill runs of a method and compare what they come to.
+
+    They are killed at operations on files and at any time in turn, with one checkpoint kept and with two.
+    """
     torch.set_num_threads(1)
     rng, count, inside, faults = random.Random(seed), 0, 0, list[str]()
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place, "whole")
-        usual = in_child(lambda: train(method, whole, limit), whole)
+        usual = in_child(lambda: train(method, whole, 1), whole)
         if usual.status:
             return Tally(0, 0, (f"{name}: the unbroken run failed: {_said(whole)}",))
         wanted = digest(whole / "posterior")
         while count < kills:
             folder = Path(place, f"{count}-{len(faults)}-{rng.random()}")
-            at = rng.randint(1, usual.operations) if 2 * inside <= count else 0
-            moment = f"operation {at} of {usual.operations}" if at else ""
+            pair, writing = divmod(seed + count, 2)
+            limit = 1 + pair % 2
+            at = rng.randint(1, usual.operations) if writing else 0
             after = 0.0 if at else rng.uniform(0.02, usual.seconds)
-            ended = in_child(lambda folder=folder: train(method, folder, limit), folder, at=at, after=after)  # type: ignore[misc]
+            run = functools.partial(in_child, functools.partial(train, method, folder, limit), folder)
+            ended = run(at=at, after=after)
             count += ended.status == -signal.SIGKILL
             inside += bool(at) and ended.status == -signal.SIGKILL
-            again = in_child(lambda folder=folder: train(method, folder, limit), folder)  # type: ignore[misc]
-            where = f"{name}, save_total_limit={limit}, killed at {moment or f'{after:.3f} s'}"
+            again = run()
+            moment = f"operation {at} of {usual.operations}" if at else f"{after:.3f} s"
+            where = f"{name}, save_total_limit={limit}, killed at {moment}"
             if again.status:
                 faults.append(f"{where}: does not go on: {_said(folder)}")
             elif digest(folder / "posterior") != wanted:
@@ -199,15 +206,11 @@ def _said(folder: Path) -> str:
 def all_killed(
     kills: int, seed: int, names: Sequence[str] = tuple(METHODS), watch: Callable[[str], None] = print
 ) -> list[Tally]:
-    """Kill all methods, about equally often, with one checkpoint kept and with two."""
-    tallies, cases = [], [(name, limit) for name in names for limit in (1, 2)]
-    for k, (name, limit) in enumerate(cases):
-        share = (k + 1) * kills // len(cases) - k * kills // len(cases)
-        tally = killed(name, METHODS[name], limit, share, seed + k)
-        watch(
-            json.dumps(
-                {"method": name, "limit": limit, "kills": tally.kills, "inside": tally.inside, "faults": tally.faults}
-            )
-        )
+    """Kill all methods, about equally often."""
+    tallies = []
+    for k, name in enumerate(names):
+        share = (k + 1) * kills // len(names) - k * kills // len(names)
+        tally = killed(name, METHODS[name], share, seed + k)
+        watch(json.dumps({"method": name, "kills": tally.kills, "inside": tally.inside, "faults": tally.faults}))
         tallies.append(tally)
     return tallies
