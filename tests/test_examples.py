@@ -1,10 +1,9 @@
 """The examples that need no network run as they stand."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forked import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OFFLINE = (
@@ -16,18 +15,13 @@ OFFLINE = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
 def test_an_example_runs(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    status, said = run_script(EXAMPLES / name, folder=tmp_path)
+    assert status == 0, said[-2000:]
+    assert said.strip()
 
 
 @pytest.mark.slow
 def test_the_client_says_that_nothing_answers(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "vllm_client.py", "http://127.0.0.1:9"], cwd=tmp_path, capture_output=True,
-        text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    status, said = run_script(EXAMPLES / "vllm_client.py", "http://127.0.0.1:9", folder=tmp_path)
+    assert status == 1, said
+    assert "Traceback" not in said

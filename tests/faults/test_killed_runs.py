@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forked import in_ranks
 from support.kills import METHODS, all_killed
-from support.ranks import in_ranks
 from support.tiny import arguments, make_model, make_task, make_tokenizer, same_params
 from transformers import Trainer, TrainerCallback
 

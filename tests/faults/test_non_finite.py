@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from support.forked import in_ranks
 from support.methods_table import LEARNERS
-from support.ranks import in_ranks
 from support.spoil import Spoil, numbers
 from support.tiny import arguments, gaussian, make_model, make_task, same_params
 from transformers import Trainer, TrainerCallback

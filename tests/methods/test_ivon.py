@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from support.ranks import in_ranks
+from support.forked import in_ranks
 from support.tiny import arguments, make_model, make_task, make_tokenizer, same_params
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor

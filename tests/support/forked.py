@@ -1,22 +1,24 @@
-"""Several processes of one training run, as a launcher starts them, but forked: what is imported stays so."""
+"""Processes that are forked, as a launcher starts those of one run: what is imported stays so."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from accelerate.state import AcceleratorState, GradientState
 
 
-def in_ranks(action: Callable[[], object], count: int = 2, timeout: float = 120) -> list[tuple[int | None, str]]:
+def in_ranks(action: Callable[[], object], count: int = 2) -> list[tuple[int | None, str]]:
     """Do something in every process of a group; return how each ended, negative for a signal, and what it said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,12 +27,30 @@ def in_ranks(action: Callable[[], object], count: int = 2, timeout: float = 120)
         "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    return _forked(action, [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)])
+
+
+def run_script(path: Path, *words: str, folder: Path) -> tuple[int | None, str]:
+    """Run a script in a folder, and return how it ended and what it said."""
+
+    def run() -> None:
+        warnings.resetwarnings()  # what warns a user is no error
+        os.chdir(folder)
+        sys.argv = [str(path), *words]
+        runpy.run_path(str(path), run_name="__main__")
+
+    return _forked(run, [{}])[0]
+
+
+def _forked(
+    action: Callable[[], object], environments: Sequence[dict[str, str]], timeout: float = 120
+) -> list[tuple[int | None, str]]:
+    """Do something in a process for each environment."""
     context, deadline = multiprocessing.get_context("fork"), time.monotonic() + timeout
     with TemporaryDirectory() as folder:
-        logs = [Path(folder, str(rank)) for rank in range(count)]
-        environments = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        logs = [Path(folder, str(k)) for k in range(len(environments))]
         processes = [
-            context.Process(target=_rank, args=(action, environment, log))
+            context.Process(target=_child, args=(action, environment, log))
             for environment, log in zip(environments, logs, strict=True)
         ]
         for process in processes:
@@ -43,7 +63,7 @@ def in_ranks(action: Callable[[], object], count: int = 2, timeout: float = 120)
         return [(process.exitcode, log.read_text()) for process, log in zip(processes, logs, strict=True)]
 
 
-def _rank(action: Callable[[], object], environment: dict[str, str], log: Path) -> None:
+def _child(action: Callable[[], object], environment: dict[str, str], log: Path) -> None:
     """Do it in a process whose group is not known yet, and leave without what its parent would do at its end."""
     os.environ |= environment
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -55,6 +75,9 @@ def _rank(action: Callable[[], object], environment: dict[str, str], log: Path) 
         try:
             action()
             status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            print(ended.code)
         except BaseException:
             traceback.print_exc()
     os._exit(status)
