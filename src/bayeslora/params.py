@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,6 +65,11 @@ def device_of(model: nn.Module) -> torch.device:
 def read(model: nn.Module) -> Params:
     """Return a float32 copy of the active adapter's parameters, on the CPU."""
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lora_parameters(model).items()}
+
+
+def stack_across(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape, which may lie on several devices, stacked on the first one's."""
+    return torch.stack([t.to(tensors[0].device) for t in tensors])
 
 
 def largest(tensors: Iterable[Tensor]) -> Tensor:

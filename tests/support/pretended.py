@@ -74,12 +74,23 @@ class Pretended(TorchFunctionMode):
             return self._moved(name, args[0], args[1:], kwargs)
         if name == "numpy" and place(args[0]) != "cpu":
             raise OtherDeviceError("numpy is given a tensor that is not on the CPU")
+        if name.startswith("_foreach_"):
+            return self._each(func, args, kwargs)
         asked = kwargs.get("device")
         where = self._where(func, args, kwargs)
         if asked is not None and str(asked) != "meta":
             kwargs["device"] = "cpu"
         found = func(*args, **kwargs)
         return found if asked is not None and str(asked) == "meta" else tree_map(lambda v: put(v, where), found)
+
+    def _each(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function of lists of tensors, which may be anywhere if those that meet are at one place."""
+        columns = zip(*(a for a in args if isinstance(a, (list, tuple)) and isinstance(a[0], Tensor)), strict=True)
+        where = [self._by_rule(func, (), column) for column in columns]
+        found = func(*args, **kwargs)
+        for value, at in zip(found or (), where, strict=False):
+            put(value, at)
+        return found
 
     def _attribute(self, func: Any, args: Any) -> Any:
         """Return an attribute of a tensor."""
@@ -137,7 +148,7 @@ class Pretended(TorchFunctionMode):
         other = {place(t) for t in tensors} - {"cpu"}
         if len(places) > 1 or len(other) > 1:
             raise OtherDeviceError(f"{func} is given tensors on {sorted(places | other)}")
-        return (places or other).pop()
+        return (places or other or {"cpu"}).pop()
 
     def _moved(self, name: str, value: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return a tensor at another place, a copy if that is another than its own."""
@@ -157,6 +168,13 @@ class Pretended(TorchFunctionMode):
         return put(found.clone() if found is value and where != place(value) else found, where)
 
 
+def _grouped(lists: Any, with_indices: bool = False) -> Any:
+    """Do what optimisers do in C++: part lists of tensors by the device and type of the first list's."""
+    keys = [(value.device, value.dtype) for value in lists[0]]
+    parts = {key: [n for n, each in enumerate(keys) if each == key] for key in dict.fromkeys(keys)}
+    return {key: ([[v[n] for n in part] if v else [] for v in lists], part) for key, part in parts.items()}
+
+
 class _Generator(torch.Generator):
     """A generator with a place."""
 
@@ -168,13 +186,14 @@ class _Generator(torch.Generator):
     place: str
 
 
-def _inputs_moved(module: nn.Module, where: str) -> None:
-    """Do as accelerate's hooks do: what a module is given goes to its place."""
+def _inputs_moved(module: nn.Module, where: str, back: str | None = None) -> None:
+    """Do as accelerate's hooks do: what a module is given goes to its place, and what it returns back if asked."""
     plain = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         """Run where the module is."""
-        return plain(*send_to_device(args, where), **send_to_device(kwargs, where))
+        found = plain(*send_to_device(args, where), **send_to_device(kwargs, where))
+        return found if back is None else send_to_device(found, back)
 
     module.forward = forward
 
@@ -195,6 +214,8 @@ def pretended(model: nn.Module, *later: nn.Module) -> Iterator[Pretended]:
     gpu = PropertyMock(return_value=torch.device(FIRST))
     with ExitStack() as changes:
         changes.enter_context(patch("torch.Generator", _Generator))
+        for user in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):
+            changes.enter_context(patch(f"{user}._group_tensors_by_device_and_dtype", _grouped))
         for owner in (TrainingArguments, Accelerator):
             changes.enter_context(patch.object(owner, "device", gpu))
         for name, value in memory.items():
@@ -202,8 +223,17 @@ def pretended(model: nn.Module, *later: nn.Module) -> Iterator[Pretended]:
         yield changes.enter_context(Pretended())
 
 
+@contextmanager
+def dispatched(model: Any) -> Iterator[Pretended]:
+    """Spread a model over two pretended GPUs as ``device_map="auto"`` does, with its outputs back on the first."""
+    model.hf_device_map = {"model": FIRST, "lm_head": SECOND}  # by which the Trainer knows
+    _inputs_moved(model.get_base_model(), FIRST, FIRST)
+    with pretended(model, *later_half(model)) as mode:
+        yield mode
+
+
 def later_half(model: Any) -> tuple[nn.Module, ...]:
-    """Return what ``device_map="auto"`` would put on a second GPU: the last layers, the last norm and the head."""
+    """Return what is to be on a second GPU: the last layers, the last norm and the head."""
     base = model.get_base_model()
     layers = base.model.layers
     return (*layers[len(layers) // 2 :], base.model.norm, base.lm_head)

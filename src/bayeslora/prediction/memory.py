@@ -69,21 +69,25 @@ def max_stacked(model: nn.Module, draw: Params) -> int:
     return max(1, whole // (_PART * 4 * sum(value.numel() for value in draw.values())))
 
 
+def token_bytes(model: nn.Module, *, gradients: bool = False) -> int:
+    """Return the estimate of what a token of a batch takes on an accelerator, in bytes."""
+    base = require_lora(model).get_base_model()
+    config = base.config.get_text_config()
+    hidden, layers, size = config.hidden_size, config.num_hidden_layers, base.dtype.itemsize
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # inside a layer; then keys and values in every layer, and the logits with their float32 copies
+    inside = size * (10 * hidden + 3 * inner + 2 * hidden * layers)
+    if gradients:  # every layer keeps what a prediction needs for one, and the gradients are float32
+        inside = (size + 4) * layers * (10 * hidden + 3 * inner)
+    total: int = inside + (size + 8) * config.vocab_size
+    return total
+
+
 def default_token_budget(model: nn.Module, *, gradients: bool = False) -> int:
     """Return how many tokens, padding included, a batch may have on the model's device."""
     device = device_of(model)
     if device.type != "cuda":
         return CPU_BUDGET
-    base = require_lora(model).get_base_model()
-    config = base.config.get_text_config()
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    size = base.dtype.itemsize
-    layers = config.num_hidden_layers
-    # by estimate; then keys and values in every layer, and the logits with their float32 copies
-    inside = size * (10 * hidden + 3 * inner + 2 * hidden * layers)
-    if gradients:  # every layer keeps what a prediction needs for one, and the gradients are float32
-        inside = (size + 4) * layers * (10 * hidden + 3 * inner)
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, min(GPU_BUDGET, int(_SHARE * (free + held)) // (inside + (size + 8) * config.vocab_size)))
+    return max(1, min(GPU_BUDGET, int(_SHARE * (free + held)) // token_bytes(model, gradients=gradients)))

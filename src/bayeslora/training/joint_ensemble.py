@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora.errors import InputError
-from bayeslora.params import Params, evaluating, lora_parameters, read, write
+from bayeslora.params import Params, evaluating, lora_parameters, read, stack_across, write
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import Passes
@@ -135,7 +135,7 @@ class _MemberGradients(TrainerCallback):
             grad.mul_(self.members)  # the loss is the mean over the rows of all members
         if not grads or not self.max_grad_norm:
             return
-        squares = torch.stack([grad.flatten(1).float().square().sum(1) for grad in grads])
+        squares = stack_across([grad.flatten(1).float().square().sum(1) for grad in grads])
         factor = (self.max_grad_norm / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)
         for grad in grads:
             grad.mul_(factor.to(grad).view(-1, *[1] * (grad.ndim - 1)))

@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 
 from bayeslora.errors import InputError
 from bayeslora.methods.ivon.settings import Group, check_ivon, clamp, estimate_prior, from_prior, pull_weight
-from bayeslora.params import seed_of
+from bayeslora.params import seed_of, stack_across
 
 
 @final
@@ -287,10 +287,10 @@ class IvonOptimizer(torch.optim.Optimizer):
         if self._folds < self._draws:
             self._fold(grads)
             return {p: self._products[p] for p in sampled_params}
-        now = torch.stack([grads[p].float().norm() for p in sampled_params]).norm()
-        then = torch.stack([self._seen[p].norm() for p in sampled_params]).norm()
+        now = stack_across([grads[p].float().norm() for p in sampled_params]).norm()
+        then = stack_across([self._seen[p].norm() for p in sampled_params]).norm()
         factor = torch.where(then > 0, now / then, 1.0)
-        return {p: self._products[p] * factor for p in sampled_params}
+        return {p: self._products[p] * factor.to(p.device) for p in sampled_params}
 
     def _forget(self) -> None:
         """End a step: no draw, no products."""

@@ -20,7 +20,7 @@ from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import STEP, Group, default_sigma, from_prior, pull_weight
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import averages
-from bayeslora.params import Params, lora_parameters
+from bayeslora.params import Params, lora_parameters, stack_across
 
 if TYPE_CHECKING:
     from bayeslora.methods.ivon.method import Ivon
@@ -157,7 +157,7 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
     sizes = {}
     for part in ("lora_A", "lora_B"):
         values = [p.detach().abs().median() for name, p in lora_parameters(model).items() if part in name]
-        sizes[part] = float(torch.stack(values).median()) if values else math.nan
+        sizes[part] = float(stack_across(values).median()) if values else math.nan
     logger.info(
         "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "
         "would be without data; %.0f %% of the last update was at the clip radius.",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
+from bayeslora.params import stack_across
 
 Group = dict[str, Any]
 """Settings of a parameter group of `IvonOptimizer`, or what it keeps of a parameter, by name."""
@@ -84,7 +85,7 @@ def estimate_prior(group: Group, states: list[Group], means: list[Tensor]) -> li
     second = [
         m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean() for s, m in zip(states, means, strict=True)
     ]
-    for state, variance in zip(states, torch.stack(second).tolist(), strict=True):
+    for state, variance in zip(states, stack_across(second).tolist(), strict=True):
         now = 1 / (ess * state["delta"]) if state["delta"] > 0 else variance
         state["delta"] = 1 / (ess * (_PRIOR_MEMORY * now + (1 - _PRIOR_MEMORY) * variance))
     return [s["delta"] for s in states]
