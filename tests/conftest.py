@@ -21,6 +21,7 @@ SHAPE_CHECKED = (
     "metrics.uncertainty",
     "prediction.batching",
     "prediction.readouts",
+    "prediction.fused",
     "prediction.stacking",
     "prediction.passes",
     "prediction.likelihoods",

@@ -6,11 +6,14 @@ import jaxtyping
 import pytest
 import torch
 from support.tiny import arguments, gaussian, make_model, make_split, make_task, same_state, state_of
+from transformers import TrainerCallback
 
 import bayeslora as bl
 from bayeslora.errors import InputError
+from bayeslora.methods.blob.layer import attach, begin
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction import compilation as module
+from bayeslora.prediction.fused import fused
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,10 @@ def _without_shape_checks():
     torch._dynamo.reset()
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+TRACED = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+"""What torch says about its own tracing of autograd functions."""
 
 
 @pytest.fixture
@@ -92,3 +99,46 @@ def test_machine_code_gives_the_same_draws(tokenizer):
         for c in (False, True)
     )
     torch.testing.assert_close(layers.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def layers_input(model):
+    """What the first layer of a model is given."""
+    body = model.base_model.model.model
+    states = body.embed_tokens(torch.arange(3, 27).view(2, 12)).detach().requires_grad_()
+    return {"hidden_states": states, "position_embeddings": body.rotary_emb(states, torch.arange(12)[None])}
+
+
+@TRACED
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q, v", "all linear"])
+@pytest.mark.parametrize("method", [bl.Map(), bl.Ivon(), bl.Blob()], ids=lambda method: method.name)
+def test_a_layer_is_one_graph_where_a_method_puts_noise(method, targets, tokenizer, tmp_path):
+    model, breaks = make_model(target_modules=targets), []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            torch._dynamo.reset()
+            report = torch._dynamo.explain(model.base_model.model.model.layers[0])(**layers_input(model))
+            breaks.append((report.graph_count, report.graph_break_count))
+
+    bl.fit(model, make_task(), method, arguments(tmp_path, max_steps=1), tokenizer=tokenizer, callbacks=[Count()])
+    assert breaks == [(1, 0)]
+
+
+@TRACED
+def test_blobs_noise_has_the_same_gradients_in_one_graph():
+    model = make_model(target_modules="all-linear")
+    noisy = attach(model)
+    begin(noisy, 0.3, 1.0, 0)
+    for layer in noisy.values():
+        layer.noisy = True
+    model.train()
+    layer, found = model.base_model.model.model.layers[0], []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        with torch.random.fork_rng(), fused(model):
+            torch.manual_seed(5)
+            call(**layers_input(model)).square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert len(found[0]) == 3 * 7  # M, G and B of every matrix
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain)

@@ -16,7 +16,8 @@ from bayeslora.posteriors import (
 from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import PassOptions, memory, predict
 from bayeslora.prediction.batching import grouped, schedule
-from bayeslora.prediction.stacking import StackedLinear, layers_that_differ
+from bayeslora.prediction.fused import StackedLinear
+from bayeslora.prediction.stacking import layers_that_differ
 
 
 @contextmanager
@@ -164,7 +165,7 @@ def test_stacks_are_no_larger_than_a_quarter_of_the_model(tokenizer):
 def test_every_example_is_in_one_batch_within_the_budget():
     lengths = [3, 50, 7, 7, 120, 400, 1, 33]
     for most in (1, 3, 10):
-        plan = schedule(lengths, 100, most)
+        plan = schedule(lengths, 100, most, 1000)
         places = [place for batches in plan.values() for group in batches for place in group]
         assert sorted(places) == list(range(8))
         assert max(plan) <= most
@@ -172,7 +173,7 @@ def test_every_example_is_in_one_batch_within_the_budget():
             for group in batches:
                 longest = max(lengths[p] for p in group)
                 assert width * len(group) * longest <= 100 or (width == len(group) == 1)
-    assert schedule(lengths, 10**6, 10) == {10: [[5, 4, 1, 7, 2, 3, 0, 6]]}
+    assert schedule(lengths, 10**6, 10, 10**6) == {10: [[5, 4, 1, 7, 2, 3, 0, 6]]}
 
 
 def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch):
@@ -188,8 +189,15 @@ def test_the_token_budget_follows_the_free_memory_of_a_gpu(monkeypatch):
 
 
 def test_the_longest_examples_come_first():
-    assert grouped([5, 9, 1], 18) == [[1, 0], [2]]
-    assert grouped([5, 9, 1], 2) == [[1], [0], [2]]
+    assert grouped([5, 9, 1], 18, 100) == [[1, 0], [2]]
+    assert grouped([5, 9, 1], 2, 100) == [[1], [0], [2]]
+
+
+def test_a_batch_ends_before_its_padding_costs_more_than_another_batch():
+    lengths = [50, 49, 48, 20, 19, 5]
+    assert grouped(lengths, 10**6, 3) == [[0, 1, 2], [3, 4], [5]]
+    assert grouped(lengths, 10**6, 63) == [[0, 1, 2, 3], [4, 5]]
+    assert schedule(lengths, 10**6, 2, 6) == {2: [[0, 1, 2], [3, 4], [5]]}  # for both draws together
 
 
 def test_stacked_layers_have_each_rows_of_their_own():

@@ -117,10 +117,11 @@ def on(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) for key, value in batch.items() if key not in ("labels", "shift_labels")}
 
 
-def schedule(lengths: Sequence[int], token_budget: int, most: int) -> dict[int, list[list[int]]]:
+def schedule(lengths: Sequence[int], token_budget: int, most: int, padding: int) -> dict[int, list[list[int]]]:
     """Return batches of places in ``lengths`` by the draws that share a pass: ``most``, or fewer for long examples.
 
-    The token budget holds for all draws of a batch; a single longer example under a single draw is its own batch.
+    Budget and ``padding`` (see `grouped`) hold for all draws of a batch; a single longer example under a single draw is
+    its own batch.
     """
     widths = sorted({-(-most // 2**k) for k in range(most.bit_length() + 1)}, reverse=True)
     places: dict[int, list[int]] = {}
@@ -128,16 +129,26 @@ def schedule(lengths: Sequence[int], token_budget: int, most: int) -> dict[int, 
         width = next((w for w in widths if w * length <= token_budget), 1)
         places.setdefault(width, []).append(place)
     return {
-        width: [[wide[i] for i in batch] for batch in grouped([lengths[p] for p in wide], token_budget // width)]
+        width: [
+            [wide[i] for i in batch]
+            for batch in grouped([lengths[p] for p in wide], token_budget // width, padding // width)
+        ]
         for width, wide in places.items()
     }
 
 
-def grouped(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Return places in batches of similar length under a token budget, the longest first; padding counts."""
+def grouped(lengths: Sequence[int], token_budget: int, padding: int) -> list[list[int]]:
+    """Return places in batches of similar length, the longest first: under a token budget, in which padding counts.
+
+    A batch ends where it would hold more than so much padding too: from there on a batch of its own costs less.
+    """
     batches: list[list[int]] = []
+    padded = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        padded += longest - lengths[i]
+        if not batches or (len(batches[-1]) + 1) * longest > token_budget or padded > padding:
             batches.append([])
+            padded = 0
         batches[-1].append(i)
     return batches

@@ -21,6 +21,9 @@ CPU_BUDGET = 2048
 """On a CPU larger batches leave its caches and gain nothing."""
 GPU_BUDGET = 32768
 """On a GPU more tokens at once gain nothing."""
+CPU_PADDING = 64
+"""Tokens whose pass takes about as long on a CPU as what a batch costs beside its tokens."""
+GPU_PADDING = 4096
 _SHARE = 0.5
 """Part of the free memory that a batch may take by the estimate, which is a rough one; what fails is halved."""
 _PART = 4
@@ -61,6 +64,11 @@ def in_halves(
             logger.warning("a batch of %d does not fit into memory; it is halved", len(batch))
             waiting.extendleft([batch[len(batch) // 2 :], batch[: len(batch) // 2]])
     return too_large
+
+
+def max_padding(model: nn.Module) -> int:
+    """Return how much padding a batch may hold on the model's device, in tokens, before another batch costs less."""
+    return CPU_PADDING if device_of(model).type == "cpu" else GPU_PADDING
 
 
 def max_stacked(model: nn.Module, draw: Params) -> int:

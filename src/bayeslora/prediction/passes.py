@@ -25,7 +25,7 @@ from bayeslora.posteriors.provenance import check_base
 from bayeslora.prediction.batching import Batch, grouped, on, schedule
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
-from bayeslora.prediction.memory import in_halves, max_stacked
+from bayeslora.prediction.memory import in_halves, max_padding, max_stacked
 from bayeslora.prediction.prefix_cache import WORTHWHILE, common_prefix, continued, prefix_cache, without_prefix
 from bayeslora.prediction.probes import tried
 from bayeslora.prediction.readouts import Readout
@@ -135,7 +135,7 @@ class Passes:
         stack = replace(stack, share=together > 1 and self.stacks(names, share=True))
         saved = len(stack.prefix) - len(stack.prefix) // 2  # a token of the prefix costs memory, but no pass
         lengths = [self.readout.length(self.rows[i]) - saved for i in stack.numbers]
-        for width, batches in schedule(lengths, self.token_budget, together).items():
+        for width, batches in schedule(lengths, self.token_budget, together, max_padding(self.model)).items():
             parts = [slice(at, at + width) for at in range(0, len(stack.draws), width)]
             one_by_one = self.reading.across_draws and len(parts) > 1
             for group in [[batch] for batch in batches] if one_by_one else [batches]:
@@ -245,7 +245,7 @@ def batched(
     model: nn.Module, readout: Readout, rows: Sequence[Encoded], token_budget: int
 ) -> list[tuple[list[int], Batch]]:
     """Return examples in batches on the model's device, with the examples' numbers; the readout is to be attached."""
-    groups = grouped([readout.length(row) for row in rows], token_budget)
+    groups = grouped([readout.length(row) for row in rows], token_budget, max_padding(model))
     return [(group, on(readout.collate([rows[i] for i in group]), device_of(model))) for group in groups]
 
 

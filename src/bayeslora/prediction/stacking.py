@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +18,30 @@ from torch import Tensor, nn
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, generator, holding, lora_parameters, read, require_lora, swapped
+from bayeslora.prediction.fused import StackedLinear, fused, in_base_dtype
 from bayeslora.prediction.probes import tried
 
 _CLOSE = 0.1
 """Largest difference from the plain pass, by the difference of two draws, that is taken for rounding."""
 
 
-@final
-class StackedLinear(nn.Module):
-    """S linear layers side by side; the rows belong to them in S equal parts, in order, and parameters are trained."""
-
-    def __init__(self, weight: Float[Tensor, "S O I"], bias: Float[Tensor, "S O"] | None) -> None:
-        super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Buffer(weight, persistent=False)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Buffer(bias, persistent=False)
-
-    def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        """Return each part's rows through its own layer."""
-        parts = input.reshape(len(self.weight), -1, input.shape[-1])
-        across = self.weight.transpose(1, 2)
-        out = torch.bmm(parts, across) if self.bias is None else torch.baddbmm(self.bias[:, None], parts, across)
-        return out.view(*input.shape[:-1], out.shape[-1])
-
-
 @contextmanager
-def stacked(model: nn.Module, draws: Sequence[Params], *, share: bool = False, repeat: bool = True) -> Iterator[None]:
+def stacked(
+    model: nn.Module, draws: Sequence[Params], *, share: bool = False, repeat: bool = True, peft: bool = False
+) -> Iterator[None]:
     """Make a model for which `stacks` is true answer for S draws at once for the length of a ``with`` block.
 
     Its inputs are repeated for the draws, draw after draw: at once, or, where draws ``share`` the layers before the
-    first that differs, from there on. Without ``repeat`` the rows that are given belong to the draws already.
+    first that differs, from there on. Without ``repeat`` the rows that are given belong to the draws already. The
+    layers are `fused` and the draws in the base's dtype, or all is as in PEFT's own layers (``peft``).
     """
     names, parameters = differing(draws), lora_parameters(model)
     with holding(parameters, draws[0]):
         places, layers = _places(model, parameters, names), layers_that_differ(model, names) if share else ()
         assert places is not None
         repeating = (layers or (require_lora(model).get_base_model(),)) if repeat and len(draws) > 1 else ()
-        with _replaced(places, draws, names), _repeated(repeating, len(draws)):
+        dtype, layers_of = (nullcontext(), nullcontext()) if peft else (in_base_dtype(model), fused(model))
+        with dtype, layers_of, _replaced(places, draws, names), _repeated(repeating, len(draws)):
             yield
 
 

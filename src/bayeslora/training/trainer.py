@@ -26,6 +26,7 @@ from bayeslora.metrics.measures import measures
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
+from bayeslora.prediction.fused import fused
 from bayeslora.prediction.readouts import Readout
 from bayeslora.training.keys import Parts
 from bayeslora.training.resuming import checkpoint_of
@@ -73,7 +74,7 @@ def run_trainer(
     if args.torch_compile:
         layers = compiled(run.model, args.torch_compile_backend, args.torch_compile_mode)
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-    with run.readout.attached(run.model), layers, stop.listening():
+    with run.readout.attached(run.model), fused(run.model), layers, stop.listening():
         trainer = _Trainer(
             model=run.model,
             args=args,

@@ -93,11 +93,10 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def sign_words(rows: Float[Tensor, "T I"], width: int) -> Tensor:
     """Return random words that hold a sign for each of T rows and a number of columns, [⌈T/bits⌉, width]."""
-    size = rows.element_size()
-    shape = -(-len(rows) // (8 * size)), width
-    words = torch.empty(-(-shape[0] * width * size // 8), dtype=torch.int64, device=rows.device)
-    words.random_(-(2**63), None)
-    return words.view(_INTEGERS[size])[: shape[0] * width].view(shape)
+    kind = torch.iinfo(_INTEGERS[rows.element_size()])
+    shape = (-(-len(rows) // kind.bits), width)
+    high = min(kind.max + 1, 2**63 - 1)  # which is no word itself: of 2^64 words one is left out
+    return torch.randint(kind.min, high, shape, dtype=_INTEGERS[rows.element_size()], device=rows.device)
 
 
 def _sign_bits(words: Tensor, count: int) -> Tensor:
