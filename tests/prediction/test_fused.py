@@ -1,20 +1,25 @@
 """Fused LoRA layers answer and learn as PEFT's own do, and leave a model as it was."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft.tuners import lora
-from support.tiny import gaussian, make_model, make_split, same_state, state_of
+from support.tiny import arguments, gaussian, make_model, make_split, make_task, same_state, state_of
 from torch import nn
+from transformers import TrainerCallback
 
+import bayeslora as bl
 from bayeslora.params import lora_parameters, swapped, write
 from bayeslora.posteriors import Draws, Point
 from bayeslora.posteriors.dropout import TokenDropout
+from bayeslora.prediction import fused as module
 from bayeslora.prediction import predict
 from bayeslora.prediction.fused import FusedLinear, fused, in_base_dtype
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.prediction.stacking import stacked
+from bayeslora.training import trainer
 
 IDS = torch.arange(3, 27).view(2, 12)
 ADAPTERS = {
@@ -24,6 +29,12 @@ ADAPTERS = {
     "bias": {"lora_bias": True, "target_modules": ["q_proj"]},
     "DoRA": {"use_dora": True},
 }
+
+
+@pytest.fixture
+def multiplies_bf16(monkeypatch):
+    """Take the machine for one that multiplies bfloat16."""
+    monkeypatch.setattr(module, "fast_dtype", lambda _: torch.bfloat16)
 
 
 def drawn(dtype=torch.float32, **adapter):
@@ -91,10 +102,11 @@ def test_other_adapters_of_the_model_are_as_before():
 def test_layers_have_their_class_again_after_an_exception():
     model = drawn()
     before = state_of(model)
+    with fused(model):
+        with pytest.raises(KeyboardInterrupt), fused(model):
+            raise KeyboardInterrupt
+        assert any(type(m) is FusedLinear for m in model.modules())  # those of the outer block are as before
     with pytest.raises(KeyboardInterrupt), fused(model):
-        with fused(model):
-            pass
-        assert any(type(m) is FusedLinear for m in model.modules())
         raise KeyboardInterrupt
     assert not any(type(m) is FusedLinear for m in model.modules())
     assert same_state(model, before)
@@ -115,7 +127,7 @@ def test_predictions_are_those_of_pefts_layers(targets, tokenizer):
             torch.testing.assert_close(found.log_probs[k], wanted, rtol=0, atol=2e-5)
 
 
-def test_draws_are_in_the_dtype_of_a_half_precision_base():
+def test_draws_are_in_the_dtype_of_a_half_precision_base(multiplies_bf16):
     model = drawn(torch.bfloat16)
     posterior = gaussian(model)
     linear = next(m for m in model.modules() if isinstance(m, lora.Linear))
@@ -138,7 +150,7 @@ def test_a_base_in_float32_keeps_exact_draws():
         assert all(m.weight is w for m, w in zip((m for m in model.modules() if isinstance(m, nn.Linear)), weights, strict=True))  # fmt: skip  # noqa: E501
 
 
-def test_rounding_of_draws_to_bfloat16_is_below_that_of_the_base():
+def test_rounding_of_draws_to_bfloat16_is_below_that_of_the_base(multiplies_bf16):
     half = make_model("llama", torch.bfloat16, target_modules="all-linear")
     exact, posterior = copy.deepcopy(half).float(), gaussian(half)
     rounded = []
@@ -155,8 +167,16 @@ def test_rounding_of_draws_to_bfloat16_is_below_that_of_the_base():
     assert in_bfloat16 < 1.5 * in_float32  # squares: the draws' rounding adds less than that of the base's activations
 
 
+def test_draws_stay_in_float32_where_a_cpu_only_imitates_the_bases_dtype(monkeypatch):
+    monkeypatch.setattr(module, "fast_dtype", lambda _: torch.float32)
+    model = drawn(torch.bfloat16)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with stacked(model, [gaussian(model).draw(0)]):
+        assert layer.lora_A["default"].weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dropout_token_by_token_is_at_work(dtype, tokenizer):
+def test_dropout_token_by_token_is_at_work(multiplies_bf16, dtype, tokenizer):
     model = drawn(dtype)
     mean = {name: p.detach().float().clone() for name, p in lora_parameters(model).items()}
     split = make_split("test", 5, 2, classes=False, readout="letters")
@@ -164,3 +184,25 @@ def test_dropout_token_by_token_is_at_work(dtype, tokenizer):
     dropped = predict(model, TokenDropout(mean, 0.5), split, 2, tokenizer=tokenizer)
     assert not torch.allclose(dropped.log_probs[0], plain.log_probs[0], atol=1e-3)
     assert not torch.equal(dropped.log_probs[0], dropped.log_probs[1])
+
+
+@pytest.mark.parametrize(
+    "method", [bl.Map(), bl.Ivon(), bl.Blob(), bl.Ensemble(2, together=True)], ids=lambda m: m.name
+)
+def test_training_has_the_losses_of_pefts_layers(method, monkeypatch, tokenizer, tmp_path):
+    losses = []
+    for way in (fused, lambda _: nullcontext()):
+        monkeypatch.setattr(trainer, "fused", way)
+        history = []
+
+        class Note(TrainerCallback):
+            def on_log(self, args, state, control, logs, history=history, **_):
+                history += [logs["loss"]] if "loss" in logs else []
+
+        model = make_model(target_modules="all-linear")
+        args = arguments(tmp_path / str(len(losses)), max_steps=12, logging_strategy="steps", logging_steps=1)
+        bl.fit(model, make_task(), method, args, tokenizer=tokenizer, callbacks=[Note()])
+        losses.append(history)
+    assert len(losses[0]) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] != losses[0][0]

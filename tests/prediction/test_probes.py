@@ -8,9 +8,9 @@ import torch
 from support.tiny import gaussian, make_model, make_split
 
 from bayeslora.prediction import predict
+from bayeslora.prediction.fused import StackedLinear
 from bayeslora.prediction.generation.averaging import answering
 from bayeslora.prediction.probes import tried
-from bayeslora.prediction.fused import StackedLinear
 
 
 @contextmanager

@@ -17,9 +17,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
-from bayeslora.params import require_lora
+from bayeslora.models import fast_dtype
+from bayeslora.params import device_of, require_lora
 
 _HALF = (torch.bfloat16, torch.float16)
+"""Dtypes that draws are rounded to, where the device multiplies them; see `in_base_dtype`."""
 
 
 @final
@@ -93,16 +95,19 @@ def fused(model: nn.Module) -> Iterator[None]:
 def in_base_dtype(model: nn.Module) -> Iterator[None]:
     """Round the adapter's A and B to the dtype of a half-precision base layer for the length of a ``with`` block.
 
-    PEFT keeps them in float32, and casts the input and the output of every adapted layer. The layers have other
+    PEFT keeps them in float32, and casts the input and the output of every adapted layer. Where a CPU does not multiply
+    that dtype in hardware they stay, for thin products in it take longer than the casts. The layers have other
     parameters inside the block, so what is written into the adapter there has no effect.
     """
+    device = device_of(model)
+    kinds = _HALF if device.type != "cpu" else tuple({fast_dtype(device)}.intersection(_HALF))
     held: list[tuple[nn.ModuleDict, str, nn.Module]] = []
     try:
         for layer in (m for m in require_lora(model).modules() if isinstance(m, lora.LoraLayer)):
             dtype = _dtype(layer, model)
             for parent in (layer.lora_A, layer.lora_B):
                 for key, plain in parent.items():
-                    if type(plain) is nn.Linear and dtype in _HALF and plain.weight.dtype != dtype:
+                    if type(plain) is nn.Linear and dtype in kinds and plain.weight.dtype != dtype:
                         held.append((parent, key, plain))
                         parent[key] = _rounded(plain, dtype)
         yield
