@@ -94,6 +94,7 @@ def predicting(args: argparse.Namespace, name: str, task: Any) -> list[dict[str,
             "ten PEFT": lambda: as_peft(model, readout, rows, draws),
         },
         args.rounds,
+        cold=("ten", "ten PEFT"),  # two draws have warmed them up
     )
     return [
         row(f"{name}: one draw / PEFT's", ratio(took, "one", "one PEFT"), 0.8),

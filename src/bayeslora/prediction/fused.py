@@ -126,8 +126,7 @@ def _dtype(layer: lora.LoraLayer, model: nn.Module) -> torch.dtype:
 def _rounded(plain: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     """Return a layer with rounded parameters, and with the hooks of the original."""
     layer = copy.copy(plain)
-    layer._parameters = {
-        key: None if p is None else nn.Parameter(p.detach().to(dtype), requires_grad=False)
-        for key, p in plain._parameters.items()
-    }
+    vars(layer)["_parameters"] = {
+        key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in plain.named_parameters(recurse=False)
+    } | ({"bias": None} if plain.bias is None else {})
     return layer
