@@ -245,7 +245,7 @@ def batched(
     model: nn.Module, readout: Readout, rows: Sequence[Encoded], token_budget: int
 ) -> list[tuple[list[int], Batch]]:
     """Return examples in batches on the model's device, with the examples' numbers; the readout is to be attached."""
-    groups = grouped([readout.length(row) for row in rows], token_budget, max_padding(model))
+    groups = grouped([readout.length(row) for row in rows], token_budget, token_budget)
     return [(group, on(readout.collate([rows[i] for i in group]), device_of(model))) for group in groups]
 
 
