@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from report import finish, row
 from support import families
-from support.folders import ADAPTER_CONFIG, CONFIG, TENSORS, first_format, seal
+from support.folders import ADAPTER_CONFIG, CONFIG, TENSORS, first_format, seal, second_format
 
 from bayeslora.errors import InputError
 from bayeslora.models import adapter_of
@@ -78,7 +78,7 @@ Mutation = Callable[[random.Random, Path], None]
 
 
 def bases(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Return the content of folders of every family in both formats, and of a plain adapter."""
+    """Return the content of folders of every family in every format, and of a plain adapter."""
 
     def placed(posterior: Any) -> Any:
         parts: dict[str, Any] = {"origin": ORIGIN}
@@ -97,6 +97,8 @@ def bases(folder: Path) -> dict[str, dict[str, bytes]]:
     for name, make in made.items():
         placed(make()).save_pretrained(folder / name)
         found[name] = content(folder / name)
+        second_format(folder / name)
+        found[f"{name}, format 2"] = content(folder / name)
         first_format(folder / name)
         found[f"{name}, format 1"] = content(folder / name)
     found["plain adapter"] = {name: found["point"][name] for name in (ADAPTER_CONFIG, TENSORS[0])}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.families import FAMILIES, mean
-from support.folders import ADAPTER_CONFIG, CONFIG, change, first_format, seal
+from support.families import FAMILIES, mean, vector
+from support.folders import ADAPTER_CONFIG, CONFIG, change, first_format, seal, second_format
 from support.tiny import make_model, same_params
 
 from bayeslora.errors import InputError
@@ -19,6 +19,7 @@ from bayeslora.posteriors import Mixture, Point
 from bayeslora.posteriors.folder import read_tensors
 from bayeslora.posteriors.loading import load_adapter, load_posterior
 from bayeslora.posteriors.provenance import Origin, origin_of
+from bayeslora.posteriors.transforms import tempered
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "soak"))
 import folders
@@ -44,11 +45,45 @@ def test_every_mutated_folder_is_one_sentence_or_a_valid_posterior(inputs, seed)
     assert [each for each in results if folders.bad(each[3])] == []
 
 
-def test_folders_of_the_first_format_give_the_same_draws(saved):
-    posterior = load_posterior(saved)
-    first_format(saved)
+# draw 7 of stream 5, as the last version that wrote format version 2 made it: three numbers of its first parameter
+FORMER = {
+    ("diagonal", "independent"): [1.811436, 0.067840, -1.245104],
+    ("diagonal", "antithetic"): [2.776358, 0.538456, -2.727177],
+    ("diagonal", "simplex"): [0.301355, -0.012636, -1.749941],
+    ("diagonal", "sobol"): [0.931579, 2.481659, -2.743520],
+    ("low-rank", "independent"): [2.155154, -1.554968, -0.412826],
+    ("low-rank", "antithetic"): [2.334252, -1.646600, -1.817927],
+    ("low-rank", "simplex"): [0.946831, -0.131177, -1.327288],
+    ("low-rank", "sobol"): [1.327380, 1.816705, -2.311972],
+    ("kronecker", "independent"): [1.830089, 0.121385, 0.076806],
+    ("kronecker", "antithetic"): [3.624837, 0.616813, -3.699114],
+    ("kronecker", "simplex"): [-0.562300, 0.020234, -0.996626],
+    ("kronecker", "sobol"): [0.662523, 2.749604, -3.473385],
+    ("dropout", "independent"): [2.054662, -0.391239, -2.905053],
+    ("dropout", "simplex"): [2.054662, -0.391239, -2.905053],
+    ("dropout", "sobol"): [0.000000, -0.391239, -0.000000],
+}
+
+
+@pytest.mark.parametrize("earlier", [first_format, second_format])
+@pytest.mark.parametrize(("family", "sampling"), FORMER)
+def test_folders_of_earlier_formats_keep_their_draws(family, sampling, earlier, tmp_path):
+    replace(FAMILIES[family](), origin=ORIGIN).save_pretrained(tmp_path / "p")
+    earlier(tmp_path / "p")
+    former = load_posterior(tmp_path / "p")
+    former.save_pretrained(tmp_path / "again")  # as a folder of today's format
+    for posterior in (former, load_posterior(tmp_path / "again"), tempered(former, 1.0)):
+        found = vector(posterior.draw(7, 5, sampling))[:3]
+        torch.testing.assert_close(found, torch.tensor(FORMER[family, sampling]).double(), rtol=0, atol=2e-6)
+
+
+def test_a_mixture_of_folders_of_two_formats_has_the_draws_of_both(saved):
+    today = load_posterior(saved)
+    second_format(saved / "member-1")
+    seal(saved)
     loaded = load_posterior(saved)
-    assert all(same_params(loaded.draw(k), posterior.draw(k)) for k in range(4))
+    for k in range(4):
+        assert same_params(loaded.draw(k), today.draw(k)) == (k % 2 == 0)
 
 
 @pytest.mark.parametrize("file", [CONFIG, ADAPTER_CONFIG, f"member-1/{CONFIG}", f"member-0/{ADAPTER_CONFIG}"])

@@ -13,13 +13,24 @@ from bayeslora.errors import InputError
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, Draws, Mixture, Point, Scaled
 from bayeslora.posteriors.loading import export_draws
-from bayeslora.posteriors.sampling import former_keywords, noise, sobol_digits, uniform
+from bayeslora.posteriors.noise import Noise
+from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.posteriors.sobol import sobol_digits
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.prediction.run import rounds
 
 LIKE = torch.empty(4, 6)
+CPU = torch.device("cpu")
 GAUSSIAN = ["diagonal", "low-rank", "mixture", "kronecker", "linearised", "scaled"]
+
+
+def noise(seed, index, name, like, sampling):
+    return dict(Noise().normal({name: like}, index, seed, sampling))[name]
+
+
+def uniform(seed, index, name, like, sampling):
+    return dict(Noise().uniform({name: like}, index, seed, sampling))[name]
 
 
 def wide(model):
@@ -96,7 +107,7 @@ def test_what_five_simplex_draws_are_worth():
 
 def test_sobol_points_are_those_of_torch():
     wanted = SobolEngine(5).draw(9, dtype=torch.float64)
-    assert torch.equal(torch.stack([sobol_digits(k, 5) for k in range(9)]).double() / 2**30, wanted)
+    assert torch.equal(torch.stack([sobol_digits(k, 5, CPU) for k in range(9)]).double() / 2**30, wanted)
 
 
 def test_sobol_draws_fill_every_stratum_of_every_number_once():

@@ -6,7 +6,8 @@ The devices are pretended, see `support.pretended`. With two, each layer moves i
 
 import pytest
 import torch
-from support.pretended import FIRST, SECOND, OtherDeviceError, moved, place, pretended, put
+from support.families import A1, FAMILIES
+from support.pretended import FIRST, SECOND, OtherDeviceError, later_half, moved, place, pretended, put
 from support.tiny import gaussian, make_model, make_split
 from torch import nn
 from torch.nn import functional
@@ -15,12 +16,16 @@ from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature,
 from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Draws, Linearised
+from bayeslora.posteriors.noise import Noise
 from bayeslora.prediction import PassOptions, predict, readout_for
 from bayeslora.prediction.generation import generate, generate_each
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.likelihoods import Likelihoods
+from bayeslora.prediction.memory import draws_for
 from bayeslora.prediction.passes import batched
 from bayeslora.training.distillation import soft_loss
+
+normal = Noise.normal
 
 
 def model():
@@ -139,6 +144,41 @@ def test_texts_are_scored_where_the_head_is(both, tokenizer):
         return Likelihoods(model, draws, readout, 100).of(pairs, lambda _: None)[0]
 
     agree(both(scored))
+
+
+@pytest.mark.parametrize("sampling", ["independent", "antithetic", "simplex", "sobol"])
+@pytest.mark.parametrize("family", ["diagonal", "low-rank", "kronecker", "dropout", "mixture", "scaled"])
+def test_draws_are_made_where_the_posterior_is_and_are_those_of_the_cpu(family, sampling, monkeypatch):
+    monkeypatch.setattr("bayeslora.posteriors.philox.AT_ONCE", 2)  # blocks of 8 numbers, so that several are needed
+    posterior = FAMILIES[family]()
+    devices = {name: torch.device(SECOND if name == A1 else FIRST) for name in posterior.mean}
+    with pretended(nn.Identity()):
+        there = posterior.placed(devices)
+        drawn = {k: there.draw(k, 3, sampling) for k in (0, 1, 2, 7)}
+    for k, draw in drawn.items():
+        assert {name: torch.device(place(value)) for name, value in draw.items()} == devices
+        for name, value in posterior.draw(k, 3, sampling).items():
+            torch.testing.assert_close(draw[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_prediction_makes_its_draws_on_the_models_devices(monkeypatch, tokenizer):
+    made = []
+    monkeypatch.setattr(Noise, "normal", lambda self, like, *rest: made.append(like) or normal(self, like, *rest))
+    split, apart = make_split("test", 3, 5, classes=False, readout="likelihood"), model()
+    with pretended(apart, *later_half(apart)):
+        predict(apart, gaussian(apart), split, 3, tokenizer=tokenizer, token_budget=300)
+    assert {place(value) for like in made for value in like.values()} == {FIRST, SECOND}
+
+
+def test_a_posterior_too_large_for_a_copy_stays_where_it_is(monkeypatch):
+    plain, apart = model(), model()
+    assert draws_for(plain, posterior := gaussian(plain)) is posterior  # on the CPU there is nothing to copy
+    with pretended(apart):
+        copy = draws_for(apart, posterior)
+        assert {place(value) for value in copy.mean.values()} == {FIRST}
+        assert draws_for(apart, posterior) is copy
+        monkeypatch.setattr("bayeslora.prediction.memory.numbers", lambda _: sum(p.numel() for p in plain.parameters()))
+        assert draws_for(apart, posterior) is posterior
 
 
 def test_the_pretence_finds_a_tensor_that_was_left_on_the_cpu(monkeypatch, tokenizer):

@@ -38,6 +38,14 @@ def seal(folder: Path) -> None:
         return
 
 
+def second_format(folder: Path) -> None:
+    """Make a folder what format version 2 was: it did not say what draws are made from."""
+    for member in folder.glob("member-*"):
+        second_format(member)
+    change(folder / CONFIG, format_version=2, noise=None)
+    seal(folder)
+
+
 def first_format(folder: Path) -> None:
     """Make a folder what format version 1 was: checksums of the tensors alone."""
     for member in folder.glob("member-*"):
@@ -45,6 +53,7 @@ def first_format(folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
     config["sha256"] = {name: value for name, value in config["sha256"].items() if name in TENSORS}
     del config["checksum"]
+    config.pop("noise", None)
     (folder / CONFIG).write_text(json.dumps(config | {"format_version": 1}, indent=2, sort_keys=True) + "\n")
 
 

@@ -29,7 +29,7 @@ from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
 from bayeslora.prediction.generation.decoding import Settings
 from bayeslora.prediction.likelihoods import Likelihoods, Pair
-from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import weight_draws
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.prediction.stacking import differing
@@ -86,7 +86,8 @@ class PosteriorLM(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         if self.backend != "causal":
             raise InputError("an encoder-decoder cannot be scored here; load a causal language model")
-        weights = [posterior.cached_draw(k, draws) for k in range(draws.count)]
+        there = draws_for(model, posterior)
+        weights = [there.cached_draw(k, draws) for k in range(draws.count)]
         weights = weights if differing(weights) else weights[:1]
         self.posterior, self.draws, self.seed, self.sampling = posterior, draws.count, draws.seed, draws.sampling
         self.progress = progress

@@ -1,7 +1,7 @@
 """What a posterior is: what every family gives, and what it may leave as it is.
 
 A draw is a function of (index, seed, parameter name) and of nothing else: draw k is the same weights for the whole data
-set, on every device, in any batch order and in any process.
+set, in any batch order and in any process, and on every device up to the last bits.
 
 A new family is one file: a frozen dataclass that extends `Posterior` and has ``mean`` and ``draw``. The
 rest has a default that is right for draws of weights. Its fields are what is saved: parameters by name are tensors, a
@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, final
 
+import torch
 from torch import Tensor, nn
 
 from bayeslora._typing import Float
@@ -27,6 +28,8 @@ from bayeslora.params import Params, swapped
 from bayeslora.posteriors.card import DESCRIPTIONS, card
 from bayeslora.posteriors.folder import Content, member_folder, write_folder
 from bayeslora.posteriors.hub import push
+from bayeslora.posteriors.keeping import Kept
+from bayeslora.posteriors.noise import Noise
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import GROUPS, Draws, Sampling
 
@@ -36,9 +39,6 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, type[Posterior]] = {}
 """The families by the names that they are saved under; each is entered when its class is defined."""
-
-CACHED_NUMBERS = 2**24
-"""Numbers of all draws that are kept with a posterior: 64 MiB."""
 
 LogProbs = tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]
 """The log-probabilities of the draws, and those at the mean if they are asked for."""
@@ -107,7 +107,7 @@ class Posterior(ABC):
             sampling: How the draws of a stream belong together.
 
         Returns:
-            A value for every parameter of the adapter, float32 on the CPU.
+            A value for every parameter of the adapter, float32, where the mean is: on the CPU, or see `placed`.
 
         Raises:
             InputError: If a draw of the family is no adapter.
@@ -169,21 +169,27 @@ class Posterior(ABC):
         return draws.count + int(mean and self.distinct is None)
 
     @cached_property
-    def draw_cache(self) -> dict[tuple[int, int, Sampling], Params]:
-        """Draws that one prediction keeps for the next, by index, seed and sampling; empty at first."""
-        return {}
+    def noise(self) -> Noise:
+        """What draws are made of: what it was when the posterior was first written."""
+        return Noise() if self.origin is None else Noise(self.origin.noise)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What one prediction keeps for the next."""
+        return Kept()
 
     @final
     def cached_draw(self, index: int, draws: Draws) -> Params:
         """Return a draw, and keep it for the next prediction while there is room; it is not to be changed."""
-        key = (index, draws.seed, draws.sampling)
-        if key in self.draw_cache:
-            return self.draw_cache[key]
-        draw = self.draw(*key)
-        size = sum(value.numel() for value in draw.values())
-        if (len(self.draw_cache) + 1) * size <= CACHED_NUMBERS:
-            self.draw_cache[key] = draw
-        return draw
+        return self.kept.draw(self, index, draws)
+
+    @final
+    def placed(self, devices: Mapping[str, torch.device]) -> Self:
+        """Return the posterior with the tensors of each parameter on a device, where its draws are then made.
+
+        The copy is kept until other devices are asked for; draws take as much again as they have numbers.
+        """
+        return self.kept.placed(self, devices)
 
     @final
     @contextmanager

@@ -15,7 +15,7 @@ from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, generator, require_lora
 from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Draws, Sampling, uniform
+from bayeslora.posteriors.sampling import Draws, Sampling
 
 
 @final
@@ -49,10 +49,10 @@ class ColumnDropout(Posterior):
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return the parameters with the columns of one mask dropped."""
         draw = dict(self.mean)
-        for name, strength in self.strength.items():
-            a = self.mean[name]
-            keep = uniform(seed, index, name, a[0], sampling) >= self.rate
-            draw[name] = a * (1 + strength * (keep.float() / (1 - self.rate) - 1))
+        like = {name: self.mean[name][0] for name in self.strength}
+        for name, uniform in self.noise.uniform(like, index, seed, sampling):
+            keep = (uniform >= self.rate).float()
+            draw[name] = self.mean[name] * (1 + self.strength[name] * (keep / (1 - self.rate) - 1))
         return draw
 
     def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> ColumnDropout:

@@ -20,10 +20,11 @@ from bayeslora.errors import InputError
 from bayeslora.files import parse_json, read_bytes, read_object
 from bayeslora.params import Params, check_finite
 from bayeslora.posteriors import schema
+from bayeslora.posteriors.noise import MERSENNE_TWISTER
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 SPREAD = "posterior.safetensors"
@@ -77,7 +78,7 @@ def read_folder(folder: Path) -> Content:
     """Read one posterior, without what it is made of: checksums, then kinds, ranges and values are checked."""
     config = read_object(_file(folder, CONFIG), f"{folder} is not a posterior of bayeslora (it has no {CONFIG})")
     version = config.get("format_version")
-    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+    if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
         raise InputError(
             f"{folder} has format version {str(version)[:20]}, and this bayeslora {__version__} reads "
             f"{FORMAT_VERSION}; install the bayeslora that wrote it ({str(config.get('bayeslora_version'))[:20]})"
@@ -93,7 +94,7 @@ def read_folder(folder: Path) -> Content:
     schema.check(folder / CONFIG, config, schema.POSTERIOR)
     schema.check(folder / CONFIG, config["fingerprint"], schema.FINGERPRINT)
     _check_sums(folder, config, version)
-    config = {"normalisation": "sum", **config}  # earlier versions had no other
+    config = {"normalisation": "sum", "noise": MERSENNE_TWISTER, **config}  # earlier versions had no other
     adapter, mean = _adapter(folder, f"{folder} has no {ADAPTER_CONFIG}; copy the folder again", lacking="LORA")
     tensors: dict[str, Params] = {}
     for key, value in (read_tensors(_file(folder, SPREAD)) if (folder / SPREAD).exists() else {}).items():

@@ -17,7 +17,10 @@ from bayeslora.params import Params
 from bayeslora.posteriors.base import Posterior, Rescaling, rescaled_mean
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Sampling, noise
+from bayeslora.posteriors.sampling import Sampling
+
+_WEIGHTS = "low-rank"
+"""What the noise along the snapshots is drawn under, in the place of a parameter's name."""
 
 
 @final
@@ -47,10 +50,10 @@ class DiagonalGaussian(Linearisable):
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + √variance · ε."""
-        return {
-            name: m + self._deviation[name] * noise(seed, index, name, m, sampling) if name in self.variance else m
-            for name, m in self.mean.items()
-        }
+        draw = dict(self.mean)
+        for name, noise in self.noise.normal(self._deviation, index, seed, sampling):
+            draw[name] = torch.addcmul(self.mean[name], noise, self._deviation[name], out=noise)
+        return draw
 
     def standard_deviation(self) -> Params:
         """Return √variance."""
@@ -122,17 +125,19 @@ class LowRankGaussian(Posterior):
 
     @cached_property
     def _deviation(self) -> Params:
-        """The square roots of the diagonal part, which every draw needs."""
-        return {name: v.sqrt() for name, v in self.variance.items()}
+        """The square roots of the diagonal part, scale and all, which every draw needs."""
+        return {name: (self.scale * v).sqrt() for name, v in self.variance.items()}
 
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return one draw; see the class for the formula."""
-        weights = noise(seed, index, "low-rank", torch.empty(self.rank), sampling) / math.sqrt(self.rank - 1)
         draw = dict(self.mean)
-        for name, deviation in self._deviation.items():
+        first = next(iter(self.snapshots.values()))
+        noise = self.noise.normal({_WEIGHTS: first.new_empty(self.rank)} | self._deviation, index, seed, sampling)
+        weights = next(noise)[1] * math.sqrt(self.scale / (self.rank - 1))
+        for name, z in noise:
             m = self.mean[name]
-            low_rank = torch.tensordot(weights, self.snapshots[name] - m, dims=1)
-            draw[name] = m + math.sqrt(self.scale) * (deviation * noise(seed, index, name, m, sampling) + low_rank)
+            low_rank = torch.tensordot(weights.to(m.device), self.snapshots[name] - m, dims=1)
+            draw[name] = torch.addcmul(m, z, self._deviation[name], out=z).add_(low_rank)
         return draw
 
     def standard_deviation(self) -> Params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -16,7 +17,7 @@ from bayeslora.params import Params
 from bayeslora.posteriors.base import Rescaling, rescaled_mean
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.posteriors.sampling import Sampling, noise
+from bayeslora.posteriors.sampling import Sampling
 
 
 @final
@@ -69,12 +70,17 @@ class KroneckerGaussian(Linearisable):
     def draw(self, index: int, seed: int = 0, sampling: Sampling = "independent") -> Params:
         """Return mean + strength ⊙ (G ⊗ X + λI)^(−1/2) ε."""
         draw = dict(self.mean)
-        for name, factor in self.strength.items():
+        like = {name: self.mean[name] for name in self.strength}
+        for name, noise in self.noise.normal(like, index, seed, sampling):
             m = self.mean[name]
-            matrix = noise(seed, index, name, m, sampling).reshape(len(m), -1)
-            spread = self.multiply(name, matrix, torch.rsqrt)
-            draw[name] = m + factor * spread.view_as(m)
+            spread = self._product(name, noise.reshape(len(m), -1), self._roots[name]).view_as(m)
+            draw[name] = torch.addcmul(m, spread, self.strength[name], out=spread)
         return draw
+
+    @cached_property
+    def _roots(self) -> Params:
+        """The square roots of the covariance's eigenvalues [L+1 R+1] by parameter, which every draw needs."""
+        return {name: (self.eigenvalues(name) + self.precision).rsqrt() for name in self.strength}
 
     def standard_deviation(self) -> Params:
         """Return √diagonal of the covariance."""
@@ -124,8 +130,13 @@ class KroneckerGaussian(Linearisable):
         self, name: str, matrix: Float[Tensor, "*N O I"], function: Callable[[Tensor], Tensor] = torch.reciprocal
     ) -> Float[Tensor, "*N O I"]:
         """Return f(G ⊗ X + λI) vec(M) without the strength; the reciprocal gives the covariance times M."""
+        return self._product(name, matrix, function(self.eigenvalues(name).to(matrix) + self.precision))
+
+    def _product(
+        self, name: str, matrix: Float[Tensor, "*N O I"], f: Float[Tensor, "L+1 R+1"]
+    ) -> Float[Tensor, "*N O I"]:
+        """Return the matrix with the factors' eigenvectors and other eigenvalues times vec(M)."""
         u, v = (side[name].to(matrix) for side in (self.left_vectors, self.right_vectors))
-        f = function(self.eigenvalues(name).to(matrix) + self.precision)
         both, rows, columns, rest = f[:-1, :-1], f[:-1, -1:], f[-1:, :-1], f[-1, -1]
         left, right = u.T @ matrix, matrix @ v
         core = u.T @ right

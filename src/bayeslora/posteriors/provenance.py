@@ -13,6 +13,7 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import require_lora
+from bayeslora.posteriors.noise import PHILOX
 
 _SKETCH = 64
 """How many weights of the base model are kept to recognise it."""
@@ -31,6 +32,8 @@ class Origin:
         num_data: Number of training examples N; None where it is not known.
         normalisation: What the likelihood readout's scores were set in relation to in training, see `Format`; None
             where it is not known, or answers were read in another way.
+        noise: What draws are made from: see `bayeslora.posteriors.noise`.
+        noise: What draws are made from: see `bayeslora.posteriors.noise`.
     """
 
     adapter_config: Mapping[str, Any]
@@ -40,6 +43,7 @@ class Origin:
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_data: int | None = None
     normalisation: str | None = None
+    noise: str = PHILOX
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:

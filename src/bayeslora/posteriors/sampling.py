@@ -1,4 +1,4 @@
-"""Draws as a request, and the noise that they are made of."""
+"""Draws as a request."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Literal, ParamSpec, TypeVar, final, get_args
 
-import torch
-from torch import Tensor
-from torch.quasirandom import SobolEngine
-
 from bayeslora.errors import InputError
-from bayeslora.params import generator, seed_of
 
 Sampling = Literal["independent", "antithetic", "simplex", "sobol"]
 """How the draws of a stream belong together: not at all; each odd draw mirrors the one before it at the mean; the noise
@@ -116,81 +111,3 @@ def former_keywords(**now: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]
         return call
 
     return decorate
-
-
-def noise(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
-    """Return standard normal numbers that belong to one parameter of one draw: of ``like``'s shape, float32, CPU."""
-    if sampling == "sobol":
-        return torch.special.ndtri(_sobol(seed, index, name, like)).float()
-    if sampling == "simplex":
-        return _simplex(seed, index, name, like)
-    mirror = index % 2 if sampling == "antithetic" else 0
-    numbers = torch.randn(like.shape, generator=generator(seed, index - mirror, name))
-    return -numbers if mirror else numbers
-
-
-def uniform(seed: int, index: int, name: str, like: Tensor, sampling: Sampling = "independent") -> Tensor:
-    """Return numbers uniform on [0, 1] that belong to one parameter of one draw; see `noise`."""
-    if sampling == "sobol":
-        return _sobol(seed, index, name, like).float()
-    if sampling == "simplex":
-        return torch.special.ndtr(_simplex(seed, index, name, like))
-    mirror = index % 2 if sampling == "antithetic" else 0
-    numbers = torch.rand(like.shape, generator=generator(seed, index - mirror, name))
-    return 1 - numbers if mirror else numbers
-
-
-def _simplex(seed: int, index: int, name: str, like: Tensor) -> Tensor:
-    """Return standard normal numbers that sum to zero over the draws of a group; any two correlate by -1/(K-1).
-
-    z_i = √(K/(K−1)) (ε_i − ε̄), the most negative correlation that K exchangeable normal numbers can have (antithetic
-    coupling of K processes: Craiu and Meng 2005, Annals of Statistics 33). A group's average of what is linear in the
-    noise is exact, as with pairs that mirror each other. Its average of what is quadratic is worth K − 1 independent
-    draws; a pair's is worth one.
-    """
-    size = GROUPS["simplex"]
-    group, place = divmod(index, size)
-    every = torch.randn((size, *like.shape), generator=generator(seed, "simplex", group, name))
-    return math.sqrt(size / (size - 1)) * (every[place] - every.mean(0))
-
-
-_BITS = 30
-"""Binary digits of torch's Sobol numbers, and of the index of a point."""
-
-
-def _sobol(seed: int, index: int, name: str, like: Tensor) -> Tensor:
-    """Return a point of Sobol's sequence in (0, 1), its digits shifted at random; float64.
-
-    Every parameter has the sequence in an order of its own, for the same dimension in the same order would correlate
-    two parameters. One with more numbers than the sequence has dimensions takes it several times.
-    """
-    size, most = like.numel(), SobolEngine.MAXDIM
-    keys = [(seed, "sobol", name, *([part] if part else [])) for part in range(0, max(size, 1), most)]
-    points = [sobol_digits(_shuffled(index, *key), min(size, most)) for key in keys]
-    shift = torch.randint(0, 2**_BITS, (size,), generator=generator(seed, "sobol", name))
-    digits = torch.cat(points)[:size] ^ shift
-    return ((digits.double() + 0.5) / 2**_BITS).view(like.shape)
-
-
-def _shuffled(index: int, *key: object) -> int:
-    """Return another index, one to one, so that blocks of 2^m indices stay blocks (Burley 2020, JCGT 9(4), §3)."""
-    # a random flip of each binary digit, which depends on the digits above it: Owen's scrambling, of the index
-    below = range(index.bit_length() - 1)
-    return seed_of(*key) % 2**_BITS ^ index ^ sum(seed_of(*key, b, index >> b + 1) % 2 << b for b in below)
-
-
-def sobol_digits(index: int, dimensions: int) -> Tensor:
-    """Return the digits of a point of Sobol's sequence as integers: its direction numbers at the Gray code's ones."""
-    directions, gray = _directions(dimensions), index ^ index >> 1
-    point = torch.zeros_like(directions[0])
-    for bit in range(gray.bit_length()):
-        if gray >> bit & 1:
-            point ^= directions[bit]
-    return point
-
-
-@lru_cache(maxsize=8)
-def _directions(dimensions: int) -> Tensor:
-    """Return the sequence's direction numbers [bits dimensions] as integers."""
-    engine = SobolEngine(dimensions)  # type: ignore[no-untyped-call]
-    return engine.sobolstate.T.contiguous()

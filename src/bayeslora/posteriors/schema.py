@@ -10,6 +10,7 @@ from typing import Any
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params
+from bayeslora.posteriors.noise import MERSENNE_TWISTER, PHILOX
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ POSTERIOR: Mapping[str, Rule] = {
     "method": text(),
     "settings": OBJECT,
     "num_data": either(NOTHING, _COUNT),
+    "noise": text(f"{PHILOX}|{MERSENNE_TWISTER}"),
     "normalisation": either(NOTHING, text("sum|characters|tokens|unconditional")),
 }
 FINGERPRINT: Mapping[str, Rule] = {"names": text(most=64), "sketch": several(number(-1e38, 1e38), 64)}

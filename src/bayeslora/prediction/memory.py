@@ -11,11 +11,14 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from bayeslora.params import Params, device_of, require_lora
+from bayeslora.params import Params, device_of, lora_parameters, require_lora
+from bayeslora.posteriors import Posterior
+from bayeslora.posteriors.keeping import numbers
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+P = TypeVar("P", bound=Posterior)
 
 CPU_BUDGET = 2048
 """On a CPU larger batches leave its caches and gain nothing."""
@@ -27,7 +30,10 @@ GPU_PADDING = 4096
 _SHARE = 0.5
 """Part of the free memory that a batch may take by the estimate, which is a rough one; what fails is halved."""
 _PART = 4
-"""The matrices of stacked draws take at most this part of the memory that the model takes: a quarter."""
+"""The matrices of stacked draws take at most this part of the memory that the model takes, a quarter, and the draws
+that they are made of as much again; a posterior's copy on an accelerator takes no more."""
+_ELSEWHERE = ("cpu", "meta", "mps")
+"""Devices for which draws are made on the CPU: it itself, what offloads to it, and one without float64."""
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -73,8 +79,19 @@ def max_padding(model: nn.Module) -> int:
 
 def max_stacked(model: nn.Module, draw: Params) -> int:
     """Return how many draws as large as this one may be stacked at once, at least 1."""
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, whole // (_PART * 4 * sum(value.numel() for value in draw.values())))
+    return max(1, _bytes(model) // (_PART * 4 * sum(value.numel() for value in draw.values())))
+
+
+def draws_for(model: nn.Module, posterior: P) -> P:
+    """Return the posterior where its draws are best made: on the model's accelerator, if a copy is small enough."""
+    devices = {name: p.device for name, p in lora_parameters(model).items() if p.device.type not in _ELSEWHERE}
+    small = _PART * 4 * numbers(posterior) <= _bytes(model)
+    return posterior.placed(devices) if devices and small else posterior
+
+
+def _bytes(model: nn.Module) -> int:
+    """Return the memory that a model's parameters take."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def token_bytes(model: nn.Module, *, gradients: bool = False) -> int:

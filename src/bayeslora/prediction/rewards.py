@@ -19,7 +19,7 @@ from bayeslora.params import evaluating, require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
-from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import REWARDS, Passes, PassOptions, weight_draws
 from bayeslora.prediction.readouts import Readout, head_readout
 
@@ -69,7 +69,7 @@ def predict_rewards(
             "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)"
         )
     readout = head_readout(base, tokenizer if tokenizer is not None else tokenizer_of(peft), "scalar")
-    draws = weight_draws(model, posterior, draws)
+    draws, posterior = weight_draws(model, posterior, draws), draws_for(model, posterior)
     rows = _encoded(texts, readout)
     budget = token_budget or default_token_budget(model)
     total = len(rows) * draws.count

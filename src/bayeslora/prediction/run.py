@@ -22,7 +22,7 @@ from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.linearised import gradient_budget, logit_moments
-from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import Passes, PassOptions, batched
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
@@ -155,6 +155,7 @@ class _Engine:
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the log-probabilities under drawn weights and under the mean, which counts as one draw more."""
         mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
+        posterior = draws_for(self.model, posterior)
         components = posterior.components(draws.count)
         alive = torch.arange(len(self.passes.rows))
         at_mean: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -10,6 +11,7 @@ from torch import nn
 from bayeslora._typing import Tokenizer
 from bayeslora.params import Params, require_lora
 from bayeslora.posteriors import Draws, Point, Posterior
+from bayeslora.prediction.memory import draws_for
 from bayeslora.tasks.types import Split
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -94,14 +96,15 @@ class Served:
         part = name.removeprefix(self.name).lstrip("/")
         if not part:
             return self.posterior
-        return Point(self.posterior.mean if part == "mean" else self._draw(int(part.removeprefix("draw-"))))
+        return Point(self.posterior.mean if part == "mean" else self._draws([int(part.removeprefix("draw-"))])[0])
 
     def draws_of(self, name: str, count: int) -> list[Params]:
         """Return the draws that a model of this name averages."""
         if name != self.name:
             return [self.posterior_of(name).mean]
-        return [self._draw(k) for k in range(count)]
+        return self._draws(range(count))
 
-    def _draw(self, index: int) -> Params:
-        """Return a draw."""
-        return self.posterior.cached_draw(index, Draws(seed=self.seed))
+    def _draws(self, numbers: Iterable[int]) -> list[Params]:
+        """Return draws by their numbers."""
+        posterior = draws_for(self.model, self.posterior)
+        return [posterior.cached_draw(k, Draws(seed=self.seed)) for k in numbers]

@@ -16,7 +16,7 @@ from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep, Settings
 from bayeslora.prediction.generation.semantic import Equivalence
-from bayeslora.prediction.memory import default_token_budget
+from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import weight_draws
 
 Prompt = str | Sequence[dict[str, str]]
@@ -107,6 +107,7 @@ def _decoder(
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
     draws = weight_draws(model, posterior, draws)
+    posterior = draws_for(model, posterior)
     weights = [posterior.cached_draw(k, draws) for k in range(draws.count)]
     return Decoder(model, weights, average, tokenizer or tokenizer_of(model), settings, draws.seed)
 
