@@ -72,14 +72,15 @@ def test_tensor_operations_make_the_bits_that_numpy_makes():
     assert torch.equal(torch.stack(blocks, -1).view(-1).view(torch.int32), bits)
 
 
-@pytest.mark.parametrize("sizes", [(1, 23), (24, 5), (40_000, 40_001, 2)])
+@pytest.mark.parametrize("sizes", [(1, 23), (24, 5), (40_000, 600_001, 2)])
 def test_numbers_are_box_and_mullers_of_the_bits_of_seed_draw_and_name(sizes):
     like = {f"parameter {k}": torch.empty(size) for k, size in enumerate(sizes)}
     for name, z in numbers_of("normal", 2, 9, like).items():
         pairs = -(-z.numel() // 2)
         blocks = -(-pairs // 8)
         bits = random_bits(words_of(9, 2), [(name, 0, 2 * blocks)], CPU).double()
-        radius = (bits[:pairs] % 2**31 * 2**-31 + 2**-32).log().mul(-2).sqrt()
+        u = (bits[:pairs] % 2**31).float() * 2**-31 + 2**-32  # rounded alike on every device
+        radius = u.double().log().mul(-2).sqrt()
         angle = bits[8 * blocks : 8 * blocks + pairs] * math.pi * 2**-31
         wanted = torch.cat([radius * angle.cos(), radius * angle.sin()])[: z.numel()]
         torch.testing.assert_close(z.double(), wanted, rtol=0, atol=3e-6)
@@ -96,7 +97,7 @@ def test_numbers_of_a_name_do_not_depend_on_the_others():
     assert torch.equal(random_bits(words_of(3), [("b", 0, 1), ("a", 2, 3)], CPU)[8:], whole[16:40])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 65_537])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 600_001])
 def test_every_size_is_served(size):
     z = stream(0, 0, "x", size=size)
     assert z.shape == (size,)

@@ -23,8 +23,8 @@ from bayeslora.posteriors.sobol import DIGITS, sobol_point
 PHILOX, MERSENNE_TWISTER = "philox-4x64-10", "mt19937"
 """What draws are made from, as it stands in a posterior's folder: today's, and that of format versions 1 and 2."""
 
-_CPU_PAIRS, _DEVICE_PAIRS = 2**15, 2**21
-"""Pairs of numbers that go through an operation at once: what stays in a core's cache, and 8 MiB."""
+_CPU_PAIRS, _DEVICE_PAIRS = 2**18, 2**21
+"""Pairs of numbers that go through an operation at once: 1 MiB, and 8 MiB."""
 
 Numbers = Iterator[tuple[str, Tensor]]
 """Numbers by the name of a parameter, in its shape and on its device; whoever takes them may change them."""
