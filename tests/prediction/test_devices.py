@@ -172,7 +172,8 @@ def test_a_prediction_makes_its_draws_on_the_models_devices(monkeypatch, tokeniz
 
 def test_a_posterior_too_large_for_a_copy_stays_where_it_is(monkeypatch):
     plain, apart = model(), model()
-    assert draws_for(plain, posterior := gaussian(plain)) is posterior  # on the CPU there is nothing to copy
+    posterior = gaussian(plain)
+    assert draws_for(plain, posterior) is posterior  # on the CPU there is nothing to copy
     with pretended(apart):
         copy = draws_for(apart, posterior)
         assert {place(value) for value in copy.mean.values()} == {FIRST}
