@@ -43,7 +43,7 @@ class Kept:
     def placed(self, posterior: P, devices: Mapping[str, torch.device]) -> P:
         """Return the posterior with its tensors on some devices, and keep the copy until others are asked for."""
         if self._copy is None or self._copy[0] != devices:
-            self._copy = (dict(devices), _moved(posterior, devices))
+            self._copy = (dict(devices), _copied(posterior, devices))
         return cast(P, self._copy[1])
 
 
@@ -56,14 +56,14 @@ def numbers(posterior: Posterior) -> int:
     return own + sum(map(numbers, inner))
 
 
-def _moved(posterior: P, devices: Mapping[str, torch.device]) -> P:
+def _copied(posterior: P, devices: Mapping[str, torch.device]) -> P:
     """Return a posterior with the tensors of each parameter on its device."""
     changes: dict[str, object] = {}
     for name, value in _values(posterior).items():
         if name == "posterior":
-            changes[name] = _moved(value, devices)
+            changes[name] = _copied(value, devices)
         elif name == "members":
-            changes[name] = tuple(_moved(member, devices) for member in value)
+            changes[name] = tuple(_copied(member, devices) for member in value)
         elif isinstance(value, Mapping):
             changes[name] = {
                 k: v.to(devices[k]) if isinstance(v, Tensor) and k in devices else v for k, v in value.items()
