@@ -80,9 +80,18 @@ class Linearised(Derived):
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""
-        logits, covariances = engine.moments(self.posterior)
-        log_probs = logit_draws(logits, covariances, engine.contents, draws.count, draws.seed).log_softmax(-1)
-        return log_probs, logits.log_softmax(-1)
+        size = len(engine.contents), engine.classes
+        log_probs, at_mean = torch.full((draws.count, *size), -torch.inf), torch.full(size, -torch.inf)
+
+        def take(rows: Sequence[int], logits: Tensor, covariances: Tensor) -> None:
+            """Draw the logits of some examples."""
+            contents, classes = [engine.contents[row] for row in rows], logits.shape[1]
+            found = logit_draws(logits, covariances[0], contents, draws.count, draws.seed)
+            log_probs[:, rows, :classes] = found.log_softmax(-1)
+            at_mean[rows, :classes] = logits.log_softmax(-1)
+
+        engine.moments(self.posterior, take)
+        return log_probs, at_mean
 
 
 def logit_draws(

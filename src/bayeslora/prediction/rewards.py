@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
@@ -21,6 +20,7 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import REWARDS, Passes, PassOptions, weight_draws
+from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
@@ -75,9 +75,9 @@ def predict_rewards(
     total = len(rows) * draws.count
     with (
         evaluating(model),
-        tqdm(total=total, desc="rewards", unit="row", disable=not options.progress) as bar,
+        shown("rewards", total, options.progress) as done,
     ):
-        passes = Passes(model, readout, rows, 1, budget, bar.update, options, REWARDS)
+        passes = Passes(model, readout, rows, 1, budget, done, options, REWARDS)
         return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
 
