@@ -157,6 +157,10 @@ class Posterior(ABC):
         """Return log-probabilities ``of`` the ``draws`` or of the ``mean`` with the posterior's scaling."""
         return log_probs
 
+    def without_noise(self, point: Posterior) -> Posterior:
+        """Return a point at the mean, with the scaling that the posterior has for its mean: as it is."""
+        return point
+
     @property
     def draws_are_weights(self) -> bool:
         """Whether predictions are those of the model with drawn weights, scaled or not."""

@@ -20,6 +20,7 @@ from bayeslora.posteriors.base import LogProbs, Take
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.posteriors.transforms import requested
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget
@@ -57,8 +58,9 @@ def predict(
             weights do not matter and are unchanged afterwards.
         posterior: What was learned.
         split: The N examples and how they are put to the model.
-        draws: Number S of draws, or `Draws` with their seed, sampling and tolerance. A linearised posterior has at
-            least 256, of its logits. A tolerance does not apply to posteriors whose draws are no weights.
+        draws: Number S of draws, or `Draws` with their seed, sampling and tolerance; 0 for the mean alone, as the one
+            draw. A linearised posterior has at least 256, of its logits. A tolerance does not apply to posteriors whose
+            draws are no weights.
         mean: Whether to pass the data under the mean too.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
@@ -73,7 +75,7 @@ def predict(
         InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
             together.
     """
-    draws = Draws.of(draws)
+    posterior, draws = requested(posterior, draws)
     readout = _fitting_readout(model, posterior, split, tokenizer)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
