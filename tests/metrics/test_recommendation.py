@@ -15,7 +15,7 @@ ROWS, CHOICES = 200, 3
 
 
 def predicted(gain, spread=0.5, components=None):
-    """Two draws whose average gives the right choice ``gain`` nats more, give or take ``spread``, than the mean does."""
+    """Two draws whose average gives the right choice ``gain`` nats more than the mean, give or take ``spread``."""
     rng = torch.Generator().manual_seed(0)
     labels = torch.randint(CHOICES, (ROWS,), generator=rng)
     at_mean = torch.full((ROWS,), -1.5) + 0.3 * torch.randn(ROWS, generator=rng)

@@ -12,7 +12,6 @@ from bayeslora.errors import InputError
 from bayeslora.params import lora_parameters, read, swapped
 from bayeslora.posteriors import Draws, Linearised, Mixture, Point, Scaled, TokenDropout
 from bayeslora.posteriors.loading import export_draws
-from bayeslora.posteriors.provenance import origin_of
 from bayeslora.posteriors.transforms import requested
 from bayeslora.prediction import predict
 from bayeslora.prediction.generation import generate, generate_each
@@ -61,8 +60,10 @@ def test_no_draws_generate_and_reward_by_the_mean(tokenizer):
     assert generate(model, Linearised(posterior), ["bag holds 3 red"], 0, **how)[0].token_ids == wanted.token_ids
     (each,) = generate_each(model, posterior, ["bag holds 3 red"], 0, **how)
     assert [answer.token_ids for answer in each.answers] == [wanted.token_ids]
+    scaled = Scaled(posterior, scaling())  # to a task's choices, and nothing to a text
+    assert generate(model, scaled, ["bag holds 3 red"], 0, **how)[0].token_ids == wanted.token_ids
     with pytest.raises(InputError, match="temperature was fitted"):
-        generate(model, Scaled(posterior, scaling()), ["bag"], 0, **how)
+        generate(model, scaled, ["bag"], 1, **how)
     judge = reward_model()
     posterior = gaussian(judge)
     rewards = predict_rewards(judge, posterior, TEXTS, 0, tokenizer=tokenizer)
@@ -72,7 +73,7 @@ def test_no_draws_generate_and_reward_by_the_mean(tokenizer):
 
 def test_no_draws_export_the_mean(tmp_path):
     model = make_model()
-    posterior = gaussian(model, origin_of(model))
+    posterior = gaussian(model)
     (folder,) = export_draws(posterior, tmp_path / "out", 0)
     assert folder.name == "mean"
     loaded = PeftModel.from_pretrained(make_base("llama"), folder)
@@ -84,7 +85,7 @@ def test_no_draws_export_the_mean(tmp_path):
 def test_only_a_scaled_mean_can_be_distilled(tokenizer, tmp_path):
     model = make_model()
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", save_strategy="no", use_cpu=True)
-    posterior = gaussian(model, origin_of(model))
+    posterior = gaussian(model)
     with pytest.raises(InputError, match="one plain adapter already"):
         distill(model, posterior, ROWS, args, 0, tokenizer=tokenizer)
     with swapped(model, posterior.mean):

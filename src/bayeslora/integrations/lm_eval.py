@@ -81,7 +81,7 @@ class PosteriorLM(HFLM):
         max_length: int | None = None,
         progress: bool = False,
     ) -> None:
-        posterior, draws = requested(posterior, draws)
+        posterior, draws = requested(posterior, draws, scaled=False)
         draws = weight_draws(model, posterior, draws)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         readout = readout_for(model, Split("lm-eval", (), Format("", "likelihood")), tokenizer)

@@ -34,20 +34,23 @@ def tempered(posterior: Posterior, temperature: float) -> Posterior:
     return _rescaled(posterior, lambda name, p: math.sqrt(temperature))
 
 
-def requested(posterior: Posterior, draws: int | Draws) -> tuple[Posterior, Draws]:
+def requested(posterior: Posterior, draws: int | Draws, *, scaled: bool = True) -> tuple[Posterior, Draws]:
     """Return what a request for draws asks, and of what: 0 draws ask for one of a point at the mean.
 
     Args:
         posterior: Any posterior.
         draws: Number of draws, or `Draws`.
+        scaled: Whether the point has the scaling that the posterior has for its mean, which is one of a task's choices
+            and says nothing about other texts.
 
     Returns:
-        The posterior, or the point, which has the scaling that the posterior has for its mean; and the draws of it.
+        The posterior, or the point; and the draws of it.
     """
     draws = Draws.of(draws)
     if draws.count:
         return posterior, draws
-    return posterior.without_noise(Point(posterior.mean, posterior.origin)), replace(draws, count=1)
+    point = Point(posterior.mean, posterior.origin)
+    return posterior.without_noise(point) if scaled else point, replace(draws, count=1)
 
 
 def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Posterior:

@@ -61,7 +61,7 @@ def predict_rewards(
     Raises:
         InputError: If the model has no scalar head, the posterior's draws are no weights, or a text is too long.
     """
-    posterior, draws = requested(posterior, draws)
+    posterior, draws = requested(posterior, draws, scaled=False)
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
     peft = require_lora(model)

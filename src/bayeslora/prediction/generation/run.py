@@ -105,7 +105,7 @@ def _decoder(
     settings: Settings,
 ) -> Decoder:
     """Return a model that generates under draws of weights."""
-    posterior, draws = requested(posterior, draws)
+    posterior, draws = requested(posterior, draws, scaled=False)
     base = require_lora(model).get_base_model()
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
