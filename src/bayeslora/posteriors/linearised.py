@@ -42,6 +42,10 @@ class Linearisable(Posterior, ABC):
     def covariance(self, name: str, projected: Tensor) -> Float[Tensor, "N C C"]:
         """Return J Σ Jᵀ of one parameter for each example."""
 
+    def covariances(self, name: str, projected: Tensor, group: Sequence[Linearisable]) -> Float[Tensor, "K N C C"]:
+        """Return J Σ Jᵀ of one parameter under posteriors of this one's projection, of which it is one."""
+        return torch.stack([posterior.covariance(name, projected) for posterior in group])
+
     @abstractmethod
     def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Linearisable:
         """Return the Gaussian with its noise, and its mean if asked, multiplied parameter by parameter."""

@@ -42,12 +42,12 @@ from bayeslora.methods.laplace.ggn import (
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
-from bayeslora.params import Params, lora_parameters, swapped
+from bayeslora.params import Params, generator, lora_parameters, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
 from bayeslora.posteriors.linearised import LOGIT_DRAWS, Linearisable, logit_draws
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.prediction.jacobians import Site, linear_sites
-from bayeslora.prediction.linearised import COARSE, coarse, gradient_batches, gradient_budget, logit_moments
+from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split, Task, labelled
@@ -55,8 +55,10 @@ from bayeslora.tasks.types import Split, Task, labelled
 logger = logging.getLogger(__name__)
 LOG_PRECISIONS = (-14.0, 23.0)
 """Where log λ is searched: λ from 1e-6 to 1e10."""
-SAMPLES = 4
-"""Labels that are sampled for each row where a row has many choices."""
+MANY, SAMPLES = 16, 4
+"""A row with more choices than the first has labels sampled: so many as the second."""
+LEAST_JUDGES = 32
+"""Least validation rows that λ is judged on, if there are as many, where labels are sampled."""
 CANDIDATES = tuple(10 ** (k / 4) for k in range(-8, 33))
 """Prior precisions λ that are tried on validation rows."""
 
@@ -78,8 +80,8 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
             gradients and averages their inputs first (Eschenhagen et al. 2023, arXiv 2311.00636).
         draws: Draws of the weights by which λ is judged on validation rows.
         samples: Labels that are sampled for each row (`SampledRoot`), a backward pass each; 0 takes all C. None: 4
-            where a row has more than 16 choices, else 0. With samples λ is judged with the least probable choices
-            of a row as one.
+            where a row has more than 16 choices, else 0. With samples λ is judged on as many validation rows, all
+            choices of each, as take no more passes than the training rows did, and at least on 32.
     """
 
     name: ClassVar[str] = "laplace"
@@ -135,11 +137,11 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         log_likelihood = summed(adapter, curvature, samples)
         if self.prior == "validation":
             candidates = [curvature.posterior(mean, precision, origin) for precision in CANDIDATES]
-            rows = labelled(adapter.task.validation, "the prior is chosen on validation rows")
+            rows = self._judges(adapter, samples)
             if self.predictive == "draws":
                 precision = _best([adapter.nll(posterior, rows, self.draws) for posterior in candidates])
             else:
-                precision = _best(linearised_nlls(adapter, rows, candidates, coarsely=samples > 0))
+                precision = _best(linearised_nlls(adapter, rows, candidates))
         elif self.prior == "marginal":
             precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
@@ -153,8 +155,21 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
     def samples_of(self, rows: Split) -> int:
         """Return how many labels are sampled for each row; 0 where all are taken."""
         most = max(len(example.choices) for example in rows)
-        samples = (SAMPLES if most > COARSE else 0) if self.samples is None else self.samples
+        samples = (SAMPLES if most > MANY else 0) if self.samples is None else self.samples
         return samples if samples < most else 0
+
+    def _judges(self, adapter: TrainedAdapter, samples: int) -> Split:
+        """Return the validation rows that λ is judged on: with sampled labels no more passes than the curvature has."""
+        rows = labelled(adapter.task.validation, "the prior is chosen on validation rows")
+        if not samples or self.predictive == "draws":
+            return rows
+        most = max(len(example.choices) for example in rows)
+        count = max(LEAST_JUDGES, samples * len(adapter.task.train or ()) // most)
+        if count >= len(rows):
+            return rows
+        logger.info("Laplace: the prior precision is judged on %d of %d validation rows.", count, len(rows))
+        picked = torch.randperm(len(rows), generator=generator(adapter.seed, "judges"))[:count]
+        return rows.take(picked.sort().values.tolist())
 
 
 def summed(adapter: TrainedAdapter, curvature: Curvature, samples: int) -> float:
@@ -174,43 +189,28 @@ def summed(adapter: TrainedAdapter, curvature: Curvature, samples: int) -> float
         return accumulated(model, curvature, batches, train.labels, root, done)
 
 
-def linearised_nlls(
-    adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable], *, coarsely: bool
-) -> list[float]:
-    """Return the negative log-likelihood by the linearised model of each candidate, in one pass.
-
-    Args:
-        adapter: What the candidates are around.
-        rows: Labelled rows.
-        candidates: Gaussians of one mean.
-        coarsely: Whether what is not among an example's most probable classes is one class; see `coarse`.
-
-    Returns:
-        Nats a row.
-    """
+def linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable]) -> list[float]:
+    """Return the negative log-likelihood by the linearised model of each candidate, nats a row, in one pass."""
     model = adapter.model
     readout = readout_for(model, rows, adapter.tokenizer)
     encoded, classes = readout.encode(rows)[0], max(len(example.choices) for example in rows)
     totals, labels = torch.zeros(len(candidates), dtype=torch.float64), rows.labels
-    joined = coarsely and classes > COARSE + 1
 
     def take(order: Sequence[int], logits: Tensor, covariances: Tensor) -> None:
         """Add the loss of some rows, by the same noise under every candidate."""
         contents = [encoded[row].content for row in order]
-        right = torch.zeros_like(labels[order]) if joined else labels[order]  # joined, the label comes first
         for k, covariance in enumerate(covariances):
             draws = logit_draws(logits, covariance, contents, LOGIT_DRAWS, adapter.seed)
-            totals[k] += len(order) * nll(average(draws.log_softmax(-1)), right).double()
+            totals[k] += len(order) * nll(average(draws.log_softmax(-1)), labels[order]).double()
 
-    directions = COARSE + 1 if joined else classes
-    budget = gradient_budget(model, linear_sites(model), adapter.token_budget, directions)
+    budget = gradient_budget(model, linear_sites(model), adapter.token_budget, classes)
     with (
         swapped(model, candidates[0].mean),
         readout.attached(model),
         shown("prior precision", len(rows), adapter.progress) as done,
     ):
-        batches = gradient_batches(model, readout, encoded, budget, directions)
-        logit_moments(model, candidates, batches, budget, take, coarse(labels) if joined else None, done)
+        batches = gradient_batches(model, readout, encoded, budget, classes)
+        logit_moments(model, candidates, batches, budget, take, done)
     return [float(total) / len(rows) for total in totals]
 
 
