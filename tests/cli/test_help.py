@@ -99,7 +99,7 @@ def test_a_flag_without_a_good_value_exits_with_status_2(bay, words):
 
 @pytest.mark.parametrize(
     ("verb", "flag", "value"),
-    [("train", "--draws", "0"), ("train", "--rank", "0"), ("export", "--prune", "1.5"), ("compare", "--seeds", "-1"),
+    [("train", "--draws", "-1"), ("train", "--rank", "0"), ("export", "--prune", "1.5"), ("compare", "--seeds", "-1"),
      ("train", "--learning-rate", "nan"), ("evaluate", "--temperature", "-1"), ("evaluate", "--bins", "0"),
      ("train", "--learning-rate", "inf"), ("compare", "--temperatures", "-1"), ("generate", "--beams", "0"),
      ("generate", "--top-p", "1.5"), ("distill", "--held-out", "2"),

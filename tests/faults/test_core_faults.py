@@ -231,7 +231,7 @@ def test_a_model_without_a_saved_tokenizer_is_asked_for_one():
         readout_for(make_model(), one())
 
 
-def test_no_draws_are_refused(asked, tokenizer):
-    with pytest.raises(InputError, match="draws must be at least 1"):
-        predict(make_model(), gaussian(make_model()), LM_TASK.test, draws=0, tokenizer=tokenizer)
+def test_less_than_no_draws_are_refused(asked, tokenizer):
+    with pytest.raises(InputError, match="draws must be at least 0, which is the mean"):
+        predict(make_model(), gaussian(make_model()), LM_TASK.test, draws=-1, tokenizer=tokenizer)
     assert gaussian(make_model()).count(1) == 1

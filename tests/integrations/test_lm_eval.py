@@ -368,8 +368,8 @@ def test_posteriors_without_weights_and_texts_without_tokens_are_refused(model, 
         ours(model, Linearised(posterior))
     with pytest.raises(InputError, match="temperature was fitted"):
         ours(model, Scaled(posterior, scaling))
-    with pytest.raises(InputError, match="draws must be at least 1"):
-        ours(model, posterior, 0)
+    with pytest.raises(InputError, match="draws must be at least 0"):
+        ours(model, posterior, -1)
     lm = ours(model, posterior, max_length=8)
     with pytest.raises(InputError, match="has 9 tokens"):
         lm.loglikelihood(requests("loglikelihood", [("red", " red" * 9)]))
@@ -450,13 +450,19 @@ def test_the_verb_runs_a_task_and_keeps_its_numbers(capsys, run_folder, folder, 
     mean = json.loads(out.read_text())
     assert mean["posterior"]["draws"] == 1
     assert mean["results"]["marbles"]["nll,none"] != kept["results"]["marbles"]["nll,none"]
+    assert main([*map(str, words), "--draws", "0", "--out", str(out), "--overwrite"]) == 0
+    again = json.loads(out.read_text())
+    assert again["posterior"] == mean["posterior"]
+    assert again["results"] == mean["results"]
 
 
 def test_what_the_verb_cannot_use_is_refused_in_one_sentence(capsys, run_folder, folder, tmp_path, monkeypatch):
     own = ["--include-path", folder]
     assert "name what to evaluate" in refused(capsys, "--tasks", "marbles")
     assert "name what to evaluate" in refused(capsys, run_folder)
-    assert "--draws must be a number of at least 1" in refused(capsys, run_folder, "--tasks", "marbles", "--draws", "0")
+    assert "--draws must be a number of at least 0" in refused(
+        capsys, run_folder, "--tasks", "marbles", "--draws", "-1"
+    )
     assert "--limit must be a number" in refused(capsys, run_folder, "--tasks", "marbles", "--limit", "-1")
     assert "no folder" in refused(capsys, run_folder, "--tasks", "marbles", "--include-path", tmp_path / "none")
     assert "is not a posterior" in refused(capsys, tmp_path, "--tasks", "marbles", *own)

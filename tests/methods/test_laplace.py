@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.linearised import moments_of
 from support.tiny import KINDS, make_model, make_task, same_state, state_of
 from torch import nn
 
@@ -19,7 +20,6 @@ from bayeslora.posteriors import DiagonalGaussian, Draws, KroneckerGaussian, Lin
 from bayeslora.posteriors.linearised import LOGIT_DRAWS, logit_draws
 from bayeslora.prediction import predict
 from bayeslora.prediction.jacobians import differentiated, linear_sites
-from bayeslora.prediction.linearised import logit_moments
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
 
@@ -82,15 +82,16 @@ def test_jacobians_are_those_of_one_backward_pass_for_each_logit(name, tokenizer
     model, readout, rows, batches = prepared(name, tokenizer)
     sites = linear_sites(model)
     before = state_of(model)
-    with readout.attached(model), differentiated(model, sites) as gradients_of:
-        pieces = [(order, gradients_of(batch)) for order, batch in batches]
+    with readout.attached(model), differentiated(model, sites) as passed:
+        passes = [(order, passed(batch)) for order, batch in batches]
+        pieces = [(order, one.logits, one.along()) for order, one in passes]
     assert same_state(model, before)
     with readout.attached(model):
         logits, jacobian = dense_jacobian(model, batches, len(rows), [s.name for s in sites])
     assert len(pieces) > 1
-    for order, found in pieces:
-        classes = found.logits.shape[1]
-        torch.testing.assert_close(found.logits, logits[order, :classes])
+    for order, values, found in pieces:
+        classes = values.shape[1]
+        torch.testing.assert_close(values, logits[order, :classes])
         own = torch.cat([found.jacobian(s).flatten(2) for s in sites], 2).transpose(0, 1)
         torch.testing.assert_close(own, jacobian[order, :classes], rtol=1e-4, atol=1e-6)
 
@@ -204,7 +205,7 @@ def test_laplace_is_the_exact_posterior_of_linear_regression(regression, tokens)
     exact = torch.linalg.solve(gram, features.T @ residual / NOISE**2).T  # the mode of B
     lora_parameters(model)[site.name].data.copy_(exact)
     curvature = KroneckerCurvature([site], 8, tokens)
-    root = lambda logits: (torch.eye(OUT) / NOISE).expand(len(logits), -1, -1)  # noqa: E731
+    root = lambda logits, rows: (torch.eye(OUT) / NOISE).expand(len(logits), -1, -1)  # noqa: E731
     accumulated(model, curvature, batches, torch.zeros(DATA, dtype=torch.long), root)
     p = curvature.posterior(read(model), precision, None)
     covariance = torch.kron(torch.eye(OUT, dtype=torch.float64), torch.linalg.inv(gram).contiguous())
@@ -298,7 +299,7 @@ def test_the_logits_covariance_is_the_jacobian_times_the_weights(fitted):
     model, readout, (rows, batches), posterior = fitted
     names = [s.name for s in linear_sites(model)]
     with readout.attached(model):
-        logits, covariances = logit_moments(model, [posterior.posterior], batches, len(rows))
+        logits, covariances = moments_of(model, [posterior.posterior], batches, len(rows))
         exact, jacobian = dense_jacobian(model, batches, len(rows), names)
     torch.testing.assert_close(logits, exact)
     expected = torch.einsum("ncp,pq,ndq->ncd", jacobian, dense(posterior.posterior, names), jacobian)
@@ -309,7 +310,7 @@ def test_linearised_predictions_average_draws_of_the_logits(fitted, tokenizer):
     model, readout, (rows, batches), posterior = fitted
     found = predict(model, posterior, rows, draws=Draws(7, seed=3), tokenizer=tokenizer)
     with readout.attached(model):
-        logits, covariances = logit_moments(model, [posterior.posterior], batches, len(rows))
+        logits, covariances = moments_of(model, [posterior.posterior], batches, len(rows))
     torch.testing.assert_close(found.mean_log_probs, logits.log_softmax(-1), rtol=1e-4, atol=1e-5)
     contents = [row.content for row in readout.encode(rows)[0]]
     expected = logit_draws(logits, covariances[0], contents, LOGIT_DRAWS, 3)  # they cost next to nothing

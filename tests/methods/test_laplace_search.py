@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import make_model, make_split, make_task
+from support.linearised import moments_of
+from support.tiny import make_model, make_task
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayeslora.errors import InputError
@@ -15,9 +16,9 @@ from bayeslora.methods.laplace.sketch import Factor
 from bayeslora.params import read
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.transforms import pruned
-from bayeslora.prediction import memory
+from bayeslora.prediction import linearised, memory
 from bayeslora.prediction.jacobians import differentiated, linear_sites
-from bayeslora.prediction.linearised import gradient_budget, logit_moments
+from bayeslora.prediction.linearised import GRADIENT_BYTES, gradient_budget
 from bayeslora.prediction.passes import batched
 from bayeslora.prediction.readouts import readout_for
 
@@ -39,9 +40,9 @@ def by_each(model, posterior, batches, rows):
     """Covariances [N C C] of the logits by moving every Jacobian through the eigenvectors of one posterior."""
     sites = linear_sites(model)
     found = torch.zeros(len(rows), *[max(len(e.choices) for e in rows)] * 2)
-    with differentiated(model, sites) as gradients_of:
+    with differentiated(model, sites) as passed:
         for order, batch in batches:
-            gradients = gradients_of(batch)
+            gradients = passed(batch).along()
             for site in sites:
                 jacobian = gradients.jacobian(site)
                 if isinstance(posterior, DiagonalGaussian):
@@ -66,7 +67,7 @@ def test_posteriors_together_have_the_covariances_that_each_has_by_itself(struct
             accumulated(model, other, batches, rows.labels)
         posteriors.append(other.posterior(read(model), 3.0, None))
     with readout.attached(model):
-        found = logit_moments(model, posteriors, batches, len(rows))[1]
+        found = moments_of(model, posteriors, batches, len(rows))[1]
         for own, posterior in zip(found, posteriors, strict=True):
             wanted = by_each(model, posterior, batches, rows)
             torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
@@ -80,7 +81,7 @@ def test_the_search_projects_a_jacobian_once_for_all_prior_precisions(tokenizer,
         own = getattr(KroneckerGaussian, name)
         monkeypatch.setattr(KroneckerGaussian, name, lambda *a, _own=own, **k: calls.append(a[1]) or _own(*a, **k))
     with readout.attached(model):
-        logit_moments(model, posteriors, batches, len(rows))
+        moments_of(model, posteriors, batches, len(rows))
     assert len(posteriors) == 41
     assert len(batches) > 1
     assert len(calls) == len(curvature.sites) * len(batches)
@@ -122,16 +123,22 @@ def test_the_curvature_waits_as_often_for_many_layers_as_for_one(structure, toke
 
 
 def test_differentiated_batches_take_the_memory_of_their_device(monkeypatch):
-    model, split = make_model("llama", torch.bfloat16), make_split("test", 5, 2, classes=True)  # three choices
-    assert gradient_budget(model, None, split) == 2048 // 3
-    assert gradient_budget(model, 90, split) == 30
-    monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
+    model = make_model("llama", torch.bfloat16)
+    sites = linear_sites(model)
+    outputs = sum({site.module: len(site.module.weight) for site in sites}.values())
+    assert gradient_budget(model, sites, None, 3) == memory.CPU_BUDGET * 3  # larger batches gain nothing
+    assert gradient_budget(model, sites, None, 10**6) == GRADIENT_BYTES // (4 * outputs)
+    assert gradient_budget(model, sites, 90, 3) == 90
+    monkeypatch.setattr(linearised, "GRADIENT_BYTES", 100)
+    assert gradient_budget(model, sites, None, 3) == memory.CPU_BUDGET  # of a large model's
+    for module in (memory, linearised):
+        monkeypatch.setattr(module, "device_of", lambda _: torch.device("cuda"))
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda _: 0)
     one = (2 + 4) * 2 * (10 * 32 + 3 * 48) + 10 * 80  # bytes of a token
-    for free, wanted in ((2 * 300 * one, 100), (0, 1), (10**12, memory.GPU_BUDGET // 3)):
+    for free, wanted in ((2 * 300 * one, 300), (0, 1), (10**12, memory.GPU_BUDGET)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
-        assert gradient_budget(model, None, split) == wanted
+        assert gradient_budget(model, sites, None, 3) == wanted
 
 
 def test_layers_that_are_not_called_are_refused_before_the_training(tokenizer):

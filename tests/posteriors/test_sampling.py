@@ -266,7 +266,7 @@ def test_rounds_grow_by_half_and_end_at_the_largest_number():
         ({"tolerance": math.nan}, "tolerance must be finite and positive"),
         ({"minimum": 1}, "minimum must be at least 2"),
         ({"sampling": "latin"}, "sampling must be one of independent, antithetic, simplex, sobol"),
-        ({"count": 0}, "draws must be at least 1"),
+        ({"count": -1}, "draws must be at least 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(settings, said):

@@ -188,8 +188,8 @@ def test_jacobians_are_those_of_the_normalised_scores(kind, shared, tokenizer):
     sites = linear_sites(model, lambda name: True)
     with readout.attached(model):
         for order, batch in batched(model, readout, rows, 10**6):
-            with differentiated(model, sites) as gradients_of:
-                found = gradients_of(batch)
+            with differentiated(model, sites) as passed:
+                found = passed(batch).along()
             alone = [model(**readout.collate([rows[i]])).logits[0] for i in order]
         for place, logits in enumerate(alone):
             for c in range(len(logits)):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from support.families import scaling
 from support.preferences import TEXTS, reward_model
-from support.tiny import gaussian, make_model, make_split
+from support.tiny import gaussian, make_model, make_split, make_task
 
+from bayeslora.cli import progress
+from bayeslora.methods import Isotropic, Laplace, Temperature, Tfb
 from bayeslora.params import read
 from bayeslora.posteriors import Linearised, Mixture, Point, Scaled, TokenDropout
 from bayeslora.prediction import PassOptions, predict
@@ -52,3 +54,34 @@ def test_rewards_show_a_bar_too(tokenizer, capsys):
     assert [steps[0], steps[-1]] == [(0, total), (total, total)]
     assert torch.equal(found, predict_rewards(model, gaussian(model), TEXTS, DRAWS, tokenizer=tokenizer))
     assert not capsys.readouterr().err
+
+
+FITS = {
+    "laplace": (Laplace(), {"curvature", "prior precision"}),
+    "laplace by draws": (Laplace(predictive="draws", draws=2), {"curvature", "predict"}),
+    "tfb": (Tfb(draws=2, steps=1), {"predict"}),
+    "isotropic": (Isotropic("validation", draws=2), {"predict"}),
+    "temperature": (Temperature(draws=2), {"predict"}),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_every_fit_shows_what_it_does_to_its_end_unless_told_not_to(name, tokenizer, capsys):
+    (method, stages), task = FITS[name], make_task(readout="letters")
+    method.fit(make_model("llama"), task, tokenizer=tokenizer)
+    text = capsys.readouterr().err
+    ends = re.findall(r"([a-z][a-z ]*): 100%[^|]*\|[^|]*\| (\d+)/(\d+) \[", text)
+    assert {stage for stage, *_ in ends} == stages
+    assert all(done == total for _, done, total in ends)
+    method.fit(make_model("llama"), task, tokenizer=tokenizer, progress=False)
+    assert not capsys.readouterr().err
+
+
+def test_where_nobody_looks_on_lines_say_how_far_a_fit_is(tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    task = make_task(readout="letters")
+    with progress.own_progress():
+        Laplace(prior=1.0).fit(make_model("llama"), task, tokenizer=tokenizer, token_budget=60)
+    rows, text = len(task.train), capsys.readouterr().err
+    assert re.search(rf"  curvature: \d+ of {rows} rows, \d+ s left\n", text)
+    assert "\r" not in text

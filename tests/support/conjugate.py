@@ -223,7 +223,10 @@ def linearised(rng: torch.Generator) -> Problem:
     engine = SimpleNamespace(
         mean=True,
         contents=range(4),
-        moments=lambda p: (logits(made.centre).float(), p.covariance(B, p.projected(B, jacobian))),
+        classes=OUT,
+        moments=lambda p, take: take(
+            range(4), logits(made.centre).float(), p.covariance(B, p.projected(B, jacobian))[None]
+        ),
     )
 
     def differences(log_probs: Tensor) -> Tensor:

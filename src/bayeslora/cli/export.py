@@ -29,9 +29,10 @@ class Options(TransformOptions):
     run: str = option("", RUN, required=MISSING)
     out: str = option("", "Folder to make.", required=MISSING)
     draws: int = option(
-        0,
-        "How many draws; of an ensemble no more than it has members. 0: as many as the run predicts with, and none "
-        "beside --mean.",
+        -1,
+        "How many draws; of an ensemble no more than it has members. 0: none, but the mean; -1: as many as the run "
+        "predicts with, and none beside --mean.",
+        least=-1,
         own=True,
     )
     name: str = option("draw", "What the adapters are called, with a number each; a server needs different names.")
@@ -54,11 +55,13 @@ def run(options: Options) -> None:
     with progress.own_progress():
         posterior = build.load_transformed(options.run, options)
         mean = Point(posterior.mean, posterior.origin)
-        if options.mean and not options.draws:
+        count = options.draws
+        if count < 0:
+            count = 0 if options.mean else int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
+        if not count:
             mean.save_pretrained(out)
             folders = {"mean" if options.name == "draw" else options.name: out}
         else:
-            count = options.draws or int(read_options(run_folder(Path(options.run))).get("draws", DRAWS))
             with atomic_folder(out) as work:
                 paths = export_draws(posterior, work, build.draws_of(options, count), name=options.name)
                 names = [path.name for path in paths]

@@ -33,7 +33,7 @@ class Options(ModelOptions, TransformOptions):
     input: str = option("", "File with one prompt a line; -: standard input.")
     chat: bool = option(False, "Put each prompt as a user's message through the chat template.")
     each: bool = option(False, "One answer a draw.")
-    draws: int = option(5, "Draws from the posterior.", least=1)
+    draws: int = option(5, "Draws from the posterior; 0: its mean.")
     max_new_tokens: int = option(128, "Most tokens of an answer.", least=1)
     do_sample: bool = option(False, "Sample tokens instead of taking the most probable.")
     sampling_temperature: float = option(1.0, "Temperature of sampled tokens.")

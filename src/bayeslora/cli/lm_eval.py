@@ -29,7 +29,7 @@ class Options(ModelOptions, DrawOptions, TransformOptions):
     tasks: list[str] = option(
         [], "Tasks, groups or tags of the harness, or patterns such as 'mmlu_*'.", required=MISSING
     )
-    mean: bool = option(False, "One pass at the posterior's mean instead of draws.")
+    mean: bool = option(False, "One pass at the posterior's mean, as with --draws 0.")
     limit: int = option(0, "Most examples of each task; 0: all.")
     num_fewshot: int = option(-1, "Solved examples in each prompt; -1: the task's own number.", least=-1)
     include_path: str = option("", "Folder with tasks of your own.")
@@ -43,15 +43,13 @@ def run(options: Options) -> None:
         raise InputError(f"{options.out} is there already; add --overwrite or choose another --out")
     from bayeslora.cli import build, progress, terminal
     from bayeslora.integrations.lm_eval import PosteriorLM, evaluate_tasks, find_tasks
-    from bayeslora.posteriors import Point
 
     with progress.own_progress():
         tasks, manager = find_tasks(options.tasks, options.include_path)
         posterior = build.load_transformed(options.run, options)
-        posterior = Point(posterior.mean, posterior.origin) if options.mean else posterior
         model, tokenizer = build.model_for(posterior, options, None)
         lm = PosteriorLM(
-            model, posterior, build.draws_of(options, options.draws), tokenizer=tokenizer,
+            model, posterior, build.draws_of(options, 0 if options.mean else options.draws), tokenizer=tokenizer,
             token_budget=options.token_budget or None, progress=terminal.watched(),
         )  # fmt: skip
         results = evaluate_tasks(
@@ -66,7 +64,7 @@ def run(options: Options) -> None:
     for task, reason in results["not_calibrated"].items():
         print(f"no calibration of {task}: {reason}")
     if options.out:
-        draws = {"draws": lm.draws, "mean": options.mean, "seed": lm.seed, "sampling": lm.sampling}
+        draws = {"draws": lm.draws, "mean": options.mean or not options.draws, "seed": lm.seed, "sampling": lm.sampling}
         numbers = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"posterior": draws}
         write_json(Path(options.out), json.loads(json.dumps(numbers, default=_plain)))
         print(f"numbers: {options.out}")

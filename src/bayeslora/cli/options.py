@@ -119,7 +119,9 @@ SAVING = ("save_steps", "save_minutes")
 class DrawOptions:
     """Prediction."""
 
-    draws: int = option(10, "Draws from the posterior, rounded up: a mixture's members get equally many.", least=1)
+    draws: int = option(
+        10, "Draws from the posterior, rounded up: a mixture's members get equally many. 0: its mean alone."
+    )
     token_budget: int = option(0, "Most tokens of a prediction batch; 0: what is fast and fits into memory.")
 
 

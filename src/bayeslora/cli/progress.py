@@ -1,4 +1,4 @@
-"""Progress of training: one bar with the time left on a terminal, a line now and then elsewhere."""
+"""Progress of training and fits: a bar with the time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from bayeslora.cli.terminal import say, watched
+from bayeslora.prediction.progress import Done, bar, shown_by
 from bayeslora.training.trainer import displayed_by
+
+LINE_SECONDS = 10.0
+"""Least time between two lines about the same thing."""
 
 
 @contextmanager
@@ -24,13 +28,30 @@ def own_progress() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        with displayed_by(Progress):
+        with displayed_by(Progress), shown_by(bar if watched() else lines):
             yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
         if mapping_bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def lines(name: str, total: int) -> Iterator[Done]:
+    """Print a line at most every `LINE_SECONDS` while something goes on, with the time left."""
+    began = last = time.monotonic()
+    rows = 0
+
+    def done(count: int) -> None:
+        """Go on by so many rows."""
+        nonlocal last, rows
+        rows, now = rows + count, time.monotonic()
+        if now - last >= LINE_SECONDS and rows < total:
+            say(f"  {name}: {rows} of {total} rows, {(now - began) / rows * (total - rows):.0f} s left")
+            last = now
+
+    yield done
 
 
 @final

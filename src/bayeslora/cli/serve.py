@@ -31,7 +31,7 @@ class Options(ModelOptions, TaskOptions, TransformOptions):
     name: str = option("", "Name of the model; empty: that of the run's folder.")
     host: str = option("127.0.0.1", "Address to listen at; the default is reached from this machine only.")
     port: int = option(8000, "Port to listen at; 0: any that is free.")
-    draws: int = option(5, "Draws unless a request says otherwise.", least=1)
+    draws: int = option(5, "Draws unless a request says otherwise; 0: the mean.")
     most_draws: int = option(32, "Most draws of a request.", least=1)
     most_tokens: int = option(1024, "Most new tokens of an answer.", least=1)
     most_rows: int = option(16, "Most answers that are generated at once.", least=1)

@@ -221,7 +221,10 @@ def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start
     if start is None:
         initialise(model, args.seed)
     if isinstance(method, PostHoc):
-        return method.fit(model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget)
+        return method.fit(
+            model, task, start=start, tokenizer=tokenizer, seed=args.seed, token_budget=budget,
+            progress=not args.disable_tqdm,
+        )  # fmt: skip
     return fit(model, task, method, args, tokenizer=tokenizer, start=start, resume=True, callbacks=runs.callbacks)
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from bayeslora.comparison import plots
-from bayeslora.comparison.tables import comparison_rows, marked, text_table, warnings
+from bayeslora.comparison.tables import comparison_rows, marked, recommendations, text_table, warnings
 from bayeslora.errors import InputError
 from bayeslora.files import write_json, write_text
 
@@ -26,7 +26,7 @@ def write_table(runs: CachedRuns, comparison: Comparison) -> str:
         for name, by_seed in comparison.failures.items()
         for seed, reason in by_seed.items()
     ]
-    notes = [*failed, *warnings(comparison)]
+    notes = [*failed, *warnings(comparison), *recommendations(comparison)]
     write_text(runs.out / "results.md", "\n\n".join([text_table(rows, markdown=True), *notes]) + "\n")
     results = {name: by_seed.items() for name, by_seed in comparison.results.items()}
     temperatures = {

@@ -145,6 +145,18 @@ def warnings(comparison: Comparison) -> list[str]:
     return lines
 
 
+def recommendations(comparison: Comparison) -> list[str]:
+    """Return a line for each method and answer to whether the mean alone does, with the seeds that give it."""
+    lines = []
+    for method, by_seed in comparison.results.items():
+        found = {seed: each for seed, r in by_seed.items() if (each := r.evaluation.recommendation) is not None}
+        for suffices in (True, False):
+            texts = {seed: each.text for seed, each in found.items() if each.mean_suffices is suffices}
+            if texts and not method.endswith((" + T", " tuned")):  # whose draws are the method's own
+                lines.append(f"Cost: {method}, seed {', '.join(map(str, texts))}: {next(iter(texts.values()))}.")
+    return lines
+
+
 def _costs(costs: Mapping[int, Cost], base: Mapping[int, Cost]) -> dict[str, list[float]]:
     """Return what a method cost, also relative to MAP where MAP is there."""
     numbers: dict[str, list[float]] = {

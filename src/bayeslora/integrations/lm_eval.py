@@ -25,6 +25,7 @@ from bayeslora.integrations.lm_eval_calibration import Results, add_calibration
 from bayeslora.params import evaluating
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.posteriors.transforms import requested
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation import generate
 from bayeslora.prediction.generation.decoding import Settings
@@ -56,8 +57,9 @@ class PosteriorLM(HFLM):
 
     Args:
         model: PEFT model, a causal language model. It is unchanged after every request.
-        posterior: What was learned; `Point(posterior.mean)` for one pass at the mean.
-        draws: Number S of draws, or `Draws`, whose seed is also that of the tokens where a task samples.
+        posterior: What was learned.
+        draws: Number S of draws, 0 for one pass at the mean, or `Draws`, whose seed is also that of the tokens where a
+            task samples.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch over all draws in it; None for what is fast and fits into memory.
         max_length: Most tokens that the model is given; None for its own limit. Longer contexts lose their beginning.
@@ -79,6 +81,7 @@ class PosteriorLM(HFLM):
         max_length: int | None = None,
         progress: bool = False,
     ) -> None:
+        posterior, draws = requested(posterior, draws, scaled=False)
         draws = weight_draws(model, posterior, draws)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         readout = readout_for(model, Split("lm-eval", (), Format("", "likelihood")), tokenizer)

@@ -19,7 +19,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import Params, check_finite, read
 from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, scored
-from bayeslora.prediction import predict
+from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split, Task
 
 TrainerKwargs = dict[str, Any]
@@ -78,11 +78,14 @@ class TrainedAdapter:
     tokenizer: Tokenizer | None
     seed: int
     token_budget: int | None
+    progress: bool = False
 
     def predict(self, posterior: Posterior, rows: Split, draws: int) -> Prediction:
         """Return what a posterior says about rows; all posteriors by the same stream of draws."""
-        options = Draws(draws, self.seed)
-        return predict(self.model, posterior, rows, options, tokenizer=self.tokenizer, token_budget=self.token_budget)
+        return predict(
+            self.model, posterior, rows, Draws(draws, self.seed), tokenizer=self.tokenizer,
+            token_budget=self.token_budget, options=PassOptions(progress=self.progress),
+        )  # fmt: skip
 
     def nll(self, posterior: Posterior, rows: Split, draws: int) -> float:
         """Return the negative log-likelihood of the draws' mean probabilities, nats a row; infinite if not finite."""
@@ -122,6 +125,7 @@ class PostHoc(Inference, Generic[Fitted]):
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
         token_budget: int | None = None,
+        progress: bool = True,
     ) -> Fitted:
         """Return the posterior around an adapter that is trained.
 
@@ -132,6 +136,7 @@ class PostHoc(Inference, Generic[Fitted]):
             tokenizer: The model's tokenizer; None loads the one that was saved with the model.
             seed: Which stream of random numbers.
             token_budget: Most tokens of a batch; None for what fits.
+            progress: Whether bars with the time left are shown, as the Trainer shows one.
 
         Returns:
             The posterior.
@@ -144,7 +149,7 @@ class PostHoc(Inference, Generic[Fitted]):
         check_scores(None if start is None else start.origin, task.normalisation, f"the task {task.name}")
         origin = scored(origin, task.normalisation)
         posterior = Point(trained(model), origin) if start is None else start
-        return self._fit(TrainedAdapter(model, task, posterior, origin, tokenizer, seed, token_budget))
+        return self._fit(TrainedAdapter(model, task, posterior, origin, tokenizer, seed, token_budget, progress))
 
     @abstractmethod
     def _fit(self, adapter: TrainedAdapter) -> Fitted:

@@ -1,8 +1,8 @@
 """Scores of a prediction, each with its bootstrap interval.
 
 Two predictors are always scored: ``draws``, the average of the draws' probabilities, and ``mean``, one pass at the
-posterior mean's weights, where the prediction has it. What the draws add is the difference between the two; where that
-is accuracy lost, a warning says so.
+posterior mean's weights, where the prediction has it. What the draws add is the difference between the two: it says
+whether they are worth their passes, and where it is accuracy lost, there is a warning.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bayeslora.metrics.bootstrap import Sample, bootstrap
 from bayeslora.metrics.classification import Binning, check_labels
 from bayeslora.metrics.measures import UNCERTAINTIES, Measure, measures
 from bayeslora.metrics.prediction import Prediction
+from bayeslora.metrics.recommendation import Recommendation, recommended
 from bayeslora.tasks.types import Split
 
 Scored = tuple[dict[str, Measure], list[Sample]]
@@ -59,6 +60,7 @@ class Evaluation:
         resamples: Number of bootstrap resamples behind each interval.
         ood: Number of examples of each out-of-distribution set.
         warning: A sentence, if the draws are right less often than the mean by more than chance allows.
+        recommendation: What the draws add to the mean, and whether to take them; None where that cannot be told.
     """
 
     rows: dict[str, dict[str, Estimate]]
@@ -69,6 +71,7 @@ class Evaluation:
     resamples: int
     ood: dict[str, int]
     warning: str | None = None
+    recommendation: Recommendation | None = None
 
     def value(self, predictor: str, metric: str) -> float:
         """Look up one score.
@@ -108,7 +111,7 @@ class Evaluation:
 
         Returns:
             One line per score and one column per predictor, as ``value [low, high]``, under a line that says what
-            was scored; and the warning, if there is one.
+            was scored; and the warning and the recommendation, if there are any.
         """
         names = list(dict.fromkeys(name for scores in self.rows.values() for name in scores))
         cells = [["", *self.rows]]
@@ -116,7 +119,9 @@ class Evaluation:
         sets = "".join(f", {name}: {count} examples" for name, count in self.ood.items())
         intervals = f"95 % intervals from {self.resamples} resamples" if self.resamples else "no intervals"
         head = f"{self.n} examples, {self.draws} draws, {self.bins} bins of equal {self.binning}, {intervals}{sets}"
-        return "\n".join([head, "", *aligned(cells), *(["", f"Warning: {self.warning}."] if self.warning else [])])
+        notes = [f"Warning: {self.warning}."] if self.warning else []
+        notes += [f"Cost: {self.recommendation.text}."] if self.recommendation is not None else []
+        return "\n".join([head, "", *aligned(cells), *(["", *notes] if notes else [])])
 
 
 def evaluate(
@@ -164,6 +169,7 @@ def evaluate(
         resamples=resamples,
         ood={name: other.log_probs.shape[1] for name, other in sets.items()},
         warning=_lost_by_draws(prediction, labels),
+        recommendation=recommended(prediction, labels, resamples=resamples, seed=seed),
     )
 
 

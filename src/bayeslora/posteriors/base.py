@@ -44,6 +44,10 @@ LogProbs = tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]
 """The log-probabilities of the draws, and those at the mean if they are asked for."""
 
 
+Take = Callable[[Sequence[int], Float[Tensor, "B C"], Float[Tensor, "K B C C"]], object]
+"""Takes the numbers of some examples, the means of their logits, and the covariances under each of K posteriors."""
+
+
 class Engine(Protocol):
     """Passes of examples through a model, as prediction gives them to a posterior that is to answer."""
 
@@ -65,8 +69,12 @@ class Engine(Protocol):
     def once(self, params: Params) -> Float[Tensor, "N C"]:
         """Return the answers of the model with some weights, in one pass."""
 
-    def moments(self, posterior: Linearisable) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
-        """Return mean and covariance of the logits of the model linearised at the mean."""
+    @property
+    def classes(self) -> int:
+        """The number C of choices of the example that has most."""
+
+    def moments(self, posterior: Linearisable, take: Take) -> None:
+        """Give mean and covariance of the logits of the model linearised at the mean, some examples at a time."""
 
 
 class Posterior(ABC):
@@ -148,6 +156,10 @@ class Posterior(ABC):
     def scaled(self, log_probs: Tensor, of: str) -> Tensor:
         """Return log-probabilities ``of`` the ``draws`` or of the ``mean`` with the posterior's scaling."""
         return log_probs
+
+    def without_noise(self, point: Posterior) -> Posterior:
+        """Return a point at the mean, with the scaling that the posterior has for its mean: as it is."""
+        return point
 
     @property
     def draws_are_weights(self) -> bool:

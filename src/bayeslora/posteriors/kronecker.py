@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor
@@ -121,10 +121,20 @@ class KroneckerGaussian(Linearisable):
         last = torch.einsum("cnoi,dnoi->ncd", rest, rest)
         return torch.cat([torch.cat([both, rows], 1), torch.cat([columns, last[None]])[None]])
 
+    def covariances(
+        self, name: str, projected: Float[Tensor, "L+1 R+1 N C C"], group: Sequence[Linearisable]
+    ) -> Float[Tensor, "K N C C"]:
+        """Return J Σ Jᵀ of one parameter under Gaussians that differ in their eigenvalues alone, in one product."""
+        weights = torch.stack([cast(KroneckerGaussian, each).weights(name) for each in group])
+        return torch.tensordot(weights.to(projected), projected, 2)
+
+    def weights(self, name: str) -> Float[Tensor, "L+1 R+1"]:
+        """Return the eigenvalues of the covariance of one parameter, without the strength."""
+        return (self.eigenvalues(name) + self.precision).reciprocal()
+
     def covariance(self, name: str, projected: Float[Tensor, "L+1 R+1 N C C"]) -> Float[Tensor, "N C C"]:
         """Return J Σ Jᵀ of one parameter."""
-        weights = (self.eigenvalues(name).to(projected) + self.precision).reciprocal()
-        return torch.tensordot(weights, projected, 2)
+        return torch.tensordot(self.weights(name).to(projected), projected, 2)
 
     def multiply(
         self, name: str, matrix: Float[Tensor, "*N O I"], function: Callable[[Tensor], Tensor] = torch.reciprocal

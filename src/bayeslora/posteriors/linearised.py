@@ -42,6 +42,10 @@ class Linearisable(Posterior, ABC):
     def covariance(self, name: str, projected: Tensor) -> Float[Tensor, "N C C"]:
         """Return J Σ Jᵀ of one parameter for each example."""
 
+    def covariances(self, name: str, projected: Tensor, group: Sequence[Linearisable]) -> Float[Tensor, "K N C C"]:
+        """Return J Σ Jᵀ of one parameter under posteriors of this one's projection, of which it is one."""
+        return torch.stack([posterior.covariance(name, projected) for posterior in group])
+
     @abstractmethod
     def rescaled(self, noise: Rescaling, signal: Rescaling | None = None) -> Linearisable:
         """Return the Gaussian with its noise, and its mean if asked, multiplied parameter by parameter."""
@@ -80,9 +84,18 @@ class Linearised(Derived):
 
     def answers(self, engine: Engine, draws: Draws) -> LogProbs:
         """Return draws of the normal logits, and their mean, as log-probabilities."""
-        logits, covariances = engine.moments(self.posterior)
-        log_probs = logit_draws(logits, covariances, engine.contents, draws.count, draws.seed).log_softmax(-1)
-        return log_probs, logits.log_softmax(-1)
+        size = len(engine.contents), engine.classes
+        log_probs, at_mean = torch.full((draws.count, *size), -torch.inf), torch.full(size, -torch.inf)
+
+        def take(rows: Sequence[int], logits: Tensor, covariances: Tensor) -> None:
+            """Draw the logits of some examples."""
+            contents, classes = [engine.contents[row] for row in rows], logits.shape[1]
+            found = logit_draws(logits, covariances[0], contents, draws.count, draws.seed)
+            log_probs[:, rows, :classes] = found.log_softmax(-1)
+            at_mean[rows, :classes] = logits.log_softmax(-1)
+
+        engine.moments(self.posterior, take)
+        return log_probs, at_mean
 
 
 def logit_draws(

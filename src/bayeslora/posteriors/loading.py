@@ -83,7 +83,8 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int | Draws, *
     Args:
         posterior: Any posterior with an origin.
         folder: Where to; it gets a sub-folder ``draw-000`` … for each draw.
-        draws: How many, or `Draws`; rounded up to whole groups of the sampling.
+        draws: How many, or `Draws`; rounded up to whole groups of the sampling. 0 for the mean, in a sub-folder
+            ``mean``.
         name: What stands in the place of ``draw``, so that one server can hold adapters of several exports.
 
     Returns:
@@ -96,6 +97,8 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int | Draws, *
         raise InputError(f"the adapters' name {name!r} must be of letters, digits, '.', '_' and '-'")
     target, draws = Path(folder), Draws.of(draws)
     names = [f"{name}-{k:03d}" for k in range(posterior.count(draws))]
+    if not draws.count:
+        posterior, names = Point(posterior.mean, posterior.origin), ["mean" if name == "draw" else f"{name}-mean"]
     with atomic_folder(target) as work:
         for k, adapter in enumerate(names):
             (work / adapter).mkdir()

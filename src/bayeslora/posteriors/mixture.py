@@ -77,6 +77,10 @@ class Mixture(Posterior):
         members = tuple(m for member in self.members if (m := member.rescaled(noise, signal)) is not None)
         return replace(self, members=members) if len(members) == len(self.members) else None
 
+    def without_noise(self, point: Posterior) -> Posterior:
+        """Return the point with the scaling of the first member's mean."""
+        return self.members[0].without_noise(point)
+
     @property
     def draws_are_weights(self) -> bool:
         """Whether those of all members are, and none has a scaling of its own."""

@@ -30,7 +30,7 @@ class Draws:
     Attributes:
         count: Number S of draws, rounded up: a mixture's members get equally many, antithetic draws come in pairs and
             simplex draws in fives. There are never more than there are different draws: 1 for a point, M for an
-            ensemble of M points.
+            ensemble of M points. 0 is the mean, in one pass.
         seed: Which stream of draws. Draw k of a stream is the same weights in every call.
         sampling: How the draws belong together: ``independent``, ``antithetic``, ``simplex`` or ``sobol``; ``simplex``
             gets most from few of them.
@@ -56,8 +56,8 @@ class Draws:
             raise InputError(f"tolerance must be finite and positive, and it is {self.tolerance}")
         if self.minimum < 2:
             raise InputError(f"minimum must be at least 2, for one draw has no error, and it is {self.minimum}")
-        if self.count < 1:
-            raise InputError(f"draws must be at least 1, and it is {self.count}")
+        if self.count < 0:
+            raise InputError(f"draws must be at least 0, which is the mean, and it is {self.count}")
 
     @classmethod
     def of(cls, draws: int | Draws) -> Draws:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params
 from bayeslora.posteriors.base import Factor, Posterior, Rescaling
+from bayeslora.posteriors.point import Point
+from bayeslora.posteriors.sampling import Draws
 
 
 def tempered(posterior: Posterior, temperature: float) -> Posterior:
@@ -29,6 +32,25 @@ def tempered(posterior: Posterior, temperature: float) -> Posterior:
     if not 0 <= temperature < math.inf:
         raise InputError(f"the temperature must be finite and not negative, and it is {temperature}")
     return _rescaled(posterior, lambda name, p: math.sqrt(temperature))
+
+
+def requested(posterior: Posterior, draws: int | Draws, *, scaled: bool = True) -> tuple[Posterior, Draws]:
+    """Return what a request for draws asks, and of what: 0 draws ask for one of a point at the mean.
+
+    Args:
+        posterior: Any posterior.
+        draws: Number of draws, or `Draws`.
+        scaled: Whether the point has the scaling that the posterior has for its mean, which is one of a task's choices
+            and says nothing about other texts.
+
+    Returns:
+        The posterior, or the point; and the draws of it.
+    """
+    draws = Draws.of(draws)
+    if draws.count:
+        return posterior, draws
+    point = Point(posterior.mean, posterior.origin)
+    return posterior.without_noise(point) if scaled else point, replace(draws, count=1)
 
 
 def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Posterior:

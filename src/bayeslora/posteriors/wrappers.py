@@ -101,6 +101,13 @@ class Scaled(Derived):
         """Return log-probabilities with this scaling, after those of the posterior as it was."""
         return self.apply(self.posterior.scaled(log_probs, of), of)
 
+    def without_noise(self, point: Posterior) -> Scaled:
+        """Return the point with the scaling of the mean."""
+        scaling = {
+            f"{of}.{part}": self.scaling[f"mean.{part}"] for of in ("draws", "mean") for part in ("weight", "bias")
+        }
+        return Scaled(self.posterior.without_noise(point), scaling, self.origin)
+
     @property
     def draws_are_weights(self) -> bool:
         """As of the posterior as it was."""

@@ -56,24 +56,37 @@ def linear_sites(model: nn.Module, names: Callable[[str], bool] = lambda name: T
 @final
 @dataclass(frozen=True)
 class Gradients:
-    """The choices' logits of one batch and, for each layer, what their derivatives are made of, in float32."""
+    """For each layer, what the derivatives of one batch along K directions are made of, in float32."""
 
-    logits: Float[Tensor, "N C"]
+    examples: int  # N
     inputs: dict[nn.Module, Float[Tensor, "R T I"]]  # R sequences, or positions with T = 1
-    outputs: dict[nn.Module, Float[Tensor, "C R T O"]]  # gradient of each class's logit at the layer's output
+    outputs: dict[nn.Module, Float[Tensor, "K R T O"]]  # gradient along each direction at the layer's output
     owners: dict[nn.Module, Int[Tensor, " R"]]  # the example that each of the R belongs to
 
-    def jacobian(self, site: Site) -> Float[Tensor, "C N O I"]:
-        """Return the derivative of each example's logits by one parameter; a bias has one column."""
+    def jacobian(self, site: Site) -> Float[Tensor, "K N O I"]:
+        """Return the derivative of each example along the directions by one parameter; a bias has one column."""
         x, g, owner = self.inputs[site.module], self.outputs[site.module], self.owners[site.module]
         rows = g.sum(2)[..., None] if site.bias else torch.einsum("crto,rti->croi", g, x)
-        total = rows.new_zeros(rows.shape[0], len(self.logits), *rows.shape[2:])
+        total = rows.new_zeros(rows.shape[0], self.examples, *rows.shape[2:])
         return total.index_add_(1, owner.to(rows.device), rows)
 
 
+@final
+@dataclass(frozen=True)
+class Pass:
+    """One batch's forward pass, whose logits can be differentiated while it is held."""
+
+    logits: Float[Tensor, "N C"]  # float32
+    differentiate: Callable[[Tensor], Gradients]
+
+    def along(self, directions: Float[Tensor, "N C K"] | None = None) -> Gradients:
+        """Return the gradients along K sums over the classes, or each class by itself, by K backward passes."""
+        return self.differentiate(each_class(self.logits) if directions is None else directions)
+
+
 @contextmanager
-def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[dict[str, Tensor]], Gradients]]:
-    """Yield a function that runs a batch, with a readout attached, and differentiates its logits at the sites."""
+def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[dict[str, Tensor]], Pass]]:
+    """Yield a function that runs a batch, with a readout attached, so that its logits have derivatives at the sites."""
     modules = list(dict.fromkeys(site.module for site in sites))
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -82,26 +95,32 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
             raise InputError("a layer of the adapter is called twice in a pass, and cannot be linearised")
         seen[module] = (args[0].detach(), output)
 
-    def _gradients(batch: dict[str, Tensor]) -> Gradients:
+    def _pass(batch: dict[str, Tensor]) -> Pass:
         seen.clear()
         with torch.inference_mode(False), torch.enable_grad():
             tensors = {key: value.clone() for key, value in batch.items()}  # inference mode's cannot be saved
             logits = require_lora(model)(**tensors).logits.float()
-            if idle := [site.name for site in sites if site.module not in seen]:
-                raise InputError(f"{idle[0]} took no part in a pass, and cannot be linearised; adapt other layers")
-            ends = [seen[m][1] for m in modules]
-            columns = logits.unbind(1)
-            rows = [
-                torch.autograd.grad(column.sum(), ends, retain_graph=column is not columns[-1], materialize_grads=True)
-                for column in columns
-            ]
-        inputs, outputs, owners = {}, {}, {}
-        examples = _owners(batch, *logits.shape)
-        for module, *gradients in zip(modules, *rows, strict=True):
-            x, g = seen[module][0].float(), torch.stack(gradients).float()
-            inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, examples)
+        if idle := [site.name for site in sites if site.module not in seen]:
+            raise InputError(f"{idle[0]} took no part in a pass, and cannot be linearised; adapt other layers")
+        layers = dict(seen)
         seen.clear()
-        return Gradients(logits.detach(), inputs, outputs, owners)
+        examples = _owners(batch, *logits.shape)
+
+        def _gradients(directions: Tensor) -> Gradients:
+            ends = [layers[m][1] for m in modules]
+            with torch.inference_mode(False), torch.enable_grad():
+                columns = [column.clone() for column in directions.to(logits).unbind(2)]
+                rows = [
+                    torch.autograd.grad(logits, ends, column, retain_graph=True, materialize_grads=True)
+                    for column in columns
+                ]
+            inputs, outputs, owners = {}, {}, {}
+            for module, *gradients in zip(modules, *rows, strict=True):
+                x, g = layers[module][0].float(), torch.stack(gradients).float()
+                inputs[module], outputs[module], owners[module] = _by_example(x, g, batch, examples)
+            return Gradients(len(logits), inputs, outputs, owners)
+
+        return Pass(logits.detach(), _gradients)
 
     with evaluating(model), ExitStack() as undo:
         for module in modules:
@@ -109,7 +128,12 @@ def differentiated(model: nn.Module, sites: Sequence[Site]) -> Iterator[Callable
         for p in lora_parameters(model).values():
             undo.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(True)
-        yield _gradients
+        yield _pass
+
+
+def each_class(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C C"]:
+    """Return the directions of the classes themselves."""
+    return torch.eye(logits.shape[1], device=logits.device).expand(len(logits), -1, -1)
 
 
 def _owners(
@@ -126,7 +150,7 @@ def _owners(
 
 def _by_example(
     x: Tensor, g: Tensor, batch: dict[str, Tensor], owners: tuple[Tensor, Tensor | None]
-) -> tuple[Float[Tensor, "R T I"], Float[Tensor, "C R T O"], Int[Tensor, " R"]]:
+) -> tuple[Float[Tensor, "R T I"], Float[Tensor, "K R T O"], Int[Tensor, " R"]]:
     """Return a layer's inputs and gradients with a token axis, and the example of each row; see `_owners`."""
     sequences, length = batch["input_ids"].shape
     of_sequence = owners[0]

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.params import evaluating, require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.posteriors.transforms import requested
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import REWARDS, Passes, PassOptions, weight_draws
+from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
@@ -47,7 +48,8 @@ def predict_rewards(
         model: PEFT model with a scalar head (``num_labels=1``); it is unchanged afterwards.
         posterior: What was learned.
         texts: The N texts, each a prompt with its answer, or messages with ``role`` and ``content``.
-        draws: Number S of draws, or `Draws`. Draw k of a seed is the same weights in every call.
+        draws: Number S of draws, or `Draws`; 0 for the mean, as the one draw. Draw k of a seed is the same weights in
+            every call.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; None for what fits.
         options: How the passes are run, and whether a bar is shown; the numbers are the same up to rounding. Texts have
@@ -59,6 +61,7 @@ def predict_rewards(
     Raises:
         InputError: If the model has no scalar head, the posterior's draws are no weights, or a text is too long.
     """
+    posterior, draws = requested(posterior, draws, scaled=False)
     if not len(texts):
         raise InputError("there are no texts to reward; give at least one")
     peft = require_lora(model)
@@ -75,9 +78,9 @@ def predict_rewards(
     total = len(rows) * draws.count
     with (
         evaluating(model),
-        tqdm(total=total, desc="rewards", unit="row", disable=not options.progress) as bar,
+        shown("rewards", total, options.progress) as done,
     ):
-        passes = Passes(model, readout, rows, 1, budget, bar.update, options, REWARDS)
+        passes = Passes(model, readout, rows, 1, budget, done, options, REWARDS)
         return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
 

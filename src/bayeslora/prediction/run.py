@@ -9,7 +9,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
@@ -17,13 +16,16 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import monte_carlo_error
 from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import Draws, Posterior
-from bayeslora.posteriors.base import LogProbs
+from bayeslora.posteriors.base import LogProbs, Take
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
-from bayeslora.prediction.linearised import gradient_budget, logit_moments
+from bayeslora.posteriors.transforms import requested
+from bayeslora.prediction.jacobians import linear_sites
+from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget, draws_for
-from bayeslora.prediction.passes import Passes, PassOptions, batched
+from bayeslora.prediction.passes import Passes, PassOptions
+from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.tasks.types import Split
 
@@ -56,8 +58,9 @@ def predict(
             weights do not matter and are unchanged afterwards.
         posterior: What was learned.
         split: The N examples and how they are put to the model.
-        draws: Number S of draws, or `Draws` with their seed, sampling and tolerance. A linearised posterior has at
-            least 256, of its logits. A tolerance does not apply to posteriors whose draws are no weights.
+        draws: Number S of draws, or `Draws` with their seed, sampling and tolerance; 0 for the mean alone, as the one
+            draw. A linearised posterior has at least 256, of its logits. A tolerance does not apply to posteriors whose
+            draws are no weights.
         mean: Whether to pass the data under the mean too.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
@@ -72,7 +75,7 @@ def predict(
         InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
             together.
     """
-    draws = Draws.of(draws)
+    posterior, draws = requested(posterior, draws)
     readout = _fitting_readout(model, posterior, split, tokenizer)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
@@ -81,11 +84,11 @@ def predict(
     with (
         evaluating(model),
         readout.attached(model),
-        tqdm(total=total, desc="predict", unit="row", disable=not options.progress) as bar,
+        shown("predict", total, options.progress) as done,
     ):
         budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
-        passes = Passes(model, readout, rows, classes, budget, bar.update, options)
-        log_probs, at_mean = posterior.answers(_Engine(passes, mean, split, token_budget), draws)
+        passes = Passes(model, readout, rows, classes, budget, done, options)
+        log_probs, at_mean = posterior.answers(_Engine(passes, mean, token_budget), draws)
     components = posterior.components(len(log_probs))
     return Prediction(
         log_probs=log_probs,
@@ -126,7 +129,6 @@ class _Engine:
 
     passes: Passes
     mean: bool
-    split: Split
     token_budget: int | None
 
     @property
@@ -143,14 +145,19 @@ class _Engine:
         """Return the log-probabilities under some weights."""
         return self.passes.run(lambda _: params, 1)[0]
 
-    def moments(self, posterior: Linearisable) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
-        """Return mean and covariance of the logits of the model linearised at the mean."""
-        passes = self.passes
-        with posterior.applied(passes.model, None):
-            budget = gradient_budget(passes.model, self.token_budget, self.split)
-            batches = batched(passes.model, passes.readout, passes.rows, budget)
-            logits, covariances = logit_moments(passes.model, [posterior], batches, len(passes.rows), passes.done)
-        return logits, covariances[0]
+    @property
+    def classes(self) -> int:
+        """The number of choices of the example that has most."""
+        return self.passes.classes
+
+    def moments(self, posterior: Linearisable, take: Take) -> None:
+        """Give mean and covariance of the logits of the model linearised at the mean, batch by batch."""
+        passes, model = self.passes, self.passes.model
+        with posterior.applied(model, None):
+            sites = linear_sites(model, posterior.noisy.__contains__)
+            budget = gradient_budget(model, sites, self.token_budget, passes.classes)
+            batches = gradient_batches(model, passes.readout, passes.rows, budget, passes.classes)
+            logit_moments(model, [posterior], batches, budget, take, done=passes.done)
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
         """Return the log-probabilities under drawn weights and under the mean, which counts as one draw more."""

@@ -56,7 +56,7 @@ def distill(
         rows: Examples to learn from; their labels are not looked at. On rows that the posterior was trained on the
             draws are surer than on others, so others are better.
         args: Arguments of the Trainer.
-        draws: Draws of each example: their number, or `Draws`.
+        draws: Draws of each example: their number, or `Draws`; 0 for the mean of a scaled posterior.
         held_out: Share of the rows that choose what is kept, drawn with the seed of the arguments; 0 keeps the end of
             the training.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
@@ -69,8 +69,10 @@ def distill(
     Raises:
         InputError: If there are too few examples, ``held_out`` is no share, or something does not fit.
     """
-    judges, learned = _held_out(rows, held_out, args.seed)
     draws = Draws.of(draws)
+    if not draws.count and posterior.unscaled is posterior:
+        raise InputError("the mean is one plain adapter already: export it (bayeslora export --mean), or give draws")
+    judges, learned = _held_out(rows, held_out, args.seed)
     prediction = predict(
         model, posterior, rows, draws, mean=bool(judges), tokenizer=tokenizer, token_budget=token_budget
     )

@@ -119,7 +119,9 @@ def _train(common: _Common, method: Inference, args: TrainingArguments, start: P
     if isinstance(method, PostHoc):
         method.check(model, task)
         point = _train(common, Map(), args, start)
-        return method.fit(model, task, start=point, tokenizer=common.tokenizer, seed=args.seed)
+        return method.fit(
+            model, task, start=point, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
+        )
     assert isinstance(method, Method)
     run = _prepared(common, method, args, [start])
     if start is not None:

@@ -65,6 +65,30 @@ def test_parts_of_the_posterior_are_models(client, tokenizer):
         assert found.uncertainty["max_mutual_information"] == 0
 
 
+def test_no_draws_are_the_mean(client, address):
+    how = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    zero = client.completions.create(model="tiny", extra_body={"draws": 0}, **how).choices[0]
+    mean = client.completions.create(model="tiny/mean", **how).choices[0]
+    assert (zero.text, zero.uncertainty) == (mean.text, mean.uncertainty)
+    body = {"input": "bag holds 3 red", "choices": ["red", "blue"]}
+    answers = [
+        httpx.post(f"{address}/v1/classify", json=body | {"model": name, "draws": draws}).json()
+        for name, draws in (("tiny", 0), ("tiny/mean", 1))
+    ]
+    assert answers[0]["data"] == answers[1]["data"]
+    assert answers[0]["draws"] == 1
+
+
+def test_a_server_may_answer_by_the_mean_unless_asked_for_draws(tokenizer):
+    with running(served(tokenizer, draws=0)) as (address, _):
+        body = {"model": "tiny", "input": "bag", "choices": ["red", "blue"]}
+        found = [
+            httpx.post(f"{address}/v1/classify", json=body | more).json() for more in ({}, {"draws": 0}, {"draws": 3})
+        ]
+    assert found[0] == found[1]
+    assert [answer["draws"] for answer in found] == [1, 1, 3]
+
+
 def test_a_chat_and_its_stream_say_the_same(client, tokenizer):
     how = {"model": "tiny", "messages": CHAT, "max_tokens": 7, "temperature": 0, "logprobs": True}
     whole = client.chat.completions.create(top_logprobs=3, **how)
@@ -164,7 +188,7 @@ def test_requests_that_come_together_share_a_batch(tokenizer):
         ("completions", {"model": "tiny", "prompt": []}, 400, "empty"),
         ("completions", {"model": "tiny", "prompt": [9999]}, 400, "from 0 to"),
         ("completions", {"model": "tiny", "prompt": "x", "draws": 5}, 400, "at most 4"),
-        ("completions", {"model": "tiny", "prompt": "x", "draws": 0}, 400, "draws"),
+        ("completions", {"model": "tiny", "prompt": "x", "draws": -1}, 400, "draws"),
         ("completions", {"model": "tiny", "prompt": "x", "max_tokens": 5000}, 400, "more than this server's"),
         ("completions", {"model": "tiny", "prompt": "x", "n": 100}, 400, "at once"),
         ("completions", {"model": "tiny", "prompt": "x", "temperature": -1}, 400, "temperature"),

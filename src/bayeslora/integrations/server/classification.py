@@ -43,7 +43,7 @@ class Asked:
             length = len(example.text) + sum(len(text) for _, text in example.columns)
             if length > self.characters:
                 raise InputError(f"input {row} has {length} characters, more than this server's {self.characters}")
-            cost = self.draws * (length + each)
+            cost = max(1, self.draws) * (length + each)
             if cost > left:
                 groups.append([])
                 left = room

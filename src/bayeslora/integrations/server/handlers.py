@@ -114,7 +114,7 @@ class Handler:
             raise ApiError(400, f"draws is {requested}, and this server has at most {most}", param="draws")
         if self._known(name) != self.served.name:
             return 1
-        return min(requested or self.served.draws, most if distinct is None else distinct)
+        return min(self.served.draws if requested is None else requested, most if distinct is None else distinct)
 
     def _check_answers(self, count: int, max_tokens: int) -> None:
         """Refuse what no answer can be, or too many or too long ones, before anything is tokenised."""

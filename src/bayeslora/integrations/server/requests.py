@@ -47,6 +47,8 @@ NoText = Annotated[str | None, Unsupported, WithJsonSchema({"enum": [None, ""]})
 OnlyOne = Annotated[int | None, WithJsonSchema({"enum": [None, 1]}), Whole]
 Stop = Annotated[str, Field(max_length=256)]
 Count = Annotated[int, Field(ge=1), Whole]
+DrawCount = Annotated[int, Field(ge=0), Whole]
+"""0 is the mean."""
 Top = Annotated[int, Field(ge=0, le=5), Whole]
 Seed = Annotated[int, Whole]
 TokenId = Annotated[int, Field(ge=0), Whole]
@@ -77,7 +79,7 @@ class Sampled(Strict):
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Seed | None = None
-    draws: Count | None = None
+    draws: DrawCount | None = None
     presence_penalty: NoNumber = None
     frequency_penalty: NoNumber = None
     logit_bias: NoObject = None
@@ -186,7 +188,7 @@ class ClassifyRequest(Strict):
     model: str
     input: str | Columns | Annotated[list[str | Columns], Filled]
     choices: list[str] | None = None
-    draws: Count | None = None
+    draws: DrawCount | None = None
 
     @property
     def rows(self) -> list[str | dict[str, object]]:

@@ -111,7 +111,7 @@ class ChatCompletion(Completion):
         """Return the role."""
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "finish_reason": None, "delta": delta, "logprobs": None}
-        return {**self.head, "object": self.piece_kind, "draws": self.draws, "choices": [choice]}
+        return {**self.head, "object": self.piece_kind, "draws": max(1, self.draws), "choices": [choice]}
 
     def choice(self, row: Row) -> Json:
         """Return the message."""
@@ -143,7 +143,7 @@ def summary(notes: Sequence[TokenNote], draws: int) -> Json:
     count = max(1, len(notes))
     by_draw = torch.tensor([note.draw_log_probs for note in notes]).sum(0) if notes else torch.zeros(1)
     return {
-        "draws": draws,
+        "draws": max(1, draws),  # 0 is the mean, which is one
         "log_likelihood": sum(note.log_prob for note in notes),
         "log_mean_likelihood": float(by_draw.logsumexp(0)) - math.log(len(by_draw)),
         "mean_entropy": sum(note.entropy for note in notes) / count,

@@ -64,7 +64,7 @@ class Served:
         model: PEFT model.
         tokenizer: Its tokenizer.
         posterior: What was learned.
-        draws: Draws unless a request says otherwise.
+        draws: Draws unless a request says otherwise; 0 for the mean.
         most_draws: Most draws of a request.
         like: An empty split with the task's format and classes, for `/v1/classify`.
         seed: Which stream of draws.
@@ -100,7 +100,7 @@ class Served:
 
     def draws_of(self, name: str, count: int) -> list[Params]:
         """Return the draws that a model of this name averages."""
-        if name != self.name:
+        if name != self.name or not count:
             return [self.posterior_of(name).mean]
         return self._draws(range(count))
 

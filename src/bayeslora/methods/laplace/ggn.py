@@ -15,23 +15,52 @@ from torch import Tensor, nn
 from bayeslora._typing import Float, Int
 from bayeslora.errors import InputError
 from bayeslora.methods.laplace.sketch import Factor
-from bayeslora.params import Params
+from bayeslora.params import Params, generator
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian
 from bayeslora.posteriors.provenance import Origin
-from bayeslora.prediction.jacobians import Gradients, Site, differentiated
+from bayeslora.prediction.jacobians import Gradients, Pass, Site, differentiated
+
+Root = Callable[[Tensor, Sequence[int]], Tensor]
+"""Gives K columns L [N C K] for a batch's logits [N C] and the numbers of its rows; L Lᵀ is the loss's Hessian by them,
+or has it as its expectation."""
 
 
-def ggn_root(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C C"]:
+def ggn_root(logits: Float[Tensor, "N C"], rows: Sequence[int] = ()) -> Float[Tensor, "N C C"]:
     """Return L, with columns √p_c (e_c − p), for which L Lᵀ = diag(p) − p pᵀ, the Hessian of the cross-entropy."""
     p = logits.softmax(-1)
     return (torch.diag_embed(torch.ones_like(p)) - p[:, :, None]) * p.sqrt()[:, None, :]
 
 
-def mixed(gradients: Gradients, module: nn.Module, root: Float[Tensor, "N C C"]) -> Float[Tensor, "C R T O"]:
-    """Return the gradients of a layer's output along the columns of L (`ggn_root`) instead of the classes."""
-    outputs = gradients.outputs[module]
-    roots = root[gradients.owners[module].to(root.device)].to(outputs.device)
-    return torch.einsum("rdc,drto->crto", roots, outputs)
+@final
+class SampledRoot:
+    """K columns of each row's root, drawn with probabilities as their squared lengths: a Monte Carlo Fisher matrix.
+
+    A column √p_c (e_c − p) is the gradient of the loss of label c. Labels drawn from p give the Fisher matrix, which
+    for the cross-entropy is the Gauss-Newton matrix (Kunstner et al. 2019, arXiv 1905.12558), but where the model is
+    sure of a label they nearly always draw that one, whose gradient vanishes. Drawn by q_c ∝ p_c |e_c − p|² and
+    weighted by p_c / (K q_c) the expectation is the same, every draw has the trace of the whole, and the variance is
+    the least (Drineas et al. 2006, SIAM J. Comput. 36). A row's K draws are systematic: one uniform number, K equal
+    steps, so that no column comes more often than its share rounded up.
+
+    The numbers belong to the rows, so neither the batches nor their order matter.
+    """
+
+    def __init__(self, rows: int, columns: int, seed: int) -> None:
+        self.columns = columns
+        self.uniform = torch.rand(rows, dtype=torch.float64, generator=generator(seed, "labels"))
+
+    def __call__(self, logits: Float[Tensor, "N C"], rows: Sequence[int]) -> Float[Tensor, "N C K"]:
+        """Return the columns of some rows."""
+        place = torch.device("cpu") if logits.device.type == "mps" else logits.device  # MPS has no float64
+        p = logits.to(place, torch.float64).softmax(-1)
+        squares = p.square()
+        others = (squares.sum(1, keepdim=True) - squares).clamp_min(0)
+        total = (p * ((1 - p).square() + others)).cumsum(1)
+        steps = (self.uniform[list(rows), None] + torch.arange(self.columns)) / self.columns
+        drawn = torch.searchsorted(total, steps.to(place) * total[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+        columns = nn.functional.one_hot(drawn, p.shape[1]) - p[:, None]
+        length = (total[:, -1:] / self.columns).sqrt() / columns.norm(dim=2).clamp_min(1e-300)
+        return (length[..., None] * columns).mT.to(logits.device, logits.dtype)
 
 
 _OVERSAMPLING = 4
@@ -47,8 +76,8 @@ class Curvature(ABC):
     sites: Sequence[Site]
 
     @abstractmethod
-    def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
-        """Add a batch's gradients; ``root`` is the root of the loss's Hessian by the logits."""
+    def add(self, gradients: Gradients) -> None:
+        """Add a batch's gradients along the columns of the root of the loss's Hessian by the logits."""
 
     @abstractmethod
     def spectra(self) -> Spectra:
@@ -64,24 +93,30 @@ def accumulated(
     curvature: Curvature,
     batches: Sequence[tuple[list[int], dict[str, Tensor]]],
     labels: Int[Tensor, " N"],
-    root: Callable[[Tensor], Tensor] = ggn_root,
+    root: Root = ggn_root,
+    done: Callable[[int], object] = lambda _: None,
 ) -> float:
     """Sum a curvature in one pass, with the readout attached to the model; return the data's log-likelihood."""
     total: Tensor | float = 0.0
-    with differentiated(model, curvature.sites) as gradients_of:
+    with differentiated(model, curvature.sites) as passed:
         for order, batch in batches:
-            gradients = gradients_of(batch)
-            place = gradients.logits.device
-            finite = [g.isfinite().all().to(place) for g in gradients.outputs.values()]
-            if not bool(torch.stack([~gradients.logits.isnan().any(), *finite]).all()):  # one wait a batch
-                raise InputError(
-                    "the curvature is not finite: the model overflows on the training rows; load it in float32 or "
-                    "bfloat16"
-                )
-            curvature.add(gradients, root(gradients.logits))
-            right = labels[order].to(place)
-            total = total + gradients.logits.log_softmax(-1).gather(1, right[:, None]).double().sum()
+            log_p = _added(passed(batch), curvature, root, order)
+            right = labels[order].to(log_p.device)
+            total = total + log_p.gather(1, right[:, None]).double().sum()
+            done(len(order))
     return float(total)
+
+
+def _added(one: Pass, curvature: Curvature, root: Root, order: Sequence[int]) -> Float[Tensor, "N C"]:
+    """Add one batch to a curvature, and return its log-probabilities; its pass is held no longer."""
+    gradients, place = one.along(root(one.logits, order)), one.logits.device
+    finite = [g.isfinite().all().to(place) for g in gradients.outputs.values()]
+    if not bool(torch.stack([~one.logits.isnan().any(), *finite]).all()):  # one wait a batch
+        raise InputError(
+            "the curvature is not finite: the model overflows on the training rows; load it in float32 or bfloat16"
+        )
+    curvature.add(gradients)
+    return one.logits.log_softmax(-1)
 
 
 @final
@@ -92,11 +127,10 @@ class DiagonalCurvature(Curvature):
         self.sites = sites
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
+    def add(self, gradients: Gradients) -> None:
         """Add a batch."""
         for site in self.sites:
-            jacobian = gradients.jacobian(site)
-            squares = torch.einsum("ndc,dnoi->cnoi", root.to(jacobian.device), jacobian).square().sum((0, 1))
+            squares = gradients.jacobian(site).square().sum((0, 1))
             self.sums[site.name] = self.sums[site.name] + squares if site.name in self.sums else squares
 
     def spectra(self) -> Spectra:
@@ -120,10 +154,10 @@ class KroneckerCurvature(Curvature):
         self.count: dict[nn.Module, Tensor] = {}
         self._eigen: dict[str, Params] = {}
 
-    def add(self, gradients: Gradients, root: Float[Tensor, "N C C"]) -> None:
+    def add(self, gradients: Gradients) -> None:
         """Add a batch."""
         for module, name in {site.module: site.name for site in self.sites}.items():
-            x, g = gradients.inputs[module], mixed(gradients, module, root)
+            x, g = gradients.inputs[module], gradients.outputs[module]
             size = g.abs().amax((0, 3))
             # that of a first token's query is zero by cancellation: some kernels give zero, others rounding
             reaching = size > torch.finfo(torch.float32).eps * size.amax(1, keepdim=True)

@@ -11,6 +11,8 @@ where the evidence
 is largest (equation 14 there, in closed form from the eigenvalues), or the negative log-likelihood of validation rows
 smallest. Predictions are those of the model linearised at θ̂ (`Linearised`), or of draws of the weights.
 
+With many classes, labels are sampled instead of a backward pass for each (`SampledRoot`).
+
 What we do differently: tokens that do not reach the answer (padding too) are not counted as inputs x, and what the low
 rank leaves of a factor's trace is spread over its other directions instead of dropped.
 """
@@ -20,30 +22,43 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
-from bayeslora.methods.laplace.ggn import DiagonalCurvature, KroneckerCurvature, Spectra, accumulated
+from bayeslora.methods.laplace.ggn import (
+    Curvature,
+    DiagonalCurvature,
+    KroneckerCurvature,
+    SampledRoot,
+    Spectra,
+    accumulated,
+    ggn_root,
+)
 from bayeslora.methods.search import smallest
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.uncertainty import average
-from bayeslora.params import Params, lora_parameters, swapped
+from bayeslora.params import Params, generator, lora_parameters, swapped
 from bayeslora.posteriors import DiagonalGaussian, KroneckerGaussian, Linearised
 from bayeslora.posteriors.linearised import LOGIT_DRAWS, Linearisable, logit_draws
 from bayeslora.posteriors.transforms import in_last_layers
 from bayeslora.prediction.jacobians import Site, linear_sites
-from bayeslora.prediction.linearised import gradient_budget, logit_moments
-from bayeslora.prediction.passes import batched
+from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
+from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
 LOG_PRECISIONS = (-14.0, 23.0)
 """Where log λ is searched: λ from 1e-6 to 1e10."""
+MANY, SAMPLES = 16, 4
+"""A row with more choices than the first has labels sampled: so many as the second."""
+LEAST_JUDGES = 32
+"""Least validation rows that λ is judged on, if there are as many, where labels are sampled."""
 CANDIDATES = tuple(10 ** (k / 4) for k in range(-8, 33))
 """Prior precisions λ that are tried on validation rows."""
 
@@ -64,6 +79,9 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         tokens: ``expand`` takes a sequence's tokens as examples of their own, as in the paper; ``reduce`` sums their
             gradients and averages their inputs first (Eschenhagen et al. 2023, arXiv 2311.00636).
         draws: Draws of the weights by which λ is judged on validation rows.
+        samples: Labels that are sampled for each row (`SampledRoot`), a backward pass each; 0 takes all C. None: 4
+            where a row has more than 16 choices, else 0. With samples λ is judged on as many validation rows, all
+            choices of each, as take no more passes than the training rows did, and at least on 32.
     """
 
     name: ClassVar[str] = "laplace"
@@ -74,6 +92,7 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
     last_layers: int | None = None
     tokens: Literal["expand", "reduce"] = "expand"
     draws: int = 10
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
@@ -89,7 +108,7 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
                 raise InputError(f"Laplace's prior is a precision, 'marginal' or 'validation', and not {self.prior!r}")
         elif not 0 < self.prior < math.inf:
             raise InputError(f"the prior precision must be finite and positive, and it is {self.prior}")
-        check_ranges(self, prefix="Laplace's ", at_least={"rank": 1, "draws": 1, "last_layers": 0})
+        check_ranges(self, prefix="Laplace's ", at_least={"rank": 1, "draws": 1, "last_layers": 0, "samples": 0})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse an adapter without a parameter to be uncertain about, and a task without rows; see `PostHoc.check`."""
@@ -111,41 +130,88 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         """Return the Gaussian around the adapter."""
         model, train, mean, origin = adapter.model, adapter.task.train, adapter.start.mean, adapter.origin
         assert train is not None
-        sites = self._sites(model)
-        readout = readout_for(model, train, adapter.tokenizer)
-        batches = batched(model, readout, readout.encode(train)[0], gradient_budget(model, adapter.token_budget, train))
+        sites, samples = self._sites(model), self.samples_of(train)
+        origin = replace(origin, settings={**origin.settings, "samples": samples})
         diagonal = self.structure == "diag"
         curvature = DiagonalCurvature(sites) if diagonal else KroneckerCurvature(sites, self.rank, self.tokens)
-        with swapped(model, mean), readout.attached(model):
-            log_likelihood = accumulated(model, curvature, batches, train.labels)
+        log_likelihood = summed(adapter, curvature, samples)
         if self.prior == "validation":
             candidates = [curvature.posterior(mean, precision, origin) for precision in CANDIDATES]
-            rows = labelled(adapter.task.validation, "the prior is chosen on validation rows")
+            rows = self._judges(adapter, samples)
             if self.predictive == "draws":
                 precision = _best([adapter.nll(posterior, rows, self.draws) for posterior in candidates])
             else:
-                precision = _best(_linearised_nlls(adapter, rows, candidates))
+                precision = _best(linearised_nlls(adapter, rows, candidates))
         elif self.prior == "marginal":
             precision = maximise_marginal_likelihood(curvature.spectra(), mean)
         else:
             precision = float(self.prior)
         evidence = log_likelihood + log_occam_factor(curvature.spectra(), mean, precision)
-        logger.info("Laplace: prior precision %.4g, log evidence %.5g.", precision, evidence)
+        of = f"{samples} sampled labels a row" if samples else "all labels"
+        logger.info("Laplace: curvature of %s, prior precision %.4g, log evidence %.5g.", of, precision, evidence)
         posterior = curvature.posterior(mean, precision, origin)
         return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
 
+    def samples_of(self, rows: Split) -> int:
+        """Return how many labels are sampled for each row; 0 where all are taken."""
+        most = max(len(example.choices) for example in rows)
+        samples = (SAMPLES if most > MANY else 0) if self.samples is None else self.samples
+        return samples if samples < most else 0
 
-def _linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable]) -> list[float]:
-    """Return the negative log-likelihood by the linearised model of each candidate, in one pass."""
+    def _judges(self, adapter: TrainedAdapter, samples: int) -> Split:
+        """Return the validation rows that λ is judged on: with sampled labels no more passes than the curvature has."""
+        rows = labelled(adapter.task.validation, "the prior is chosen on validation rows")
+        if not samples or self.predictive == "draws":
+            return rows
+        most = max(len(example.choices) for example in rows)
+        count = max(LEAST_JUDGES, samples * len(adapter.task.train or ()) // most)
+        if count >= len(rows):
+            return rows
+        logger.info("Laplace: the prior precision is judged on %d of %d validation rows.", count, len(rows))
+        picked = torch.randperm(len(rows), generator=generator(adapter.seed, "judges"))[:count]
+        return rows.take(picked.sort().values.tolist())
+
+
+def summed(adapter: TrainedAdapter, curvature: Curvature, samples: int) -> float:
+    """Sum a curvature over the training rows, of sampled labels or, with 0, of all; return the log-likelihood."""
+    model, train = adapter.model, adapter.task.train
+    assert train is not None
+    readout = readout_for(model, train, adapter.tokenizer)
+    root = SampledRoot(len(train), samples, adapter.seed) if samples else ggn_root
+    passes = samples or max(len(example.choices) for example in train)
+    budget = gradient_budget(model, curvature.sites, adapter.token_budget, passes)
+    with (
+        swapped(model, adapter.start.mean),
+        readout.attached(model),
+        shown("curvature", len(train), adapter.progress) as done,
+    ):
+        batches = gradient_batches(model, readout, readout.encode(train)[0], budget, passes)
+        return accumulated(model, curvature, batches, train.labels, root, done)
+
+
+def linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable]) -> list[float]:
+    """Return the negative log-likelihood by the linearised model of each candidate, nats a row, in one pass."""
     model = adapter.model
     readout = readout_for(model, rows, adapter.tokenizer)
-    budget = gradient_budget(model, adapter.token_budget, rows)
-    encoded = readout.encode(rows)[0]
-    batches, contents = batched(model, readout, encoded, budget), [row.content for row in encoded]
-    with swapped(model, candidates[0].mean), readout.attached(model):
-        logits, covariances = logit_moments(model, candidates, batches, len(rows))
-    draws = (logit_draws(logits, covariance, contents, LOGIT_DRAWS, adapter.seed) for covariance in covariances)
-    return [float(nll(average(each.log_softmax(-1)), rows.labels)) for each in draws]
+    encoded, classes = readout.encode(rows)[0], max(len(example.choices) for example in rows)
+    totals, labels = torch.zeros(len(candidates), dtype=torch.float64), rows.labels
+
+    def take(order: Sequence[int], logits: Tensor, covariances: Tensor) -> None:
+        """Add the loss of some rows, by the same noise under every candidate."""
+        contents = [encoded[row].content for row in order]
+        for k, covariance in enumerate(covariances):
+            draws = logit_draws(logits, covariance, contents, LOGIT_DRAWS, adapter.seed)
+            totals[k] += len(order) * nll(average(draws.log_softmax(-1)), labels[order]).double()
+
+    budget = gradient_budget(model, linear_sites(model), adapter.token_budget, classes)
+    with (
+        swapped(model, candidates[0].mean),
+        readout.attached(model),
+        shown("prior precision", len(rows), adapter.progress) as done,
+    ):
+        batches = gradient_batches(model, readout, encoded, budget, classes)
+        logit_moments(model, candidates, batches, budget, take, done)
+    return [float(total) / len(rows) for total in totals]
 
 
 def _best(scores: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ from bayeslora.errors import InputError
 from bayeslora.params import require_lora
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.sampling import former_keywords
+from bayeslora.posteriors.transforms import requested
 from bayeslora.prediction.encoding import tokenizer_of
 from bayeslora.prediction.generation.answers import Answer, Answers
 from bayeslora.prediction.generation.decoding import Decoder, OnStep, Settings
@@ -45,7 +46,8 @@ def generate(
         model: PEFT model, a causal language model. It is unchanged afterwards.
         posterior: What was learned.
         prompts: Texts, or messages with ``role`` and ``content``.
-        draws: Number S of draws, or `Draws`, whose seed is also that of the tokens where ``do_sample=True``.
+        draws: Number S of draws, 0 for the mean, or `Draws`, whose seed is also that of the tokens where
+            ``do_sample=True``.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts at once; None for as many as the token budget holds.
@@ -103,6 +105,7 @@ def _decoder(
     settings: Settings,
 ) -> Decoder:
     """Return a model that generates under draws of weights."""
+    posterior, draws = requested(posterior, draws, scaled=False)
     base = require_lora(model).get_base_model()
     if base.get_output_embeddings() is None:
         raise InputError(f"a {type(base).__name__} cannot generate; load a causal language model")
