@@ -71,7 +71,7 @@ class Pretended(TorchFunctionMode):
         if func is torch.autograd.backward or name in _ANYWHERE:
             return func(*args, **kwargs)
         if name in _MOVES and args and isinstance(args[0], Tensor):
-            return self._moved(name, args[0], args[1:], kwargs)
+            return self._to_device(name, args[0], args[1:], kwargs)
         if name == "numpy" and place(args[0]) != "cpu":
             raise OtherDeviceError("numpy is given a tensor that is not on the CPU")
         if name.startswith("_foreach_"):
@@ -150,7 +150,7 @@ class Pretended(TorchFunctionMode):
             raise OtherDeviceError(f"{func} is given tensors on {sorted(places | other)}")
         return (places or other or {"cpu"}).pop()
 
-    def _moved(self, name: str, value: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _to_device(self, name: str, value: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return a tensor at another place, a copy if that is another than its own."""
         asked = {"cpu": "cpu", "cuda": FIRST}.get(name, kwargs.pop("device", kwargs.pop("other", None)))
         if name in ("cpu", "cuda"):

@@ -11,21 +11,21 @@ field ``members`` (a tuple) or ``posterior`` (one) is what it is made of, and ev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, final
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.files import atomic_folder
 from bayeslora.params import Params, swapped
 from bayeslora.posteriors.card import DESCRIPTIONS, card
+from bayeslora.posteriors.engine import Engine, LogProbs
 from bayeslora.posteriors.folder import Content, member_folder, write_folder
 from bayeslora.posteriors.hub import push
 from bayeslora.posteriors.keeping import Kept
@@ -35,46 +35,9 @@ from bayeslora.posteriors.sampling import GROUPS, Draws, Sampling
 
 if TYPE_CHECKING:
     from bayeslora.metrics.evaluation import Evaluation
-    from bayeslora.posteriors.linearised import Linearisable
 
 FAMILIES: dict[str, type[Posterior]] = {}
 """The families by the names that they are saved under; each is entered when its class is defined."""
-
-LogProbs = tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None]
-"""The log-probabilities of the draws, and those at the mean if they are asked for."""
-
-
-Take = Callable[[Sequence[int], Float[Tensor, "B C"], Float[Tensor, "K B C C"]], object]
-"""Takes the numbers of some examples, the means of their logits, and the covariances under each of K posteriors."""
-
-
-class Engine(Protocol):
-    """Passes of examples through a model, as prediction gives them to a posterior that is to answer."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The PEFT model."""
-
-    @property
-    def mean(self) -> bool:
-        """Whether the answers at the mean are asked for too."""
-
-    @property
-    def contents(self) -> Sequence[object]:
-        """What tells an example from others, wherever it stands among them."""
-
-    def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
-        """Return the answers of the model with drawn weights, and with the mean."""
-
-    def once(self, params: Params) -> Float[Tensor, "N C"]:
-        """Return the answers of the model with some weights, in one pass."""
-
-    @property
-    def classes(self) -> int:
-        """The number C of choices of the example that has most."""
-
-    def moments(self, posterior: Linearisable, take: Take) -> None:
-        """Give mean and covariance of the logits of the model linearised at the mean, some examples at a time."""
 
 
 class Posterior(ABC):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, device_of, generator, require_lora
-from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
+from bayeslora.posteriors.base import Posterior, Rescaling
+from bayeslora.posteriors.engine import Engine, LogProbs
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws, Sampling
 

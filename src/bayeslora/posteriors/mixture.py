@@ -11,7 +11,8 @@ import torch
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, seed_of
-from bayeslora.posteriors.base import Engine, LogProbs, Posterior, Rescaling
+from bayeslora.posteriors.base import Posterior, Rescaling
+from bayeslora.posteriors.engine import Engine, LogProbs
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.posteriors.sampling import Draws, Sampling
 

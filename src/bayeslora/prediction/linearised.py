@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayeslora._typing import Float
 from bayeslora.params import device_of
-from bayeslora.posteriors.base import Take
+from bayeslora.posteriors.engine import Take
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.encoding import Encoded

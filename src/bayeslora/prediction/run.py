@@ -16,7 +16,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import monte_carlo_error
 from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import Draws, Posterior
-from bayeslora.posteriors.base import LogProbs, Take
+from bayeslora.posteriors.engine import LogProbs, Take
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
@@ -125,7 +125,7 @@ def _error(
 @final
 @dataclass(frozen=True)
 class _Engine:
-    """What a posterior asks for its answers: see `bayeslora.posteriors.base.Engine`."""
+    """What a posterior asks for its answers: see `bayeslora.posteriors.engine.Engine`."""
 
     passes: Passes
     mean: bool
