@@ -117,8 +117,9 @@ def test_an_answer_whose_length_is_not_said_fits_the_server(tokenizer):
 
 
 def test_messages_that_the_template_refuses(tokenizer):
-    with running(served(tokenizer)) as (address, _):
-        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    what = served(tokenizer)
+    what.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with running(what) as (address, _):
         found = post(address, "chat/completions", {"model": "tiny", "messages": CHAT})
     assert found.status_code == 400, jinja2.TemplateError
     assert "chat template refuses the messages: roles must alternate" in found.json()["error"]["message"]

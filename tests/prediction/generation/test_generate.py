@@ -38,7 +38,7 @@ def plain(model, posterior, tokenizer, prompt, tokens):
 
 
 def test_each_token_is_the_most_probable_on_average(model, tokenizer):
-    posterior, before = gaussian(model), state_of(model)
+    posterior, before = bl.tempered(gaussian(model), 9), state_of(model)  # whose draws differ by more than rounding
     answers = bl.generate(model, posterior, PROMPTS, DRAWS, tokenizer=tokenizer, max_new_tokens=7)
     assert same_state(model, before)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
