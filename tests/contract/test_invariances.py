@@ -27,6 +27,10 @@ OPENING = "Question: bag holds 1 red, 2 blue, 3 green. Answer: dark green.\n" * 
 DRAWS = Draws(4, seed=3)
 FAMILIES = {name: make for name, make in {**AROUND, **LINEARISED}.items() if name != "with-token-dropout"}
 QUICK = ("diagonal", "mixture", "dropout", "linearised")
+ANSWERING = [
+    *(pytest.param(f, "likelihood", marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES),
+    *(pytest.param(f, "letters", marks=pytest.mark.slow) for f in QUICK),
+]
 
 
 def rounding(model, log_probs):
@@ -49,8 +53,7 @@ def assert_same(found, wanted, bound):
         torch.testing.assert_close(one[..., :size], other[..., :size], rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("readout", ["likelihood", pytest.param("letters", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(("family", "readout"), ANSWERING)
 def test_answers_depend_on_the_example_the_draw_and_the_seed_alone(family, readout, tokenizer):
     model = make_model("llama")
     split = make_split("test", 13, 2, classes=False, readout=readout, before=OPENING)

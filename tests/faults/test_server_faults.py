@@ -312,6 +312,7 @@ def test_the_description_is_kept(tmp_path):
         port = free.getsockname()[1]
     how = ["--cases", "150", "--phases", "fuzzing", "--port", str(port), "--json", str(tmp_path / "rows.json")]
     done = subprocess.run([sys.executable, script, *how], capture_output=True, text=True, check=False)
+    assert (tmp_path / "rows.json").exists(), done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
     assert [row["name"] for row in rows if not row["met"]] == [], done.stdout
     assert {row["name"]: row["value"] for row in rows}["cases that fit, accepted"] > 20
