@@ -117,6 +117,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.tiny and default_device().type != "cuda":
         parser.error("there is no GPU; --tiny runs the checks on a CPU")
+    if torch.cuda.device_count() > 1:
+        parser.error("there are several GPUs, which the Trainer would all take; set CUDA_VISIBLE_DEVICES=0")
     signal.signal(signal.SIGALRM, out_of_time)
     small = TINY if args.tiny else {**TINY, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
     large = TINY if args.tiny else LLAMA_2_7B

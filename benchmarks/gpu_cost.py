@@ -97,7 +97,7 @@ def laplace(stand: Stand, rows: int) -> Rows:
 def checks(stand: Stand, *, tiny: bool) -> dict[str, Callable[[], Rows]]:
     """Return every check by its name."""
     few, rounds = (8, 1) if tiny else (128, 3)
-    args = Namespace(batch=2 if tiny else 4, tokens=16 if tiny else 256, steps=2 if tiny else 6, checkpointing=not tiny)
+    args = Namespace(batch=2 if tiny else 4, tokens=16 if tiny else 256, steps=2 if tiny else 6, checkpointing=True)
     return {
         "training": partial(training, stand, args),
         "predict": partial(predicting, stand, few, rounds),
