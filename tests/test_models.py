@@ -90,4 +90,8 @@ def test_keys_and_values_go_under_the_name_that_a_model_takes():
     def renamed(*args, **kwargs):
         """Takes the new name, inside of a decorator that goes on taking the old one."""
 
-    assert (cache_argument(former), cache_argument(renamed)) == ("past_key_values", "cache")
+    def of_states(input_ids, cache_params=None):
+        pass
+
+    names = [cache_argument(call) for call in (former, renamed, of_states)]
+    assert names == ["past_key_values", "cache", "cache_params"]

@@ -40,8 +40,9 @@ def default_device() -> torch.device:
 
 
 def cache_argument(call: Callable[..., object]) -> str:
-    """Return a model's argument for keys and values: ``cache`` in newer releases of transformers."""
-    return "cache" if "cache" in inspect.signature(call).parameters else "past_key_values"
+    """Return a model's argument for what it keeps: ``cache``, in older releases of transformers one of two others."""
+    known = inspect.signature(call).parameters
+    return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
 
 
 def load_model(

@@ -26,10 +26,10 @@ from bayeslora.training.run import fit
 OPENING = "Question: bag holds 1 red, 2 blue, 3 green. Answer: dark green.\n" * 2  # long enough to be run once
 DRAWS = Draws(4, seed=3)
 FAMILIES = {name: make for name, make in {**AROUND, **LINEARISED}.items() if name != "with-token-dropout"}
-QUICK = ("diagonal", "mixture", "dropout", "linearised")
+QUICK = ("diagonal", "mixture", "dropout")
 ANSWERING = [
     *(pytest.param(f, "likelihood", marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES),
-    *(pytest.param(f, "letters", marks=pytest.mark.slow) for f in QUICK),
+    *(pytest.param(f, "letters", marks=pytest.mark.slow) for f in (*QUICK, "linearised")),
 ]
 
 

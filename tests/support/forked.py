@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 
@@ -68,6 +69,8 @@ def _child(action: Callable[[], object], environment: dict[str, str], log: Path)
     os.environ |= environment
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    # to which older releases of transformers load, and which torch does not know
+    torch.serialization.register_package(0, lambda _: None, lambda data, place: data if place == "cpu:0" else None)
     status = 1
     with log.open("w", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
