@@ -51,7 +51,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         words.setdefault(" " + text, len(words))
     for text in [*"0123456789", *":.,\n", " "]:
         words.setdefault(text, len(words))
-    for text in "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu".split():
+    for text in [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+    ]:
         words |= {text: len(words), " " + text: len(words) + 1}  # whatever a model says is a word
     assert len(words) == VOCABULARY
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -86,7 +100,8 @@ def make_base(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             case "bert":
                 model = BertForSequenceClassification(
                     BertConfig(
-                        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=48,
                         num_labels=3, max_position_embeddings=128,
                     )
                 )  # fmt: skip
