@@ -18,11 +18,12 @@ def note(event, args):
 
 import os, threading
 HARMLESS, WRITES = ("socket.__new__", "socket.bind", "socket.gethostname"), os.O_WRONLY | os.O_RDWR | os.O_CREAT
-found = []
+found, others = [], 1
 sys.addaudithook(note)
 """
 EVERYTHING = """
-import importlib, pkgutil, bayeslora
+import importlib, peft, pkgutil, bayeslora
+others = threading.active_count()  # bitsandbytes compiles when peft imports it, and torch 2.7 keeps a thread for that
 names = [found.name for found in pkgutil.walk_packages(bayeslora.__path__, "bayeslora.")]
 for name in names:
     if name != "bayeslora.__main__":
@@ -32,7 +33,7 @@ found = [one for one in found if one[0].startswith("socket.")]  # torch makes fo
 """
 NOTHING_LEFT = """
 assert found == [], found
-assert threading.active_count() == 1, threading.enumerate()
+assert threading.active_count() == others, threading.enumerate()
 """
 
 
