@@ -106,9 +106,10 @@ CHANGES = {
     "token budget": (lambda own: replace(own, token_budget=64), (0, 0)),
     "logging": (lambda own: replace(own, args=arguments(own.out / "x", max_steps=4, logging_steps=1)), (0, 0)),
 }
+QUICK = ("nothing", "learning rate", "draws")
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CHANGES])
 def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(what, work, tokenizer, tmp_path):
     change, wanted = CHANGES[what]
     before = compare(cached(tokenizer, tmp_path, work.lines), METHODS, [0])

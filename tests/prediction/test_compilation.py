@@ -5,7 +5,7 @@ import shutil
 import jaxtyping
 import pytest
 import torch
-from support.tiny import arguments, gaussian, make_model, make_split, make_task, same_state, state_of
+from support.tiny import KINDS, arguments, gaussian, make_model, make_split, make_task, same_state, state_of
 from transformers import TrainerCallback
 
 import bayeslora as bl
@@ -43,6 +43,9 @@ def quick(monkeypatch):
     return graphs
 
 
+@pytest.mark.parametrize(
+    "kind", [k if k == "llama-likelihood" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS], indirect=True
+)
 def test_draws_are_the_same(quick, kind, tokenizer):
     model = kind.build()
     split = kind.task().test
