@@ -29,6 +29,11 @@ TRACED = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 """What torch says about its own tracing of autograd functions."""
 
 
+BROKEN = pytest.mark.skipif(
+    torch.__version__ < "2.8", reason="torch 2.7 breaks the graph at parameters that IVON has changed"
+)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Trace layers without making machine code of them; the list grows with each graph."""
@@ -113,7 +118,7 @@ def layers_input(model):
 
 @TRACED
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q, v", "all linear"])
-@pytest.mark.parametrize("method", [bl.Map(), bl.Ivon(), bl.Blob()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [bl.Map(), pytest.param(bl.Ivon(), marks=BROKEN), bl.Blob()], ids=lambda m: m.name)
 def test_a_layer_is_one_graph_where_a_method_puts_noise(method, targets, tokenizer, tmp_path):
     model, breaks = make_model(target_modules=targets), []
 

@@ -199,7 +199,7 @@ def test_the_pretence_mixes_no_places():
             lambda: functional.mse_loss(first, second),
             lambda: first + here,
             lambda: torch.cat([first, here]),
-            lambda: first.index_add(0, index, first[:1]),
+            lambda: first.scatter(0, index, first[:1]),
             lambda: first.gather(0, index),
             lambda: torch.equal(first, here),
             lambda: torch.randn(2, device=FIRST, generator=torch.Generator("cpu")),
