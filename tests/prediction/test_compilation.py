@@ -30,7 +30,7 @@ TRACED = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 
 
 BROKEN = pytest.mark.skipif(
-    torch.__version__ < "2.8", reason="torch 2.7 breaks the graph at parameters that IVON has changed"
+    torch.__version__ < "2.8", reason="with torch 2.7 a layer that IVON trains is not one graph"
 )
 
 
