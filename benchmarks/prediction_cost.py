@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from growth import by_size, memory
+from one_pass import step_of
 from plain import batches_of, plain_logits
 from quality import ADAPTIVE, fewer_draws, one_adapter
 from report import finish, row
@@ -27,7 +28,6 @@ from transformers import TrainingArguments
 
 import bayeslora as bl
 from bayeslora.cli.demo.model import demo_model
-from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import swapped
 from bayeslora.posteriors import Posterior
 from bayeslora.prediction.compilation import compiled
@@ -178,19 +178,7 @@ def prefixes(model: Any, tokenizer: Any, posterior: Posterior, task: Any, rounds
 
 def training(model: Any, tokenizer: Any, task: Any, rounds: int) -> list[dict[str, Any]]:
     """Return the row on a training step, forward and backward, by the forward pass alone."""
-    readout = readout_for(model, task.train, tokenizer)
-    rows, _ = readout.encode(task.train)
-    batch = {k: v.to(model.device) for k, v in readout.collate(rows[:16]).items()}
-    labels = batch.pop("labels")
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(**batch)
-
-    def step() -> None:
-        answer_loss(model(**batch), labels).backward()
-        model.zero_grad()
-
+    readout, forward, step = step_of(model, tokenizer, task)
     found, fastest = [], []
     for name, layers in (("", nullcontext()), (" with compiled layers", compiled(model))):
         with readout.attached(model), layers:

@@ -85,8 +85,9 @@ def max_stacked(model: nn.Module, draw: Params) -> int:
 def draws_for(model: nn.Module, posterior: P) -> P:
     """Return the posterior where its draws are best made: on the model's accelerator, if a copy is small enough."""
     devices = {name: p.device for name, p in lora_parameters(model).items() if p.device.type not in _ELSEWHERE}
-    small = _PART * 4 * numbers(posterior) <= _bytes(model)
-    return posterior.placed(devices) if devices and small else posterior
+    if not devices or _PART * 4 * numbers(posterior) > _bytes(model):
+        return posterior
+    return posterior.placed(devices)
 
 
 def _bytes(model: nn.Module) -> int:
