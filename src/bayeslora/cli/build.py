@@ -129,7 +129,8 @@ def load_transformed(run: str, options: groups.TransformOptions) -> Posterior:
         posterior = pruned(posterior, options.prune)
     if options.last_layers:
         posterior = restricted(posterior, options.last_layers)
-    return posterior if options.temperature == 1 else tempered(posterior, options.temperature)
+    posterior = posterior if options.temperature == 1 else tempered(posterior, options.temperature)
+    return restricted(posterior, tokens=options.noise)
 
 
 def draws_of(options: groups.TransformOptions, count: int) -> Draws:

@@ -149,6 +149,9 @@ class TransformOptions:
     temperature: float = option(1.0, "Factor on the posterior's covariance; 0: the mean.")
     prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.", most=1)
     last_layers: int = option(0, "Keep the noise in that many last layers only; 0: in all.")
+    noise: Literal["all", "answer"] = option(
+        "all", "Tokens that have it: all, or the answer's, where ten draws of a long prompt cost little more than one."
+    )
 
 
 @dataclass(kw_only=True)

@@ -94,7 +94,8 @@ class PosteriorLM(HFLM):
         weights = weights if differing(weights) else weights[:1]
         self.posterior, self.draws, self.seed, self.sampling = posterior, draws.count, draws.seed, draws.sampling
         self.progress = progress
-        self._likelihoods = Likelihoods(model, weights, readout, token_budget or default_token_budget(model))
+        budget = token_budget or default_token_budget(model)
+        self._likelihoods = Likelihoods(model, weights, readout, budget, there.before_answer)
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None

@@ -1,5 +1,6 @@
 """Posteriors: what was learned, as values; one file for each kind of distribution."""
 
+from bayeslora.posteriors.answer_noise import AnswerNoise
 from bayeslora.posteriors.base import Posterior
 from bayeslora.posteriors.dropout import ColumnDropout, TokenDropout
 from bayeslora.posteriors.gaussian import DiagonalGaussian, LowRankGaussian
@@ -11,6 +12,7 @@ from bayeslora.posteriors.sampling import Draws, Sampling
 from bayeslora.posteriors.wrappers import Scaled, scale
 
 __all__ = [
+    "AnswerNoise",
     "ColumnDropout",
     "DiagonalGaussian",
     "Draws",

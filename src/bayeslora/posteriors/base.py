@@ -130,6 +130,11 @@ class Posterior(ABC):
         return True
 
     @property
+    def before_answer(self) -> Params | None:
+        """The weights for all tokens before the answer; None where they are each draw's."""
+        return None
+
+    @property
     def minimum_draws(self) -> int:
         """Least number of draws of a prediction."""
         return 1

@@ -91,11 +91,17 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int | Draws, *
         The adapters' folders.
 
     Raises:
-        InputError: If the name is no name of a folder and an adapter, or the folder cannot be written.
+        InputError: If the name is no name of a folder and an adapter, the draws are no adapters, or the folder cannot
+            be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"the adapters' name {name!r} must be of letters, digits, '.', '_' and '-'")
     target, draws = Path(folder), Draws.of(draws)
+    if draws.count and posterior.before_answer is not None:
+        raise InputError(
+            "noise on the answer's tokens only is no adapter, whose noise is on all tokens; export the posterior that "
+            "is restricted, posterior.posterior, or its mean, draws=0"
+        )
     names = [f"{name}-{k:03d}" for k in range(posterior.count(draws))]
     if not draws.count:
         posterior, names = Point(posterior.mean, posterior.origin), ["mean" if name == "draw" else f"{name}-mean"]

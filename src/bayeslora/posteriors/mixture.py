@@ -42,6 +42,8 @@ class Mixture(Posterior):
         for i, shape in enumerate(shapes):
             if shape != shapes[0]:
                 raise InputError(f"member {i} of the mixture has other parameters than member 0")
+        if any(member.before_answer is not None for member in self.members):
+            raise InputError("a member has noise on the answer's tokens only; restrict the mixture, not its members")
 
     @property
     def mean(self) -> Params:

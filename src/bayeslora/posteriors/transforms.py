@@ -6,14 +6,17 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params
+from bayeslora.posteriors.answer_noise import AnswerNoise
 from bayeslora.posteriors.base import Factor, Posterior, Rescaling
 from bayeslora.posteriors.point import Point
 from bayeslora.posteriors.sampling import Draws
+from bayeslora.posteriors.wrappers import Scaled
 
 
 def tempered(posterior: Posterior, temperature: float) -> Posterior:
@@ -53,19 +56,43 @@ def requested(posterior: Posterior, draws: int | Draws, *, scaled: bool = True) 
     return posterior.without_noise(point) if scaled else point, replace(draws, count=1)
 
 
-def restricted(posterior: Posterior, where: int | Callable[[str], bool]) -> Posterior:
-    """Return the posterior with noise in chosen parameters only; the others stay at their mean.
+def restricted(
+    posterior: Posterior,
+    where: int | Callable[[str], bool] | None = None,
+    *,
+    tokens: Literal["all", "answer"] = "all",
+) -> Posterior:
+    """Return the posterior with noise in chosen parameters or on the answer's tokens only; the rest is at the mean.
 
     Args:
         posterior: Any posterior; a mixture is restricted member by member.
         where: How many of the last layers keep their noise (parameters outside the numbered layers, such as a head,
-            keep theirs too), or a predicate on parameter names.
+            keep theirs too), or a predicate on parameter names; None for all.
+        tokens: ``answer`` keeps the noise to the answer's tokens and the last of the prompt, which predicts the first
+            of them: see `bayeslora.posteriors.AnswerNoise`. The draws of a mixture then all start from the prompt under
+            its first member's mean.
 
     Returns:
-        A posterior of the same family.
+        A posterior of the same family, or an `AnswerNoise`, in which a scaling stays outermost.
+
+    Raises:
+        InputError: If ``tokens`` is neither, or draws are no weights.
     """
-    keep = where if callable(where) else in_last_layers(posterior.mean, where)
-    return _rescaled(posterior, lambda name, p: float(keep(name)))
+    if tokens not in ("all", "answer"):
+        raise InputError(f"noise is on the tokens 'all' or 'answer', and tokens is {tokens!r}")
+    if where is not None:
+        keep = where if callable(where) else in_last_layers(posterior.mean, where)
+        posterior = _rescaled(posterior, lambda name, p: float(keep(name)))
+    return _on_answers(posterior) if tokens == "answer" else posterior
+
+
+def _on_answers(posterior: Posterior) -> Posterior:
+    """Return the posterior with noise on the answer's tokens only."""
+    if posterior.before_answer is not None:
+        return posterior
+    if isinstance(posterior, Scaled):
+        return replace(posterior, posterior=_on_answers(posterior.posterior))
+    return AnswerNoise(posterior, posterior.origin)
 
 
 def in_last_layers(names: Iterable[str], count: int) -> Callable[[str], bool]:

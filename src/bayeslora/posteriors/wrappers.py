@@ -115,6 +115,11 @@ class Scaled(Derived):
         return self.posterior.draws_are_weights
 
     @property
+    def before_answer(self) -> Params | None:
+        """As of the posterior as it was."""
+        return self.posterior.before_answer
+
+    @property
     def minimum_draws(self) -> int:
         """As of the posterior as it was."""
         return self.posterior.minimum_draws

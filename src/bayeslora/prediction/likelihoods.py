@@ -14,7 +14,8 @@ from bayeslora._typing import Bool, Float
 from bayeslora.params import Params, evaluating
 from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.encoding import Encoded
-from bayeslora.prediction.passes import Passes, Reading
+from bayeslora.prediction.passes import Passes
+from bayeslora.prediction.readings import Reading
 from bayeslora.prediction.readouts import Readout
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -32,6 +33,7 @@ class Likelihoods:
     draws: Sequence[Params]
     readout: Readout
     token_budget: int
+    before: Params | None = None  # the weights for a context but its last token; None: those of each draw
 
     def of(
         self, pairs: Sequence[Pair], done: Callable[[int], object]
@@ -91,7 +93,7 @@ class Likelihoods:
 
         reading = Reading(read, torch.float64, across_draws=True, item="text")
         most = max(len(row.answers) for row in rows)
-        passes = Passes(self.model, self.readout, rows, most, self.token_budget, reading=reading)
+        passes = Passes(self.model, self.readout, rows, most, self.token_budget, reading=reading, before=self.before)
         with evaluating(self.model), self.readout.attached(self.model, lambda logits, _: logits):
             return passes.run(self.draws.__getitem__, len(self.draws))
 

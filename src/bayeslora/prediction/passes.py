@@ -1,13 +1,14 @@
 """Passes of examples through a model under a number of draws: the one engine behind every readout of a model.
 
 What goes into a batch, how many draws share a pass, a prefix that all prompts have in common, and what happens where
-memory is short are decided here. What is read from a pass is a `Reading`.
+memory is short are decided here. What is read from a pass is a `Reading`. Where only the answers' tokens have noise,
+a batch's prompts, but for their last tokens, pass once without it, and all draws go on from there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,7 +16,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
@@ -26,8 +26,18 @@ from bayeslora.prediction.batching import Batch, grouped, on, schedule
 from bayeslora.prediction.compilation import compiled
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.memory import in_halves, max_padding, max_stacked
-from bayeslora.prediction.prefix_cache import WORTHWHILE, common_prefix, continued, prefix_cache, without_prefix
+from bayeslora.prediction.prefix_cache import (
+    REFUSED,
+    WORTHWHILE,
+    Start,
+    answers_alone,
+    common_prefix,
+    prefix_start,
+    prompts_start,
+    without_prefix,
+)
 from bayeslora.prediction.probes import tried
+from bayeslora.prediction.readings import LOG_PROBS, SCORES, Reading
 from bayeslora.prediction.readouts import Readout
 from bayeslora.prediction.stacking import differing, stacked, stacks
 
@@ -35,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 8
 """Choices that share a pass over their neutral prompt."""
+_KEYS = 16
+"""Tokens before the answer whose keys and values take about as much memory as a token that passes."""
 _CLOSE = 0.05
 """Largest difference of a log-probability, in deviations of them all, that is taken for rounding."""
 
@@ -61,37 +73,6 @@ class PassOptions:
 
 @final
 @dataclass(frozen=True)
-class Reading:
-    """What is made of the logits of one pass.
-
-    ``read`` is given the logits of S stacked draws, the batch as it is for one draw, S, and the numbers of the batch's
-    B examples (none in a trial), and returns the answers [S B C].
-    """
-
-    read: Callable[[Tensor, Batch, int, Sequence[int]], Tensor]
-    dtype: torch.dtype = torch.float32
-    across_draws: bool = False  # it looks at all draws of a batch together, so they come before the next batch
-    item: str = "example"  # what one is called in an error
-
-
-def _scores(logits: Tensor, batch: Batch, count: int, examples: Sequence[int]) -> Float[Tensor, "S B C"]:
-    """Return each draw's logits in float32."""
-    return logits.float().view(count, -1, logits.shape[-1])
-
-
-def _log_probs(logits: Tensor, batch: Batch, count: int, examples: Sequence[int]) -> Float[Tensor, "S B C"]:
-    """Return each draw's log-probabilities of the choices."""
-    return _scores(logits, batch, count, examples).log_softmax(-1)
-
-
-LOG_PROBS = Reading(_log_probs)
-SCORES = Reading(_scores)
-"""The model's outputs as they are: of choices before their softmax."""
-REWARDS = Reading(_scores, item="text")
-
-
-@final
-@dataclass(frozen=True)
 class Passes:
     """N encoded examples and the PEFT model that answers them, its readout attached."""
 
@@ -103,6 +84,7 @@ class Passes:
     done: Callable[[int], object] = lambda count: None  # told of each example that has passed, once for every draw
     options: PassOptions = PassOptions()
     reading: Reading = LOG_PROBS
+    before: Params | None = None  # the weights for all tokens before the answer; None: those of each draw
 
     def run(
         self, draw: Callable[[int], Params], count: int, examples: Sequence[int] | None = None
@@ -130,17 +112,27 @@ class Passes:
     @torch.inference_mode()
     def _run_draws(self, stack: _Stack, most: int) -> None:
         """Fill in the answers under draws of which at most so many share a pass."""
-        names = differing(stack.draws)
-        together = min(most, len(stack.draws)) if names and self.stacks(names, share=False) else 1
-        stack = replace(stack, share=together > 1 and self.stacks(names, share=True))
-        saved = len(stack.prefix) - len(stack.prefix) // 2  # a token of the prefix costs memory, but no pass
-        lengths = [self.readout.length(self.rows[i]) - saved for i in stack.numbers]
+        names = differing(stack.draws if self.before is None else [self.before, *stack.draws])
+        stacks = bool(names) and self.stacks(names, share=False)
+        if (self.before is not None and not (stacks or not names)) or not self._goes_on_from_prompts():
+            raise InputError(REFUSED)
+        together = min(most, len(stack.draws)) if stacks else 1
+        stack = replace(stack, share=together > 1 and self.before is None and self.stacks(names, share=True))
+        lengths = [self._length(self.rows[i], len(stack.prefix), together) for i in stack.numbers]
         for width, batches in schedule(lengths, self.token_budget, together, max_padding(self.model)).items():
             parts = [slice(at, at + width) for at in range(0, len(stack.draws), width)]
             one_by_one = self.reading.across_draws and len(parts) > 1
             for group in [[batch] for batch in batches] if one_by_one else [batches]:
                 for part in parts:
                     self._fill(stack.of(part), group)
+
+    def _length(self, row: Encoded, prefix: int, draws: int) -> int:
+        """Return how many tokens of the budget an example takes in a pass of some draws, for each of them."""
+        length = self.readout.length(row) - (prefix - prefix // 2)  # a token of the prefix costs memory, but no pass
+        if self.before is None:
+            return length
+        prompt = len(row.prompt) - prefix
+        return max(self.readout.length(answers_alone([row])[0]) + prompt // _KEYS, -(-prompt // draws))
 
     def _against_neutral(
         self, draw: Callable[[int], Params], count: int, numbers: Sequence[int]
@@ -154,7 +146,7 @@ class Passes:
         prompt = self.rows[numbers[0]].neutral
         rows = [Encoded(prompt, group, -1, (1.0,) * len(group)) for group in groups]
         options = replace(self.options, share_prefix=False)
-        once = Passes(self.model, self.readout, rows, AT_ONCE, self.token_budget, options=options, reading=SCORES)
+        once = replace(self, rows=rows, classes=AT_ONCE, done=lambda count: None, options=options, reading=SCORES)
         index = torch.tensor([[places[a] for a in row] + [0] * (self.classes - len(row)) for row in choices])
         return (log_probs - once.run(draw, count).flatten(1)[:, index]).log_softmax(-1)
 
@@ -179,29 +171,48 @@ class Passes:
         def goes_on() -> bool:
             """Compare going on from four tokens with whole prompts."""
             few = [replace(row, prompt=tokens[: len(row.prompt)]) for row in self._few()]
-            cache = prefix_cache(self.model, tokens[:4], 1)
-            if cache is None:
-                return False
-            whole = self._pass(few, 1)
-            finite = torch.isfinite(whole)
-            gap = (self._pass(without_prefix(few, 4), 1, cache) - whole)[finite].abs().max()
-            return bool(gap <= _CLOSE * whole[finite].std())
+            return self._same(few, without_prefix(few, 4), prefix_start(self.model, tokens[:4], 1))
 
         key = ("prefix", self.readout.name, self.readout.shared)
         return tokens if len(tokens) >= WORTHWHILE and tried(self.model, key, goes_on) else ()
+
+    def _goes_on_from_prompts(self) -> bool:
+        """Say whether answers may go on from the keys and values of prompts of different lengths."""
+
+        def goes_on() -> bool:
+            """Compare going on from prompts with whole rows."""
+            few = self._few()
+            return self._same(few, answers_alone(few), prompts_start(self.model, few, None))
+
+        return self.before is None or tried(self.model, ("prompts", self.readout.name, self.readout.shared), goes_on)
+
+    def _same(self, whole: Sequence[Encoded], rest: Sequence[Encoded], start: Start | None) -> bool:
+        """Say whether what comes after a start gives what whole rows give."""
+        if start is None:
+            return False
+        answers, wanted = self._pass(rest, 1, start), self._pass(whole, 1)
+        finite = torch.isfinite(wanted)
+        return bool((answers - wanted)[finite].abs().max() <= _CLOSE * wanted[finite].std())
 
     def _fill(self, stack: _Stack, batches: Sequence[Sequence[int]]) -> None:
         """Fill in the answers to batches of places; what is too large for memory is halved, examples before draws."""
         count = len(stack.draws)
         layers = compiled(self.model) if self.options.compile else nullcontext()
-        with stacked(self.model, stack.draws, share=stack.share), layers:
-            cache = prefix_cache(self.model, stack.prefix, 1 if stack.share else count) if stack.prefix else None
+        with stacked(self.model, stack.draws, single=self.before, share=stack.share) as stacking, layers:
+            prefix: Start | None = None
+            if stack.prefix:
+                with stacking.single() if self.before is not None else nullcontext():
+                    prefix = prefix_start(self.model, stack.prefix, stacking.draws if not stack.share else 1)
 
             def answer(places: Sequence[int]) -> None:
                 """Pass one batch."""
                 examples = [stack.numbers[p] for p in places]
-                rows = without_prefix([self.rows[i] for i in examples], len(stack.prefix))
-                answers = self._pass(rows, count, cache, examples)
+                rows, start = without_prefix([self.rows[i] for i in examples], len(stack.prefix)), prefix
+                if self.before is not None:
+                    with stacking.single():
+                        start = prompts_start(self.model, rows, prefix)
+                    rows = answers_alone(rows)
+                answers = self._pass(rows, count, start, examples)
                 stack.answers[:, places, : answers.shape[-1]] = answers
                 self.done(len(places) * count)
 
@@ -216,11 +227,17 @@ class Passes:
                 self._fill(stack.of(half), [[place]])
 
     def _pass(
-        self, rows: Sequence[Encoded], count: int, cache: DynamicCache | None = None, examples: Sequence[int] = ()
+        self, rows: Sequence[Encoded], count: int, start: Start | None = None, examples: Sequence[int] = ()
     ) -> Float[Tensor, "S B C"]:
-        """Return the answers of one pass, which goes on from the keys and values of a prefix if they are given."""
+        """Return the answers of one pass, which goes on from the keys and values of first tokens if they are given.
+
+        Those are of a prefix under one set of weights or each draw's, or of each row's prompt under one.
+        """
         batch = on(self.readout.collate(rows), device_of(self.model))
-        inputs = batch if cache is None else continued(self.model, batch, cache)
+        inputs: Mapping[str, object] = batch
+        if start is not None:
+            owners = [b for b, row in enumerate(rows) for _ in range(self.readout.sequences(row))]
+            inputs = start.continued(self.model, batch, owners)
         logits: Tensor = require_lora(self.model)(**inputs).logits
         return self.reading.read(logits, batch, count, examples).cpu()
 

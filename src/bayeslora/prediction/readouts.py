@@ -55,6 +55,11 @@ class Readout:
         sequences = sum(len(tail) if any(tail) else 1 for tail in tails)
         return sequences * max(n + max(tail) for n, tail in zip(prompts, tails, strict=True))
 
+    def sequences(self, row: Encoded) -> int:
+        """Return how many sequences of the batch an example without a neutral prompt takes."""
+        apart = not self.shared and any(len(answer) > 1 for answer in row.answers)
+        return len(row.answers) if apart else 1
+
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         """Return a batch for the model, padded on the right to its longest row."""
         labels = torch.tensor([row.label for row in rows])

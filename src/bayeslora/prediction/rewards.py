@@ -20,8 +20,9 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import requested
 from bayeslora.prediction.encoding import Encoded, tokenizer_of
 from bayeslora.prediction.memory import default_token_budget, draws_for
-from bayeslora.prediction.passes import REWARDS, Passes, PassOptions, weight_draws
+from bayeslora.prediction.passes import Passes, PassOptions, weight_draws
 from bayeslora.prediction.progress import shown
+from bayeslora.prediction.readings import REWARDS
 from bayeslora.prediction.readouts import Readout, head_readout
 
 Text = str | Sequence[dict[str, str]]
@@ -80,7 +81,7 @@ def predict_rewards(
         evaluating(model),
         shown("rewards", total, options.progress) as done,
     ):
-        passes = Passes(model, readout, rows, 1, budget, done, options, REWARDS)
+        passes = Passes(model, readout, rows, 1, budget, done, options, REWARDS, posterior.before_answer)
         return passes.run(lambda k: posterior.cached_draw(k, draws), draws.count)[..., 0]
 
 

@@ -163,6 +163,7 @@ class _Engine:
         """Return the log-probabilities under drawn weights and under the mean, which counts as one draw more."""
         mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
         posterior = draws_for(self.model, posterior)
+        passes = replace(self.passes, before=posterior.before_answer)
         components = posterior.components(draws.count)
         alive = torch.arange(len(self.passes.rows))
         at_mean: Tensor | None = None
@@ -174,7 +175,7 @@ class _Engine:
                 """Return the mean where it is asked for, then the draws of this round."""
                 return posterior.mean if start + number < 0 else posterior.cached_draw(start + number, draws)
 
-            log_p = self.passes.run(draw, extra + len(numbers), alive.tolist())
+            log_p = passes.run(draw, extra + len(numbers), alive.tolist())
             if numbers.start == 0 and self.mean:
                 at_mean = posterior.scaled(log_p[0], "mean")
             log_probs[numbers.start : numbers.stop, alive] = posterior.scaled(log_p[extra:], "draws")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +25,53 @@ _CLOSE = 0.1
 """Largest difference from the plain pass, by the difference of two draws, that is taken for rounding."""
 
 
+@final
+class Stack:
+    """The layers of a model that answers for S draws at once, and the plain ones in whose places they are."""
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self.replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []  # parent, name there, plain, stacked
+
+    @contextmanager
+    def single(self) -> Iterator[None]:
+        """Make the model answer with one set of weights, the first, for the length of a ``with`` block."""
+        draws, self.draws = self.draws, 1
+        for parent, key, plain, _ in self.replaced:
+            setattr(parent, key, plain)
+        try:
+            yield
+        finally:
+            self.draws = draws
+            for parent, key, _, layer in self.replaced:
+                setattr(parent, key, layer)
+
+
 @contextmanager
 def stacked(
-    model: nn.Module, draws: Sequence[Params], *, share: bool = False, repeat: bool = True, peft: bool = False
-) -> Iterator[None]:
-    """Make a model for which `stacks` is true answer for S draws at once for the length of a ``with`` block.
-
-    Its inputs are repeated for the draws, draw after draw: at once, or, where draws ``share`` the layers before the
-    first that differs, from there on. Without ``repeat`` the rows that are given belong to the draws already. The
-    layers are `fused` and the draws in the base's dtype, or all is as in PEFT's own layers (``peft``).
-    """
-    names, parameters = differing(draws), lora_parameters(model)
-    with holding(parameters, draws[0]):
+    model: nn.Module,
+    draws: Sequence[Params],
+    *,
+    single: Params | None = None,
+    share: bool = False,
+    repeat: bool = True,
+    peft: bool = False,
+) -> Iterator[Stack]:
+    """Make a model for which `stacks` is true answer for S draws at once for the length of a ``with`` block."""
+    # Its inputs are repeated for the draws, draw after draw: at once, or, where draws ``share`` the layers before the
+    # first that differs, from there on. Without ``repeat`` the rows that are given belong to the draws already. The
+    # layers are `fused` and the draws in the base's dtype, or all is as in PEFT's own layers (``peft``). ``single`` are
+    # the weights of `Stack.single`; None for the first draw.
+    first = draws[0] if single is None else single
+    names, parameters = differing([first, *draws]), lora_parameters(model)
+    stack = Stack(len(draws))
+    with holding(parameters, first):
         places, layers = _places(model, parameters, names), layers_that_differ(model, names) if share else ()
         assert places is not None
         repeating = (layers or (require_lora(model).get_base_model(),)) if repeat and len(draws) > 1 else ()
         dtype, layers_of = (nullcontext(), nullcontext()) if peft else (in_base_dtype(model), fused(model))
-        with dtype, layers_of, _replaced(places, draws, names), _repeated(repeating, len(draws)):
-            yield
+        with dtype, layers_of, _replaced(places, draws, names, stack), _repeated(repeating, stack):
+            yield stack
 
 
 @contextmanager
@@ -55,16 +84,15 @@ def side_by_side(model: nn.Module, starts: Sequence[Params]) -> Iterator[None]:
             "this adapter has parameters outside of linear layers, so its ensemble's members cannot be trained in one "
             "pass; use together=False"
         )
-    with _replaced(places, starts, frozenset(starts[0]), trained=True):
+    with _replaced(places, starts, frozenset(starts[0]), Stack(len(starts)), trained=True):
         yield
 
 
 @contextmanager
 def _replaced(
-    places: Sequence[Place], draws: Sequence[Params], names: frozenset[str], *, trained: bool = False
+    places: Sequence[Place], draws: Sequence[Params], names: frozenset[str], stack: Stack, *, trained: bool = False
 ) -> Iterator[None]:
     """Put stacked layers in some places for the length of a ``with`` block; what is not among names is not copied."""
-    held = []
     try:
         for parent, key, leaves in places:
             plain = getattr(parent, key)
@@ -78,11 +106,11 @@ def _replaced(
                     values[leaf] = value.detach().expand(len(draws), *value.shape)
             layer = StackedLinear(values["weight"], values.get("bias"))
             layer.training = plain.training
-            held.append((parent, key, plain))
+            stack.replaced.append((parent, key, plain, layer))
             setattr(parent, key, layer)
         yield
     finally:
-        for parent, key, plain in held:
+        for parent, key, plain, _ in stack.replaced:
             setattr(parent, key, plain)
 
 
@@ -172,19 +200,21 @@ def _places(model: nn.Module, parameters: Mapping[str, Tensor], names: frozenset
 
 
 @contextmanager
-def _repeated(modules: Sequence[nn.Module], count: int) -> Iterator[None]:
-    """Repeat the batch in all that some modules are given, the first of which runs first in every pass."""
+def _repeated(modules: Sequence[nn.Module], stack: Stack) -> Iterator[None]:
+    """Repeat the batch for each draw in all that some modules are given, the first of which runs first in a pass."""
     size = 0
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # what is repeated already, by the tensor's id: layers share a mask
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Repeat whatever has the batch as its first axis."""
         nonlocal size
+        if stack.draws == 1:
+            return args, kwargs
         if module is modules[0]:
             rows = (*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states")))
             size = next(len(value) for value in rows if value is not None)
             copies.clear()
-        return _with_copies(args, size, count, copies), _with_copies(kwargs, size, count, copies)
+        return _with_copies(args, size, stack.draws, copies), _with_copies(kwargs, size, stack.draws, copies)
 
     with ExitStack() as hooks:
         for module in modules:

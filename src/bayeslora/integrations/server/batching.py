@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
 from transformers import LogitsProcessorList
 
+from bayeslora._typing import Int
 from bayeslora.errors import InputError
 from bayeslora.integrations.server.decoding import Generation, Row, RowSampler, choose
 from bayeslora.integrations.server.served import Served
@@ -22,6 +24,7 @@ from bayeslora.prediction.generation.averaging import Averager, answering
 from bayeslora.prediction.generation.decoding import Decoder, Step, ends_of, left_padded, step_of
 from bayeslora.prediction.generation.rows import Rows, joins
 from bayeslora.prediction.memory import default_token_budget, in_halves, lacks_memory
+from bayeslora.prediction.prefix_cache import Start
 
 _PART = 4
 """Prompts are run in parts of a quarter of the token budget, so that those who have their prompt behind them go on."""
@@ -50,7 +53,7 @@ class Group(ABC):
         self.joining: list[Seat] = []  # their prompts are being run
         self.running: list[Seat] = []
         self._base = require_lora(served.model).get_base_model()
-        self._draws = served.draws_of(*key)
+        self._draws, self._before = served.draws_of(*key), served.before(*key)
 
     def __len__(self) -> int:
         return len(self.running) + len(self.joining) + len(self.waiting)
@@ -100,7 +103,9 @@ class StaticGroup(Group):
                 "max_new_tokens": max(row.max_tokens for row in rows), "do_sample": False,
                 "logits_processor": LogitsProcessorList([RowSampler(rows)]),
             }  # fmt: skip
-            decoder = Decoder(self.served.model, self._draws, True, self.served.tokenizer, settings)
+            decoder = Decoder(
+                self.served.model, self._draws, True, self.served.tokenizer, settings, before=self._before
+            )
             decoder.answers([row.ids for row in rows], lambda number, _: seats[number].over, note)
 
         self.running = newcomers()
@@ -126,7 +131,7 @@ class ContinuousGroup(Group):
     @torch.inference_mode()
     def turn(self, newcomers: Callable[[], list[Seat]], ends: Callable[[int], bool], alone: Callable[[], bool]) -> None:
         """Go on until ``ends`` says so or nobody is left; whoever comes joins before the next token."""
-        with answering(self.served.model, self._draws, average=True) as averager:
+        with answering(self.served.model, self._draws, average=True, before=self._before) as averager:
             for tokens in itertools.count(1):
                 self.waiting.extend(newcomers())
                 self._admit(averager, alone)
@@ -156,16 +161,24 @@ class ContinuousGroup(Group):
 
     def _prefill(self, averager: Averager, budget: int, seats: Sequence[Seat]) -> None:
         """Run the tokens of some rows, equal ones once, and let the rows join those that run."""
-        prompts = list(dict.fromkeys(tuple(seat.row.so_far) for seat in seats))
-        ids, mask = left_padded(prompts, 0, device_of(self.served.model))
-        rows, size = Rows(self._base, len(self._draws)), max(1, budget // len(prompts))
-        for start in range(0, ids.shape[1], size):
-            if start:
+        noisy_from = [len(seat.row.ids) - 1 if averager.start is not None else 0 for seat in seats]
+        texts = [(tuple(s.row.so_far[:at]), tuple(s.row.so_far[at:])) for s, at in zip(seats, noisy_from, strict=True)]
+        unique = list(dict.fromkeys(texts))
+        rows, size = Rows(self._base, len(self._draws)), max(1, budget // len(unique))
+        start: Start | None = None
+        for number, (noisy, ids, mask) in enumerate(self._parts(unique, size)):
+            if number:
                 self._step(averager)
             if all(seat.over for seat in seats):
                 return
-            rows.extend(ids[:, start : start + size], mask[:, start : start + size])
-        places = [prompts.index(tuple(seat.row.so_far)) for seat in seats]
+            if noisy:
+                if start is not None:
+                    rows.begin(start)
+                    start = None
+                rows.extend(ids, mask)
+            elif averager.start is not None:
+                start = averager.start(ids, mask, start)
+        places = [unique.index(text) for text in texts]
         averager.select(places)
         self._choose(averager, seats)
         stay = [number for number, seat in enumerate(seats) if not seat.over]
@@ -173,6 +186,18 @@ class ContinuousGroup(Group):
             rows.keep([places[number] for number in stay])
             self.running += [seats[number] for number in stay]
             self._guarded(lambda: self._rows.join(rows))
+
+    def _parts(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], size: int
+    ) -> Iterator[tuple[bool, Int[Tensor, "R T"], Int[Tensor, "R T"]]]:
+        """Yield parts of texts' tokens without noise and then with it, with their mask: so many columns of the latter.
+
+        What has no noise passes for one draw, and so in parts that are wider.
+        """
+        for noisy, width in ((False, size * len(self._draws)), (True, size)):
+            ids, mask = left_padded([text[noisy] for text in texts], 0, device_of(self.served.model))
+            for at in range(0, ids.shape[1], width):
+                yield noisy, ids[:, at : at + width], mask[:, at : at + width]
 
     def _step(self, averager: Averager) -> None:
         """Give each running row a token."""

@@ -31,7 +31,9 @@ def _scores(served: Served, model: str, draws: int, ids: Sequence[int], start: i
     """Return the scores of the tokens from ``start`` on."""
     readout = readout_for(served.model, Split("prompt", (), Format("", "likelihood")), served.tokenizer)
     budget = default_token_budget(served.model)
-    scorer = Likelihoods(served.model, served.draws_of(model, draws), readout, budget)
+    before = served.before(model, draws)  # where the prompt has no noise
+    weights = served.draws_of(model, draws) if before is None else [before]
+    scorer = Likelihoods(served.model, weights, readout, budget)
     log_p = scorer.average(ids[:start], ids[start:])
     values = log_p.gather(1, torch.tensor(ids[start:])[:, None])[:, 0].tolist()
     best = log_p.topk(top)

@@ -83,8 +83,9 @@ class Served:
 
     @property
     def names(self) -> list[str]:
-        """Names of the models, the average first."""
-        return [self.name, f"{self.name}/mean", *(f"{self.name}/draw-{k:03d}" for k in range(self.most_draws))]
+        """Names of the models, the average first; a draw that is only the answer's has none."""
+        parts = range(self.most_draws if self.posterior.before_answer is None else 0)
+        return [self.name, f"{self.name}/mean", *(f"{self.name}/draw-{k:03d}" for k in parts)]
 
     @property
     def generates(self) -> bool:
@@ -103,6 +104,10 @@ class Served:
         if name != self.name or not count:
             return [self.posterior_of(name).mean]
         return self._draws(range(count))
+
+    def before(self, name: str, count: int) -> Params | None:
+        """Return the weights for the prompt but its last token; None where they are each draw's."""
+        return draws_for(self.model, self.posterior).before_answer if name == self.name and count else None
 
     def _draws(self, numbers: Iterable[int]) -> list[Params]:
         """Return draws by their numbers."""

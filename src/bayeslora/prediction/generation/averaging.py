@@ -7,10 +7,10 @@ row is there once for each draw, and the keys and values that are kept belong to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating, generator, require_lora
+from bayeslora.prediction.prefix_cache import REFUSED, Start, start_of
 from bayeslora.prediction.stacking import differing, stacked, stacks
 
 
@@ -30,6 +31,23 @@ class DrawsCache(DynamicCache):
     def __init__(self, draws: int, config: PretrainedConfig | None = None) -> None:
         super().__init__(config=config)
         self.draws = draws
+        self._copies = 0
+
+    def begin(self, start: Start, copies: int) -> None:
+        """Begin with the keys and values of R rows, which are repeated so many times when the first token comes."""
+        self._copies = copies
+        for number, (keys, values) in enumerate(start.layers):
+            super().update(keys, values, number)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Add tokens of all rows; each of R rows that it began with is there so many times as the new ones need."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if self._copies and layer is not None and len(layer.keys) < len(key_states):
+            each = len(key_states) // (self._copies * len(layer.keys))  # beams, or answers to one prompt
+            for name in ("keys", "values"):
+                every = getattr(layer, name).repeat_interleave(each, 0).repeat(self._copies, 1, 1, 1)
+                setattr(layer, name, every)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows, the same under every draw, as many as there are or more or fewer."""
@@ -43,8 +61,11 @@ class DrawsCache(DynamicCache):
 class Averager:
     """The distributions of the last position, and their average over S draws (1 where every row has its own draw)."""
 
-    def __init__(self, draws: int) -> None:
+    def __init__(self, draws: int, start: Callable[[Tensor, Tensor, Start | None], Start] | None = None) -> None:
         self.draws = draws
+        self.start = (
+            start  # runs R rows' tokens and mask [R T], after others, without noise; None: they have the draws'
+        )
         self.log_probs = torch.empty(0)  # of the R rows' next token under each draw [S R V], float32
         self.average = torch.empty(0)  # log p̄ [R V]
 
@@ -61,24 +82,36 @@ class Averager:
 
 
 @contextmanager
-def answering(model: nn.Module, draws: Sequence[Params], *, average: bool) -> Iterator[Averager]:
+def answering(
+    model: nn.Module, draws: Sequence[Params], *, average: bool, before: Params | None = None
+) -> Iterator[Averager]:
     """Make a causal language model answer by the average of S draws, or its rows by one each, in S equal parts."""
+    # ``before`` are the weights of `Averager.start`; None where prompts have the draws' own.
     base = require_lora(model).get_base_model()
     with evaluating(model):
-        names = differing(draws)
+        names = differing(draws if before is None else [before, *draws])
         if names and not stacks(model, names, partial(_few_answers, base), "generation", needed=True):
             raise InputError(
                 "the draws of this adapter cannot share a pass (it has parameters outside of linear layers), so the "
                 "model cannot generate from several at once; use draws=1"
             )
-        averager = Averager(len(draws) if average else 1)
 
         def after(_: nn.Module, args: tuple[object, ...], outputs: ModelOutput) -> ModelOutput:
             """Put the average in the place of the model's logits."""
             outputs.logits = averager.take(outputs.logits)
             return outputs
 
-        with stacked(model, draws, repeat=average), base.register_forward_hook(after):
+        with stacked(model, draws, single=before, repeat=average) as stack, base.register_forward_hook(after):
+
+            def start(ids: Tensor, mask: Tensor, begun: Start | None) -> Start:
+                """Run tokens without noise."""
+                with stack.single(), torch.inference_mode():
+                    found = start_of(model, "rows", ids, mask, begun)
+                if found is None:
+                    raise InputError(REFUSED)
+                return found
+
+            averager = Averager(len(draws) if average else 1, None if before is None else start)
             yield averager
 
 

@@ -19,6 +19,7 @@ from bayeslora.params import Params, device_of, require_lora, seed_of
 from bayeslora.prediction.generation.answers import Answer
 from bayeslora.prediction.generation.averaging import Averager, DrawsCache, answering
 from bayeslora.prediction.memory import in_halves
+from bayeslora.prediction.prefix_cache import Start
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept in the place of each."""
@@ -57,6 +58,7 @@ class Decoder:
     tokenizer: Tokenizer
     settings: Settings  # with ``max_new_tokens``
     seed: int = 0  # of the tokens, where they are sampled
+    before: Params | None = None  # the weights for a prompt but its last token; None: those of each draw
 
     def in_batches(
         self, prompts: Sequence[Sequence[int]], size: int, on_step: OnStep | None = None
@@ -107,19 +109,26 @@ class Decoder:
         device = device_of(self.model)
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids, mask = left_padded(prompts, padding, device)
-        width = ids.shape[1]
+        width, prompts_alone = ids.shape[1], (ids[:, :-1], mask[:, :-1])
         if not self.average:
             ids, mask = (value.repeat(len(self.draws), 1) for value in (ids, mask))
         beams = self.settings.get("num_beams", 1) > 1
         forked = range(torch.cuda.device_count()) if device.type == "cuda" else []
-        with answering(self.model, self.draws, average=self.average) as averager, torch.random.fork_rng(forked):
+        with (
+            answering(self.model, self.draws, average=self.average, before=self.before) as averager,
+            torch.random.fork_rng(forked),
+        ):
+            cache = DrawsCache(averager.draws, base.config)
+            start = averager.start(*prompts_alone, None) if averager.start is not None and width > 1 else None
+            if start is not None:
+                cache.begin(start, len(self.draws))
             torch.manual_seed(
                 seed_of("tokens", self.seed, first)
             )  # transformers samples from the default generators only
             notes = _Notes(averager, on_step, ended or self._stops, width)
             settings = {
                 "pad_token_id": padding, "num_beams": 1, **self.settings,
-                cache_argument(base.prepare_inputs_for_generation): DrawsCache(averager.draws, base.config),
+                cache_argument(base.prepare_inputs_for_generation): cache,
                 "tokenizer": self.tokenizer,
             }  # fmt: skip
             if not beams:
@@ -132,7 +141,7 @@ class Decoder:
             new = tokens[:, width:].cpu()
             ends = ends_of(base, self.settings)
             lengths = [_length(row[: notes.lengths.get(r)], ends) for r, row in enumerate(new.tolist())]
-            steps = _scored(averager, base, ids, mask, new) if beams else notes.steps
+            steps = _scored(averager, base, ids, mask, new, start) if beams else notes.steps
         return [self._answer(new[r].tolist()[:n], done, steps, r) for r, (n, done) in enumerate(lengths)]
 
     def _answer(self, ids: list[int], done: bool, steps: list[Step], row: int) -> Answer:
@@ -173,9 +182,9 @@ def left_padded(
 ) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:
     """Return prompts as one batch with padding in front, and its mask."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[padding] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return ids, mask
+    ids = [[padding] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device, dtype=torch.long), torch.tensor(mask, device=device, dtype=torch.long)
 
 
 def alternatives(tokenizer: Tokenizer, step: Step, row: int) -> tuple[tuple[str, float], ...]:
@@ -227,11 +236,16 @@ def step_of(averager: Averager, chosen: Int[Tensor, " R"]) -> Step:
 
 
 @torch.inference_mode()
-def _scored(averager: Averager, base: PreTrainedModel, ids: Tensor, mask: Tensor, new: Tensor) -> list[Step]:
+def _scored(
+    averager: Averager, base: PreTrainedModel, ids: Tensor, mask: Tensor, new: Tensor, start: Start | None
+) -> list[Step]:
     """Return the steps of texts that beams ended with: they are passed once more, token by token."""
     each = len(new) // len(ids)
     seen, cache = mask.repeat_interleave(each, 0), DrawsCache(averager.draws, base.config)
     tokens, steps = ids.repeat_interleave(each, 0), []
+    if start is not None:
+        cache.begin(start, averager.draws)
+        tokens = tokens[:, -1:]
     for t in range(new.shape[1]):
         positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         base(

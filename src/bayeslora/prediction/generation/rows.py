@@ -15,6 +15,7 @@ from bayeslora._typing import Float, Int
 from bayeslora.models import cache_argument
 from bayeslora.params import device_of, evaluating, generator, require_lora
 from bayeslora.prediction.generation.averaging import DrawsCache
+from bayeslora.prediction.prefix_cache import Start
 from bayeslora.prediction.probes import tried
 
 _CLOSE = 0.1
@@ -32,6 +33,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.mask)
+
+    def begin(self, start: Start) -> None:
+        """Begin with tokens that all draws have in common."""
+        self.mask = start.mask
+        self.cache.begin(start, self.cache.draws)
 
     def extend(self, ids: Int[Tensor, "R T"], mask: Int[Tensor, "R T"] | None = None) -> Float[Tensor, "R 1 V"]:
         """Run the next tokens of all rows, and return the logits of the last; a mask has 0 where there is padding."""

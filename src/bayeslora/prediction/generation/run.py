@@ -112,7 +112,8 @@ def _decoder(
     draws = weight_draws(model, posterior, draws)
     posterior = draws_for(model, posterior)
     weights = [posterior.cached_draw(k, draws) for k in range(draws.count)]
-    return Decoder(model, weights, average, tokenizer or tokenizer_of(model), settings, draws.seed)
+    tokenizer = tokenizer or tokenizer_of(model)
+    return Decoder(model, weights, average, tokenizer, settings, draws.seed, posterior.before_answer)
 
 
 def _answered(
