@@ -94,7 +94,9 @@ def assert_held(name, held, today, called):
     for parameter, facts in held.items():
         if parameter not in former:
             assert parameter in today, f"{name} lost {parameter}"
-            assert today[parameter] == facts, f"{name} changed {parameter}"
+            kind, default = facts
+            wanted = [kind, today[parameter][1] if default is None else default]  # what was required may get a default
+            assert today[parameter] == wanted, f"{name} changed {parameter}"
     places = [p for p, (kind, _) in held.items() if kind == "POSITIONAL_OR_KEYWORD"]
     assert list(today)[: len(places)] == places, f"{name} changed the order of its parameters"
     for parameter in today.keys() - held.keys():
