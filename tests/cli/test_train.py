@@ -55,6 +55,16 @@ def test_evaluate_shapes_the_posterior_and_tells_other_data(bay, swag_run, home,
     said = bay("evaluate", swag_run, *words, "--overwrite", "--prune", "1", "--last-layers", "1")
     assert said.status == 0, said.err
     assert json.loads(cold.read_text())["rows"]["draws"]["nll"]["value"] != rows["draws"]["nll"]["value"]
+    found = []
+    for noise in ("all", "answer"):
+        said = bay("evaluate", swag_run, *words, "--overwrite", "--noise", noise)
+        assert said.status == 0, said.err
+        found.append(json.loads(cold.read_text())["rows"])
+    assert found[0]["mean"]["nll"]["value"] == pytest.approx(found[1]["mean"]["nll"]["value"], abs=1e-5)
+    assert found[0]["draws"]["nll"]["value"] != pytest.approx(found[1]["draws"]["nll"]["value"], abs=1e-6)
+    said = bay("export", swag_run, "--noise", "answer", "--out", tmp_path / "adapters")
+    assert said.status == 2
+    assert "is no adapter" in said.err
 
 
 def test_a_given_flag_wins_over_the_runs_even_at_its_default(bay, swag_run):

@@ -126,6 +126,7 @@ FLAGS = [
     "--temperature",
     "--prune",
     "--last-layers",
+    "--noise",
     "--method",
     "--methods",
     "--set",
