@@ -2,7 +2,8 @@
 
 For each task and seed SmolLM2 is trained by each method; the ensemble is of three seeds' MAP. The same draws answer
 with noise on all tokens and on the answer's only, at several widths (factors on the covariance), of which the
-validation rows' NLL chooses one. What a run gives is kept in ``--out`` and not made again.
+validation rows' NLL chooses one. "Trained so" are posteriors whose noise in training was on the answer's tokens too.
+What a run gives is kept in ``--out`` and not made again.
 
     python benchmarks/answer_noise.py --data DATA --out runs --json answer_noise.json
     python benchmarks/answer_noise.py --data DATA --sections speed            # on prompts of 80 tokens and more
@@ -11,15 +12,20 @@ validation rows' NLL chooses one. What a run gives is kept in ``--out`` and not 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from report import finish, row
 from timing import in_turn, ratio
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import bayeslora as bl
 from bayeslora.cli.build import build_arguments
@@ -31,7 +37,7 @@ from bayeslora.methods import Blob, Inference, Ivon, Laplace, Map, Swag
 from bayeslora.metrics.classification import accuracy, ece, nll
 from bayeslora.metrics.detection import auroc
 from bayeslora.metrics.uncertainty import average, entropy, mutual_information
-from bayeslora.params import generator, read, write
+from bayeslora.params import generator, read, require_lora, write
 from bayeslora.posteriors import DiagonalGaussian, Mixture, Posterior
 from bayeslora.tasks.types import Split
 
@@ -41,6 +47,8 @@ METHODS: dict[str, Inference] = {
     "swag": Swag(),
     "laplace": Laplace(predictive="draws"),
 }
+TRAINED = {"ivon, trained so": "ivon", "blob, trained so": "blob"}
+"""What is trained with noise on the answer's tokens only."""
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 OTHER = {"sst2": "trec", "trec": "sst2", "arc_easy": "openbookqa", "openbookqa": "arc_easy", "boolq": "winogrande"}
 Tensors = dict[str, torch.Tensor]
@@ -61,6 +69,49 @@ def prepared(args: argparse.Namespace, task: str) -> tuple[CachedRuns, Split]:
     training = TrainingOptions(epochs=args.epochs, batch_size=args.batch, learning_rate=1e-3)
     out = Path(args.out) / task
     return CachedRuns(model, tokenizer, found, build_arguments(training, out, 0), out, {OTHER[task]: other}), other
+
+
+@contextmanager
+def noise_on_answers(model: nn.Module) -> Iterator[None]:
+    """Keep the noise of training to the answer's tokens for the length of a ``with`` block, by hooks on A and B."""
+    inner: set[nn.Module] = set()
+    answer = torch.zeros(0, 0, 1, dtype=torch.bool)
+
+    def before(_: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        """Note which tokens predict those of an answer, and the layers, which a method may have replaced."""
+        nonlocal answer
+        ids = kwargs["input_ids"]
+        keep = kwargs.get("readout_keep", torch.arange(ids.numel()))
+        answer = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, keep, True).view(*ids.shape, 1)
+        layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        inner.update(part for layer in layers for parts in (layer.lora_A, layer.lora_B) for part in parts.values())
+
+    def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """Return the output without noise for the tokens before the answer."""
+        if module not in inner or not module.training:
+            return None
+        return torch.where(answer, output, nn.functional.linear(args[0], module._parameters["weight"]))
+
+    handles = [
+        require_lora(model).register_forward_pre_hook(before, with_kwargs=True),
+        register_module_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trained(args: argparse.Namespace, runs: CachedRuns, name: str, seed: int) -> Posterior:
+    """Return what a method gives under a seed, or the ensemble that begins with the seed."""
+    if name == "ensemble":
+        order = args.seeds[args.seeds.index(seed) :] + args.seeds[: args.seeds.index(seed)]
+        return Mixture(tuple(learned(runs, Map(), s).posterior for s in order))
+    if name in TRAINED:
+        with noise_on_answers(runs.model):
+            return learned(replace(runs, out=runs.out / "answer"), METHODS[TRAINED[name]], seed).posterior
+    return learned(runs, METHODS[name], seed).posterior
 
 
 def answers(runs: CachedRuns, other: Split, posterior: Posterior, draws: bl.Draws, *, scaled: bool) -> Tensors:
@@ -95,19 +146,14 @@ def run(args: argparse.Namespace, task: str, seed: int) -> None:
     """Make what is missing of a task and a seed."""
     place = Path(args.out)
     place.mkdir(parents=True, exist_ok=True)
-    wanted = [name for name in (*METHODS, "ensemble") if not (place / f"{task}-{seed}-{name}.pt").exists()]
+    wanted = [name for name in args.methods if not (place / f"{task}-{seed}-{name}.pt").exists()]
     if not wanted:
         return
     runs, other = prepared(args, task)
     draws = bl.Draws(args.draws, seed=seed, sampling="simplex" if args.draws % 5 == 0 else "independent")
     for name in wanted:
         print(f"{task}, seed {seed}, {name}", flush=True)
-        if name == "ensemble":
-            order = [args.seeds[(args.seeds.index(seed) + k) % len(args.seeds)] for k in range(len(args.seeds))]
-            posterior: Posterior = Mixture(tuple(learned(runs, Map(), s).posterior for s in order))
-        else:
-            posterior = learned(runs, METHODS[name], seed).posterior
-        found = answers(runs, other, posterior, draws, scaled=name != "ensemble")
+        found = answers(runs, other, trained(args, runs, name, seed), draws, scaled=name != "ensemble")
         torch.save(found | {"labels": runs.test.labels}, place / f"{task}-{seed}-{name}.pt")
 
 
@@ -136,7 +182,7 @@ def measured(found: Tensors, name: str) -> dict[str, float]:
 def summed_up(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return means over tasks and seeds, with the standard deviation of the differences from noise on all tokens."""
     rows = []
-    for method in (*METHODS, "ensemble"):
+    for method in args.methods:
         ways: dict[str, list[dict[str, float]]] = {}
         chosen = []
         for task in args.tasks:
@@ -197,6 +243,7 @@ def main() -> None:
     parser.add_argument("--out", default="answer-noise", help="folder of the runs")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "trec", "openbookqa"], choices=list(OTHER))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "ensemble", *TRAINED])
     parser.add_argument("--train-rows", type=int, default=120)
     parser.add_argument("--validation-rows", type=int, default=32)
     parser.add_argument("--rows", type=int, default=48, help="test rows")

@@ -192,15 +192,18 @@ def test_what_is_made_of_it(tokenizer, tmp_path):
     assert bl.restricted(answer, tokens="answer") is answer
     one = {f"{of}.{part}": torch.ones(1) for of in ("draws", "mean") for part in ("weight", "bias")}
     scaled = bl.restricted(Scaled(posterior, one), tokens="answer")
-    assert isinstance(scaled, Scaled) and scaled.before_answer is answer.mean
+    assert isinstance(scaled, Scaled)
+    assert scaled.before_answer is answer.mean
     assert isinstance(scaled.unscaled, AnswerNoise)
     last = bl.restricted(posterior, 1, tokens="answer")
     assert any(bool((v == 0).all()) for v in last.standard_deviation().values())
     tempered = bl.tempered(answer, 4)
-    assert isinstance(tempered, AnswerNoise) and tempered.standard_deviation().keys() == posterior.variance.keys()
+    assert isinstance(tempered, AnswerNoise)
+    assert tempered.standard_deviation().keys() == posterior.variance.keys()
     answer.save_pretrained(tmp_path / "saved")
     again = bl.load_posterior(tmp_path / "saved")
-    assert isinstance(again, AnswerNoise) and torch.equal(*(p.draw(1)[next(iter(p.mean))] for p in (again, answer)))
+    assert isinstance(again, AnswerNoise)
+    assert torch.equal(*(p.draw(1)[next(iter(p.mean))] for p in (again, answer)))
     what = replace(served(tokenizer), posterior=answer)
     assert what.names == ["tiny", "tiny/mean"]
     bert = make_model("bert")

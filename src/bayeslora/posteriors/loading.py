@@ -99,8 +99,8 @@ def export_draws(posterior: Posterior, folder: str | Path, draws: int | Draws, *
     target, draws = Path(folder), Draws.of(draws)
     if draws.count and posterior.before_answer is not None:
         raise InputError(
-            "noise on the answer's tokens only is no adapter, whose noise is on all tokens; export the posterior before "
-            "it is restricted (--noise all), or the mean (draws=0)"
+            "noise on the answer's tokens only is no adapter, whose noise is on all tokens; export the posterior as it "
+            "was before (--noise all), or the mean (draws=0)"
         )
     names = [f"{name}-{k:03d}" for k in range(posterior.count(draws))]
     if not draws.count:
