@@ -69,7 +69,7 @@ def independent(layers: int, rounds: int, device: torch.device) -> list[dict[str
     on_cpu = DiagonalGaussian(mean, variance)
     print(f"{size / 1e6:.1f} million numbers on {device}")
     ways: dict[str, Callable[[], Any]] = {
-        "randn": lambda: [torch.randn(size, device=device) for _ in range(GROUP)],
+        "randn": lambda: [torch.randn(size, device=device).numel() for _ in range(GROUP)],
         "independent": drawn(posterior, "independent"),
         "antithetic": drawn(posterior, "antithetic"),
         "simplex": drawn(posterior, "simplex"),
