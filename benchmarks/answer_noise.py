@@ -49,7 +49,7 @@ METHODS: dict[str, Inference] = {
 }
 TRAINED = {"ivon, trained so": "ivon", "blob, trained so": "blob"}
 """What is trained with noise on the answer's tokens only."""
-WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+WIDTHS = (1.0, 4.0, 16.0)
 OTHER = {"sst2": "trec", "trec": "sst2", "arc_easy": "openbookqa", "openbookqa": "arc_easy", "boolq": "winogrande"}
 Tensors = dict[str, torch.Tensor]
 

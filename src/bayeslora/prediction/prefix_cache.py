@@ -52,17 +52,20 @@ class Start:
     """What the first T tokens leave behind, once for each of R draws or R rows: keys and values [R H T D] by layer."""
 
     of: Literal["draws", "rows"]
-    layers: Sequence[tuple[Tensor, Tensor]]
+    layers: Sequence[tuple[Tensor, Tensor]]  # of one row each before the first that differs between the draws
     mask: Int[Tensor, "R T"]  # 0 where there is padding
 
     def continued(self, model: nn.Module, batch: Mapping[str, Tensor], owners: Sequence[int]) -> dict[str, object]:
         """Return a batch of B sequences that go on from here; ``owners`` are the rows that they belong to."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        count = len(self.mask)
-        rows = torch.zeros(len(ids), dtype=torch.long) if count == 1 else torch.tensor(owners)
-        if self.of == "draws" and count > 1:
-            rows = torch.arange(count).repeat_interleave(len(ids))
-        seen = self.mask[rows[: len(ids)]]
+
+        def rows(count: int) -> Int[Tensor, " M"]:
+            """Return the rows, of so many, that sequences go on from, draw after draw where each has its own."""
+            if count == 1:
+                return torch.zeros(len(ids), dtype=torch.long)
+            return torch.arange(count).repeat_interleave(len(ids)) if self.of == "draws" else torch.tensor(owners)
+
+        seen = self.mask[rows(len(self.mask))[: len(ids)]]
         before = (
             seen if mask.ndim == 2  # a mask of four axes is added to the scores
             else torch.zeros_like(seen, dtype=mask.dtype).masked_fill(seen == 0, torch.finfo(mask.dtype).min)
@@ -70,7 +73,7 @@ class Start:
         )  # fmt: skip
         positions = batch.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
         cache = DynamicCache()
-        cache.layers = [_FixedLayer(keys, values, rows) for keys, values in self.layers]
+        cache.layers = [_FixedLayer(keys, values, rows(len(keys))) for keys, values in self.layers]
         base = require_lora(model).get_base_model()
         return {
             **batch,
