@@ -18,10 +18,11 @@ from timing import in_turn, ratio, seconds
 from training_cost import BOUNDS, WARM, Turns, train
 
 import bayeslora as bl
+from bayeslora.posteriors import Posterior
 
 Rows = list[dict[str, Any]]
-DRAWS = {"one": 1, "ten": 10, "adaptive": ADAPTIVE}
-"""Ways to draw whose cost is compared; draws whose noise is in the last tokens only belong here once there are any."""
+DRAWS = {"one": 1, "ten": 10, "ten on the answer": 10, "adaptive": ADAPTIVE}
+"""Ways to draw whose cost is compared."""
 
 
 def training(stand: Stand, args: Namespace) -> Rows:
@@ -42,7 +43,8 @@ def predicting(stand: Stand, rows: int, rounds: int) -> Rows:
     """Return what ways to draw cost by one draw."""
     ways, posterior = {}, stand.posterior()
     for name, draws in DRAWS.items():
-        ways[name] = partial(stand.predict, posterior, draws, rows)
+        asked = bl.restricted(posterior, tokens="answer") if name.endswith("answer") else posterior
+        ways[name] = partial(stand.predict, asked, draws, rows)
     took = in_turn(ways, rounds)
     found = [row(f"predict: {name} / one draw", ratio(took, name, "one"), None) for name in DRAWS if name != "one"]
     return [row("predict: one draw", min(took["one"]) / rows, None, "s a row"), *found]
@@ -51,16 +53,19 @@ def predicting(stand: Stand, rows: int, rounds: int) -> Rows:
 def generating(stand: Stand, tokens: int, rounds: int) -> Rows:
     """Return what ten draws cost by one, from one prompt and from eight."""
     prompts, posterior = [example.text for example in stand.task.test.examples[:8]], stand.posterior()
+    answer = bl.restricted(posterior, tokens="answer")
 
-    def work(draws: int, count: int) -> None:
-        bl.generate(stand.model, posterior, prompts[:count], draws, tokenizer=stand.tokenizer, max_new_tokens=tokens)
+    def work(draws: int, count: int, asked: Posterior = posterior) -> None:
+        bl.generate(stand.model, asked, prompts[:count], draws, tokenizer=stand.tokenizer, max_new_tokens=tokens)
 
     found = []
     for count in (1, 8):
-        took = in_turn({"one": partial(work, 1, count), "ten": partial(work, 10, count)}, rounds)
+        ways = {"one": partial(work, 1, count), "ten": partial(work, 10, count)}
+        took = in_turn(ways | {"answer": partial(work, 10, count, answer)}, rounds)
         found += [
             row(f"generate: {count} texts, one draw", count * tokens / min(took["one"]), None, "tokens/s"),
             row(f"generate: {count} texts, ten / one draw", ratio(took, "ten", "one"), None),
+            row(f"generate: {count} texts, ten on the answer / one draw", ratio(took, "answer", "one"), None),
         ]
     return found
 

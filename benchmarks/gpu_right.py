@@ -69,6 +69,19 @@ def method(name: str, here: Stand, there: Stand) -> Rows:
     ]
 
 
+def answers(here: Stand, there: Stand) -> Rows:
+    """Answer with noise on the answer's tokens only, which go on from keys and values that were kept."""
+    one, other = (
+        bl.predict(
+            stand.model, bl.restricted(stand.posterior(), tokens="answer"), stand.task.test.take(range(32)), 4,
+            tokenizer=stand.tokenizer,
+        ).log_probs.exp()
+        for stand in (there, here)
+    )  # fmt: skip
+    gap = float((one - other).abs().max())
+    return [row("noise on the answer: a probability, from the CPU's", gap, ROUNDING, "largest difference")]
+
+
 def texts(here: Stand, there: Stand) -> Rows:
     """Generate the CPU's texts."""
     prompts, posterior = [example.text for example in there.task.test.examples[:4]], there.posterior()
@@ -124,6 +137,7 @@ def checks(here: Stand, there: Stand) -> dict[str, Callable[[], Rows]]:
     """Return every check by its name."""
     return {
         **{f"train {name}": partial(method, name, here, there) for name in METHODS},
+        "noise on the answer": partial(answers, here, there),
         "generate": partial(texts, here, there),
         "serve": partial(served, there),
         "resume": partial(resumed, there),

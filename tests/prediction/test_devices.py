@@ -17,6 +17,7 @@ from bayeslora.methods.regularisers import answer_loss
 from bayeslora.params import lora_parameters, read
 from bayeslora.posteriors import Draws, Linearised
 from bayeslora.posteriors.noise import Noise
+from bayeslora.posteriors.transforms import restricted
 from bayeslora.prediction import PassOptions, predict, readout_for
 from bayeslora.prediction.generation import generate, generate_each
 from bayeslora.prediction.jacobians import linear_sites
@@ -53,6 +54,14 @@ def test_prediction_by_draws_is_that_of_the_cpu(normalisation, how, both, tokeni
     agree(both(lambda model: predict(model, gaussian(model), split, 3, tokenizer=tokenizer, **how).log_probs))
 
 
+@pytest.mark.parametrize("before", ["", "Question: red holds 1 blue, old gold holds 2 dark green. "])
+@pytest.mark.parametrize("readout", ["letters", "likelihood"])
+def test_answers_go_on_from_prompts_where_their_layers_are(before, readout, both, tokenizer):
+    split = make_split("test", 6, 5, classes=False, readout=readout, before=before)
+    asked = {"tokenizer": tokenizer, "token_budget": 300}
+    agree(both(lambda model: predict(model, restricted(gaussian(model), tokens="answer"), split, 3, **asked).log_probs))
+
+
 def test_as_many_draws_as_an_example_needs_are_those_of_the_cpu(both, tokenizer):
     split, draws = make_split("test", 6, 5, classes=False, readout="letters"), Draws(8, tolerance=0.02, minimum=2)
     agree(both(lambda model: predict(model, gaussian(model), split, draws, tokenizer=tokenizer, token_budget=99).log_p))
@@ -76,14 +85,16 @@ def test_a_common_beginning_is_kept_where_its_layers_are(both, tokenizer):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"do_sample": True}, {"num_beams": 2}, {"stop_strings": "blue"}],
-    ids=["greedy", "sampled", "beams", "stop"],
+    [{}, {"do_sample": True}, {"num_beams": 2}, {"stop_strings": "blue"}, {"tokens": "answer"}],
+    ids=["greedy", "sampled", "beams", "stop", "noise on the answer"],
 )
 def test_texts_are_generated_where_the_model_is(how, both, tokenizer):
-    prompts = ["bag holds 3 red", "Question: gold"]
+    how = dict(how)
+    prompts, tokens = ["bag holds 3 red", "Question: gold"], how.pop("tokens", "all")
 
     def work(model):
-        found = generate(model, gaussian(model), prompts, 3, tokenizer=tokenizer, max_new_tokens=5, batch_size=2, **how)
+        posterior = restricted(gaussian(model), tokens=tokens)
+        found = generate(model, posterior, prompts, 3, tokenizer=tokenizer, max_new_tokens=5, batch_size=2, **how)
         return torch.cat([torch.cat([answer.log_probs, answer.draw_log_probs.flatten()]) for answer in found])
 
     agree(both(work))
