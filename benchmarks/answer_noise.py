@@ -20,7 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from adapters import adapter, add_adapters
 from peft.tuners.lora import LoraLayer
 from report import finish, row
 from timing import in_turn, ratio
@@ -210,12 +210,12 @@ def summed_up(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def speed(args: argparse.Namespace, name: str, adapter: LoraConfig) -> list[dict[str, Any]]:
+def speed(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """Return the time of ten draws on the answer's tokens beside one pass, and beside ten on all tokens."""
     options = TaskOptions(task=args.speed_task, data=args.data, readout=args.readout, test_rows=200)
     split = build_task(options).test
     assert split is not None
-    model, tokenizer = bl.load_model(args.model or demo_model(), split.classes, adapter=adapter)
+    model, tokenizer = bl.load_model(args.model or demo_model(), split.classes, adapter=adapter(name))
     long = [i for i, e in enumerate(split) if len(tokenizer(e.text)["input_ids"]) >= 80]
     split = split.take(long[: args.speed_rows])
     noise = {n: torch.randn(v.shape, generator=generator("answers", n)) for n, v in read(model).items()}
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--speed-task", default="boolq")
     parser.add_argument("--speed-rows", type=int, default=16)
     parser.add_argument("--readout", default="likelihood", choices=["likelihood", "letters"])
+    add_adapters(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="file for the report")
     args = parser.parse_args()
@@ -264,8 +265,7 @@ def main() -> None:
                 run(args, task, seed)
     rows = summed_up(args) if {"answers", "report"} & set(args.sections) else []
     if "speed" in args.sections:
-        for name, (rank, modules) in {"q,v r=8": (8, ["q_proj", "v_proj"]), "all r=16": (16, "all-linear")}.items():
-            rows += speed(args, name, LoraConfig(r=rank, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM"))
+        rows += [row for name in args.adapters for row in speed(args, name)]
     finish(rows, args.json)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft import LoraConfig
+from adapters import adapter, add_adapters
 from report import finish, row
 from timing import in_turn, ratio
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,17 +38,12 @@ from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.prediction.stacking import stacked
 
 DRAWS = 10
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "q,v r=8": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-    "all r=16": {"r": 16, "target_modules": "all-linear"},
-}
 SECTIONS = ("predict", "train", "compiled", "rounding")
 
 
 def adapted(args: argparse.Namespace, name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any, DiagonalGaussian]:
     """Return the model with an adapter that says something, its tokenizer, and a posterior around the adapter."""
-    adapter = LoraConfig(lora_alpha=16, task_type="CAUSAL_LM", **ADAPTERS[name])
-    model, tokenizer = bl.load_model(args.model or demo_model(), adapter=adapter, dtype=dtype)
+    model, tokenizer = bl.load_model(args.model or demo_model(), adapter=adapter(name), dtype=dtype)
     noise = {n: torch.randn(v.shape, generator=generator("one pass", n)) for n, v in read(model).items()}
     start = {n: 0.01 * noise[n] if "lora_B" in n else v for n, v in read(model).items()}
     write(model, start)
@@ -208,7 +203,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or name of a causal language model; none: the demo's")
     parser.add_argument("--task", default="arc_easy")
     parser.add_argument("--readout", default="likelihood", choices=("likelihood", "letters"))
-    parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
+    add_adapters(parser)
     parser.add_argument("--rows", type=int, default=24, help="test rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS[:2]), choices=SECTIONS)

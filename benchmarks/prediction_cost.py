@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from adapters import adapter, add_adapters, named
 from growth import by_size, memory
 from one_pass import step_of
 from plain import batches_of, plain_logits
@@ -209,36 +210,17 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with the tasks' data; none: the Hub")
-    parser.add_argument("--model", help="folder or name of a causal language model; none: the demo's")
-    parser.add_argument("--posterior", help="folder of a posterior; none: IVON learns one first")
-    parser.add_argument("--task", default="arc_easy")
-    parser.add_argument("--readout", default="likelihood", choices=("likelihood", "letters", "head"))
-    parser.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"])
-    parser.add_argument("--rows", type=int, default=48, help="test rows")
-    parser.add_argument("--train-rows", type=int, default=60)
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    task = bl.load_task(
-        args.task, args.data, readout=args.readout, train_rows=args.train_rows, test_rows=args.rows, validation=20
-    )
-    more = bl.load_task(
-        args.task, args.data, readout=args.readout, train_rows=args.train_rows + 700, test_rows=200, validation=0
-    )
-    seen = {example.text for split in (task.train, task.validation) for example in split}
-    free = more.train.take([i for i, example in enumerate(more.train) if example.text not in seen][:480])
+def measured(args: argparse.Namespace, name: str, task: Task, more: Task, free: Split) -> list[dict[str, Any]]:
+    """Return the rows of the sections on one adapter."""
+    assert task.test is not None
+    assert more.test is not None
     classes = task.test.classes if args.readout == "head" else None
-    model, tokenizer = bl.load_model(args.model or demo_model(), classes, target_modules=args.target_modules)
+    config = replace(adapter(name), task_type="SEQ_CLS") if classes else adapter(name)
+    model, tokenizer = bl.load_model(args.model or demo_model(), classes, adapter=config)
     posterior = posterior_of(args, model, tokenizer, task)
     rows: list[dict[str, Any]] = []
     for section in args.sections:
-        print(section, flush=True)
+        print(name, section, flush=True)
         match section:
             case "draws":
                 rows += ten_draws(model, tokenizer, posterior, task.test, args.rounds)
@@ -260,6 +242,34 @@ def main() -> None:
                 rows += one_adapter(model, tokenizer, posterior, free, more.test, args.rounds)
             case "compiled":
                 rows += compiled_layers(model, tokenizer, posterior, task.test, args.rounds)
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with the tasks' data; none: the Hub")
+    parser.add_argument("--model", help="folder or name of a causal language model; none: the demo's")
+    parser.add_argument("--posterior", help="folder of a posterior; none: IVON learns one first")
+    parser.add_argument("--task", default="arc_easy")
+    parser.add_argument("--readout", default="likelihood", choices=("likelihood", "letters", "head"))
+    add_adapters(parser)
+    parser.add_argument("--rows", type=int, default=48, help="test rows")
+    parser.add_argument("--train-rows", type=int, default=60)
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    task = bl.load_task(
+        args.task, args.data, readout=args.readout, train_rows=args.train_rows, test_rows=args.rows, validation=20
+    )
+    more = bl.load_task(
+        args.task, args.data, readout=args.readout, train_rows=args.train_rows + 700, test_rows=200, validation=0
+    )
+    seen = {example.text for split in (task.train, task.validation) for example in split}
+    free = more.train.take([i for i, example in enumerate(more.train) if example.text not in seen][:480])
+    rows = [row for name in args.adapters for row in named(name, measured(args, name, task, more, free))]
     finish(rows, args.json)
 
 

@@ -23,7 +23,8 @@ import time
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from adapters import adapter, add_adapters, named
+from peft import get_peft_model
 from report import finish, row
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -106,16 +107,16 @@ def now() -> float:
     return time.perf_counter()
 
 
-def build(args: argparse.Namespace) -> Any:
+def build(args: argparse.Namespace, name: str) -> Any:
     """Return the model with a fresh adapter."""
     if not args.shapes:
-        return bl.load_model(args.model or demo_model(), target_modules=["q_proj", "v_proj"])[0]
+        return bl.load_model(args.model or demo_model(), adapter=adapter(name))[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         base = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shapes]))
     torch.set_default_dtype(torch.float32)
-    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    return get_peft_model(base, adapter(name))
 
 
 def rows(model: Any, args: argparse.Namespace, steps: int) -> list[dict[str, torch.Tensor]]:
@@ -168,30 +169,41 @@ def in_turn(model: Any, names: list[str], args: argparse.Namespace) -> dict[str,
     return {name: found[WARM:-1] for name, found in turns.seconds.items()}
 
 
-def memory(name: str, args: argparse.Namespace) -> float:
+def memory(name: str, args: argparse.Namespace, adapted: str) -> float:
     """Return the peak memory in MiB of a run of its own."""
     if torch.cuda.is_available():
-        model = build(args)
+        model = build(args, adapted)
         torch.cuda.reset_peak_memory_stats()
         train(model, name, args)
         return torch.cuda.max_memory_allocated() / 2**20
-    command = [
-        sys.executable,
-        __file__,
-        "--peak",
-        name,
-        "--batch",
-        str(args.batch),
-        "--tokens",
-        str(args.tokens),
-        "--steps",
-        "3",
-    ]
+    command = [sys.executable, __file__, "--peak", name, "--adapters", adapted, "--batch", str(args.batch)]
+    command += ["--tokens", str(args.tokens), "--steps", "3"]
     command += ["--model", args.model] if args.model else []
     command += ["--checkpointing"] if args.checkpointing else []
     command += ["--threads", str(args.threads)] if args.threads else []
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(said.splitlines()[-1])
+
+
+def measured(args: argparse.Namespace, adapted: str) -> list[dict[str, Any]]:
+    """Return the rows of the methods on one adapter."""
+    model = build(args, adapted)
+    took = in_turn(model, [PLAIN, *args.methods], args)
+    plain = took[PLAIN]
+    around = [(before + after) / 2 for before, after in zip(plain, [*plain[1:], plain[-1]], strict=True)]
+    print(f"AdamW: {statistics.median(plain) * 1e3:.0f} ms a step, {min(plain) * 1e3:.0f} to {max(plain) * 1e3:.0f}")
+    ratios = {n: [a / b for a, b in zip(took[n], around, strict=True)] for n in args.methods}
+    del model
+    peaks = {name: memory(name, args, adapted) for name in [PLAIN, *args.methods]}
+    found = []
+    for name in args.methods:
+        time_bound, memory_bound = BOUNDS[name]
+        quarters = statistics.quantiles(ratios[name], n=4)
+        print(f"{name}: quartiles of the ratio {quarters[0]:.3f} {quarters[1]:.3f} {quarters[2]:.3f}")
+        found.append(row(f"{name}: step time / AdamW", statistics.median(ratios[name]), time_bound))
+        found.append(row(f"{name}: peak memory / AdamW", peaks[name] / peaks[PLAIN], memory_bound))
+    found.append(row("AdamW: peak memory", peaks[PLAIN], None, "MiB"))
+    return found
 
 
 def main() -> None:
@@ -200,6 +212,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or name of a causal language model; none: the demo's")
     parser.add_argument("--shapes", choices=list(SHAPES), help="random weights of these shapes in the place of a model")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add_adapters(parser)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40)
@@ -210,26 +223,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = build(args)
     if args.peak:
-        train(model, args.peak, args)
+        train(build(args, args.adapters[0]), args.peak, args)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    took = in_turn(model, [PLAIN, *args.methods], args)
-    plain = took[PLAIN]
-    around = [(before + after) / 2 for before, after in zip(plain, [*plain[1:], plain[-1]], strict=True)]
-    print(f"AdamW: {statistics.median(plain) * 1e3:.0f} ms a step, {min(plain) * 1e3:.0f} to {max(plain) * 1e3:.0f}")
-    ratios = {n: [a / b for a, b in zip(took[n], around, strict=True)] for n in args.methods}
-    del model
-    peaks = {name: memory(name, args) for name in [PLAIN, *args.methods]}
-    found = []
-    for name in args.methods:
-        time_bound, memory_bound = BOUNDS[name]
-        quarters = statistics.quantiles(ratios[name], n=4)
-        print(f"{name}: quartiles of the ratio {quarters[0]:.3f} {quarters[1]:.3f} {quarters[2]:.3f}")
-        found.append(row(f"{name}: step time / AdamW", statistics.median(ratios[name]), time_bound))
-        found.append(row(f"{name}: peak memory / AdamW", peaks[name] / peaks[PLAIN], memory_bound))
-    found.append(row("AdamW: peak memory", peaks[PLAIN], None, "MiB"))
+    found = [row for name in args.adapters for row in named(name, measured(args, name))]
     finish(found, args.json)
 
 
