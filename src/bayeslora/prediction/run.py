@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -21,12 +22,14 @@ from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import requested
+from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import Passes, PassOptions
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, readout_for
+from bayeslora.prediction.sharding import over_processes
 from bayeslora.tasks.types import Split
 
 
@@ -52,6 +55,8 @@ def predict(
     options: PassOptions = PassOptions(),
 ) -> Prediction:
     """Return the predictive distribution of every example: by S draws, and by the posterior's mean in one pass.
+
+    In several processes each predicts by itself, unless the call is inside `bayeslora.sharded`.
 
     Args:
         model: PEFT model with the base and the adapter configuration that the posterior was trained on. Its own adapter
@@ -80,15 +85,17 @@ def predict(
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
-    total = len(rows) * posterior.passes(draws, mean=mean)
-    with (
-        evaluating(model),
-        readout.attached(model),
-        shown("predict", total, options.progress) as done,
-    ):
-        budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
-        passes = Passes(model, readout, rows, classes, budget, done, options)
-        log_probs, at_mean = posterior.answers(_Engine(passes, mean, token_budget), draws)
+    classes = max(len(example.choices) for example in split)
+
+    def answers(numbers: Sequence[int]) -> LogProbs:
+        """Return the answers to some of the rows."""
+        total = len(numbers) * posterior.passes(draws, mean=mean)
+        with evaluating(model), readout.attached(model), shown("predict", total, options.progress) as done:
+            budget = token_budget or default_token_budget(model)
+            passes = Passes(model, readout, rows, classes, budget, done, options)
+            return posterior.answers(_Engine(passes, numbers, mean, token_budget), draws)
+
+    log_probs, at_mean = over_processes(answers, [readout.length(row) for row in rows])
     components = posterior.components(len(log_probs))
     return Prediction(
         log_probs=log_probs,
@@ -128,6 +135,7 @@ class _Engine:
     """What a posterior asks for its answers: see `bayeslora.posteriors.engine.Engine`."""
 
     passes: Passes
+    numbers: Sequence[int]  # of the examples that are asked for, in their order
     mean: bool
     token_budget: int | None
 
@@ -139,11 +147,16 @@ class _Engine:
     @property
     def contents(self) -> list[object]:
         """What tells an example from others, wherever it stands among them."""
-        return [row.content for row in self.passes.rows]
+        return [row.content for row in self._rows]
+
+    @property
+    def _rows(self) -> list[Encoded]:
+        """The examples."""
+        return [self.passes.rows[i] for i in self.numbers]
 
     def once(self, params: Params) -> Float[Tensor, "N C"]:
-        """Return the log-probabilities under some weights."""
-        return self.passes.run(lambda _: params, 1)[0]
+        """Return the log-probabilities under some weights; all examples pass, for noise may depend on the batch."""
+        return self.passes.run(lambda _: params, 1)[0, list(self.numbers)]
 
     @property
     def classes(self) -> int:
@@ -156,7 +169,7 @@ class _Engine:
         with posterior.applied(model, None):
             sites = linear_sites(model, posterior.noisy.__contains__)
             budget = gradient_budget(model, sites, self.token_budget, passes.classes)
-            batches = gradient_batches(model, passes.readout, passes.rows, budget, passes.classes)
+            batches = gradient_batches(model, passes.readout, self._rows, budget, passes.classes)
             logit_moments(model, [posterior], batches, budget, take, done=passes.done)
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
@@ -164,7 +177,7 @@ class _Engine:
         mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
         posterior = draws_for(self.model, posterior)
         components = posterior.components(draws.count)
-        alive = torch.arange(len(self.passes.rows))
+        alive, examples = torch.arange(len(self.numbers)), torch.tensor(self.numbers)
         at_mean: Tensor | None = None
         log_probs = torch.full((draws.count, len(alive), self.passes.classes), -math.inf)
         for numbers in rounds(posterior, draws):
@@ -174,7 +187,7 @@ class _Engine:
                 """Return the mean where it is asked for, then the draws of this round."""
                 return posterior.mean if start + number < 0 else posterior.cached_draw(start + number, draws)
 
-            log_p = self.passes.run(draw, extra + len(numbers), alive.tolist())
+            log_p = self.passes.run(draw, extra + len(numbers), examples[alive].tolist())
             if numbers.start == 0 and self.mean:
                 at_mean = posterior.scaled(log_p[0], "mean")
             log_probs[numbers.start : numbers.stop, alive] = posterior.scaled(log_p[extra:], "draws")

@@ -26,6 +26,7 @@ from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import origin_of, scored
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction import predict, readout_for
+from bayeslora.processes import sharded
 from bayeslora.tasks.types import Split
 from bayeslora.training.trainer import TrainerRun, run_trainer
 
@@ -73,9 +74,10 @@ def distill(
     if not draws.count and posterior.unscaled is posterior:
         raise InputError("the mean is one plain adapter already: export it (bayeslora export --mean), or give draws")
     judges, learned = _held_out(rows, held_out, args.seed)
-    prediction = predict(
-        model, posterior, rows, draws, mean=bool(judges), tokenizer=tokenizer, token_budget=token_budget
-    )
+    with sharded():
+        prediction = predict(
+            model, posterior, rows, draws, mean=bool(judges), tokenizer=tokenizer, token_budget=token_budget
+        )
     write(model, posterior.mean)
     readout = readout_for(model, rows, tokenizer)
     encoded = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]

@@ -26,6 +26,7 @@ from bayeslora.posteriors import Point, Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import scored
 from bayeslora.prediction.readouts import readout_for
+from bayeslora.processes import sharded
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import keys
 from bayeslora.training.joint_ensemble import FOLDER, train_jointly
@@ -119,9 +120,10 @@ def _train(common: _Common, method: Inference, args: TrainingArguments, start: P
     if isinstance(method, PostHoc):
         method.check(model, task)
         point = _train(common, Map(), args, start)
-        return method.fit(
-            model, task, start=point, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
-        )
+        with sharded():
+            return method.fit(
+                model, task, start=point, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
+            )
     assert isinstance(method, Method)
     run = _prepared(common, method, args, [start])
     if start is not None:
