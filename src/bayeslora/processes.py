@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -84,9 +84,9 @@ def everywhere(work: Callable[[], T]) -> list[T]:
     return [result for result, _ in results]
 
 
-def first(work: Callable[[], object]) -> None:
-    """Do something in the first process while the others wait; its `InputError` is raised in all."""
-    everywhere(lambda: work() if is_first() else None)
+def first(work: Callable[[], T]) -> T:
+    """Do something in the first process while the others wait; what it comes to, or its `InputError`, all have."""
+    return cast(T, everywhere(lambda: work() if is_first() else None)[0])
 
 
 def sums(numbers: Tensor) -> list[float]:

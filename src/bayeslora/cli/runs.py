@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bayeslora.cli.launch import is_first, once
 from bayeslora.errors import InputError
 from bayeslora.files import read_object, standing, write_json
 
@@ -16,6 +17,11 @@ _FILE = "options.json"
 
 def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str, ...] = ()) -> None:
     """Refuse a folder that is there, unless it is to be gone on with, with the same options but the ``free`` ones."""
+    once(lambda: _check_folder(folder, options, resume, free))  # before one of several processes makes it
+
+
+def _check_folder(folder: Path, options: object, resume: bool, free: tuple[str, ...]) -> None:
+    """Refuse a folder as `check_folder` says."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.is_file() or not (folder / _FILE).exists():
@@ -35,13 +41,18 @@ def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str
 @contextmanager
 def opened(folder: Path, options: object) -> Iterator[None]:
     """Keep a verb's options in its folder of results; on an `InputError` a new folder without weights goes."""
-    fresh = not folder.exists() or not any(folder.iterdir())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
-    try:
+    fresh = is_first() and (not folder.exists() or not any(folder.iterdir()))
+
+    def begin() -> None:
+        """Make the folder."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made: {error.strerror}") from error
         write_json(folder / _FILE, _recorded(options))
+
+    try:
+        once(begin)
         yield
     except InputError:
         if fresh and not any(folder.rglob("*.safetensors")):

@@ -17,6 +17,7 @@ from bayeslora.metrics.classification import nll
 from bayeslora.metrics.evaluation import Evaluation, evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Scaled
+from bayeslora.processes import sharded
 from bayeslora.tasks.types import labelled
 
 
@@ -40,9 +41,15 @@ class Comparison:
 
 
 def compare(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
-    """Train, predict and evaluate methods, by their names in the tables, under several seeds."""
+    """Train, predict and evaluate methods, by their names in the tables, under several seeds; by all processes."""
     runs = replace(runs)  # what was read off the model in an earlier comparison is read again
     _check(runs, methods, seeds)
+    with sharded():
+        return _compared(runs, methods, seeds)
+
+
+def _compared(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
+    """Train, predict and evaluate."""
     comparison = Comparison()
     for seed in seeds:
         for name, method in methods.items():

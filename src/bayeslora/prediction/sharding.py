@@ -37,7 +37,8 @@ def added_over_processes(
 ) -> None:
     """Add something up over N rows of these lengths, each process over its share of them inside `sharded`.
 
-    ``work`` adds some of the rows, by their numbers, to ``totals``, which are asked for afterwards and changed in place.
+    ``work`` adds some of the rows, by their numbers, to ``totals``, which are asked for afterwards and changed in
+    place.
     """
     parts = share(lengths)
     if parts is None:
