@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, SharedError
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def everywhere(work: Callable[[], T]) -> list[T]:
     results: list[tuple[T, str]] = gather_object([(value, refusal)])
     for _, words in results:
         if words:
-            raise InputError(words)
+            raise SharedError(words)
     return [result for result, _ in results]
 
 

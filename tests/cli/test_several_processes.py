@@ -1,13 +1,16 @@
 """Verbs that several processes do together: all compute, one writes and speaks, and the results are one process's."""
 
+import io
 import json
 import os
+import signal
 import sys
 
 import pytest
 import torch
 from support.cli_data import POINTS
 from support.forked import in_ranks
+from transformers import Trainer
 
 import bayeslora as bl
 from bayeslora.cli import main
@@ -85,5 +88,58 @@ def numbers(value, name=""):
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, one in pairs for k, v in numbers(one, f"{name}/{key}").items()}
-    timed = any(word in name for word in ("seconds", "disk", "memory", "cost"))
+    timed = any(word in name for word in ("seconds", " s/", "×", "disk", "memory", "cost"))
     return {name: value} if isinstance(value, int | float) and not timed else {}
+
+
+@pytest.mark.slow
+def test_rows_of_standard_input_are_read_once(swag_run, home, together, tmp_path):
+    rows = (home.path / "other.jsonl").read_text()
+
+    def feed(rank):
+        sys.stdin = io.StringIO(rows if rank == 0 else "")
+
+    ended = together(["predict", swag_run, "--output", tmp_path / "out.jsonl"], before=feed)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == list(range(9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_one_sentence(rank, home, tmp_path, together):
+    def dies(now):
+        if now == rank:
+            step = Trainer.training_step
+
+            def killed(self, *args, **kwargs):
+                if self.state.global_step == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, *args, **kwargs)
+
+            Trainer.training_step = killed
+
+    ended = together(["train", *home.marbles(), *STEPS, "--out", tmp_path / "run"], before=dies)
+    assert ended[rank][0] == -signal.SIGKILL
+    assert ended[1 - rank][0] == 1
+    sentences = [line for _, said in ended for line in said.splitlines() if line.startswith("bayeslora: ")]
+    assert sentences == ["bayeslora: another process of this run has ended, so that this one cannot go on"]
+    assert not any("Traceback" in said for _, said in ended)
+
+
+@pytest.mark.slow
+def test_what_one_process_or_all_refuse_is_said_once(home, tmp_path, together):
+    words = ["train", *home.marbles(), *STEPS]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for more, sentence in (
+        (["--out", tmp_path / "full"], "holds other files"),
+        (["--train-rows", "x", "--out", tmp_path / "run"], "--train-rows"),
+        (["--method", "blob", "--set", "rank=1", "--out", tmp_path / "run"], "rank"),
+        (["--learning-rate", "1e30", "--out", tmp_path / "run"], "finite"),
+    ):
+        ended = together([*words, *more])
+        said = [line for _, text in ended for line in text.splitlines() if line.startswith("bayeslora")]
+        assert [status for status, _ in ended] == [2, 2], ended
+        assert len(said) == 1, said
+        assert sentence in said[0]
+    assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from bayeslora.cli import launch
 from bayeslora.cli.parse import parse
 from bayeslora.cli.terminal import quiet
-from bayeslora.errors import InputError, Interrupted, close_matches
+from bayeslora.errors import InputError, Interrupted, SharedError, close_matches
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _run(typed: Sequence[str]) -> int:
         if os.environ.get("BAYESLORA_TRACEBACK"):
             raise
         if isinstance(error, InputError):
-            return _refuse(str(error))
+            return _refuse(str(error), shared=isinstance(error, SharedError))
         if isinstance(error, OSError):
             return _refuse(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         if type(error).__name__ == "OutOfMemoryError":
@@ -137,8 +137,8 @@ def terminable(resumable: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _refuse(message: str, status: int = 2) -> int:
+def _refuse(message: str, status: int = 2, *, shared: bool = False) -> int:
     """Print a sentence on standard error, in one process of the run, and return the exit status."""
-    if launch.speaks():
+    if launch.speaks(shared):
         print(f"bayeslora: {message}", file=sys.stderr)
     return status

@@ -110,11 +110,9 @@ def once(work: Callable[[], T]) -> T:
     return first(work)
 
 
-def speaks() -> bool:
-    """Return whether this process is to say why the run ends: the first one that fails, wherever it is."""
-    if count() == 1:
-        return True
-    if not _joined:  # what is wrong with the words of the command all find alike
+def speaks(shared: bool) -> bool:
+    """Return whether this process is to say why the run ends: the first that fails, or of all that do one."""
+    if shared or not _joined:  # what is wrong with the words of the command all find alike
         return is_first()
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
