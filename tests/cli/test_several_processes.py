@@ -16,7 +16,7 @@ import bayeslora as bl
 from bayeslora.cli import main
 from bayeslora.processes import state
 
-STEPS = ["--max-steps", "8", "--learning-rate", "1e-2", "--validation", "4", *POINTS]
+STEPS = ["--max-steps", "8", "--learning-rate", "1e-2", "--validation", "5", *POINTS]
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction import predict, readout_for
 from bayeslora.processes import sharded
 from bayeslora.tasks.types import Split
+from bayeslora.training.rounds import IGNORED
 from bayeslora.training.trainer import TrainerRun, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -143,8 +144,9 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
     def loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
-        targets = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
-        return divided(divergences(targets, log_q).sum(), num_items_in_batch, len(labels))
+        labels = labels.to(log_q.device)
+        each = divergences(log_p.to(log_q.device)[labels.clamp_min(0)][:, : log_q.shape[-1]], log_q)
+        return divided(torch.where(labels != IGNORED, each, 0.0).sum(), num_items_in_batch, len(labels))
 
     return loss
 
