@@ -14,7 +14,7 @@ from torch.nn import functional
 from bayeslora._typing import Float
 from bayeslora.errors import InputError
 from bayeslora.methods.guards import plain_layers
-from bayeslora.params import generator, lora_parameters, require_lora
+from bayeslora.params import generator, lora_parameters, require_lora, spread_as, whole
 
 _SPREAD = "blob_spread"
 """Where the PEFT model holds every G: outside the LoRA layers, so that PEFT does not save it with the adapter."""
@@ -31,17 +31,18 @@ class BlobLinear(nn.Linear):
     checkpointing replays. G belongs to the PEFT model, not to the adapter.
     """
 
-    def __init__(self, plain: nn.Linear, spread: nn.Parameter) -> None:
+    def __init__(self, plain: nn.Linear, spreads: nn.ParameterList, number: int) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight = plain.weight
         self.training = plain.training
         self.noisy = False
-        self._spread = (spread,)  # in a tuple, so that it is not registered a second time
+        self._spread = (spreads, number)  # in a tuple, so that it is not registered a second time
 
     @property
     def spread(self) -> nn.Parameter:
-        """G, [R I]."""
-        return self._spread[0]
+        """G, [R I]; FSDP puts others in its place."""
+        spreads, number = self._spread
+        return spreads[number]
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch R"]:
         """Return M x, and flipout's noise in training."""
@@ -120,21 +121,23 @@ def attach(model: nn.Module) -> dict[str, BlobLinear]:
         if not isinstance(layer.lora_A[adapter], nn.Linear):
             raise InputError(f"BLoB serves linear layers, and {path} is a convolution; leave it out of target_modules")
     detach(model)
-    noisy = {}
+    noisy, spreads = {}, nn.ParameterList()
     names = {id(p): name for name, p in lora_parameters(model).items()}
     for layer in layers.values():
         plain = layer.lora_A[adapter]
         name = names[id(plain.weight)]
-        spread = nn.Parameter(torch.zeros_like(plain.weight, dtype=torch.float32))
-        layer.lora_A[adapter] = noisy[name] = BlobLinear(plain, spread)
-    model.add_module(_SPREAD, nn.ParameterList([layer.spread for layer in noisy.values()]))
+        spreads.append(nn.Parameter(torch.zeros_like(plain.weight, dtype=torch.float32)))
+        layer.lora_A[adapter] = noisy[name] = BlobLinear(plain, spreads, len(noisy))
+    model.add_module(_SPREAD, spreads)
     return noisy
 
 
 @torch.no_grad()
 def sizes(layers: Mapping[str, BlobLinear]) -> dict[str, float]:
     """Return the root mean square of each M, or 1/√(3·in), as PEFT starts A, where a matrix is zero."""
-    measured = {name: float(layer.weight.float().square().mean().sqrt()) for name, layer in layers.items()}
+    measured = {
+        name: float(whole(layer.weight.detach()).float().square().mean().sqrt()) for name, layer in layers.items()
+    }
     return {name: size or 1 / math.sqrt(3 * layers[name].in_features) for name, size in measured.items()}
 
 
@@ -145,7 +148,7 @@ def begin(layers: Mapping[str, BlobLinear], init_spread: float | None, relative:
         high = _HIGH * math.sqrt(relative * size) if init_spread is None else init_spread
         low, spread = high / math.sqrt(2), layers[name].spread
         uniform = torch.rand(spread.shape, generator=generator("blob", seed, name))
-        spread.copy_(low + (high - low) * uniform)
+        spread.copy_(spread_as(low + (high - low) * uniform, spread))
 
 
 def detach(model: nn.Module, layers: Collection[BlobLinear] | None = None) -> None:

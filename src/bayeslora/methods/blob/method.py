@@ -48,7 +48,7 @@ from bayeslora.methods.guards import check_training
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params
+from bayeslora.params import Params, spread_as, whole
 from bayeslora.posteriors import DiagonalGaussian
 
 _SIZE, _TOKENS, _STEPS = ".size", "tokens", "steps"
@@ -117,7 +117,7 @@ class Blob(Method):
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""
         spreads: Params = require_record(model, self.name).learned
-        variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
+        variance = {n: whole(g.detach()).to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
         return DiagonalGaussian(trained(model), variance, origin_for(model, self))
 
 
@@ -141,7 +141,7 @@ class BlobCallback(MethodCallback):
     def begin(self, run: Run) -> Record:
         """Draw the start of G or read it from the checkpoint, and switch the noise on."""
         args, state, model, method = run.args, run.state, run.model, self.method
-        check_training(args, run.optimizer, self.title)
+        check_training(args, run.model, run.optimizer, self.title)
         modules = {id(m) for m in model.modules()}
         if not all(id(layer) in modules for layer in self.layers.values()):
             raise InputError(
@@ -151,7 +151,8 @@ class BlobCallback(MethodCallback):
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.cycle = method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
         for layer in self.layers.values():
-            layer.spread.data = layer.spread.data.float()  # some trainers cast everything that is trained
+            if layer.spread.dtype != torch.float32:  # some trainers cast everything that is trained
+                layer.spread.data = layer.spread.data.float()
             layer.noisy = True
         self.steps = state.global_step
         if state.global_step == 0:
@@ -180,11 +181,11 @@ class BlobCallback(MethodCallback):
     def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return the divergence from the prior, its weight in the last step, and the deviations, for the log."""
         kl = sum(
-            float(kl_divergence(layer.weight.float(), layer.spread, self.scales[name].sigma))
+            float(kl_divergence(whole(layer.weight).float(), whole(layer.spread), self.scales[name].sigma))
             for name, layer in self.layers.items()
         )
         weight = self.weight(max(0, self.steps - 1))
-        return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
+        return {"kl": kl, "kl_weight": weight, **spread(whole(layer.spread).square() for layer in self.layers.values())}
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
@@ -244,4 +245,4 @@ class BlobCallback(MethodCallback):
     def _take(self, spreads: Mapping[str, Tensor]) -> None:
         """Write G into the layers."""
         for name, layer in self.layers.items():
-            layer.spread.copy_(spreads[name])
+            layer.spread.copy_(spread_as(spreads[name], layer.spread))
