@@ -153,7 +153,7 @@ class BlobCallback(MethodCallback):
         for layer in self.layers.values():
             if layer.spread.dtype != torch.float32:  # some trainers cast everything that is trained
                 layer.spread.data = layer.spread.data.float()
-            layer.noisy = True
+            layer.noisy, layer.process = True, args.process_index
         self.steps = state.global_step
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
