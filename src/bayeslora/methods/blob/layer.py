@@ -55,7 +55,7 @@ class BlobLinear(nn.Linear):
         spread = self.spread
         noise = (spread.square() * normal(key[0], spread)).to(self.weight.dtype)
         shape = input.shape[-2:] if input.ndim > 1 else (1, self.in_features)
-        rows, mean, place = input.reshape(-1, *shape), self.weight, input.device.type
+        rows, mean, place = input.reshape(math.prod(input.shape[:-2]), *shape), self.weight, input.device.type
         if torch.is_autocast_enabled(place):
             kind = torch.get_autocast_dtype(place)
             rows, mean, noise = rows.to(kind), mean.to(kind), noise.to(kind)
@@ -82,12 +82,15 @@ class Flipout(torch.autograd.Function):
         """Return the gradients of x, M and N; the signs have none."""
         rows, mean, noise, into, out = ctx.saved_tensors
         needs_rows, needs_mean, needs_noise, *_ = ctx.needs_input_grad
-        turned, flat = _flipped(grad, out), grad.flatten(0, 1)
+        turned, signs, flat = _flipped(grad, out), _sign_bits(into, rows), grad.flatten(0, 1)
         to_rows = to_noise = None
         if needs_rows:
-            to_rows = _flipped(turned @ noise, into).flatten(0, 1).addmm_(flat, mean).view_as(rows)
+            to_rows = turned @ noise
+            to_rows.view(signs.dtype).bitwise_xor_(signs)
+            to_rows.flatten(0, 1).addmm_(flat, mean)
         if needs_noise:
-            to_noise = turned.flatten(0, 1).T @ _flipped(rows, into).flatten(0, 1)
+            flipped = signs.bitwise_xor_(rows.view(signs.dtype)).view(rows.dtype)
+            to_noise = turned.flatten(0, 1).T @ flipped.flatten(0, 1)
         return to_rows, flat.T @ rows.flatten(0, 1) if needs_mean else None, to_noise, None, None
 
 
@@ -122,11 +125,17 @@ def sign_words(
     return mixed(key + (sequences[:, None, None] * _WORDS + words) * _GOLDEN).to(kind)
 
 
-def _flipped(rows: Float[Tensor, "B T W"], words: Int[Tensor, "B words W"]) -> Float[Tensor, "B T W"]:
-    """Return the rows with the words' signs, which stand in the place of a floating-point number's sign bit."""
+def _sign_bits(words: Int[Tensor, "B words W"], rows: Float[Tensor, "B T I"]) -> Int[Tensor, "B T W"]:
+    """Return the words' signs of some tokens in the place of a floating-point number's sign bit."""
     shifts = torch.arange(8 * words.element_size(), dtype=words.dtype, device=words.device)
     bits = (words[:, :, None] << shifts[:, None]).bitwise_and_(torch.iinfo(words.dtype).min)
-    return bits.flatten(1, 2)[:, : rows.shape[1]].bitwise_xor(rows.view(words.dtype)).view(rows.dtype)
+    return bits.flatten(1, 2)[:, : rows.shape[1]]
+
+
+def _flipped(rows: Float[Tensor, "B T W"], words: Int[Tensor, "B words W"]) -> Float[Tensor, "B T W"]:
+    """Return the rows with the words' signs."""
+    bits = _sign_bits(words, rows)
+    return bits.bitwise_xor_(rows.view(bits.dtype)).view(rows.dtype)
 
 
 def attach(model: nn.Module) -> dict[str, BlobLinear]:
