@@ -85,7 +85,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def spread_as(value: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor, which all processes have, spread as another is, if it is; nothing is exchanged."""
-    if not isinstance(like, DTensor):
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
@@ -167,8 +167,7 @@ def holding(parameters: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> I
 def _copy(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters of the same names, cast to their dtype and device."""
     for name, parameter in parameters.items():
-        value = values[name]
-        parameter.copy_(value if isinstance(value, DTensor) else spread_as(value, parameter))
+        parameter.copy_(spread_as(values[name], parameter))
 
 
 @contextmanager
@@ -201,14 +200,15 @@ def initialise(model: nn.Module, seed: int) -> None:
     for name, p in lora_parameters(peft).items():
         rng = generator("init", seed, name)
         if "lora_embedding_B" in name or ("lora_A" in name and init == "gaussian"):
-            p.copy_(torch.randn(p.shape, generator=rng) * (1 / config.r if "lora_A" in name else 1.0))
+            start = torch.randn(p.shape, generator=rng) * (1 / config.r if "lora_A" in name else 1.0)
+            p.copy_(spread_as(start, p))
         elif "lora_A" in name:
             fan_in = math.prod(p.shape[1:])
-            p.copy_((torch.rand(p.shape, generator=rng) * 2 - 1) / math.sqrt(fan_in))
+            p.copy_(spread_as((torch.rand(p.shape, generator=rng) * 2 - 1) / math.sqrt(fan_in), p))
         elif "lora_" in name:
             p.zero_()
         elif not _restore_pretrained(peft, name, p):
-            p.copy_(torch.randn(p.shape, generator=rng) * spread) if p.ndim > 1 else p.zero_()
+            p.copy_(spread_as(torch.randn(p.shape, generator=rng) * spread, p)) if p.ndim > 1 else p.zero_()
 
 
 def is_new_head(model: PeftModel, name: str) -> bool:

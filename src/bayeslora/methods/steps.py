@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from bayeslora.errors import InputError
 from bayeslora.methods.checkpoints import CheckpointState
+from bayeslora.methods.records import records
 from bayeslora.params import check_finite, largest, non_finite
 from bayeslora.processes import sums
 
@@ -148,7 +149,7 @@ class FiniteSteps(TrainerCallback):
             self.since_log = 0
 
     def check(self, args: object, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
-        """Refuse to go on to a checkpoint if anything that is trained, or the optimiser's state, is not finite."""
+        """Make ready for a checkpoint; refuse if anything that is trained, or the optimiser's state, is not finite."""
         held = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         known = {id(p): name for name, p in model.named_parameters()}
         for p, values in getattr(optimizer, "state", {}).items():
@@ -156,6 +157,9 @@ class FiniteSteps(TrainerCallback):
                 whose = known.get(id(p), "a parameter")
                 held |= {f"{k} of {whose}": v for k, v in values.items() if isinstance(v, Tensor)}
         if all(map(math.isfinite, sums(largest(held.values())[None]))):
+            for record in records(model):
+                if record.gather is not None:
+                    record.gather(model)
             return
         check_finite(held, f"no checkpoint of step {state.global_step} is written")
         raise InputError(f"no checkpoint of step {state.global_step} is written: another process's is not finite")

@@ -15,7 +15,7 @@ from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import monte_carlo_error
-from bayeslora.params import Params, evaluating
+from bayeslora.params import Params, evaluating, is_spread
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.engine import LogProbs, Take
 from bayeslora.posteriors.linearised import Linearisable
@@ -112,6 +112,11 @@ def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, token
     """Return the split's readout once posterior, model and split are known to fit together."""
     if not len(split):
         raise InputError(f"{split.name} has no examples")
+    if is_spread(model):
+        raise InputError(
+            "the model's weights are spread over processes (FSDP), and prediction needs them whole in each; load the "
+            "model anew, and predict by the posterior"
+        )
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)

@@ -29,7 +29,7 @@ from bayeslora.prediction import predict, readout_for
 from bayeslora.processes import sharded
 from bayeslora.tasks.types import Split
 from bayeslora.training.rounds import IGNORED
-from bayeslora.training.trainer import TrainerRun, run_trainer
+from bayeslora.training.trainer import TrainerRun, refuse_fsdp, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def distill(
     draws = Draws.of(draws)
     if not draws.count and posterior.unscaled is posterior:
         raise InputError("the mean is one plain adapter already: export it (bayeslora export --mean), or give draws")
+    refuse_fsdp(args, "what is distilled is predicted first")
     judges, learned = _held_out(rows, held_out, args.seed)
     with sharded():
         prediction = predict(

@@ -31,7 +31,7 @@ from bayeslora.tasks.types import Split, Task
 from bayeslora.training import keys
 from bayeslora.training.joint_ensemble import FOLDER, train_jointly
 from bayeslora.training.resuming import refuse_others
-from bayeslora.training.trainer import TrainerRun, adapted, run_trainer
+from bayeslora.training.trainer import TrainerRun, adapted, refuse_fsdp, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ def _train(common: _Common, method: Inference, args: TrainingArguments, start: P
     """Train once, and fit what is fitted afterwards."""
     model, task = common.model, common.task
     if isinstance(method, PostHoc):
+        refuse_fsdp(args, f"{method.name} is fitted by predictions")
         method.check(model, task)
         point = _train(common, Map(), args, start)
         with sharded():
@@ -145,6 +146,7 @@ def _train_members(
     _note_members(common, method, args, member_args, starts)
     members: list[Posterior] = []
     if method.together:
+        refuse_fsdp(args, "members that are trained together lie side by side")
         members = _train_jointly(common, method.member, member_args, starts)
     for k, (each, folder) in enumerate(zip(member_args, folders, strict=True)):
         if kept[k] and not method.together:

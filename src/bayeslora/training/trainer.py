@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, RandomSampler, Sampler
@@ -143,6 +144,15 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
     if not torch.cuda.is_available():
         changed.dataloader_pin_memory = False
     return changed
+
+
+def refuse_fsdp(args: TrainingArguments, why: str) -> None:
+    """Refuse to train a model that FSDP spreads over processes, since something needs it whole; ``why`` says what."""
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise InputError(
+            f"{why}, which a model that FSDP spreads over processes does not serve; train plain adapters (map) by FSDP "
+            "and do the rest with the model loaded anew, or use DDP"
+        )
 
 
 @final

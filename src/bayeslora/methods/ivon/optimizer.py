@@ -25,7 +25,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bayeslora.errors import InputError
-from bayeslora.methods.ivon.settings import Group, check_ivon, clamp, estimate_prior, from_prior, parts, pull_weight
+from bayeslora.methods.ivon.settings import (
+    Group,
+    check_ivon,
+    clamp,
+    estimate_prior,
+    from_prior,
+    parts,
+    pull_weight,
+    update_hessian,
+)
 from bayeslora.params import local, seed_of, spread_as, stack_across, whole
 
 
@@ -168,7 +177,10 @@ class IvonOptimizer(torch.optim.Optimizer):
                 loss = closure()
         grads = self._grads()
         if grads and not self._draws:
-            raise InputError("IVON needs gradients at a draw; compute them inside `with optimizer.sampled():`")
+            if any(bool(grad.any()) for grad in grads.values()):
+                raise InputError("IVON needs gradients at a draw; compute them inside `with optimizer.sampled():`")
+            _ = [self._state(p, self._group(p)) for p in grads]  # so PyTorch's distributed checkpoints ask for states
+            return loss
         products = self._folded(grads)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in grads and p in products]
@@ -188,8 +200,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._forget()
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        for name, p in zip(names, params, strict=True):
+        for name, p in zip(names, (p for group in self.param_groups for p in group["params"]), strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = spread_as(value.to(p.device, torch.float32, copy=True), p)
@@ -227,27 +238,13 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     def _update(self, group: Group, params: list[Tensor], grads: list[Tensor], products: list[Tensor]) -> None:
         """Take one step for the parameters of a group: the formulas at the top, for all of them at once."""
+        for p in params:
+            self.state[p]["step"] += 1
         states = [parts(self.state[p], local) for p in params]
-        beta1, beta2 = group["betas"]
-        hess, average = [s["hess"] for s in states], [s["avg_grad"] for s in states]
-        deltas = [s["delta"] for s in states]
-        for p, state in zip(params, states, strict=True):
-            state["step"] += 1
-            self.state[p]["step"] = state["step"]
+        beta1, _ = group["betas"]
+        hess, average, deltas = ([s[key] for s in states] for key in ("hess", "avg_grad", "delta"))
         torch._foreach_lerp_(average, grads, 1 - beta1)
-        precision = torch._foreach_add(hess, deltas)
-        ratio = torch._foreach_mul(products, group["ess"])  # f / (h+δ)
-        clamp(ratio, group["price_clip"])
-        gap = torch._foreach_mul(ratio, precision)
-        torch._foreach_sub_(gap, hess)
-        torch._foreach_mul_(gap, 1 - beta2)  # (1−β₂)(f−h)
-        torch._foreach_mul_(precision, 2)
-        half = torch._foreach_div(gap, precision)
-        torch._foreach_add_(half, 1)
-        torch._foreach_mul_(gap, half)
-        torch._foreach_add_(hess, gap)
-        if group["bounded"]:
-            torch._foreach_clamp_min_(hess, 0.0)
+        update_hessian(group, hess, deltas, products)
         means = [local(self.mean(p)) for p in params]
         if group["prior"] == "empirical":
             deltas = estimate_prior(group, [self.state[p] for p in params], [self.mean(p) for p in params])

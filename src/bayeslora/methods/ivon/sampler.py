@@ -20,7 +20,7 @@ from bayeslora.methods.ivon.optimizer import IvonOptimizer
 from bayeslora.methods.ivon.settings import STEP, Group, default_sigma, from_prior, parts, pull_weight
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import averages
-from bayeslora.params import Params, lora_parameters, stack_across, whole
+from bayeslora.params import Params, is_spread, lora_parameters, stack_across, whole
 
 if TYPE_CHECKING:
     from bayeslora.methods.ivon.method import Ivon
@@ -42,6 +42,7 @@ class Sampler(MethodCallback):
         super().__init__(num_data)
         self.method = method
         self.batches = 0
+        self.whole: Params = {}  # moments that are spread over processes and about to be saved
 
     def begin(self, run: Run) -> Record:
         """Give the optimiser what only the Trainer's arguments say, and let the modules read its draws."""
@@ -112,10 +113,16 @@ class Sampler(MethodCallback):
         """Return how the variance does, for the log."""
         return diagnostics(self.optimizer)
 
+    def gather(self, model: nn.Module) -> None:
+        """Note the moments where FSDP has spread them."""
+        if is_spread(model):
+            self.whole = learned(self.optimizer, model)
+
     def save(self, path: Path, run: Run) -> None:
         """Write what belongs to the adapter of the checkpoint, if the best one is to be the result."""
         if run.args.load_best_model_at_end:
-            write_tensors(path, learned(self.optimizer, run.model))
+            tensors, self.whole = self.whole or learned(self.optimizer, run.model), {}
+            write_tensors(path, tensors)
 
     def end(self, run: Run) -> None:
         """Say whether the variance was learned, and take the best checkpoint's, if it is used."""

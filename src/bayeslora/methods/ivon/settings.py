@@ -80,6 +80,24 @@ def check_ivon(group: Group) -> None:
             raise InputError(f"IVON's {key} must be {words[0]} or {words[1]}, and it is {group[key]!r}")
 
 
+def update_hessian(group: Group, hess: list[Tensor], deltas: list[float], products: list[Tensor]) -> None:
+    """Move each h, in place, by Price's estimate f = λ(h+δ) · noise ⊙ gradient; the products are those of the step."""
+    _, beta2 = group["betas"]
+    precision = torch._foreach_add(hess, deltas)
+    ratio = torch._foreach_mul(products, group["ess"])  # f / (h+δ)
+    clamp(ratio, group["price_clip"])
+    gap = torch._foreach_mul(ratio, precision)
+    torch._foreach_sub_(gap, hess)
+    torch._foreach_mul_(gap, 1 - beta2)  # (1−β₂)(f−h)
+    torch._foreach_mul_(precision, 2)
+    half = torch._foreach_div(gap, precision)
+    torch._foreach_add_(half, 1)
+    torch._foreach_mul_(gap, half)
+    torch._foreach_add_(hess, gap)
+    if group["bounded"]:
+        torch._foreach_clamp_min_(hess, 0.0)
+
+
 def estimate_prior(group: Group, states: list[Group], means: list[Tensor]) -> list[float]:
     """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance."""
     ess = group["ess"]
