@@ -180,14 +180,14 @@ def _keep(result: Evaluation, out: Path, task: str) -> None:
 def finish(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
     """Make a comparison, print its table and keep it with its numbers and pictures in their folder."""
     comparison = compare(runs, methods, seeds)
-
-    def show() -> None:
-        """Print and keep it."""
-        print(write_table(runs, comparison))
-        pictures = write_pictures(runs, comparison, image)
-        print()
-        names = ", ".join(path.name for path in [runs.out / "results.md", *pictures])
-        print(f"results: {runs.out / 'results.json'}, {names}")
-
-    once(show)
+    once(lambda: show(runs, comparison, image))
     return comparison
+
+
+def show(runs: CachedRuns, comparison: Comparison, image: str) -> None:
+    """Print the table of a comparison, and keep it with its numbers and pictures."""
+    print(write_table(runs, comparison))
+    pictures = write_pictures(runs, comparison, image)
+    print()
+    names = ", ".join(path.name for path in [runs.out / "results.md", *pictures])
+    print(f"results: {runs.out / 'results.json'}, {names}")

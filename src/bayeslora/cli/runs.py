@@ -29,8 +29,8 @@ def _check_folder(folder: Path, options: object, resume: bool, free: tuple[str, 
     if not resume:
         raise InputError(f"{folder} is there already; add --resume to go on with it, or choose another --out")
     # options may have come since the folder was begun; earlier versions had no normalisation but the sum
-    before = _recorded(type(options)()) | {"normalisation": "sum"} | read_options(folder)
-    for key, value in _recorded(options).items():
+    before = recorded(type(options)()) | {"normalisation": "sum"} | read_options(folder)
+    for key, value in recorded(options).items():
         if key not in ("out", "resume", *free) and before.get(key) != value:
             raise InputError(
                 f"{folder} was begun with {key}={before.get(key)!r}, and now it is {value!r}; leave it as it was, or "
@@ -49,7 +49,7 @@ def opened(folder: Path, options: object) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder} cannot be made: {error.strerror}") from error
-        write_json(folder / _FILE, _recorded(options))
+        write_json(folder / _FILE, recorded(options))
 
     try:
         once(begin)
@@ -81,7 +81,7 @@ def posterior_name(name: str) -> str:
     return name
 
 
-def _recorded(options: object) -> dict[str, object]:
+def recorded(options: object) -> dict[str, object]:
     """Return options as they are kept, local paths in full so that they hold from anywhere."""
     recorded = dict(vars(options))
     for key in ("model", "data"):
