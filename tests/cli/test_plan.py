@@ -39,5 +39,7 @@ def test_plans_that_cannot_be_written_or_gathered_are_refused(refused, words, tm
     (tmp_path / "file").touch()
     assert "is there already" in refused("compare", *words, "--plan", tmp_path)
     assert "holds no plan" in refused("compare", "--gather", tmp_path)
-    assert "names none of the methods mop" in refused("compare", *words, "--methods", "mop", "--plan", tmp_path / "plan")
+    assert "names none of the methods mop" in refused(
+        "compare", *words, "--methods", "mop", "--plan", tmp_path / "plan"
+    )
     assert "name a base model" in refused("compare", "--task", "openbookqa", "--plan", tmp_path / "plan")

@@ -56,8 +56,6 @@ def predict(
 ) -> Prediction:
     """Return the predictive distribution of every example: by S draws, and by the posterior's mean in one pass.
 
-    In several processes each predicts by itself, unless the call is inside `bayeslora.sharded`.
-
     Args:
         model: PEFT model with the base and the adapter configuration that the posterior was trained on. Its own adapter
             weights do not matter and are unchanged afterwards.
@@ -74,7 +72,7 @@ def predict(
 
     Returns:
         The prediction, with ``log_probs`` [S N C] and ``mean_log_probs`` [N C] in float32 on the CPU. For a point the
-        two are the same; for a mixture the mean is its first member's.
+        two are the same; for a mixture the mean is its first member's. In several processes see `bayeslora.sharded`.
 
     Raises:
         InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
@@ -91,21 +89,13 @@ def predict(
         """Return the answers to some of the rows."""
         total = len(numbers) * posterior.passes(draws, mean=mean)
         with evaluating(model), readout.attached(model), shown("predict", total, options.progress) as done:
-            budget = token_budget or default_token_budget(model)
-            passes = Passes(model, readout, rows, classes, budget, done, options)
+            passes = Passes(model, readout, rows, classes, token_budget or default_token_budget(model), done, options)
             return posterior.answers(_Engine(passes, numbers, mean, token_budget), draws)
 
     log_probs, at_mean = over_processes(answers, [readout.length(row) for row in rows])
     components = posterior.components(len(log_probs))
-    return Prediction(
-        log_probs=log_probs,
-        mean_log_probs=at_mean,
-        components=components,
-        truncated=cut,
-        readout=readout.name,
-        monte_carlo_error=_error(posterior, log_probs, components, draws),
-        seconds=time.perf_counter() - began,
-    )
+    error = _error(posterior, log_probs, components, draws)
+    return Prediction(log_probs, at_mean, components, cut, readout.name, time.perf_counter() - began, error)
 
 
 def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None) -> Readout:

@@ -94,8 +94,7 @@ def distill(
     else:
         before = float(divergences(prediction.log_p[judges], prediction.mean_log_probs[judges]).mean())
         settings |= {"held_out": len(judges), **_train_to_the_closest(run, before, posterior.mean)}
-    origin = origin_of(model, "distilled", settings, len(learned))
-    return Point(read(model), scored(origin, rows.normalisation))
+    return Point(read(model), scored(origin_of(model, "distilled", settings, len(learned)), rows.normalisation))
 
 
 def _held_out(rows: Split, held_out: float, seed: int) -> tuple[list[int], list[int]]:
