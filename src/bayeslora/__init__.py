@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.prediction.rewards import penalised_rewards as penalised_rewards
     from bayeslora.prediction.rewards import predict_rewards as predict_rewards
     from bayeslora.prediction.rewards import preference_probability as preference_probability
+    from bayeslora.processes import sharded as sharded
     from bayeslora.tasks import load_task as load_task
     from bayeslora.training.distillation import distill as distill
     from bayeslora.training.run import fit as fit
@@ -90,6 +91,7 @@ _HOMES = {
     "prediction": "PassOptions predict",
     "prediction.generation": "Answer Answers by_embedding by_entailment generate generate_each",
     "prediction.rewards": "penalised_rewards predict_rewards preference_probability",
+    "processes": "sharded",
     "tasks": "load_task",
     "training.distillation": "distill",
     "training.run": "fit",

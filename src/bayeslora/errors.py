@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class SharedError(InputError):
+    """What one process of a run has refused, raised in all of them."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal after a checkpoint was written; the same call with ``resume=True`` goes on.
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, PeftType
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 
 from bayeslora.errors import InputError
@@ -64,7 +65,29 @@ def device_of(model: nn.Module) -> torch.device:
 
 def read(model: nn.Module) -> Params:
     """Return a float32 copy of the active adapter's parameters, on the CPU."""
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lora_parameters(model).items()}
+    return {name: whole(p.detach()).to("cpu", torch.float32, copy=True) for name, p in lora_parameters(model).items()}
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether a model's weights are spread over processes, which then can only pass batches together."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that is spread over processes (FSDP 2), all of which must ask; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that is spread over processes, sharing its memory; others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_as(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor, which all processes have, spread as another is, if it is; nothing is exchanged."""
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def stack_across(tensors: Sequence[Tensor]) -> Tensor:
@@ -74,8 +97,8 @@ def stack_across(tensors: Sequence[Tensor]) -> Tensor:
 
 def largest(tensors: Iterable[Tensor]) -> Tensor:
     """Return max |x| of all tensors, of this process's part where they are spread; not finite if any number is not."""
-    local: list[Tensor] = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    return get_total_norm([t for t in local if t.is_floating_point() and t.numel()], math.inf).float()
+    parts = [local(t) for t in tensors]
+    return get_total_norm([t for t in parts if t.is_floating_point() and t.numel()], math.inf).float()
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -144,7 +167,7 @@ def holding(parameters: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> I
 def _copy(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters of the same names, cast to their dtype and device."""
     for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        parameter.copy_(spread_as(values[name], parameter))
 
 
 @contextmanager
@@ -177,14 +200,15 @@ def initialise(model: nn.Module, seed: int) -> None:
     for name, p in lora_parameters(peft).items():
         rng = generator("init", seed, name)
         if "lora_embedding_B" in name or ("lora_A" in name and init == "gaussian"):
-            p.copy_(torch.randn(p.shape, generator=rng) * (1 / config.r if "lora_A" in name else 1.0))
+            start = torch.randn(p.shape, generator=rng) * (1 / config.r if "lora_A" in name else 1.0)
+            p.copy_(spread_as(start, p))
         elif "lora_A" in name:
             fan_in = math.prod(p.shape[1:])
-            p.copy_((torch.rand(p.shape, generator=rng) * 2 - 1) / math.sqrt(fan_in))
+            p.copy_(spread_as((torch.rand(p.shape, generator=rng) * 2 - 1) / math.sqrt(fan_in), p))
         elif "lora_" in name:
             p.zero_()
         elif not _restore_pretrained(peft, name, p):
-            p.copy_(torch.randn(p.shape, generator=rng) * spread) if p.ndim > 1 else p.zero_()
+            p.copy_(spread_as(torch.randn(p.shape, generator=rng) * spread, p)) if p.ndim > 1 else p.zero_()
 
 
 def is_new_head(model: PeftModel, name: str) -> bool:

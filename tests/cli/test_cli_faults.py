@@ -241,7 +241,19 @@ def test_local_paths_are_kept_in_full_so_that_a_run_serves_from_anywhere(swag_ru
     assert Path(options["model"]).is_absolute()
 
 
-def test_one_of_several_processes_is_refused(refused, home, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "is for one process" in refused("train", *home.marbles(), "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, and must be a whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is -1"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set; start with accelerate launch or torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 in the environment, and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "serve is for one process, and 2 were started"),
+    ],
+)
+def test_what_cannot_be_done_by_several_processes_is_refused(environment, words, refused, monkeypatch):
+    rest = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if "RANK" in environment else {}
+    for name, value in {**rest, **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert words in refused("serve", "run")

@@ -69,7 +69,7 @@ def layer(width=6, rank=3):
         torch.manual_seed(0)
         plain = nn.Linear(width, rank, bias=False)
         spread = nn.Parameter(0.3 + 0.4 * torch.rand(rank, width))
-    found = BlobLinear(plain, spread).train()
+    found = BlobLinear(plain, nn.ParameterList([spread]), 0).train()
     found.noisy = True
     return found
 
@@ -90,23 +90,26 @@ def test_flipouts_output_has_mean_mx_and_the_variance_of_a_draw_per_token():
     assert bool((across.abs() < 5 * math.sqrt(3 / count)).all())
 
 
+def signs(rows, width):
+    return sign_words(torch.randint(2**62, ()), rows, width)
+
+
 def test_flipouts_gradients_are_those_of_finite_differences():
-    x, mean, noise = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (70, 2, 2))
-    into, out = sign_words(x, 3), sign_words(x, 2)  # 70 rows: two words a column
+    x, mean, noise = (torch.randn(*n, 3, dtype=torch.float64, requires_grad=True) for n in ((2, 70), (2,), (2,)))
+    into, out = signs(x, 3), signs(x, 2)  # 70 tokens: two words a column
     assert torch.autograd.gradcheck(lambda *tensors: Flipout.apply(*tensors, into, out), (x, mean, noise))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_flipouts_signs_are_of_size_one_and_half_of_them_minus(dtype):
     rows, width = 1000, 7
-    one = torch.ones(rows, width, dtype=dtype)
+    one = torch.ones(10, rows // 10, width, dtype=dtype)
     eye, nothing = torch.eye(width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
-    plus = sign_words(one, width) * 0
-    signs = Flipout.apply(one, nothing, eye, sign_words(one, width), plus).double()
-    assert bool((signs.abs() == 1).all())
-    assert bool((signs.mean(0).abs() < 5 / math.sqrt(rows)).all())  # 5 deviations
-    assert float((signs.T @ signs / rows - torch.eye(width)).abs().max()) < 5 / math.sqrt(rows)
-    assert bool((signs.mean(1).abs() < 1).any())  # not one sign a row
+    found = Flipout.apply(one, nothing, eye, signs(one, width), signs(one, width) * 0).double().flatten(0, 1)
+    assert bool((found.abs() == 1).all())
+    assert bool((found.mean(0).abs() < 5 / math.sqrt(rows)).all())  # 5 deviations
+    assert float((found.T @ found / rows - torch.eye(width)).abs().max()) < 5 / math.sqrt(rows)
+    assert bool((found.mean(1).abs() < 1).any())  # not one sign a row
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (0, 6)])

@@ -102,7 +102,7 @@ def test_the_second_step_in_the_matrixs_units_is_the_papers_in_other_lengths():
     for length in (1.0, unit):
         plain = nn.Linear(5, 2, bias=False)
         plain.weight.data = mean * length
-        layer = BlobLinear(plain, nn.Parameter(spread * math.sqrt(length)))
+        layer = BlobLinear(plain, nn.ParameterList([nn.Parameter(spread * math.sqrt(length))]), 0)
         with torch.no_grad():
             paper_step(layer, gradient / math.sqrt(length), Scale(0.2 * length, length), weight=0.5, rate=0.01)
         after.append((layer.weight / length, layer.spread / math.sqrt(length)))

@@ -246,7 +246,7 @@ def test_fsdp_version_1_is_refused(tmp_path):
         kwargs["callbacks"][2].on_train_begin(arguments(tmp_path), None, None, model=model, optimizer=optimizer)
 
 
-def test_parameters_that_are_spread_over_processes_are_refused(tmp_path):
+def test_tensor_parallelism_is_refused(tmp_path):
     args, model, other = arguments(tmp_path), make_model(), make_model()
     runs = (("IVON", Ivon().trainer_kwargs(model, ROWS), model), ("BLoB", Blob().trainer_kwargs(other, ROWS), other))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -254,7 +254,7 @@ def test_parameters_that_are_spread_over_processes_are_refused(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         optimizer = torch.optim.SGD([torch.nn.Parameter(DTensor.from_local(torch.zeros(3), mesh))], lr=0.1)
         for name, kwargs, trained in runs:
-            with pytest.raises(InputError, match=f"{name} cannot train under FSDP version 2 .* use DDP"):
+            with pytest.raises(InputError, match=f"{name} cannot train under tensor parallelism"):
                 kwargs["callbacks"][2].on_train_begin(args, None, None, model=trained, optimizer=optimizer)
     finally:
         torch.distributed.destroy_process_group()

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 import traceback
@@ -17,16 +16,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 def in_ranks(action: Callable[[], object], count: int = 2) -> list[tuple[int | None, str]]:
     """Do something in every process of a group; return how each ended, negative for a signal, and what it said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as a launcher keeps one
     group = {
-        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return _forked(action, [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)])
 

@@ -16,9 +16,10 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
+from bayeslora.cli import launch
 from bayeslora.cli.parse import parse
 from bayeslora.cli.terminal import quiet
-from bayeslora.errors import InputError, Interrupted, close_matches
+from bayeslora.errors import InputError, Interrupted, SharedError, close_matches
 from bayeslora.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +64,16 @@ class Verb(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 2 for input that cannot be used, 130 after Ctrl-C, or 143 after SIGTERM."""
     typed = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with launch.silenced():
+            return _run(typed)
+    except InputError as error:  # of the environment
+        print(f"bayeslora: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(typed: Sequence[str]) -> int:
+    """Run one command."""
     if not typed or typed[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -72,14 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if re.search("[\ud800-\udfff]", " ".join(typed)):
         return _refuse("a word of the command is not UTF-8; write it, and name files, in UTF-8")
     verb, *rest = typed
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return _refuse("the command line is for one process; start it by itself, or call bayeslora.fit in several")
     if verb not in VERBS:
         return _refuse(f"unknown verb {verb!r}, {close_matches(verb, VERBS)}")
     try:
+        launch.check(verb)
         module = cast(Verb, import_module(f"bayeslora.cli.{verb.replace('-', '_')}"))
         options = parse(module.Options, rest, verb=verb, examples=module.EXAMPLES)
-        with quiet(), terminable(verb in RESUMABLE):
+        with quiet(), terminable(verb in RESUMABLE), launch.joined(getattr(options, "device", "") == "cpu"):
             module.run(options)
     except SystemExit as left:
         return int(left.code or 0)
@@ -95,10 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"the output has characters that {error.encoding} lacks; set PYTHONIOENCODING=utf-8")
     except (InputError, OSError, RuntimeError) as error:
+        if launch.lost(error):
+            return _refuse("another process of this run has ended, so that this one cannot go on", 1)
         if os.environ.get("BAYESLORA_TRACEBACK"):
             raise
         if isinstance(error, InputError):
-            return _refuse(str(error))
+            return _refuse(str(error), shared=isinstance(error, SharedError))
         if isinstance(error, OSError):
             return _refuse(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         if type(error).__name__ == "OutOfMemoryError":
@@ -125,7 +137,8 @@ def terminable(resumable: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _refuse(message: str, status: int = 2) -> int:
-    """Print a sentence on standard error, and return the exit status."""
-    print(f"bayeslora: {message}", file=sys.stderr)
+def _refuse(message: str, status: int = 2, *, shared: bool = False) -> int:
+    """Print a sentence on standard error, in one process of the run, and return the exit status."""
+    if launch.speaks(shared):
+        print(f"bayeslora: {message}", file=sys.stderr)
     return status

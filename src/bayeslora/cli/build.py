@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora._typing import Tokenizer
 from bayeslora.cli import options as groups
+from bayeslora.cli.launch import once
 from bayeslora.cli.runs import posterior_name
 from bayeslora.cli.terminal import say, watched
 from bayeslora.comparison.cached_runs import CachedRuns
@@ -21,7 +22,7 @@ from bayeslora.comparison.run import Comparison, compare
 from bayeslora.errors import InputError, close_matches
 from bayeslora.files import parse_json, write_json
 from bayeslora.methods import Inference
-from bayeslora.metrics.evaluation import evaluate
+from bayeslora.metrics.evaluation import Evaluation, evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.models import adapter_of, load_model
 from bayeslora.posteriors import Draws, Posterior
@@ -95,7 +96,7 @@ def build_arguments(
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": False,
-        "use_cpu": device == "cpu",
+        "use_cpu": device == "cpu" or not torch.accelerator.is_available(),
         "seed": seed,
     }
     try:
@@ -166,18 +167,28 @@ def report_run(
         prediction = predict(
             model, posterior, test, options.draws, tokenizer=tokenizer, token_budget=budget, options=passes
         )
-        result = evaluate(prediction, test, resamples=resamples)
-        write_json(out / "evaluation.json", result.to_dict())
-        write_card(out / "posterior", evaluation=result, task=test.name)
-        print(result.table())
+        once(lambda: _keep(evaluate(prediction, test, resamples=resamples), out, test.name))
     print(f"posterior: {out / 'posterior'}   next: bayeslora evaluate {out}, predict {out}, export {out} {export}")
+
+
+def _keep(result: Evaluation, out: Path, task: str) -> None:
+    """Keep the metrics of a run in its folder, and print them."""
+    write_json(out / "evaluation.json", result.to_dict())
+    write_card(out / "posterior", evaluation=result, task=task)
+    print(result.table())
 
 
 def finish(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int], image: str) -> Comparison:
     """Make a comparison, print its table and keep it with its numbers and pictures in their folder."""
     comparison = compare(runs, methods, seeds)
+    once(lambda: show(runs, comparison, image))
+    return comparison
+
+
+def show(runs: CachedRuns, comparison: Comparison, image: str) -> None:
+    """Print the table of a comparison, and keep it with its numbers and pictures."""
     print(write_table(runs, comparison))
     pictures = write_pictures(runs, comparison, image)
     print()
-    print(f"results: {runs.out / 'results.json'}, {', '.join(p.name for p in [runs.out / 'results.md', *pictures])}")
-    return comparison
+    names = ", ".join(path.name for path in [runs.out / "results.md", *pictures])
+    print(f"results: {runs.out / 'results.json'}, {names}")

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from bayeslora.cli.launch import once
 from bayeslora.cli.options import TaskOptions
 from bayeslora.errors import InputError, listed
 from bayeslora.files import read_object, write_json
@@ -115,9 +116,14 @@ def _other(name: str, options: TaskOptions, like: Split, rows: int) -> Split:
 
 def save_run(out: Path, posterior: Posterior, rows: Split | None) -> None:
     """Keep a posterior in its run's folder, and how its rows are put to the model: a run answers without them."""
-    if rows is not None:
-        write_json(out / _FILE, {"name": rows.name, "classes": rows.classes, "format": asdict(rows.format)})
-    posterior.save_pretrained(out / "posterior")
+
+    def save() -> None:
+        """Write both."""
+        if rows is not None:
+            write_json(out / _FILE, {"name": rows.name, "classes": rows.classes, "format": asdict(rows.format)})
+        posterior.save_pretrained(out / "posterior")
+
+    once(save)
 
 
 def format_from_options(options: TaskOptions, name: str, origin: Origin | None) -> Split:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bayeslora.cli import launch
 from bayeslora.cli.options import RUN, PredictOptions, option
 from bayeslora.cli.runs import read_options, run_folder
 from bayeslora.errors import InputError
@@ -36,8 +37,7 @@ class Options(PredictOptions):
 
 def run(options: Options) -> None:
     """Predict, print the metrics and keep them."""
-    if options.json and Path(options.json).exists() and not options.overwrite:
-        raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")
+    launch.once(lambda: _check(options))
     folder = run_folder(Path(options.run))
     from bayeslora.cli import build, data, progress
     from bayeslora.metrics.evaluation import evaluate
@@ -51,11 +51,22 @@ def run(options: Options) -> None:
         model, tokenizer = build.model_for(posterior, options, test.classes)
         prediction = build.predict_as(options, model, tokenizer, posterior, test)
         unknown = {key: build.predict_as(options, model, tokenizer, posterior, split) for key, split in others.items()}
+
+    def measure() -> None:
+        """Print and keep the metrics."""
         result = evaluate(
             prediction, test, unknown or None, bins=options.bins, binning=options.binning, resamples=options.resamples
         )
-    print(result.table())
-    if options.json or before:
-        target = Path(options.json) if options.json else folder / "evaluation.json"
-        write_json(target, result.to_dict())
-        print(f"numbers: {target}")
+        print(result.table())
+        if options.json or before:
+            target = Path(options.json) if options.json else folder / "evaluation.json"
+            write_json(target, result.to_dict())
+            print(f"numbers: {target}")
+
+    launch.once(measure)
+
+
+def _check(options: Options) -> None:
+    """Refuse to replace a file: better now than after the work."""
+    if options.json and Path(options.json).exists() and not options.overwrite:
+        raise InputError(f"{options.json} is there already; add --overwrite or choose another --json")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bayeslora.cli import launch
 from bayeslora.cli.options import RUN, PredictOptions, option
 from bayeslora.cli.runs import run_folder
 from bayeslora.errors import InputError
@@ -37,14 +38,16 @@ class Options(PredictOptions):
 
 def run(options: Options) -> None:
     """Read rows, answer them, and write them with their answers."""
-    target = None if options.output == "-" else _target(Path(options.output), options.overwrite)
+    target = None if options.output == "-" else Path(options.output)
+    if target is not None:
+        launch.once(lambda: _check(target, options.overwrite))
     from bayeslora.cli import build, data, progress, terminal
     from bayeslora.tasks import read_rows
 
     with progress.own_progress():
         if options.input == "-" and sys.stdin.isatty():
             terminal.say("reading rows from the terminal; Ctrl-D ends them (or give --input FILE)")
-        rows = read_rows(sys.stdin if options.input == "-" else options.input)
+        rows = launch.once(lambda: read_rows(sys.stdin if options.input == "-" else options.input))
         posterior = build.load_transformed(options.run, options)
         split = data.split_as_trained(rows, options, run_folder(Path(options.run)), posterior.origin)
         model, tokenizer = build.model_for(posterior, options, split.classes)
@@ -53,6 +56,11 @@ def run(options: Options) -> None:
         renamed = [key.removeprefix("predicted_") for key in answers[0] if key.startswith("predicted_")]
         for key in (k for k in renamed if k in rows.columns):
             terminal.say(f"the rows have a column {key!r} of their own: the model's is predicted_{key}")
+    launch.once(lambda: _write(answers, target))
+
+
+def _write(answers: Sequence[Mapping[str, object]], target: Path | None) -> None:
+    """Write the answers."""
     as_json = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answers)
     if target is None:
         print(as_json, end="", flush=True)
@@ -60,15 +68,14 @@ def run(options: Options) -> None:
         write_text(target, _csv(answers) if target.suffix == ".csv" else as_json)
 
 
-def _target(path: Path, overwrite: bool) -> Path:
-    """Return the output's path, if it can be written: better refused now than after the work."""
+def _check(path: Path, overwrite: bool) -> None:
+    """Refuse an output that cannot be written: better now than after the work."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already; add --overwrite or choose another --output")
     if path.suffix not in (".jsonl", ".csv"):
         raise InputError(f"{path} ends in neither .jsonl nor .csv; name it so")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written: there is no folder {path.parent} to write in")
-    return path
 
 
 def _csv(answers: Sequence[Mapping[str, object]]) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bayeslora.cli.launch import is_first, once
 from bayeslora.errors import InputError
 from bayeslora.files import read_object, standing, write_json
 
@@ -16,6 +17,11 @@ _FILE = "options.json"
 
 def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str, ...] = ()) -> None:
     """Refuse a folder that is there, unless it is to be gone on with, with the same options but the ``free`` ones."""
+    once(lambda: _check_folder(folder, options, resume, free))  # before one of several processes makes it
+
+
+def _check_folder(folder: Path, options: object, resume: bool, free: tuple[str, ...]) -> None:
+    """Refuse a folder as `check_folder` says."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.is_file() or not (folder / _FILE).exists():
@@ -23,8 +29,8 @@ def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str
     if not resume:
         raise InputError(f"{folder} is there already; add --resume to go on with it, or choose another --out")
     # options may have come since the folder was begun; earlier versions had no normalisation but the sum
-    before = _recorded(type(options)()) | {"normalisation": "sum"} | read_options(folder)
-    for key, value in _recorded(options).items():
+    before = recorded(type(options)()) | {"normalisation": "sum"} | read_options(folder)
+    for key, value in recorded(options).items():
         if key not in ("out", "resume", *free) and before.get(key) != value:
             raise InputError(
                 f"{folder} was begun with {key}={before.get(key)!r}, and now it is {value!r}; leave it as it was, or "
@@ -35,13 +41,18 @@ def check_folder(folder: Path, options: object, *, resume: bool, free: tuple[str
 @contextmanager
 def opened(folder: Path, options: object) -> Iterator[None]:
     """Keep a verb's options in its folder of results; on an `InputError` a new folder without weights goes."""
-    fresh = not folder.exists() or not any(folder.iterdir())
+    fresh = is_first() and (not folder.exists() or not any(folder.iterdir()))
+
+    def begin() -> None:
+        """Make the folder."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+        write_json(folder / _FILE, recorded(options))
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
-    try:
-        write_json(folder / _FILE, _recorded(options))
+        once(begin)
         yield
     except InputError:
         if fresh and not any(folder.rglob("*.safetensors")):
@@ -70,7 +81,7 @@ def posterior_name(name: str) -> str:
     return name
 
 
-def _recorded(options: object) -> dict[str, object]:
+def recorded(options: object) -> dict[str, object]:
     """Return options as they are kept, local paths in full so that they hold from anywhere."""
     recorded = dict(vars(options))
     for key in ("model", "data"):

@@ -38,9 +38,8 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
 
 def build_methods(names: Sequence[str], given: Sequence[str]) -> dict[str, Inference]:
     """Return methods by their labels, ``name`` or ``label=name``, with settings ``label.key=value``."""
-    words = [word for name in names for word in (EVERY if name == "all" else (name,))]
-    labelled = [(label, method) for label, _, method in (word.rpartition("=") for word in words)]
-    settings: dict[str, list[str]] = {label or method.partition(":")[0]: [] for label, method in labelled}
+    pairs = [(label, method) for label, _, method in (word.rpartition("=") for word in _words(names))]
+    settings: dict[str, list[str]] = {label or method.partition(":")[0]: [] for label, method in pairs}
     for item in given:
         label, dot, setting = item.partition(".")
         if not dot or label not in settings:
@@ -50,7 +49,7 @@ def build_methods(names: Sequence[str], given: Sequence[str]) -> dict[str, Infer
             )
         settings[label].append(setting)
     methods: dict[str, Inference] = {}
-    for label, method in labelled:
+    for label, method in pairs:
         name = label or method
         if "/" in name:
             raise InputError(f"a method's label names a file, and {name[:80]!r} cannot; write it without a slash")
@@ -58,6 +57,16 @@ def build_methods(names: Sequence[str], given: Sequence[str]) -> dict[str, Infer
             raise InputError(f"two methods are called {name[:80]}; give each a label of its own, label={method[:80]}")
         methods[name] = build_method(method, settings[label or method.partition(":")[0]])
     return methods
+
+
+def labelled(names: Sequence[str]) -> dict[str, str]:
+    """Return methods as they were typed, by what ``--set`` and the table call them."""
+    return {word.rpartition("=")[0] or word: word for word in _words(names)}
+
+
+def _words(names: Sequence[str]) -> list[str]:
+    """Return the methods, each by itself."""
+    return [word for name in names for word in (EVERY if name == "all" else (name,))]
 
 
 def _with(method: Inference, words: Mapping[str, str], name: str) -> Inference:

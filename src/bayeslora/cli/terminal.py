@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bayeslora.cli.launch import is_first
+
 NOISY = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "kernels", "torchao", "httpx", "lm_eval")
 """Libraries of which only errors are shown."""
 HIDDEN: tuple[type[Warning], ...] = (FutureWarning, DeprecationWarning)
@@ -16,12 +18,13 @@ HIDDEN: tuple[type[Warning], ...] = (FutureWarning, DeprecationWarning)
 
 def say(line: str) -> None:
     """Print one line about what goes on, on standard error: standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def watched() -> bool:
     """Return whether somebody looks on, so that bars make sense."""
-    return sys.stderr.isatty()
+    return is_first() and sys.stderr.isatty()
 
 
 @contextmanager
@@ -36,7 +39,8 @@ def quiet() -> Iterator[None]:
         for category in (UserWarning, RuntimeWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(NOISY)}|torch)(\.|$)")
         try:
-            own.addHandler(handler)
+            if is_first():
+                own.addHandler(handler)
             for logger, level in levels.items():
                 logger.setLevel(level)
             yield

@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     out = Path(options.out)
     free = ("draws", "token_budget", "device", "non_finite", "resamples", *SAVING)
     check_folder(out, options, resume=options.resume, free=free)
-    from bayeslora.cli import build, data, progress, settings, terminal
+    from bayeslora.cli import build, data, launch, progress, settings, terminal
     from bayeslora.files import standing
     from bayeslora.methods.ensemble import Ensemble, seeded
     from bayeslora.methods.steps import FiniteSteps
@@ -73,7 +73,7 @@ def run(options: Options) -> None:
         task = data.build_task(options, "train")
         model, tokenizer = build.build_model(options, task.train.classes if task.train is not None else None)
         with opened(out, options):
-            if standing(out / "posterior").exists():
+            if launch.once(standing(out / "posterior").exists):
                 posterior = load_posterior(out / "posterior")
                 print(f"{out / 'posterior'} is trained already")
             else:
@@ -86,5 +86,5 @@ def run(options: Options) -> None:
                 posterior = fit(model, task, method, args, tokenizer=tokenizer, resume=options.resume, callbacks=more)
                 data.save_run(out, posterior, task.train)
             if not options.save_steps:
-                shutil.rmtree(out / "training", ignore_errors=True)
+                launch.once(lambda: shutil.rmtree(out / "training", ignore_errors=True))
         build.report_run(out, model, tokenizer, posterior, task.test, options, options.resamples)

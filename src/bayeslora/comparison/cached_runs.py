@@ -35,6 +35,7 @@ from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import tempered
 from bayeslora.prediction import PassOptions, predict
+from bayeslora.processes import first
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import keys
 from bayeslora.training.run import fit
@@ -153,7 +154,7 @@ def planned_steps(runs: CachedRuns) -> int:
     if runs.args.max_steps > 0:
         return runs.args.max_steps
     rows = len(runs.task.train) if runs.task.train is not None else 0
-    batch = runs.args.per_device_train_batch_size * runs.args.gradient_accumulation_steps
+    batch = runs.args.per_device_train_batch_size * runs.args.gradient_accumulation_steps * runs.args.world_size
     return max(1, round(-(-rows // batch) * runs.args.num_train_epochs))
 
 
@@ -170,7 +171,7 @@ def predicted(
     stem = (file or name).replace(":", "-").replace(" ", "-")
     path = runs.out / f"seed-{seed}" / f"{stem}-{keys.key_of(depends)}.safetensors"
     log = path.with_suffix(".json")
-    if path.exists():
+    if first(path.exists):
         record = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
         return Prediction.load(path), record.get("memory")
     runs.report(f"seed {seed}: {name} answers {split.name} ({len(split)} rows)")
@@ -184,8 +185,13 @@ def predicted(
             token_budget=runs.token_budget,
             options=PassOptions(progress=sys.stderr.isatty()),
         )
-    write_json(log, {"memory": peak.bytes, "depends": depends})
-    prediction.save(path)
+
+    def keep() -> None:
+        """Write the prediction, after its record."""
+        write_json(log, {"memory": peak.bytes, "depends": depends})
+        prediction.save(path)
+
+    first(keep)
     return prediction, peak.bytes
 
 
@@ -197,7 +203,7 @@ def prediction_inputs(runs: CachedRuns, split: Split, seed: int) -> keys.Parts:
 def _made(runs: CachedRuns, run: Run) -> Learned:
     """Return what came of one run, from its folder if it is there already."""
     folder, log = run.folder / "posterior", run.folder / "run.json"
-    if not log.exists():
+    if not first(log.exists):
         start = None if run.start is None else _made(runs, run.start)
         seconds, memory = (0.0, None) if start is None else (start.cost.train_seconds, start.cost.memory)
         runs.report(f"seed {run.seed}: training {run.method.name}, run {run.member + 1}{_differing(run)}")
@@ -205,14 +211,20 @@ def _made(runs: CachedRuns, run: Run) -> Learned:
         with peak_memory(device_of(runs.model)) as peak:
             posterior = _trained(runs, run.method, run.args, None if start is None else start.posterior)
         seconds += time.perf_counter() - began
-        posterior.save_pretrained(folder, overwrite=True)
-        write_json(log, {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends})
-        if runs.args.save_strategy == SaveStrategy.NO:  # those of the clock and of signals serve no more
-            for checkpoint in checkpoints(run.folder):
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        record = {"seconds": seconds, "memory": max_known(memory, peak.bytes), "depends": run.depends}
+        first(lambda: _keep(runs, run, posterior, record))
     record = json.loads(log.read_text(encoding="utf-8"))
     cost = Cost(record["seconds"], None, record["memory"], folder_bytes(folder))
     return Learned(load_posterior(folder), cost, run.key)
+
+
+def _keep(runs: CachedRuns, run: Run, posterior: Posterior, record: Mapping[str, object]) -> None:
+    """Write what came of a run, the record last."""
+    posterior.save_pretrained(run.folder / "posterior", overwrite=True)
+    write_json(run.folder / "run.json", record)
+    if runs.args.save_strategy == SaveStrategy.NO:  # those of the clock and of signals serve no more
+        for checkpoint in checkpoints(run.folder):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _trained(runs: CachedRuns, method: Inference, args: TrainingArguments, start: Posterior | None) -> Posterior:

@@ -17,6 +17,7 @@ from bayeslora.metrics.classification import nll
 from bayeslora.metrics.evaluation import Evaluation, evaluate
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Scaled
+from bayeslora.processes import sharded
 from bayeslora.tasks.types import labelled
 
 
@@ -40,9 +41,15 @@ class Comparison:
 
 
 def compare(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
-    """Train, predict and evaluate methods, by their names in the tables, under several seeds."""
+    """Train, predict and evaluate methods, by their names in the tables, under several seeds; by all processes."""
     runs = replace(runs)  # what was read off the model in an earlier comparison is read again
     _check(runs, methods, seeds)
+    with sharded():
+        return _compared(runs, methods, seeds)
+
+
+def _compared(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
+    """Train, predict and evaluate."""
     comparison = Comparison()
     for seed in seeds:
         for name, method in methods.items():
@@ -93,7 +100,7 @@ def _results(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Iterato
         scaled = Scaled(fitted.posterior, method.scaling(validation, rows))
         prediction, *others = (_scaled(scaled, p) for p in (plain.prediction, *plain.ood.values()))
         ood = dict(zip(plain.ood, others, strict=True))
-        yield f"{name} + T", _evaluated(runs, prediction, ood, plain.cost, seed)
+        yield f"{name} + T", evaluated(runs, prediction, ood, plain.cost, seed)
     if runs.temperatures and fitted.posterior.distinct is None:
         best = _best_temperature(runs, fitted, name, seed)
         tuned = f"{name} tuned"
@@ -105,10 +112,10 @@ def _measured(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Result
     prediction, memory = predicted(runs, fitted, runs.test, seed, name)
     ood = {other: predicted(runs, fitted, split, seed, name, f"{name}@{other}")[0] for other, split in runs.ood.items()}
     cost = replace(fitted.cost, predict_seconds=prediction.seconds, memory=max_known(fitted.cost.memory, memory))
-    return _evaluated(runs, prediction, ood, cost, seed)
+    return evaluated(runs, prediction, ood, cost, seed)
 
 
-def _evaluated(runs: CachedRuns, prediction: Prediction, ood: dict[str, Prediction], cost: Cost, seed: int) -> Result:
+def evaluated(runs: CachedRuns, prediction: Prediction, ood: dict[str, Prediction], cost: Cost, seed: int) -> Result:
     """Return the result of predictions."""
     evaluation = evaluate(prediction, runs.test, ood, bins=runs.bins, resamples=runs.resamples, seed=seed)
     return Result(prediction, ood, evaluation, cost)

@@ -67,6 +67,9 @@ class MethodCallback(TrainerCallback, ABC):
     def save(self, path: Path, run: Run) -> None:
         """Write what was learned beside the adapter into a checkpoint, where the run needs it."""
 
+    def gather(self, model: nn.Module) -> None:
+        """Note what is spread over processes, which all are here, before one of them saves it: nothing as a rule."""
+
     @abstractmethod
     def end(self, run: Run) -> None:
         """Do what comes after the last step, when nothing of the method is in the model any more."""
@@ -79,7 +82,7 @@ class MethodCallback(TrainerCallback, ABC):
         """Begin, and put the run on record under the model that the Trainer really trains."""
         run = Run.of(args, state, kwargs)
         record = self.begin(run)
-        record.save = self._save
+        record.gather, record.save = self.gather, self._save
         remember(run.model, record)
 
     def _save(self, folder: Path, run: Run) -> None:

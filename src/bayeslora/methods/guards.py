@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft.tuners.lora import LoraLayer
 from torch import nn, optim
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 
 from bayeslora.errors import InputError
@@ -35,7 +36,7 @@ def plain_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def check_training(args: TrainingArguments, optimizer: optim.Optimizer, method: str) -> None:
+def check_training(args: TrainingArguments, model: nn.Module, optimizer: optim.Optimizer, method: str) -> None:
     """Refuse ways of training in which the steps of a method cannot be taken."""
     if args.deepspeed or "DeepSpeed" in type(optimizer).__name__:
         raise InputError(
@@ -45,11 +46,11 @@ def check_training(args: TrainingArguments, optimizer: optim.Optimizer, method: 
     kinds = {base.__name__ for group in optimizer.param_groups for p in group["params"] for base in type(p).__mro__}
     if "FlatParameter" in kinds:
         raise InputError(
-            f"{method} cannot train under FSDP version 1, which flattens the adapter's matrices; use DDP "
-            "(accelerate launch)"
+            f"{method} cannot train under FSDP version 1, which flattens the adapter's matrices; use FSDP "
+            "version 2 or DDP (accelerate launch)"
         )
-    if "DTensor" in kinds:
+    if "DTensor" in kinds and not isinstance(model, FSDPModule):
         raise InputError(
-            f"{method} cannot train under FSDP version 2 or tensor parallelism, where each process has a part of the "
-            "adapter's matrices (DTensor) and would draw other noise; use DDP (accelerate launch)"
+            f"{method} cannot train under tensor parallelism, where each process computes with a part of the adapter's "
+            "matrices (DTensor); use DDP or FSDP version 2 (accelerate launch)"
         )

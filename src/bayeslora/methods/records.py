@@ -24,11 +24,12 @@ class Record:
     num_data: int
     learned: Any = None  # what the method needs, in its own type
     undo: Callable[[nn.Module], None] | None = None  # takes out what the run put into the model
+    gather: Callable[[nn.Module], None] | None = None  # in all processes, before one of them saves
     save: Callable[[Path, Any], None] | None = None  # writes what was learned into a checkpoint of a run
 
     def clear(self, model: nn.Module) -> None:
         """Take out what the run put into the model; once."""
-        undo, self.undo, self.save = self.undo, None, None
+        undo, self.undo, self.gather, self.save = self.undo, None, None, None
         if undo is not None:
             undo(model)
 

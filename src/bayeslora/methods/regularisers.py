@@ -25,7 +25,7 @@ Outputs = Mapping[str, Tensor]
 def answer_loss(outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Float[Tensor, ""]:
     """Return the cross-entropy of the answers, as a ``compute_loss_func`` of the Trainer; None for the mean.
 
-    Logits are [B C] with labels [B], or [B T V] with labels [B T] that are -100 where nothing is predicted.
+    Logits are [B C] with labels [B], or [B T V] with labels [B T]; labels are -100 where nothing is predicted.
     """
     logits, targets = _flat(outputs["logits"], labels)
     return divided(functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch, len(targets))
@@ -99,12 +99,13 @@ class KlToBase(TrainerCallback):
         (model, positional, named), self._batch = self._batch, None
         with torch.no_grad(), evaluating(model), require_lora(model).disable_adapter():
             base = model(*positional, **named)["logits"]
-        ours, _ = _flat(outputs["logits"], labels)
+        ours, targets = _flat(outputs["logits"], labels)
         theirs, _ = _flat(base, labels)
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
         finite = torch.isfinite(log_p) & torch.isfinite(log_q)
         gap = log_p.masked_fill(~finite, 0) - log_q.masked_fill(~finite, 0)
-        divergence = (log_p.exp().masked_fill(~finite, 0) * gap).sum()
+        each = (log_p.exp().masked_fill(~finite, 0) * gap).sum(-1)
+        divergence = torch.where(targets != -100, each, 0.0).sum()
         return loss + self.weight * divided(divergence, num_items_in_batch, len(ours)).to(loss.device)
 
 

@@ -15,15 +15,15 @@ from typing import Any, Literal, final
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from bayeslora.errors import InputError
 from bayeslora.methods.checkpoints import CheckpointState
+from bayeslora.methods.records import records
 from bayeslora.params import check_finite, largest, non_finite
+from bayeslora.processes import sums
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class FiniteSteps(TrainerCallback):
         grads = [p.grad for p in _trained(optimizer) if p.grad is not None]
         size, self._losses = largest(grads), []
         loss = torch.stack([one.to(size.device) for one in losses]).sum() if losses else torch.zeros_like(size)
-        size_of, loss_of = over_processes(torch.stack([size, loss]))
+        size_of, loss_of = sums(torch.stack([size, loss]))
         if math.isfinite(size_of) and math.isfinite(loss_of):
             self.in_a_row = 0
             return
@@ -149,14 +149,17 @@ class FiniteSteps(TrainerCallback):
             self.since_log = 0
 
     def check(self, args: object, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
-        """Refuse to go on to a checkpoint if anything that is trained, or the optimiser's state, is not finite."""
+        """Make ready for a checkpoint; refuse if anything that is trained, or the optimiser's state, is not finite."""
         held = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         known = {id(p): name for name, p in model.named_parameters()}
         for p, values in getattr(optimizer, "state", {}).items():
             if isinstance(values, Mapping):
                 whose = known.get(id(p), "a parameter")
                 held |= {f"{k} of {whose}": v for k, v in values.items() if isinstance(v, Tensor)}
-        if all(map(math.isfinite, over_processes(largest(held.values())[None]))):
+        if all(map(math.isfinite, sums(largest(held.values())[None]))):
+            for record in records(model):
+                if record.gather is not None:
+                    record.gather(model)
             return
         check_finite(held, f"no checkpoint of step {state.global_step} is written")
         raise InputError(f"no checkpoint of step {state.global_step} is written: another process's is not finite")
@@ -177,15 +180,6 @@ class FiniteSteps(TrainerCallback):
 def _trained(optimizer: Any) -> list[Tensor]:
     """Return the parameters of an optimiser."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def over_processes(numbers: Tensor) -> list[float]:
-    """Return the sums over all processes, so that all decide alike; all must ask, and the device is waited for once."""
-    processes = PartialState()
-    if processes.num_processes > 1:
-        numbers = reduce(numbers.to(processes.device), "sum")
-    values: list[float] = numbers.tolist()
-    return values
 
 
 def _reason(loss: float, optimizer: Any, model: nn.Module) -> str:

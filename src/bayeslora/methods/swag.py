@@ -31,7 +31,7 @@ from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_t
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params, lora_parameters
+from bayeslora.params import Params, lora_parameters, whole
 from bayeslora.posteriors import DiagonalGaussian, LowRankGaussian, Point, Posterior
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Moments:
     def add(self, params: Params) -> None:
         """Collect one value of every parameter, of any type on any device; it is copied."""
         self.count += 1
-        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in params.items()}
+        copies = {name: whole(p.detach()).to("cpu", torch.float32, copy=True) for name, p in params.items()}
         for name, value in copies.items():
             mean = self.mean.setdefault(name, torch.zeros_like(value))
             squares = self.squares.setdefault(name, torch.zeros_like(value))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.params import require_lora
+from bayeslora.params import require_lora, whole
 from bayeslora.posteriors.noise import PHILOX
 
 _SKETCH = 64
@@ -66,7 +66,7 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
         plain = [embedding.weight, *plain]
     sketch: list[float] = []
     for p in plain[: _SKETCH // 2]:
-        flat = p.detach().reshape(-1)
+        flat = whole(p.detach()).reshape(-1)
         share = _SKETCH // 2 if not sketch else 1
         rows = torch.linspace(0, flat.numel() - 1, share + 2, dtype=torch.float64)[1:-1].long()
         sketch += [float(f"{v:.6g}") for v in flat[rows.to(flat.device)].float().tolist()]

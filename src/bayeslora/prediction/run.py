@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -14,19 +15,21 @@ from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import monte_carlo_error
-from bayeslora.params import Params, evaluating
+from bayeslora.params import Params, evaluating, is_spread
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.engine import LogProbs, Take
 from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import requested
+from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
 from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import Passes, PassOptions
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, readout_for
+from bayeslora.prediction.sharding import over_processes
 from bayeslora.tasks.types import Split
 
 
@@ -69,7 +72,7 @@ def predict(
 
     Returns:
         The prediction, with ``log_probs`` [S N C] and ``mean_log_probs`` [N C] in float32 on the CPU. For a point the
-        two are the same; for a mixture the mean is its first member's.
+        two are the same; for a mixture the mean is its first member's. In several processes see `bayeslora.sharded`.
 
     Raises:
         InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
@@ -80,31 +83,30 @@ def predict(
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
-    total = len(rows) * posterior.passes(draws, mean=mean)
-    with (
-        evaluating(model),
-        readout.attached(model),
-        shown("predict", total, options.progress) as done,
-    ):
-        budget, classes = token_budget or default_token_budget(model), max(len(example.choices) for example in split)
-        passes = Passes(model, readout, rows, classes, budget, done, options)
-        log_probs, at_mean = posterior.answers(_Engine(passes, mean, token_budget), draws)
+    classes = max(len(example.choices) for example in split)
+
+    def answers(numbers: Sequence[int]) -> LogProbs:
+        """Return the answers to some of the rows."""
+        total = len(numbers) * posterior.passes(draws, mean=mean)
+        with evaluating(model), readout.attached(model), shown("predict", total, options.progress) as done:
+            passes = Passes(model, readout, rows, classes, token_budget or default_token_budget(model), done, options)
+            return posterior.answers(_Engine(passes, numbers, mean, token_budget), draws)
+
+    log_probs, at_mean = over_processes(answers, [readout.length(row) for row in rows])
     components = posterior.components(len(log_probs))
-    return Prediction(
-        log_probs=log_probs,
-        mean_log_probs=at_mean,
-        components=components,
-        truncated=cut,
-        readout=readout.name,
-        monte_carlo_error=_error(posterior, log_probs, components, draws),
-        seconds=time.perf_counter() - began,
-    )
+    error = _error(posterior, log_probs, components, draws)
+    return Prediction(log_probs, at_mean, components, cut, readout.name, time.perf_counter() - began, error)
 
 
 def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None) -> Readout:
     """Return the split's readout once posterior, model and split are known to fit together."""
     if not len(split):
         raise InputError(f"{split.name} has no examples")
+    if is_spread(model):
+        raise InputError(
+            "the model's weights are spread over processes (FSDP), and prediction needs them whole in each; load the "
+            "model anew, and predict by the posterior"
+        )
     if posterior.origin is not None:
         check_base(posterior.origin, model)
     readout = readout_for(model, split, tokenizer)
@@ -128,6 +130,7 @@ class _Engine:
     """What a posterior asks for its answers: see `bayeslora.posteriors.engine.Engine`."""
 
     passes: Passes
+    numbers: Sequence[int]  # of the examples that are asked for, in their order
     mean: bool
     token_budget: int | None
 
@@ -139,11 +142,16 @@ class _Engine:
     @property
     def contents(self) -> list[object]:
         """What tells an example from others, wherever it stands among them."""
-        return [row.content for row in self.passes.rows]
+        return [row.content for row in self._rows]
+
+    @property
+    def _rows(self) -> list[Encoded]:
+        """The examples."""
+        return [self.passes.rows[i] for i in self.numbers]
 
     def once(self, params: Params) -> Float[Tensor, "N C"]:
-        """Return the log-probabilities under some weights."""
-        return self.passes.run(lambda _: params, 1)[0]
+        """Return the log-probabilities under some weights; all examples pass, for noise may depend on the batch."""
+        return self.passes.run(lambda _: params, 1)[0, list(self.numbers)]
 
     @property
     def classes(self) -> int:
@@ -156,7 +164,7 @@ class _Engine:
         with posterior.applied(model, None):
             sites = linear_sites(model, posterior.noisy.__contains__)
             budget = gradient_budget(model, sites, self.token_budget, passes.classes)
-            batches = gradient_batches(model, passes.readout, passes.rows, budget, passes.classes)
+            batches = gradient_batches(model, passes.readout, self._rows, budget, passes.classes)
             logit_moments(model, [posterior], batches, budget, take, done=passes.done)
 
     def weights(self, posterior: Posterior, draws: Draws) -> LogProbs:
@@ -165,7 +173,7 @@ class _Engine:
         posterior = draws_for(self.model, posterior)
         passes = replace(self.passes, before=posterior.before_answer)
         components = posterior.components(draws.count)
-        alive = torch.arange(len(self.passes.rows))
+        alive, examples = torch.arange(len(self.numbers)), torch.tensor(self.numbers)
         at_mean: Tensor | None = None
         log_probs = torch.full((draws.count, len(alive), self.passes.classes), -math.inf)
         for numbers in rounds(posterior, draws):
@@ -175,7 +183,7 @@ class _Engine:
                 """Return the mean where it is asked for, then the draws of this round."""
                 return posterior.mean if start + number < 0 else posterior.cached_draw(start + number, draws)
 
-            log_p = passes.run(draw, extra + len(numbers), alive.tolist())
+            log_p = passes.run(draw, extra + len(numbers), examples[alive].tolist())
             if numbers.start == 0 and self.mean:
                 at_mean = posterior.scaled(log_p[0], "mean")
             log_probs[numbers.start : numbers.stop, alive] = posterior.scaled(log_p[extra:], "draws")

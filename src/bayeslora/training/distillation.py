@@ -26,8 +26,10 @@ from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import origin_of, scored
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.prediction import predict, readout_for
+from bayeslora.processes import sharded
 from bayeslora.tasks.types import Split
-from bayeslora.training.trainer import TrainerRun, run_trainer
+from bayeslora.training.rounds import IGNORED
+from bayeslora.training.trainer import TrainerRun, refuse_fsdp, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +74,12 @@ def distill(
     draws = Draws.of(draws)
     if not draws.count and posterior.unscaled is posterior:
         raise InputError("the mean is one plain adapter already: export it (bayeslora export --mean), or give draws")
+    refuse_fsdp(args, "what is distilled is predicted first")
     judges, learned = _held_out(rows, held_out, args.seed)
-    prediction = predict(
-        model, posterior, rows, draws, mean=bool(judges), tokenizer=tokenizer, token_budget=token_budget
-    )
+    with sharded():
+        prediction = predict(
+            model, posterior, rows, draws, mean=bool(judges), tokenizer=tokenizer, token_budget=token_budget
+        )
     write(model, posterior.mean)
     readout = readout_for(model, rows, tokenizer)
     encoded = [replace(row, label=i) for i, row in enumerate(readout.encode(rows)[0])]
@@ -90,8 +94,7 @@ def distill(
     else:
         before = float(divergences(prediction.log_p[judges], prediction.mean_log_probs[judges]).mean())
         settings |= {"held_out": len(judges), **_train_to_the_closest(run, before, posterior.mean)}
-    origin = origin_of(model, "distilled", settings, len(learned))
-    return Point(read(model), scored(origin, rows.normalisation))
+    return Point(read(model), scored(origin_of(model, "distilled", settings, len(learned)), rows.normalisation))
 
 
 def _held_out(rows: Split, held_out: float, seed: int) -> tuple[list[int], list[int]]:
@@ -141,8 +144,9 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
     def loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return Σ KL(p̄ ‖ q) in nats, divided."""
         log_q = outputs["logits"].float().log_softmax(-1)
-        targets = log_p.to(log_q.device)[labels.to(log_q.device)][:, : log_q.shape[-1]]
-        return divided(divergences(targets, log_q).sum(), num_items_in_batch, len(labels))
+        labels = labels.to(log_q.device)
+        each = divergences(log_p.to(log_q.device)[labels.clamp_min(0)][:, : log_q.shape[-1]], log_q)
+        return divided(torch.where(labels != IGNORED, each, 0.0).sum(), num_items_in_batch, len(labels))
 
     return loss
 

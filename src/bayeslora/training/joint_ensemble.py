@@ -8,15 +8,13 @@ that of separate runs up to rounding; with dropout the masks are others, from th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import final
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora.errors import InputError
@@ -25,6 +23,7 @@ from bayeslora.prediction.batching import Batch
 from bayeslora.prediction.memory import default_token_budget
 from bayeslora.prediction.passes import Passes
 from bayeslora.prediction.stacking import side_by_side
+from bayeslora.training.rounds import MemberSampler
 from bayeslora.training.trainer import Rows, TrainerRun, run_trainer
 
 FOLDER = "together"
@@ -93,26 +92,6 @@ def _check(run: TrainerRun) -> None:
             "a trial showed that this model does not keep the rows of a batch apart, or has adapters outside of linear "
             "layers, so members cannot share a pass; use together=False"
         )
-
-
-@final
-class MemberSampler(Sampler[tuple[int, ...]]):
-    """The rows of each step for several members, each in the order that its seed gives in a run of its own."""
-
-    def __init__(self, rows: int, seeds: Sequence[int]) -> None:
-        self.samplers = [SeedableRandomSampler(range(rows), data_seed=seed) for seed in seeds]
-
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        """Yield the number of a row for each member."""
-        yield from zip(*self.samplers, strict=True)
-
-    def __len__(self) -> int:
-        return len(self.samplers[0])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the orders of an epoch."""
-        for sampler in self.samplers:
-            sampler.set_epoch(epoch)
 
 
 @final

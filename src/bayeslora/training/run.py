@@ -26,11 +26,12 @@ from bayeslora.posteriors import Point, Posterior
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.provenance import scored
 from bayeslora.prediction.readouts import readout_for
+from bayeslora.processes import sharded
 from bayeslora.tasks.types import Split, Task
 from bayeslora.training import keys
 from bayeslora.training.joint_ensemble import FOLDER, train_jointly
 from bayeslora.training.resuming import refuse_others
-from bayeslora.training.trainer import TrainerRun, adapted, run_trainer
+from bayeslora.training.trainer import TrainerRun, adapted, refuse_fsdp, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +118,13 @@ def _train(common: _Common, method: Inference, args: TrainingArguments, start: P
     """Train once, and fit what is fitted afterwards."""
     model, task = common.model, common.task
     if isinstance(method, PostHoc):
+        refuse_fsdp(args, f"{method.name} is fitted by predictions")
         method.check(model, task)
         point = _train(common, Map(), args, start)
-        return method.fit(
-            model, task, start=point, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
-        )
+        with sharded():
+            return method.fit(
+                model, task, start=point, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
+            )
     assert isinstance(method, Method)
     run = _prepared(common, method, args, [start])
     if start is not None:
@@ -143,6 +146,7 @@ def _train_members(
     _note_members(common, method, args, member_args, starts)
     members: list[Posterior] = []
     if method.together:
+        refuse_fsdp(args, "members that are trained together lie side by side")
         members = _train_jointly(common, method.member, member_args, starts)
     for k, (each, folder) in enumerate(zip(member_args, folders, strict=True)):
         if kept[k] and not method.together:

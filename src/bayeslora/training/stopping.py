@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.steps import over_processes
+from bayeslora.processes import sums
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -105,4 +105,4 @@ class Stop(TrainerCallback):
 
 def in_any_process(flag: bool) -> bool:
     """Return whether a flag is set in any process of the run; all processes must ask."""
-    return over_processes(torch.tensor([float(flag)]))[0] > 0
+    return sums(torch.tensor([float(flag)]))[0] > 0

@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
@@ -30,6 +32,7 @@ from bayeslora.prediction.fused import fused
 from bayeslora.prediction.readouts import Readout
 from bayeslora.training.keys import Parts
 from bayeslora.training.resuming import checkpoint_of
+from bayeslora.training.rounds import IDLE, IGNORED, MemberSampler, WholeRounds
 from bayeslora.training.stopping import Stop
 
 SCORES = ("accuracy", "nll", "ece", "brier")
@@ -143,6 +146,15 @@ def adapted(args: TrainingArguments) -> TrainingArguments:
     return changed
 
 
+def refuse_fsdp(args: TrainingArguments, why: str) -> None:
+    """Refuse to train a model that FSDP spreads over processes, since something needs it whole; ``why`` says what."""
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise InputError(
+            f"{why}, which a model that FSDP spreads over processes does not serve; train plain adapters (map) by FSDP "
+            "and do the rest with the model loaded anew, or use DDP"
+        )
+
+
 @final
 class _Trainer(Trainer):
     """The stock Trainer, which may take its rows in any order, shows a guard its losses, and ends a run only once."""
@@ -177,9 +189,16 @@ class _Trainer(Trainer):
         PartialState().wait_for_everyone()
 
     def _get_train_sampler(self, *args: object, **kwargs: object) -> Sampler[Any] | None:
-        """Return the sampler, or the Trainer's own."""
+        """Return the sampler, or the Trainer's own, such that each row counts once in several processes."""
         stock: Sampler[int] | None = super()._get_train_sampler(*args, **kwargs)
-        return stock if self.sampler is None else self.sampler
+        sampler: Any = stock if self.sampler is None else self.sampler
+        if self.args.world_size == 1 or sampler is None or self.args.dataloader_drop_last:
+            return sampler
+        if isinstance(sampler, RandomSampler):  # in the order that accelerate gives it in one process
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=seed)
+        idle = (IDLE,) * len(sampler.samplers) if isinstance(sampler, MemberSampler) else IDLE
+        return WholeRounds(sampler, self.args.train_batch_size * self.args.world_size, idle)
 
 
 @final
@@ -193,4 +212,8 @@ class _Rows(Dataset[Rows]):
         return len(self.rows)
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Rows:
-        return self.rows[index] if isinstance(index, int) else tuple(self.rows[i] for i in index)
+        return self._row(index) if isinstance(index, int) else tuple(map(self._row, index))
+
+    def _row(self, index: int) -> Encoded:
+        """Return one row, or one that does not count."""
+        return replace(self.rows[0], label=IGNORED) if index == IDLE else self.rows[index]

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from bayeslora.errors import InputError
 from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
@@ -48,7 +49,7 @@ from bayeslora.methods.guards import check_training
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
-from bayeslora.params import Params
+from bayeslora.params import Params, is_spread, spread_as, whole
 from bayeslora.posteriors import DiagonalGaussian
 
 _SIZE, _TOKENS, _STEPS = ".size", "tokens", "steps"
@@ -117,7 +118,7 @@ class Blob(Method):
     def posterior(self, model: nn.Module) -> DiagonalGaussian:
         """Return the Gaussian over A, with B at its mean; see `Method.posterior`."""
         spreads: Params = require_record(model, self.name).learned
-        variance = {n: g.detach().to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
+        variance = {n: whole(g.detach()).to("cpu", torch.float32).pow(4) for n, g in spreads.items()}
         return DiagonalGaussian(trained(model), variance, origin_for(model, self))
 
 
@@ -133,6 +134,7 @@ class BlobCallback(MethodCallback):
         self.temperature, self.rate = method.number("temperature"), method.number("kl_rate")
         self.tokens = TokenCount(num_data, method.tokens_per_row)
         self.gradients: dict[str, Tensor] = {}
+        self.whole: Params = {}  # G, where it is spread over processes and about to be saved
         self.sizes: dict[str, float] = {}
         self.scales: dict[str, Scale] = {}
         self.cycle = 1
@@ -141,7 +143,12 @@ class BlobCallback(MethodCallback):
     def begin(self, run: Run) -> Record:
         """Draw the start of G or read it from the checkpoint, and switch the noise on."""
         args, state, model, method = run.args, run.state, run.model, self.method
-        check_training(args, run.optimizer, self.title)
+        check_training(args, run.model, run.optimizer, self.title)
+        if is_spread(model) and method.update == "paper" and args.save_strategy != SaveStrategy.NO:
+            raise InputError(
+                "BLoB's update='paper' cannot go on from checkpoints of FSDP, since G has no state in the Trainer's "
+                "optimiser; use save_strategy='no', update='elbo', or DDP"
+            )
         modules = {id(m) for m in model.modules()}
         if not all(id(layer) in modules for layer in self.layers.values()):
             raise InputError(
@@ -151,8 +158,9 @@ class BlobCallback(MethodCallback):
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.cycle = method.kl_cycle or min(paper_cycle(self.num_data, batch), max(1, state.max_steps))
         for layer in self.layers.values():
-            layer.spread.data = layer.spread.data.float()  # some trainers cast everything that is trained
-            layer.noisy = True
+            if layer.spread.dtype != torch.float32:  # some trainers cast everything that is trained
+                layer.spread.data = layer.spread.data.float()
+            layer.noisy, layer.process = True, args.process_index
         self.steps = state.global_step
         if state.global_step == 0:
             self.sizes = sizes(self.layers)
@@ -180,11 +188,11 @@ class BlobCallback(MethodCallback):
     def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return the divergence from the prior, its weight in the last step, and the deviations, for the log."""
         kl = sum(
-            float(kl_divergence(layer.weight.float(), layer.spread, self.scales[name].sigma))
+            float(kl_divergence(whole(layer.weight).float(), whole(layer.spread), self.scales[name].sigma))
             for name, layer in self.layers.items()
         )
         weight = self.weight(max(0, self.steps - 1))
-        return {"kl": kl, "kl_weight": weight, **spread(layer.spread.square() for layer in self.layers.values())}
+        return {"kl": kl, "kl_weight": weight, **spread(whole(layer.spread).square() for layer in self.layers.values())}
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
@@ -215,11 +223,17 @@ class BlobCallback(MethodCallback):
         for name, gradient in gradients.items():
             paper_step(self.layers[name], gradient, self.scales[name], weight, rate)
 
+    def gather(self, model: nn.Module) -> None:
+        """Note all of G where FSDP has spread it."""
+        if is_spread(model):
+            self.whole = {name: whole(g.detach()) for name, g in self._spreads().items()}
+
     def save(self, path: Path, run: Run) -> None:
         """Write G, and what the weight of the divergence depends on."""
         tensors = {name + _SIZE: torch.tensor(size, dtype=torch.float64) for name, size in self.sizes.items()}
         counts = {_TOKENS: self.tokens.noted, _STEPS: torch.tensor(self.steps)}
-        write_tensors(path, {**self._spreads(), **tensors, **counts})
+        spreads, self.whole = self.whole or self._spreads(), {}
+        write_tensors(path, {**spreads, **tensors, **counts})
 
     def _load(self, path: Path) -> None:
         """Read what `save` wrote; a checkpoint of an earlier version has G alone, for an absolute prior."""
@@ -244,4 +258,4 @@ class BlobCallback(MethodCallback):
     def _take(self, spreads: Mapping[str, Tensor]) -> None:
         """Write G into the layers."""
         for name, layer in self.layers.items():
-            layer.spread.copy_(spreads[name])
+            layer.spread.copy_(spread_as(spreads[name], layer.spread))

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sized
 from typing import cast, final
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from bayeslora.processes import sums
 
 
 @final
@@ -30,12 +30,10 @@ class TokenCount:
         self.batches: int | None = None
         self.noted = torch.zeros(3, dtype=torch.float64)  # batches, rows, tokens
         self.fresh: list[tuple[int, Tensor]] = []  # rows and tokens of the batches since the last step
-        self._world = 1
         self._handle: RemovableHandle | None = None
 
     def begin(self, model: nn.Module, loader: object, world: int) -> None:
         """Look at what the model is given; ``loader`` has the batches of one of ``world`` processes."""
-        self._world = world
         try:
             self.batches = len(cast(Sized, loader)) * world
         except TypeError:  # a stream of rows
@@ -60,10 +58,7 @@ class TokenCount:
         """Take in what was counted since the last step, over all processes."""
         seen, self.fresh = self.fresh, []
         counts = [len(seen), sum(rows for rows, _ in seen), sum(int(tokens) for _, tokens in seen)]
-        fresh = torch.tensor(counts, dtype=torch.float64)
-        if self._world > 1:
-            fresh = reduce(fresh.to(PartialState().device), "sum").cpu()
-        self.noted += fresh
+        self.noted += torch.tensor(sums(torch.tensor(counts, dtype=torch.float64)), dtype=torch.float64)
 
     @property
     def per_row(self) -> float:

@@ -25,8 +25,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bayeslora.errors import InputError
-from bayeslora.methods.ivon.settings import Group, check_ivon, clamp, estimate_prior, from_prior, pull_weight
-from bayeslora.params import seed_of, stack_across
+from bayeslora.methods.ivon.settings import (
+    Group,
+    check_ivon,
+    clamp,
+    estimate_prior,
+    from_prior,
+    parts,
+    pull_weight,
+    update_hessian,
+)
+from bayeslora.params import local, seed_of, spread_as, stack_across, whole
 
 
 @final
@@ -99,7 +108,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         self._draws = self._folds = 0  # draws of this step, and how many of them are in the products
 
     def noise(self, parameter: Tensor) -> Tensor | None:
-        """Return θ − m of the present draw, float32; None outside a step."""
+        """Return θ − m of the present draw, float32, whole in every process; None outside a step."""
         return self._noise.get(parameter)
 
     def mean(self, parameter: Tensor) -> Tensor:
@@ -111,7 +120,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         """Return σ² of a parameter, float32."""
         group = self._group(parameter)
         state = self._state(parameter, group)
-        return 1 / (group["ess"] * (state["hess"] + state["delta"]))
+        return 1 / (group["ess"] * (whole(state["hess"]) + state["delta"]))
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -128,7 +137,7 @@ class IvonOptimizer(torch.optim.Optimizer):
                 key = seed_of("ivon", head["seed"], head["steps"], self._draws, number)
                 noise = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(key), device=p.device)
                 state = self._state(p, group)
-                self._noise[p] = noise.div_(torch.add(state["hess"], state["delta"]).mul_(group["ess"]).sqrt_())
+                self._noise[p] = noise.div_(torch.add(whole(state["hess"]), state["delta"]).mul_(group["ess"]).sqrt_())
 
     @contextmanager
     def sampled(self) -> Iterator[None]:
@@ -141,7 +150,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         before = {p: p.detach().clone() for p in self._noise}
         try:
             for p, noise in self._noise.items():
-                p.detach().copy_(self.mean(p) + noise)
+                p.detach().copy_(self.mean(p) + spread_as(noise, p))
             yield
         finally:
             for p, mean in before.items():
@@ -168,12 +177,15 @@ class IvonOptimizer(torch.optim.Optimizer):
                 loss = closure()
         grads = self._grads()
         if grads and not self._draws:
-            raise InputError("IVON needs gradients at a draw; compute them inside `with optimizer.sampled():`")
+            if any(bool(grad.any()) for grad in grads.values()):
+                raise InputError("IVON needs gradients at a draw; compute them inside `with optimizer.sampled():`")
+            _ = [self._state(p, self._group(p)) for p in grads]  # so PyTorch's distributed checkpoints ask for states
+            return loss
         products = self._folded(grads)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in grads and p in products]
             if params:
-                self._update(group, params, [grads[p].float() for p in params], [products[p] for p in params])
+                self._update(group, params, [grads[p] for p in params], [products[p] for p in params])
         self.param_groups[0]["steps"] += 1
         self._forget()
         return loss
@@ -188,11 +200,10 @@ class IvonOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._forget()
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        for name, p in zip(names, params, strict=True):
+        for name, p in zip(names, (p for group in self.param_groups for p in group["params"]), strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+                    self.state[p][key] = spread_as(value.to(p.device, torch.float32, copy=True), p)
 
     def begin(self, parameter: Tensor, *, hess_init: float, weight_decay: float) -> None:
         """Give a parameter its own h₀ and δ in the place of its group's; nothing happens once it has taken a step.
@@ -227,29 +238,16 @@ class IvonOptimizer(torch.optim.Optimizer):
 
     def _update(self, group: Group, params: list[Tensor], grads: list[Tensor], products: list[Tensor]) -> None:
         """Take one step for the parameters of a group: the formulas at the top, for all of them at once."""
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        hess, average = [s["hess"] for s in states], [s["avg_grad"] for s in states]
-        deltas = [s["delta"] for s in states]
-        for state in states:
-            state["step"] += 1
+        for p in params:
+            self.state[p]["step"] += 1
+        states = [parts(self.state[p], local) for p in params]
+        beta1, _ = group["betas"]
+        hess, average, deltas = ([s[key] for s in states] for key in ("hess", "avg_grad", "delta"))
         torch._foreach_lerp_(average, grads, 1 - beta1)
-        precision = torch._foreach_add(hess, deltas)
-        ratio = torch._foreach_mul(products, group["ess"])  # f / (h+δ)
-        clamp(ratio, group["price_clip"])
-        gap = torch._foreach_mul(ratio, precision)
-        torch._foreach_sub_(gap, hess)
-        torch._foreach_mul_(gap, 1 - beta2)  # (1−β₂)(f−h)
-        torch._foreach_mul_(precision, 2)
-        half = torch._foreach_div(gap, precision)
-        torch._foreach_add_(half, 1)
-        torch._foreach_mul_(gap, half)
-        torch._foreach_add_(hess, gap)
-        if group["bounded"]:
-            torch._foreach_clamp_min_(hess, 0.0)
-        means = [self.mean(p) for p in params]
+        update_hessian(group, hess, deltas, products)
+        means = [local(self.mean(p)) for p in params]
         if group["prior"] == "empirical":
-            deltas = estimate_prior(group, states, means)
+            deltas = estimate_prior(group, [self.state[p] for p in params], [self.mean(p) for p in params])
         update = torch._foreach_div(average, [1 - beta1 ** s["step"] for s in states])
         weights = [pull_weight(group, s) for s in states]
         if any(weights):
@@ -260,11 +258,12 @@ class IvonOptimizer(torch.optim.Optimizer):
         torch._foreach_add_(means, update, alpha=-rate)
         for p, mean in zip(params, means, strict=True):
             if p.dtype != torch.float32:
-                p.copy_(mean)
+                local(p.detach()).copy_(mean)
 
     def _grads(self) -> dict[Tensor, Tensor]:
-        """Return the gradients that there are."""
-        return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        """Return the gradients that there are, float32, of this process's part where parameters are spread."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return {p: local(p.grad).float() for p in trained}
 
     @torch.no_grad()
     def _fold(self, grads: dict[Tensor, Tensor]) -> None:
@@ -274,8 +273,7 @@ class IvonOptimizer(torch.optim.Optimizer):
         self._folds = self._draws
         for p, grad in grads.items():
             if p in self._noise:
-                share = grad.float() - self._seen[p] if p in self._seen else grad.float()
-                product = self._noise[p] * share
+                product = self._product(p, grad - self._seen[p] if p in self._seen else grad)
                 self._products[p] = self._products[p] + product if p in self._products else product
                 self._seen[p] = grad.detach().to(torch.float32, copy=True)
 
@@ -283,14 +281,18 @@ class IvonOptimizer(torch.optim.Optimizer):
         """Return Σ noise ⊙ gradient over the step's draws; gradients may have been scaled as a whole since the last."""
         sampled_params = [p for p in grads if p in self._noise]
         if self._draws <= 1 or not sampled_params:
-            return {p: self._noise[p] * grads[p].float() for p in sampled_params}
+            return {p: self._product(p, grads[p]) for p in sampled_params}
         if self._folds < self._draws:
             self._fold(grads)
             return {p: self._products[p] for p in sampled_params}
-        now = stack_across([grads[p].float().norm() for p in sampled_params]).norm()
+        now = stack_across([grads[p].norm() for p in sampled_params]).norm()
         then = stack_across([self._seen[p].norm() for p in sampled_params]).norm()
         factor = torch.where(then > 0, now / then, 1.0)
         return {p: self._products[p] * factor.to(p.device) for p in sampled_params}
+
+    def _product(self, p: Tensor, grad: Tensor) -> Tensor:
+        """Return noise ⊙ gradient."""
+        return local(spread_as(self._noise[p], p)) * grad
 
     def _forget(self) -> None:
         """End a step: no draw, no products."""

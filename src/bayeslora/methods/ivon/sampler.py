@@ -17,10 +17,10 @@ from bayeslora.errors import InputError
 from bayeslora.methods.callback import HALF, MethodCallback, Run, write_tensors
 from bayeslora.methods.guards import check_training, plain_layers
 from bayeslora.methods.ivon.optimizer import IvonOptimizer
-from bayeslora.methods.ivon.settings import STEP, Group, default_sigma, from_prior, pull_weight
+from bayeslora.methods.ivon.settings import STEP, Group, default_sigma, from_prior, parts, pull_weight
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.trainer_log import averages
-from bayeslora.params import Params, lora_parameters, stack_across
+from bayeslora.params import Params, is_spread, lora_parameters, stack_across, whole
 
 if TYPE_CHECKING:
     from bayeslora.methods.ivon.method import Ivon
@@ -42,12 +42,13 @@ class Sampler(MethodCallback):
         super().__init__(num_data)
         self.method = method
         self.batches = 0
+        self.whole: Params = {}  # moments that are spread over processes and about to be saved
 
     def begin(self, run: Run) -> Record:
         """Give the optimiser what only the Trainer's arguments say, and let the modules read its draws."""
         method = self.method
         layers = plain_layers(run.model, self.title)
-        check_training(run.args, run.optimizer, self.title)
+        check_training(run.args, run.model, run.optimizer, self.title)
         optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
         if not isinstance(optimizer, IvonOptimizer):
             raise InputError("IVON is its own optimiser, and the Trainer was given another; leave `optimizers` out")
@@ -87,12 +88,14 @@ class Sampler(MethodCallback):
         if draws > 1 and args.fp16:
             raise InputError("several draws per step cannot be told apart under fp16's loss scaling; use bf16=True")
 
-    def _value(self, p: Tensor) -> Tensor | None:
-        """Return the draw of a parameter, as a function of the parameter."""
-        noise = self.optimizer.noise(p)
+    def _value(self, known: Tensor, p: Tensor) -> Tensor | None:
+        """Return the draw of a parameter that the optimiser has, as a function of what a module has of it now."""
+        noise = self.optimizer.noise(known)
         if noise is None:
             return None
-        return p + (noise if p.dtype == torch.float32 else (self.optimizer.mean(p) + noise).to(p.dtype) - p.detach())
+        if p.dtype == torch.float32:
+            return p + noise
+        return p + ((whole(self.optimizer.mean(known)) + noise).to(p.dtype) - p.detach())
 
     def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
         """Draw."""
@@ -110,10 +113,16 @@ class Sampler(MethodCallback):
         """Return how the variance does, for the log."""
         return diagnostics(self.optimizer)
 
+    def gather(self, model: nn.Module) -> None:
+        """Note the moments where FSDP has spread them."""
+        if is_spread(model):
+            self.whole = learned(self.optimizer, model)
+
     def save(self, path: Path, run: Run) -> None:
         """Write what belongs to the adapter of the checkpoint, if the best one is to be the result."""
         if run.args.load_best_model_at_end:
-            write_tensors(path, learned(self.optimizer, run.model))
+            tensors, self.whole = self.whole or learned(self.optimizer, run.model), {}
+            write_tensors(path, tensors)
 
     def end(self, run: Run) -> None:
         """Say whether the variance was learned, and take the best checkpoint's, if it is used."""
@@ -140,6 +149,7 @@ def diagnostics(optimizer: IvonOptimizer) -> dict[str, float]:
 
 def _coordinates(group: Group, state: Group, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return σ of a parameter, where h+δ is more than 10 % off, and where the update is at the clip radius."""
+    state, mean = parts(state, whole), whole(mean)
     precision = state["hess"] + state["delta"]
     update = state["avg_grad"] / (1 - group["betas"][0] ** state["step"])
     update = update + pull_weight(group, state) * from_prior([mean], [state])[0]
@@ -156,7 +166,7 @@ def report(optimizer: IvonOptimizer, model: nn.Module) -> None:
         return
     sizes = {}
     for part in ("lora_A", "lora_B"):
-        values = [p.detach().abs().median() for name, p in lora_parameters(model).items() if part in name]
+        values = [whole(p.detach()).abs().median() for name, p in lora_parameters(model).items() if part in name]
         sizes[part] = float(stack_across(values).median()) if values else math.nan
     logger.info(
         "IVON: median sigma %.2g (median |A| %.2g, |B| %.2g); %.0f %% of h is more than 10 %% off what it "
@@ -179,7 +189,7 @@ def learned(optimizer: IvonOptimizer, model: nn.Module) -> Params:
     """Return σ² as ``variance/<name>``, and as ``mean/<name>`` the exact mean of what is in half precision."""
     params = {name: p for name, p in lora_parameters(model).items() if p in optimizer.state}
     variances = {f"variance/{name}": optimizer.variance(p).cpu() for name, p in params.items()}
-    means = {name: optimizer.mean(p).float().cpu().clone() for name, p in params.items() if p.dtype in HALF}
+    means = {name: whole(optimizer.mean(p)).float().cpu().clone() for name, p in params.items() if p.dtype in HALF}
     return variances | {f"mean/{name}": mean for name, mean in means.items()}
 
 
@@ -202,28 +212,28 @@ def first_deviations(layers: Mapping[str, LoraLayer], params: Iterable[Tensor]) 
 
 
 def shadowed(
-    model: nn.Module, params: Iterable[Tensor], value: Callable[[Tensor], Tensor | None]
+    model: nn.Module, params: Iterable[Tensor], value: Callable[[Tensor, Tensor], Tensor | None]
 ) -> Callable[[nn.Module], None]:
-    """Let modules read ``value(parameter)`` in the place of a parameter in training mode; return what undoes it."""
+    """Let modules read ``value(parameter, parameter now)`` in its place in training mode; return what undoes it."""
     # A module's attribute is covered for the length of its own forward call, so gradients go to the parameter, gradient
     # checkpointing reads the same value again, and whoever looks at the model from outside sees the parameter. Where
     # `value` returns None the parameter itself is read.
     covered, handles = set(params), []
     for path, module in model.named_modules():
-        names = [name for name, p in module._parameters.items() if p is not None and p in covered]
+        names = {name: p for name, p in module._parameters.items() if p is not None and p in covered}
         if not names:
             continue
         if isinstance(module, nn.ParameterDict | nn.ParameterList):
             raise InputError(f"noise cannot be added to {path}, which is not a module with a forward pass of its own")
 
-        def _cover(owner: nn.Module, inputs: object, names: list[str] = names) -> None:
+        def _cover(owner: nn.Module, inputs: object, names: dict[str, nn.Parameter] = names) -> None:
             if owner.training:
-                for name in names:
-                    other = value(owner._parameters[name])  # type: ignore[arg-type]
+                for name, p in names.items():  # which FSDP has put a whole parameter in the place of
+                    other = value(p, owner._parameters[name])  # type: ignore[arg-type]
                     if other is not None:
                         owner.__dict__[name] = other
 
-        def _uncover(owner: nn.Module, inputs: object, output: object, names: list[str] = names) -> None:
+        def _uncover(owner: nn.Module, inputs: object, output: object, names: dict[str, nn.Parameter] = names) -> None:
             for name in names:
                 owner.__dict__.pop(name, None)
 

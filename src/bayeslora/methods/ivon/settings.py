@@ -6,13 +6,14 @@ The defaults are for one adapter of any size and for 100 to 10,000 steps; docs/m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.params import stack_across
+from bayeslora.params import stack_across, whole
 
 Group = dict[str, Any]
 """Settings of a parameter group of `IvonOptimizer`, or what it keeps of a parameter, by name."""
@@ -79,11 +80,30 @@ def check_ivon(group: Group) -> None:
             raise InputError(f"IVON's {key} must be {words[0]} or {words[1]}, and it is {group[key]!r}")
 
 
+def update_hessian(group: Group, hess: list[Tensor], deltas: list[float], products: list[Tensor]) -> None:
+    """Move each h, in place, by Price's estimate f = λ(h+δ) · noise ⊙ gradient; the products are those of the step."""
+    _, beta2 = group["betas"]
+    precision = torch._foreach_add(hess, deltas)
+    ratio = torch._foreach_mul(products, group["ess"])  # f / (h+δ)
+    clamp(ratio, group["price_clip"])
+    gap = torch._foreach_mul(ratio, precision)
+    torch._foreach_sub_(gap, hess)
+    torch._foreach_mul_(gap, 1 - beta2)  # (1−β₂)(f−h)
+    torch._foreach_mul_(precision, 2)
+    half = torch._foreach_div(gap, precision)
+    torch._foreach_add_(half, 1)
+    torch._foreach_mul_(gap, half)
+    torch._foreach_add_(hess, gap)
+    if group["bounded"]:
+        torch._foreach_clamp_min_(hess, 0.0)
+
+
 def estimate_prior(group: Group, states: list[Group], means: list[Tensor]) -> list[float]:
     """Move each δ towards 1/(λ·mean(m² + σ²)), which maximises the evidence bound over the prior's variance."""
     ess = group["ess"]
     second = [
-        m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean() for s, m in zip(states, means, strict=True)
+        whole(m.square().mean() + (1 / (ess * (s["hess"] + s["delta"]))).mean())
+        for s, m in zip(states, means, strict=True)
     ]
     for state, variance in zip(states, stack_across(second).tolist(), strict=True):
         now = 1 / (ess * state["delta"]) if state["delta"] > 0 else variance
@@ -109,3 +129,8 @@ def pull_weight(group: Group, state: Group) -> float:
 def from_prior(means: list[Tensor], states: list[Group]) -> list[Tensor]:
     """Return how far each m is from the mean of its prior: ``start``, or zero."""
     return [m - s["start"] if "start" in s else m for m, s in zip(means, states, strict=True)]
+
+
+def parts(state: Group, of: Callable[[Tensor], Tensor]) -> Group:
+    """Return a parameter's state with a part of each tensor, `local` or `whole` where it is spread over processes."""
+    return {key: of(value) if isinstance(value, Tensor) else value for key, value in state.items()}

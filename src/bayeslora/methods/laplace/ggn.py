@@ -80,6 +80,10 @@ class Curvature(ABC):
         """Add a batch's gradients along the columns of the root of the loss's Hessian by the logits."""
 
     @abstractmethod
+    def totals(self) -> list[Tensor]:
+        """Return the sums over the data themselves, to add those of other rows to in place."""
+
+    @abstractmethod
     def spectra(self) -> Spectra:
         """Return the eigenvalues of each parameter's block."""
 
@@ -133,6 +137,10 @@ class DiagonalCurvature(Curvature):
             squares = gradients.jacobian(site).square().sum((0, 1))
             self.sums[site.name] = self.sums[site.name] + squares if site.name in self.sums else squares
 
+    def totals(self) -> list[Tensor]:
+        """Return the diagonal of each parameter."""
+        return list(self.sums.values())
+
     def spectra(self) -> Spectra:
         """Return the diagonal's entries, each once."""
         return {name: (h.double().cpu(), torch.ones(h.shape, dtype=torch.float64)) for name, h in self.sums.items()}
@@ -175,6 +183,12 @@ class KroneckerCurvature(Curvature):
             self.right[module].add(inputs)
             self.count[module] = self.count.get(module, 0) + reaching.sum()
             self._eigen = {}
+
+    def totals(self) -> list[Tensor]:
+        """Return the sketches, traces and numbers of tokens of each layer."""
+        self._eigen = {}
+        factors = [factor for side in (self.left, self.right) for factor in side.values()]
+        return [total for f in factors for total in (f.sketch, f.trace)] + list(self.count.values())
 
     def spectra(self) -> Spectra:
         """Return the products of the factors' eigenvalues."""

@@ -50,6 +50,7 @@ from bayeslora.prediction.jacobians import Site, linear_sites
 from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import readout_for
+from bayeslora.prediction.sharding import added_over_processes
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
@@ -180,13 +181,21 @@ def summed(adapter: TrainedAdapter, curvature: Curvature, samples: int) -> float
     root = SampledRoot(len(train), samples, adapter.seed) if samples else ggn_root
     passes = samples or max(len(example.choices) for example in train)
     budget = gradient_budget(model, curvature.sites, adapter.token_budget, passes)
-    with (
-        swapped(model, adapter.start.mean),
-        readout.attached(model),
-        shown("curvature", len(train), adapter.progress) as done,
-    ):
-        batches = gradient_batches(model, readout, readout.encode(train)[0], budget, passes)
-        return accumulated(model, curvature, batches, train.labels, root, done)
+    rows, log_likelihood = readout.encode(train)[0], torch.zeros((), dtype=torch.float64)
+
+    def add(numbers: Sequence[int]) -> None:
+        """Add some of the rows."""
+        with (
+            swapped(model, adapter.start.mean),
+            readout.attached(model),
+            shown("curvature", len(numbers), adapter.progress) as done,
+        ):
+            batches = gradient_batches(model, readout, [rows[i] for i in numbers], budget, passes)
+            numbered = [([numbers[i] for i in group], batch) for group, batch in batches]
+            log_likelihood.add_(accumulated(model, curvature, numbered, train.labels, root, done))
+
+    added_over_processes(add, [readout.length(row) for row in rows], lambda: [log_likelihood, *curvature.totals()])
+    return float(log_likelihood)
 
 
 def linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[Linearisable]) -> list[float]:
@@ -204,13 +213,19 @@ def linearised_nlls(adapter: TrainedAdapter, rows: Split, candidates: Sequence[L
             totals[k] += len(order) * nll(average(draws.log_softmax(-1)), labels[order]).double()
 
     budget = gradient_budget(model, linear_sites(model), adapter.token_budget, classes)
-    with (
-        swapped(model, candidates[0].mean),
-        readout.attached(model),
-        shown("prior precision", len(rows), adapter.progress) as done,
-    ):
-        batches = gradient_batches(model, readout, encoded, budget, classes)
-        logit_moments(model, candidates, batches, budget, take, done)
+
+    def add(numbers: Sequence[int]) -> None:
+        """Add the losses of some of the rows."""
+        with (
+            swapped(model, candidates[0].mean),
+            readout.attached(model),
+            shown("prior precision", len(numbers), adapter.progress) as done,
+        ):
+            batches = gradient_batches(model, readout, [encoded[i] for i in numbers], budget, classes)
+            numbered = [([numbers[i] for i in group], batch) for group, batch in batches]
+            logit_moments(model, candidates, numbered, budget, take, done)
+
+    added_over_processes(add, [readout.length(row) for row in encoded], lambda: [totals])
     return [float(total) / len(rows) for total in totals]
 
 
