@@ -32,7 +32,7 @@ def test_after_the_folders_comes_the_line_that_serves_them(bay, swag_run, home, 
     assert [Path(folder).name for folder in folders] == ["birds-000", "birds-001"]
     words = shlex.split(said.err)
     assert words[:4] == ["vllm", "serve", str(home.path / "llama"), "--enable-lora"]
-    assert words[4:8] == ["--max-loras", "2", "--max-lora-rank", "8"]
+    assert words[4:8] == ["--max-loras", "3", "--max-lora-rank", "8"]
     assert words[8:12] == ["--lora-target-modules", "q_proj", "v_proj", "--lora-modules"]
     names, paths = zip(*(word.split("=") for word in words[12:]), strict=True)
     assert paths == tuple(f"{tmp_path}/a b/birds-00{k}" for k in range(2))
@@ -73,7 +73,7 @@ def test_draws_and_the_mean_are_both_written_if_both_are_asked_for(bay, swag_run
     assert said.out.split() == [str(out / name) for name in wanted]
     assert sorted(path.name for path in out.iterdir()) == sorted(wanted)
     served = shlex.split(said.err)
-    assert served[served.index("--max-loras") + 1] == "4"
+    assert served[served.index("--max-loras") + 1] == "5"
     assert [word.partition("=")[2] for word in served[-4:]] == [str(out / name) for name in wanted]
     own = load_posterior(swag_run / "posterior")
     for name, params in zip(wanted, [own.mean, *(own.draw(k, 0) for k in range(3))], strict=True):

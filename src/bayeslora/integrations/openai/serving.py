@@ -68,6 +68,16 @@ def changes_head(params: Params) -> bool:
     return any(".lm_head." in name for name in params)
 
 
+def plain_modules(config: Mapping[str, Any]) -> list[str] | None:
+    """Return the layers that adapters change, by the last part of their names; None if they are named otherwise.
+
+    Told of no layers, vLLM makes room for adapters in all, the head too, and echoed prompts then end its engine
+    on CPUs.
+    """
+    modules = config.get("target_modules") or ""
+    return None if isinstance(modules, str) or any("." in name for name in modules) else sorted(modules)
+
+
 def vllm_command(origin: Origin, folders: Mapping[str, Path]) -> str:
     """Return the line that starts vLLM with adapters in folders, by name, or the sentence why it would refuse them."""
     config = origin.adapter_config
@@ -76,10 +86,9 @@ def vllm_command(origin: Origin, folders: Mapping[str, Path]) -> str:
     rank = next(allowed for allowed in VLLM_RANKS if allowed >= max_rank(config))
     base = origin.base_model or "BASE"
     words = ["vllm", "serve", str(Path(base).resolve()) if Path(base).is_dir() else base, "--enable-lora"]
-    words += ["--max-loras", str(len(folders)), "--max-lora-rank", str(rank)]
-    modules = config.get("target_modules") or ()
-    if modules and not isinstance(modules, str) and all("." not in name for name in modules):
-        # without it every layer has room for adapters, the head too, and echoed prompts then end the engine on CPUs
-        words += ["--lora-target-modules", *sorted(modules)]
+    # one slot stays empty: for the base model, vLLM's build for CPUs computes with what is in the last one
+    words += ["--max-loras", str(len(folders) + 1), "--max-lora-rank", str(rank)]
+    if modules := plain_modules(config):
+        words += ["--lora-target-modules", *modules]
     words.append("--lora-modules")
     return shlex.join([*words, *(f"{name}={path.resolve()}" for name, path in folders.items())])

@@ -30,7 +30,7 @@ BF16_EPSILON = 2.0**-8
 """Largest relative error of a number that is rounded to bf16."""
 FLOOR = 0.005
 """Nats below which no difference is told from rounding."""
-FACTOR = 3.0
+FACTOR = 4.0
 """How many times the rounding an adapter may differ by: rounding is estimated from one pass over few rows."""
 _NUMBERED = re.compile(r"-(\d{3,})(-[0-9a-f]{8})?$")
 _MEAN = re.compile(r"(^|[-/])mean(-[0-9a-f]{8})?$")

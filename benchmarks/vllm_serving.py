@@ -1,0 +1,188 @@
+"""Draws on vLLM beside `bl.predict` and our own server: agreement, and rows a second for 1, 4 and 10 draws, in one run.
+
+The base is SmolLM2-135M-Instruct, the posterior a Gaussian around a random adapter, the rows generated questions about
+odds: nothing is learned, for neither speed nor agreement asks for it. vLLM comes from an environment of its own, such
+as that of `nox -s vllm`; it is started by the line that `bayeslora export` prints, in the precision of the model here.
+
+    python benchmarks/vllm_serving.py --vllm .nox/vllm/bin/vllm --json vllm_serving.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from peft import LoraConfig, get_peft_model
+from report import finish, row
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bayeslora as bl
+from bayeslora.cli.demo.model import demo_model
+from bayeslora.integrations.openai.client import Adapters
+from bayeslora.integrations.openai.serving import vllm_command
+from bayeslora.params import read
+from bayeslora.posteriors import DiagonalGaussian
+from bayeslora.posteriors.loading import export_draws
+from bayeslora.posteriors.provenance import origin_of
+from bayeslora.tasks.synthetic import chance_task
+from bayeslora.tasks.types import Format, Split
+
+READOUTS = {"letters": Format("", "letters"), "likelihood": Format("", "likelihood", normalisation="tokens")}
+VLLM = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def model_of(targets: Sequence[str], dtype: torch.dtype, seed: int) -> tuple[Any, Any, DiagonalGaussian]:
+    """Return a model with a random adapter, its tokenizer, and a posterior around that adapter."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=list(targets))
+    model = get_peft_model(base, config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    mean = {name: value.float().cpu() for name, value in read(model).items()}
+    spread = {name: torch.full_like(value, 1e-4) for name, value in mean.items()}
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    return model, tokenizer, DiagonalGaussian(mean, spread, origin_of(model, "random"))
+
+
+@contextmanager
+def started(words: Sequence[str], port: int, env: dict[str, str]) -> Iterator[str]:
+    """Start a server, and yield its address when it answers."""
+    process = subprocess.Popen([*words], env=os.environ | env, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                sys.exit(f"{words[0]} has ended with status {process.returncode}")
+            try:
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def free_port() -> int:
+    """Return a port that is free."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def rate(work: Callable[[], bl.Prediction], rows: int) -> tuple[bl.Prediction, float]:
+    """Return a prediction, and how many rows it made in a second."""
+    began = time.perf_counter()
+    prediction = work()
+    return prediction, rows / (time.perf_counter() - began)
+
+
+def apart(one: bl.Prediction, other: bl.Prediction) -> float:
+    """Return the largest difference of a draw's probabilities."""
+    return float((one.log_probs.exp() - other.log_probs.exp()).abs().max())
+
+
+def measured(name: str, client: Adapters, splits: dict[str, Split], here: dict[Any, bl.Prediction]) -> list[Any]:
+    """Return agreement and speed of a server, after a row of each readout to warm it up."""
+    rows = []
+    adapters = client.names or client.served()
+    for readout, split in splits.items():
+        replace(client, names=adapters[:1]).predict(split.take([0]))
+        for draws in sorted({key[1] for key in here}):
+            some = replace(client, names=adapters[:draws])
+            found, speed = rate(lambda some=some, split=split: some.predict(split), len(split))
+            rows.append(row(f"{name}, {readout}, {draws} draws", speed, None, "rows/s"))
+            print(rows[-1], flush=True)
+        rows.append(
+            row(f"{name}, {readout}: largest difference of a probability", apart(found, here[readout, draws]), None, "")
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vllm", required=True, help="vLLM's command in its own environment")
+    parser.add_argument("--rows", type=int, default=16, help="rows of the letters readout; half as many of the other")
+    parser.add_argument("--draws", type=int, nargs="*", default=[1, 4, 10])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--targets", nargs="*", default=["q_proj", "v_proj"])
+    parser.add_argument("--no-own", action="store_true", help="leave our own server out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    model, tokenizer, posterior = model_of(options.targets, getattr(torch, options.dtype), options.seed)
+    test = chance_task(1, 1, options.rows).test
+    assert test is not None
+    splits = {name: replace(test, format=form) for name, form in READOUTS.items()}
+    splits["likelihood"] = splits["likelihood"].take(range(max(1, options.rows // 2)))
+    rows, here = [], {}
+    for readout, split in splits.items():
+        bl.predict(model, posterior, split.take([0]), 1, mean=False, tokenizer=tokenizer)
+        for draws in options.draws:
+            here[readout, draws], speed = rate(
+                lambda split=split, draws=draws: bl.predict(
+                    model, posterior, split, draws, mean=False, tokenizer=tokenizer
+                ),
+                len(split),
+            )
+            rows.append(row(f"bl.predict, {readout}, {draws} draws", speed, None, "rows/s"))
+            print(rows[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        posterior.save_pretrained(Path(folder) / "run")
+        paths = export_draws(posterior, Path(folder) / "adapters", max(options.draws))
+        words, port = shlex.split(vllm_command(posterior.origin, {path.name: path for path in paths})), free_port()
+        how = ["--dtype", options.dtype, "--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port)]
+        if not torch.cuda.is_available():
+            how.append("--enforce-eager")
+        with started([options.vllm, *words[1:3], *how, *words[3:]], port, VLLM) as address:
+            client = Adapters(address, tokenizer=tokenizer, check=False, timeout=600.0)
+            rows += measured("vLLM", client, splits, here)
+            echoing = {"likelihood": splits["likelihood"]}
+            if "lm_head" not in options.targets:
+                rows += measured("vLLM, echo", replace(client, echo=True), echoing, here)
+        if not options.no_own:
+            port, most = free_port(), str(max(options.draws))
+            own = [
+                sys.executable,
+                "-m",
+                "bayeslora",
+                "serve",
+                str(Path(folder) / "run"),
+                "--name",
+                "run",
+                "--port",
+                str(port),
+            ]
+            own += ["--draws", most, "--most-draws", most, "--dtype", options.dtype, "--timeout", "600"]
+            with started(own, port, {}) as address:
+                names = [f"run/draw-{k:03d}" for k in range(max(options.draws))]
+                client = Adapters(address, names, tokenizer=tokenizer, check=False, timeout=600.0)
+                rows += measured("bayeslora serve, echo", client, splits, here)
+    finish(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
