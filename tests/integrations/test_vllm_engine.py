@@ -90,6 +90,11 @@ def test_rows_are_handed_over_in_parts(stand, folder):
     assert [call["prompts"] for call in stand.asked[1:]] == [3 * QUERIES_AT_ONCE, 3]
 
 
+def test_an_engine_that_was_not_loaded_to_average_says_so(folder):
+    with pytest.raises(InputError, match="does not average; load it with load_engine"):
+        load_engine(folder).generate(["Answer"])
+
+
 def test_what_cannot_be_loaded_is_said(stand, folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="holds no adapters of draws; write some with bayeslora export"):
         load_engine(tmp_path / "nowhere")

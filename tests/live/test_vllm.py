@@ -31,7 +31,11 @@ pytest.importorskip("vllm")
 from bayeslora.integrations.openai.client import Adapters, Reference
 from bayeslora.integrations.vllm_engine import load_engine
 
-pytestmark = [pytest.mark.live, pytest.mark.slow]
+# what vLLM calls is its own affair
+pytestmark = [
+    pytest.mark.live, pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # fmt: skip
 CLOSE = {"rtol": 0.0, "atol": 2e-3}
 SMALL = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
@@ -159,10 +163,43 @@ def test_one_answer_a_draw_is_what_the_draws_generate_here(server, model, poster
         assert mine.predictive_entropy == pytest.approx(theirs.predictive_entropy, abs=1e-2)
 
 
-def test_the_engine_in_this_process_gives_the_same(folders, base, model, posterior, monkeypatch):
-    for name, value in SMALL.items():
-        monkeypatch.setenv(name, value)
-    engine = load_engine(folders[0].parent, settings={"dtype": "float32", "enforce_eager": True, "max_model_len": 128})
-    for readout in ("letters", "likelihood"):
-        found = engine.predict(split_of(readout))
-        torch.testing.assert_close(found.log_probs, here(model, posterior, split_of(readout)).log_probs, **CLOSE)
+@pytest.fixture(scope="module")
+def engine(folders):
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_batched_tokens": 256}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setenv(name, value)
+        yield load_engine(folders[0].parent, average=True, settings=settings)
+
+
+@pytest.mark.parametrize("readout", ["letters", "likelihood"])
+def test_the_engine_in_this_process_gives_the_same(engine, model, posterior, readout):
+    found = engine.predict(split_of(readout))
+    torch.testing.assert_close(found.log_probs, here(model, posterior, split_of(readout)).log_probs, **CLOSE)
+
+
+PROMPTS = [example.text for example in split_of("letters", 12)]
+
+
+def test_the_engine_averages_the_draws_at_each_token(engine, model, posterior):
+    wanted = bl.generate(model, posterior, PROMPTS, DRAWS, tokenizer=make_tokenizer(), max_new_tokens=8)
+    found = engine.generate(PROMPTS, max_tokens=8, temperature=0, settings={"ignore_eos": True})
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.draw_log_probs, theirs.draw_log_probs, **CLOSE)
+        torch.testing.assert_close(mine.log_probs, theirs.log_probs, **CLOSE)
+
+
+def test_sampled_texts_are_those_of_the_average_and_of_their_seed(engine):
+    one, other = (
+        engine.generate(PROMPTS * 3, max_tokens=8, seed=seed, settings={"ignore_eos": True}) for seed in (0, 1)
+    )
+    again = engine.generate(PROMPTS * 3, max_tokens=8, settings={"ignore_eos": True})
+    assert [a.token_ids for a in one] == [a.token_ids for a in again]
+    assert sum(a.token_ids != b.token_ids for a, b in zip(one, other, strict=True)) > 20
+    assert len({a.token_ids for a in one[:: len(PROMPTS)]}) > 1  # the same prompt with other seeds
+
+
+def test_a_prompt_that_does_not_begin_in_one_step_is_refused(engine):
+    with pytest.raises(InputError, match=r"prompt 0 has 1.. tokens, which 3 draws do not begin together"):
+        engine.generate(["red" * 100], max_tokens=1)
