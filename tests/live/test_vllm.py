@@ -202,4 +202,4 @@ def test_sampled_texts_are_those_of_the_average_and_of_their_seed(engine):
 
 def test_a_prompt_that_does_not_begin_in_one_step_is_refused(engine):
     with pytest.raises(InputError, match=r"prompt 0 has 1.. tokens, which 3 draws do not begin together"):
-        engine.generate(["red" * 100], max_tokens=1)
+        engine.generate(["3" * 100], max_tokens=1)
