@@ -4,6 +4,9 @@ The base is SmolLM2-135M-Instruct, the posterior a Gaussian around a random adap
 odds: nothing is learned, for neither speed nor agreement asks for it. vLLM comes from an environment of its own, such
 as that of `nox -s vllm`; it is started by the line that `bayeslora export` prints, in the precision of the model here.
 
+Rows for each second of processor time are what a busy machine does not change: with one thread they are rows a second
+of one core that has nothing else to do.
+
     python benchmarks/vllm_serving.py --vllm .nox/vllm/bin/vllm --json vllm_serving.json
 """
 
@@ -20,10 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from report import finish, row
@@ -40,6 +45,12 @@ from bayeslora.posteriors.provenance import origin_of
 from bayeslora.tasks.synthetic import chance_task
 from bayeslora.tasks.types import Format, Split
 
+Result = TypeVar("Result")
+Speed = tuple[float, float]
+"""Rows a second, by the clock and of processor time."""
+Splits = dict[str, Split]
+Here = dict[tuple[str, int], bl.Prediction]
+"""What the library predicts, by readout and draws."""
 READOUTS = {"letters": Format("", "letters"), "likelihood": Format("", "likelihood", normalisation="tokens")}
 VLLM = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -66,8 +77,8 @@ def model_of(targets: Sequence[str], dtype: torch.dtype, seed: int) -> tuple[Any
 
 
 @contextmanager
-def started(words: Sequence[str], port: int, env: dict[str, str]) -> Iterator[str]:
-    """Start a server, and yield its address when it answers."""
+def started(words: Sequence[str], port: int, env: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    """Start a server, and yield its address and its process when it answers."""
     process = subprocess.Popen([*words], env=os.environ | env, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -79,7 +90,7 @@ def started(words: Sequence[str], port: int, env: dict[str, str]) -> Iterator[st
                     break
             except httpx.TransportError:
                 time.sleep(0.5)
-        yield address
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -92,14 +103,28 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def rate(work: Callable[[], bl.Prediction], rows: int, repeats: int) -> tuple[bl.Prediction, float]:
-    """Return a prediction, and how many rows it made in a second the best time."""
-    times = []
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the processor time of a process and of those that it started."""
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
+
+
+def rate(work: Callable[[], Result], count: int, worker: psutil.Process, repeats: int = 1) -> tuple[Result, Speed]:
+    """Return a result, and how many rows were done in a second by the clock and of the worker's processor time."""
+    clock, processor = [], []
     for _ in range(repeats):
-        began = time.perf_counter()
-        prediction = work()
-        times.append(time.perf_counter() - began)
-    return prediction, rows / min(times)
+        began, used = time.perf_counter(), cpu_seconds(worker)
+        result = work()
+        clock.append(time.perf_counter() - began)
+        processor.append(cpu_seconds(worker) - used)
+    return result, (count / min(clock), count / min(processor))
+
+
+def speed_rows(name: str, speed: Speed, unit: str = "rows") -> list[Any]:
+    """Return the rows of a speed, and print them."""
+    rows = [row(name, speed[0], None, f"{unit}/s"), row(f"{name}, of one core", speed[1], None, f"{unit}/cpu s")]
+    print(f"{name}: {speed[0]:.3f} {unit}/s, {speed[1]:.3f} of one core", flush=True)
+    return rows
 
 
 def apart(one: bl.Prediction, other: bl.Prediction) -> float:
@@ -108,8 +133,8 @@ def apart(one: bl.Prediction, other: bl.Prediction) -> float:
 
 
 def measured(
-    name: str, client: Adapters, splits: dict[str, Split], here: dict[Any, bl.Prediction], repeats: int
-) -> list[Any]:
+    name: str, client: Adapters, worker: psutil.Process, splits: Splits, here: Here, repeats: int
+) -> list[dict[str, Any]]:
     """Return agreement and speed of a server, after a row of each readout to warm it up."""
     rows = []
     adapters = client.names or client.served()
@@ -117,26 +142,23 @@ def measured(
         replace(client, names=adapters[:1]).predict(split.take([0]))
         for draws in sorted({key[1] for key in here}):
             some = replace(client, names=adapters[:draws])
-            found, speed = rate(lambda some=some, split=split: some.predict(split), len(split), repeats)
-            rows.append(row(f"{name}, {readout}, {draws} draws", speed, None, "rows/s"))
-            print(rows[-1], flush=True)
-        rows.append(
-            row(f"{name}, {readout}: largest difference of a probability", apart(found, here[readout, draws]), None, "")
-        )
+            found, speed = rate(lambda some=some, split=split: some.predict(split), len(split), worker, repeats)
+            rows += speed_rows(f"{name}, {readout}, {draws} draws", speed)
+        differ = 1e6 * apart(found, here[readout, draws])
+        rows.append(row(f"{name}, {readout}: largest difference of a probability", differ, None, "millionths"))
     return rows
 
 
-def generated(name: str, client: Adapters, split: Split, tokens: int) -> tuple[list[Any], list[str]]:
+def generated(
+    name: str, client: Adapters, worker: psutil.Process, split: Split, tokens: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Return how many tokens a second a server writes for all its draws, and the texts."""
-    prompts = [example.text for example in split]
-    began = time.perf_counter()
-    answers = client.generate_each(prompts, max_tokens=tokens, temperature=0)
-    count = sum(len(answer.tokens) for each in answers for answer in each.answers)
-    rows = [
-        row(f"{name}, {len(prompts)} prompts under each draw", count / (time.perf_counter() - began), None, "tokens/s")
-    ]
-    print(rows[-1], flush=True)
-    return rows, [answer.text for each in answers for answer in each.answers]
+    prompts, draws = [example.text for example in split], len(client.names or client.served())
+    answers, speed = rate(
+        lambda: client.generate_each(prompts, max_tokens=tokens, temperature=0), len(prompts) * draws * tokens, worker
+    )
+    texts = [answer.text for each in answers for answer in each.answers]
+    return speed_rows(f"{name}, {tokens} tokens after {len(prompts)} prompts, {draws} draws", speed, "tokens"), texts
 
 
 def main() -> None:
@@ -144,70 +166,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--vllm", required=True, help="vLLM's command in its own environment")
     parser.add_argument("--rows", type=int, default=16, help="rows of the letters readout; half as many of the other")
-    parser.add_argument("--repeats", type=int, default=3, help="the best time counts")
+    parser.add_argument("--repeats", type=int, default=1, help="the best time counts")
     parser.add_argument("--tokens", type=int, default=16, help="of each text that is generated")
     parser.add_argument("--draws", type=int, nargs="*", default=[1, 4, 10])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--targets", nargs="*", default=["q_proj", "v_proj"])
-    parser.add_argument("--no-own", action="store_true", help="leave our own server out")
+    parser.add_argument("--threads", type=int, default=1, help="of each process on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     model, tokenizer, posterior = model_of(options.targets, getattr(torch, options.dtype), options.seed)
     test = chance_task(1, 1, options.rows).test
     assert test is not None
     splits = {name: replace(test, format=form) for name, form in READOUTS.items()}
     splits["likelihood"] = splits["likelihood"].take(range(max(1, options.rows // 2)))
-    rows, here = [], {}
+    rows, here, most = [], {}, max(options.draws)
     for readout, split in splits.items():
         bl.predict(model, posterior, split.take([0]), 2, mean=False, tokenizer=tokenizer)  # the model is tried once
         for draws in options.draws:
-            here[readout, draws], speed = rate(
-                lambda split=split, draws=draws: bl.predict(
-                    model, posterior, split, draws, mean=False, tokenizer=tokenizer
-                ),
-                len(split),
-                options.repeats,
-            )
-            rows.append(row(f"bl.predict, {readout}, {draws} draws", speed, None, "rows/s"))
-            print(rows[-1], flush=True)
+            work = partial(bl.predict, model, posterior, split, draws, mean=False, tokenizer=tokenizer)
+            here[readout, draws], speed = rate(work, len(split), psutil.Process(), options.repeats)
+            rows += speed_rows(f"bl.predict, {readout}, {draws} draws", speed)
+    env = VLLM | {"OMP_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory() as folder:
         posterior.save_pretrained(Path(folder) / "run")
-        paths = export_draws(posterior, Path(folder) / "adapters", max(options.draws))
+        paths = export_draws(posterior, Path(folder) / "adapters", most)
         words, port = shlex.split(vllm_command(posterior.origin, {path.name: path for path in paths})), free_port()
-        how = ["--dtype", options.dtype, "--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port)]
-        how.append("--no-enable-prefix-caching")  # what is asked again takes as long
-        if not torch.cuda.is_available():
-            how.append("--enforce-eager")
-        with started([options.vllm, *words[1:3], *how, *words[3:]], port, VLLM) as address:
+        how = f"--dtype {options.dtype} --max-model-len 1024 --host 127.0.0.1 --port {port} --no-enable-prefix-caching"
+        eager = [] if torch.cuda.is_available() else ["--enforce-eager"]
+        with started([options.vllm, *words[1:3], *how.split(), *eager, *words[3:]], port, env) as (address, worker):
             client = Adapters(address, tokenizer=tokenizer, check=False, timeout=600.0)
-            rows += measured("vLLM", client, splits, here, options.repeats)
-            echoing = {"likelihood": splits["likelihood"]}
-            if "lm_head" not in options.targets:
-                rows += measured("vLLM, echo", replace(client, echo=True), echoing, here, options.repeats)
-            speed, texts = generated("vLLM", client, splits["likelihood"], options.tokens)
+            rows += measured("vLLM", client, worker, splits, here, options.repeats)
+            speed, texts = generated("vLLM", client, worker, splits["likelihood"], options.tokens)
             rows += speed
-        if not options.no_own:
-            port, most = free_port(), str(max(options.draws))
-            own = [
-                sys.executable,
-                "-m",
-                "bayeslora",
-                "serve",
-                str(Path(folder) / "run"),
-                "--name",
-                "run",
-                "--port",
-                str(port),
-            ]
-            own += ["--draws", most, "--most-draws", most, "--dtype", options.dtype, "--timeout", "600"]
-            with started(own, port, {}) as address:
-                names = [f"run/draw-{k:03d}" for k in range(max(options.draws))]
-                client = Adapters(address, names, tokenizer=tokenizer, check=False, timeout=600.0)
-                rows += measured("bayeslora serve, echo", client, splits, here, options.repeats)
-                speed, own_texts = generated("bayeslora serve", client, splits["likelihood"], options.tokens)
-                same = sum(map(str.__eq__, texts, own_texts)) / len(texts)
-                rows += [*speed, row("texts that both servers write alike", same, None, "share")]
+        port = free_port()
+        how = f"--name run --port {port} --draws {most} --most-draws {most} --dtype {options.dtype} --timeout 600"
+        words = [sys.executable, "-m", "bayeslora", "serve", str(Path(folder) / "run"), *how.split()]
+        with started(words, port, env) as (address, worker):
+            names = [f"run/draw-{k:03d}" for k in range(most)]
+            client = Adapters(address, names, tokenizer=tokenizer, check=False, timeout=600.0)
+            rows += measured("bayeslora serve", client, worker, splits, here, options.repeats)
+            speed, own = generated("bayeslora serve", client, worker, splits["likelihood"], options.tokens)
+            same = sum(map(str.__eq__, texts, own)) / len(texts)
+            rows += [*speed, row("texts that both servers write alike", same, None, "share")]
     finish(rows, options.json)
 
 

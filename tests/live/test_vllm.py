@@ -141,7 +141,7 @@ def test_normalised_scores_are_those_here(server, model, posterior):
 
 def test_echo_one_text_after_another_gives_the_same(server):
     split = split_of("likelihood", 2)
-    echoed = replace(server, echo=True, concurrency=1).predict(split)
+    echoed = replace(server, echo=True).predict(split)
     torch.testing.assert_close(echoed.log_probs, server.predict(split).log_probs, **CLOSE)
 
 

@@ -64,10 +64,11 @@ def test_choices_share_the_requests_of_what_they_begin_with():
     assert [len(tokens) for _, tokens in reads(many)] == [MAX_TOKENS_AT_ONCE, 2]
 
 
-def test_a_batch_of_echoes_is_never_sent(stand):
-    split = split_of()
+def test_vllm_is_sent_one_echo_after_another(stand):
+    split, stand.wait = split_of(rows=2), 0.001
     torch.testing.assert_close(client_of(stand, echo=True).predict(split).log_probs, here(stand, split), **CLOSE)
     assert {len(body["prompt"]) for body in stand.asked} == {1}
+    assert stand.busiest == 1
 
 
 def test_the_tokenizer_is_that_of_the_base_that_the_server_names(stand, tmp_path):

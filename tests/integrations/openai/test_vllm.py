@@ -17,7 +17,7 @@ from support.tiny import gaussian, make_model, make_split, make_tokenizer, same_
 import bayeslora as bl
 from bayeslora.errors import InputError
 from bayeslora.integrations.openai.client import Adapters
-from bayeslora.integrations.openai.echo import Query, echoed_log_likelihoods
+from bayeslora.integrations.openai.echo import Query, choices_of, echoed_log_likelihoods
 from bayeslora.params import read
 from bayeslora.tasks.types import Format
 
@@ -256,6 +256,12 @@ def test_what_cannot_be_asked_is_refused(stand):
     words = stand.client(tokenizer=stand.tokenizer)
     assert "become one token" in one_sentence(lambda: words.score("bag hol", ["ds"]))
     assert not stand.asked
+
+
+def test_an_echo_with_fewer_log_probabilities_than_tokens_is_refused():
+    choice = {"logprobs": {"tokens": ["a", "b"], "token_logprobs": [None]}}
+    with pytest.raises(InputError, match="truncates log-probabilities: it gives 1 for 2 tokens"):
+        choices_of({"choices": [choice]}, 1)
 
 
 def echo(*tokens):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -203,7 +203,9 @@ class Adapters(Connection):
     ) -> list[list[list[float]]]:
         """Return natural logarithms by adapter, query and answer."""
         echo, batches = self._echoes(catalogue), catalogue.bears_batches
-        return self.run(lambda session: session.log_likelihoods(names, queries, echo=echo, batches=batches))
+        # two echoes in one step end vLLM's engine on CPUs
+        connection = replace(self, concurrency=1) if echo and catalogue.counts_by_tokens else self
+        return connection.run(lambda session: session.log_likelihoods(names, queries, echo=echo, batches=batches))
 
     def _log_probs(
         self, catalogue: Catalogue, names: Sequence[str], split: Split

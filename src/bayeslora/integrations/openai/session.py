@@ -46,6 +46,7 @@ class Connection:
             are scored by tokens: there it is loaded by the name that the server gives its base model.
         echo: Whether texts are scored out of echoed prompts, one request a text, rather than by generated tokens, one
             request a token. None: by tokens on vLLM, whose echo is wrong for adapters of the head, elsewhere by echo.
+            vLLM is sent one echo after another.
         concurrency: Most requests under way at once.
         timeout: Seconds to wait for an answer.
         retries: How often a request is sent again after 429, 502, 503, 504, a lost connection or no answer in time.
