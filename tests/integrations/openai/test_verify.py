@@ -24,7 +24,7 @@ def client_of(stand, **settings):
     return stand.client(tokenizer=stand.tokenizer, **settings)
 
 
-SPLIT = make_split("test", 8, 2, classes=False, readout="likelihood")
+SPLIT = make_split("test", 4, 2, classes=False, readout="likelihood")
 
 
 def test_draws_that_are_served_as_they_are_agree(stand):
@@ -82,6 +82,7 @@ def test_more_adapters_than_draws_are_refused(stand):
     point = Point(stand.posterior.mean, stand.posterior.origin)
     with pytest.raises(InputError, match="an adapter 'draw-001', and the posterior has 1 different draws"):
         client_of(stand).verify(stand.model, point, split=SPLIT)
+    assert not stand.asked
 
 
 def test_the_first_prediction_is_verified_once_and_not_if_told_not_to(stand):
@@ -102,4 +103,6 @@ def test_a_server_that_does_not_serve_its_base_is_compared_too(tokenizer):
     with running(served(tokenizer)) as (address, _):
         client = Adapters(address, names=DRAWN, tokenizer=tokenizer)
         (found,) = client.verify(model, gaussian(model), rows=2, split=SPLIT)
+        (alone,) = replace(client, names=DRAWN[1:2]).verify(model, gaussian(model), rows=1, split=SPLIT)
     assert (found.names, found.base, found.differing) == (DRAWN, "", ())
+    assert (alone.names, alone.differing) == (DRAWN[1:2], ())

@@ -25,6 +25,7 @@ from bayeslora.integrations.openai.session import Connection
 from bayeslora.integrations.openai.verification import (
     Reference,
     Verification,
+    named_draws,
     rows_to_verify,
     verification,
 )
@@ -220,8 +221,9 @@ class Adapters(Connection):
         """Return how far each adapter is from its draw on a split."""
         base = catalogue.base
         names = (*filter(None, [base]), *self._names(catalogue))
+        draws = named_draws(reference, names, base)
         log_probs, _, _ = self._log_probs(catalogue, names, split)
-        return verification(log_probs, reference, names, base, split, self.tokenizer)
+        return verification(log_probs, reference.model, draws, names, base, split, self.tokenizer)
 
     def _check_first(self, catalogue: Catalogue, split: Split) -> None:
         """Refuse a server whose first answers are not those of the draws, or those of its base model."""

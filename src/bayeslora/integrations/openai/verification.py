@@ -124,27 +124,31 @@ def rows_to_verify(rows: int, origin: Origin) -> list[Split]:
     return [replace(split, format=form) for form in forms]
 
 
+def named_draws(reference: Reference, names: Sequence[str], base: str) -> Posterior:
+    """Return what the names of a server's models stand for here; its base model is an adapter of zeros."""
+    posterior, origin = reference.posterior, reference.posterior.require_origin()
+    adapters = [name for name in names if name != base]
+    params = [_params_of(posterior, reference.draws, name, place) for place, name in enumerate(adapters)]
+    if base:
+        params.insert(0, {name: torch.zeros_like(value) for name, value in posterior.mean.items()})
+    return Mixture(tuple(Point(each, origin) for each in params), origin)
+
+
 def verification(
     server: Float[Tensor, "K N C"],
-    reference: Reference,
+    model: nn.Module,
+    draws: Posterior,
     names: Sequence[str],
     base: str,
     split: Split,
     tokenizer: Tokenizer | None,
 ) -> Verification:
-    """Return how far a server's log-probabilities of a split are from those here; see `Verification`."""
-    posterior, draws, model = reference.posterior, reference.draws, reference.model
-    origin = posterior.require_origin()
-    adapters = [name for name in names if name != base]
-    params = [_params_of(posterior, draws, name, place) for place, name in enumerate(adapters)]
-    if base:
-        params.insert(0, {name: torch.zeros_like(value) for name, value in posterior.mean.items()})
+    """Return how far a server's log-probabilities of a split are from those of the draws that its names stand for."""
     options = PassOptions(stack=False)  # so that every layer is called
 
     def answers() -> Prediction:
-        """Return the answers under each of them."""
-        points = Mixture(tuple(Point(each, origin) for each in params), origin)
-        return predict(model, points, split, len(params), mean=False, tokenizer=tokenizer, options=options)
+        """Return the answers under each of the draws."""
+        return predict(model, draws, split, len(names), mean=False, tokenizer=tokenizer, options=options)
 
     here = answers()
     with _rounded(model):
