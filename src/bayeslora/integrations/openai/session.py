@@ -44,26 +44,26 @@ class Connection:
         tokenizer: The base model's tokenizer, with which prompts are sent as tokens: needed where a format cuts long
             prompts, and for servers whose tokens do not add up to the text. None sends texts, but to vLLM, where texts
             are scored by tokens: there it is loaded by the name that the server gives its base model.
-        echo: Whether texts are scored out of echoed prompts, one request a text, rather than by generated tokens, one
-            request a token. None: by tokens on vLLM, whose echo is wrong for adapters of the head, elsewhere by echo.
-            vLLM is sent one echo after another.
         concurrency: Most requests under way at once.
         timeout: Seconds to wait for an answer.
         retries: How often a request is sent again after 429, 502, 503, 504, a lost connection or no answer in time.
         backoff: Seconds before it is sent again the first time; each next wait is twice as long.
         transport: A transport of httpx in the place of the network's.
+        echo: Whether texts are scored out of echoed prompts, one request a text, rather than by generated tokens, one
+            request a token. None: by tokens on vLLM, whose echo is wrong for adapters of the head, elsewhere by echo.
+            vLLM is sent one echo after another.
     """
 
     url: str
     names: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
-    echo: bool | None = None
     concurrency: int = 32
     timeout: float = 120.0
     retries: int = 4
     backoff: float = 0.5
     transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
+    echo: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse an address without a scheme, names that are no list of different adapters, and limits out of range."""
