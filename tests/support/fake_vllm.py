@@ -35,6 +35,9 @@ class Stand:
         opening: A token that it counts before each text, as vLLM does where a tokenizer opens texts with one.
         wait: Seconds that a request takes at least.
         parents: Whether it says which models are adapters.
+        software: Who it says that it is; "vllm" dies of several echoed texts in one request, as on CPUs.
+        places: Where it says that it has its models from.
+        shown: Most tokens whose log-probabilities it gives.
     """
 
     model: Any
@@ -47,19 +50,37 @@ class Stand:
     opening: str = ""
     wait: float = 0.0
     parents: bool = True
+    software: str = "other"
+    places: dict[str, str] = field(default_factory=dict)
+    shown: int = 128
     asked: list[dict[str, Any]] = field(default_factory=list)
     busy: int = 0
     busiest: int = 0
 
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """An adapter that does nothing."""
+        return {name: torch.zeros_like(value) for name, value in self.posterior.mean.items()}
+
     def client(self, **settings: Any) -> Adapters:
-        settings = {"names": NAMES, "backoff": 0.0, "transport": httpx.ASGITransport(app_of(self)), **settings}
+        settings = {
+            "names": NAMES,
+            "backoff": 0.0,
+            "check": False,
+            "transport": httpx.ASGITransport(app_of(self)),
+            **settings,
+        }
         return Adapters("http://stand", **settings)
 
     @torch.no_grad()
     def log_probs(self, name: str, ids: list[int]) -> Tensor:
         """The draw's log-probabilities [T V] of each next token."""
-        with swapped(self.model, self.posterior.draw(NAMES.index(name))):
+        draw = self.base if name == "base" else self.posterior.draw(NAMES.index(name))
+        with swapped(self.model, draw):
             return self.model.eval()(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+    def shown_at(self, log_p: Tensor, wanted: list[int]) -> dict[str, float]:
+        return {f"token_id:{token}": float(log_p[token]) for token in wanted[: self.shown]}
 
     def choice(self, body: dict[str, Any], prompt: str | list[int], index: int) -> dict[str, Any]:
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -79,6 +100,8 @@ class Stand:
             tokens, values = [self.opening, *tokens], [None, *values]
         offsets = [sum(map(len, tokens[:t])) for t in range(len(tokens))]
         tops = [None if v is None else {token: v} for token, v in zip(tokens, values, strict=True)]
+        if self.software == "vllm" and body.get("logprob_token_ids"):
+            tops = [self.shown_at(whole[t - 1], body["logprob_token_ids"]) for t in range(first, len(ids + new))]
         return {
             "index": index,
             "text": (text if echo else "") + self.tokenizer.decode(new),
@@ -109,19 +132,25 @@ def app_of(stand: Stand) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        base = {"id": "base", "object": "model", "parent": None}
-        parent = "base" if stand.parents else None
-        return {"data": [base, *({"id": name, "parent": parent} for name in NAMES)]}
+        parents = {"base": None, **dict.fromkeys(NAMES, "base" if stand.parents else None)}
+        return {
+            "data": [
+                {"id": name, "parent": parent, "root": stand.places.get(name, name), "owned_by": stand.software}
+                for name, parent in parents.items()
+            ]
+        }
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
         body = await request.json()
         stand.asked.append(body)
-        if body["model"] not in NAMES:
+        if body["model"] not in (*NAMES, "base"):
             return refusal(404, f"The model `{body['model']}` does not exist.")
         if body["max_tokens"] < stand.least:
             return refusal(400, f"max_tokens must be at least {stand.least}")
         prompts = [body["prompt"]] if isinstance(body["prompt"], str) else body["prompt"]
+        if stand.software == "vllm" and body.get("echo") and len(prompts) > 1:
+            return refusal(500, "EngineCore encountered an issue")
         each = [prompt for prompt in prompts for _ in range(body.get("n", 1))]
         found = [stand.choice(body, prompt, index) for index, prompt in enumerate(each)]
         return {"object": "text_completion", "choices": found[::-1]}

@@ -33,6 +33,7 @@ VERBS = {
     "compare": "run several methods on one task and print one table",
     "distill": "train one plain adapter to answer as the draws do on average",
     "export": "write the mean or draws as plain PEFT adapters",
+    "verify": "compare a server of exported draws with the posterior here",
     "generate": "write text token by token from the average of the draws, with uncertainty",
     "serve": "answer over HTTP as OpenAI's interface does, with uncertainty, and a page to try it",
     "lm-eval": "run tasks of the LM evaluation harness, averaged over draws, with calibration",

@@ -16,7 +16,8 @@ EXAMPLES = """examples:
   bayeslora export run --out adapters --mean --draws 10   both: adapters/mean, adapters/draw-000 …
 
 Every tool that loads PEFT adapters loads them; average the probabilities of their answers, not the logits. After the
-folders comes the line that starts vLLM with them, on standard error."""
+folders comes the line that starts vLLM with them, on standard error; names there end in a hash of the adapter. Then
+`bayeslora verify run --server http://localhost:8000` compares the server with the posterior."""
 MISSING = "name what to export and where to: bayeslora export RUN --out FOLDER"
 DRAWS = 10
 """How many draws are written of what is no run and if no number is given."""
@@ -48,7 +49,7 @@ def run(options: Options) -> None:
         raise InputError(f"{out} is there already; choose another --out")
     from bayeslora.cli import build, progress, terminal
     from bayeslora.files import atomic_folder
-    from bayeslora.integrations.openai.serving import vllm_command
+    from bayeslora.integrations.openai.serving import HEAD_WARNING, changes_head, served_name, vllm_command
     from bayeslora.posteriors import Point
     from bayeslora.posteriors.loading import export_draws
 
@@ -71,4 +72,7 @@ def run(options: Options) -> None:
             folders = {name: out / name for name in names}
     print("\n".join(map(str, folders.values())), flush=True)
     if posterior.origin is not None:
-        terminal.say(vllm_command(posterior.origin, folders))
+        served = {served_name(name, folder): folder for name, folder in folders.items()}
+        terminal.say(vllm_command(posterior.origin, served))
+        if changes_head(posterior.mean):
+            terminal.say(HEAD_WARNING)

@@ -17,7 +17,7 @@ from support.tiny import gaussian, make_model, make_split, make_tokenizer, same_
 import bayeslora as bl
 from bayeslora.errors import InputError
 from bayeslora.integrations.openai.client import Adapters
-from bayeslora.integrations.openai.echo import Query, echoed_log_likelihoods
+from bayeslora.integrations.openai.echo import Query, choices_of, echoed_log_likelihoods
 from bayeslora.params import read
 from bayeslora.tasks.types import Format
 
@@ -68,9 +68,9 @@ def test_normalised_scores_are_those_here(stand, sent, normalisation):
             client.predict(split)
         return
     torch.testing.assert_close(client.predict(split).log_probs, here(stand, split).log_probs, **CLOSE)
-    if normalisation == "unconditional":  # once for each different choice and draw, beside one request a row
-        choices = {choice for example in split for choice in example.choices}
-        assert len(stand.asked) == len(NAMES) * (len(split) + len(choices))
+    if normalisation == "unconditional":  # once for each different choice and draw, beside one request a choice
+        each = [choice for example in split for choice in example.choices]
+        assert len(stand.asked) == len(NAMES) * (len(each) + len(set(each)))
 
 
 @pytest.mark.parametrize("opening", ["<s>", "<|begin_of_text|>"])
@@ -84,7 +84,7 @@ def test_a_server_that_must_write_a_token_is_asked_for_one(stand, sent):
     stand.least = 1
     found = stand.client(tokenizer=stand.tokenizer if sent == "tokens" else None, concurrency=1).predict(split_of())
     torch.testing.assert_close(found.log_probs, here(stand, split_of()).log_probs, **CLOSE)
-    assert [body["max_tokens"] for body in stand.asked].count(0) <= len(NAMES) * len(split_of())
+    assert [body["max_tokens"] for body in stand.asked].count(0) == 1
 
 
 def test_prompts_are_cut_as_they_are_here(stand):
@@ -102,7 +102,7 @@ def test_the_adapters_are_found_and_the_base_is_not_among_them(stand):
     assert client.predict(split_of(rows=2)).draws == len(NAMES)
     stand.parents = False
     with pytest.raises(InputError, match=r"none of its models an adapter \(base, draw-000.*names="):
-        client.predict(split_of(rows=2))
+        replace(client).predict(split_of(rows=2))
 
 
 @pytest.mark.parametrize("sent", ["texts", "tokens"])
@@ -256,6 +256,12 @@ def test_what_cannot_be_asked_is_refused(stand):
     words = stand.client(tokenizer=stand.tokenizer)
     assert "become one token" in one_sentence(lambda: words.score("bag hol", ["ds"]))
     assert not stand.asked
+
+
+def test_an_echo_with_fewer_log_probabilities_than_tokens_is_refused():
+    choice = {"logprobs": {"tokens": ["a", "b"], "token_logprobs": [None]}}
+    with pytest.raises(InputError, match="truncates log-probabilities: it gives 1 for 2 tokens"):
+        choices_of({"choices": [choice]}, 1)
 
 
 def echo(*tokens):

@@ -97,8 +97,14 @@ def choices_of(completion: Mapping[str, object], count: int) -> list[Choice]:
         raise InputError(f"the server answers {there} completions where {count} were asked for")
     for choice in choices:
         log_probs = choice.get("logprobs") or {}
-        if not log_probs.get("tokens") or len(log_probs["tokens"]) != len(log_probs.get("token_logprobs") or []):
+        tokens, values = log_probs.get("tokens") or [], log_probs.get("token_logprobs") or []
+        if not tokens or not values:
             raise InputError("the server gives no log-probabilities of tokens; use one that does, such as vLLM")
+        if len(tokens) != len(values):
+            raise InputError(
+                f"the server truncates log-probabilities: it gives {len(values)} for {len(tokens)} tokens; use one "
+                "that gives all, such as vLLM"
+            )
     return sorted(choices, key=lambda choice: int(choice.get("index", 0)))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeVar, final
 
 from bayeslora._typing import Tokenizer
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, listed
+from bayeslora.integrations.openai.catalogue import Catalogue
 from bayeslora.integrations.openai.echo import Query, answer_of, choices_of, echoed_log_likelihoods
+from bayeslora.integrations.openai.scoring import Ids, log_likelihoods_of, read_request, reads, shown_log_probs
 from bayeslora.prediction.generation.answers import Answer
 
 try:
@@ -39,12 +42,16 @@ class Connection:
         names: The adapters, one a draw; none: all that the server says are adapters of its base model.
         api_key: The server's key, if it wants one.
         tokenizer: The base model's tokenizer, with which prompts are sent as tokens: needed where a format cuts long
-            prompts, and for servers whose tokens do not add up to the text. None sends texts.
+            prompts, and for servers whose tokens do not add up to the text. None sends texts, but to vLLM, where texts
+            are scored by tokens: there it is loaded by the name that the server gives its base model.
         concurrency: Most requests under way at once.
         timeout: Seconds to wait for an answer.
         retries: How often a request is sent again after 429, 502, 503, 504, a lost connection or no answer in time.
         backoff: Seconds before it is sent again the first time; each next wait is twice as long.
         transport: A transport of httpx in the place of the network's.
+        echo: Whether texts are scored out of echoed prompts, one request a text, rather than by generated tokens, one
+            request a token. None: by tokens on vLLM, whose echo is wrong for adapters of the head, elsewhere by echo.
+            vLLM is sent one echo after another.
     """
 
     url: str
@@ -56,6 +63,7 @@ class Connection:
     retries: int = 4
     backoff: float = 0.5
     transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
+    echo: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse an address without a scheme, names that are no list of different adapters, and limits out of range."""
@@ -73,6 +81,11 @@ class Connection:
     def root(self) -> str:
         """The address without ``/v1``."""
         return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def server(self) -> str:
+        """What messages call the server."""
+        return f"the server {self.root}"
 
     def run(self, work: Callable[[Session], Awaitable[Result]]) -> Result:
         """Do asynchronous work in a session to its end, also where a loop runs already, as in a notebook."""
@@ -127,25 +140,36 @@ class Session:
                 wait *= 2
         raise InputError(f"the server {self.connection.root} {problem}")
 
-    async def served(self) -> tuple[str, ...]:
-        """Return the names of the server's adapters: those of its models that have another as their parent."""
-        data = (await self.send("/v1/models")).get("data")
-        models = [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
-        names = tuple(str(model["id"]) for model in models if model.get("parent"))
-        if not names:
-            known = ", ".join(str(model.get("id")) for model in models) or "none"
-            raise InputError(
-                f"the server {self.connection.root} calls none of its models an adapter ({known}); start it with the "
-                "line that bayeslora export prints, or name them, names=[…]"
-            )
-        return names
+    async def catalogue(self) -> Catalogue:
+        """Return what the server says that it serves."""
+        return Catalogue.of(await self.send("/v1/models"))
 
-    async def log_likelihoods(self, queries: Sequence[Query]) -> list[list[list[float]]]:
-        """Return natural logarithms by adapter, query and answer."""
-        return await self._ask_each(queries, lambda _, name, query: self._log_likelihoods(name, query))
+    async def log_likelihoods(
+        self, names: Sequence[str], queries: Sequence[Query], *, echo: bool, batches: bool = False
+    ) -> list[list[list[float]]]:
+        """Return natural logarithms by adapter, query and answer, out of echoed prompts or by generated tokens."""
+        if not echo:
+            return await self._ask_each(names, queries, lambda _, name, query: self._by_tokens(name, query))
+        items = queries if batches else [replace(query, answers=(a,)) for query in queries for a in query.answers]
+        first = await self._by_echo(names[0], items[0])  # alone: then it is known whether a token must be written
+
+        async def ask(k: int, name: str, query: Query) -> list[float]:
+            """Return one adapter's log-likelihoods of a query's answers."""
+            return first if k == 0 and query is items[0] else await self._by_echo(name, query)
+
+        draws = await self._ask_each(names, items, ask)
+        if batches:
+            return draws
+        counts = [len(query.answers) for query in queries]
+        return [[[value for (value,) in islice(values, count)] for count in counts] for values in map(iter, draws)]
 
     async def texts(
-        self, prompts: Sequence[str], count: int, settings: Mapping[str, object], seed: int | None
+        self,
+        names: Sequence[str],
+        prompts: Sequence[str],
+        count: int,
+        settings: Mapping[str, object],
+        seed: int | None,
     ) -> list[list[list[Answer]]]:
         """Return generated answers by adapter, prompt and number; adapter k samples with ``seed + k``."""
 
@@ -156,10 +180,22 @@ class Session:
                 body["seed"] = seed + k
             return [answer_of(choice) for choice in choices_of(await self.send("/v1/completions", body), count)]
 
-        return await self._ask_each(prompts, ask)
+        return await self._ask_each(names, prompts, ask)
 
-    async def _log_likelihoods(self, name: str, query: Query) -> list[float]:
-        """Return one adapter's log-likelihoods of a query's answers."""
+    async def _by_tokens(self, name: str, query: Query) -> list[float]:
+        """Return one adapter's log-likelihoods of a query's answers by generated tokens."""
+
+        async def read(beginning: Ids, tokens: Ids) -> list[tuple[tuple[Ids, int], float]]:
+            """Return the log-probabilities of some tokens after the beginning of an answer."""
+            completion = await self.send("/v1/completions", {"model": name, **read_request(query, beginning, tokens)})
+            values = shown_log_probs(choices_of(completion, 1)[0], tokens)
+            return [((beginning, token), value) for token, value in zip(tokens, values, strict=True)]
+
+        found = await asyncio.gather(*(read(*wanted) for wanted in reads(query)))
+        return log_likelihoods_of(query, dict(pair for pairs in found for pair in pairs))
+
+    async def _by_echo(self, name: str, query: Query) -> list[float]:
+        """Return one adapter's log-likelihoods of a query's answers out of one request's echoes."""
         after = self.after
         body = {"model": name, "prompt": query.whole_prompts, "echo": True, "max_tokens": after, "logprobs": 1}
         try:
@@ -168,14 +204,13 @@ class Session:
             if after or "max_tokens" not in str(refusal):
                 raise
             self.after = 1
-            return await self._log_likelihoods(name, query)
+            return await self._by_echo(name, query)
         return echoed_log_likelihoods(query, choices_of(completion, len(query.answers)), after)
 
     async def _ask_each(
-        self, items: Sequence[Item], ask: Callable[[int, str, Item], Awaitable[Result]]
+        self, names: Sequence[str], items: Sequence[Item], ask: Callable[[int, str, Item], Awaitable[Result]]
     ) -> list[list[Result]]:
         """Return what each adapter answers to each item."""
-        names = self.connection.names or await self.served()
         results = await asyncio.gather(*(ask(k, name, item) for k, name in enumerate(names) for item in items))
         return [list(results[k * len(items) : (k + 1) * len(items)]) for k in range(len(names))]
 
@@ -189,8 +224,8 @@ class Session:
         if status in (401, 403):
             raise RefusedError(f"{server} refuses the API key ({status}); give its own, api_key=…")
         if status == 404 and body is not None:
-            known = ", ".join(await self.served())
-            raise RefusedError(f"{server} has no adapter {body['model']!r}; it has {known}")
+            known = listed((await self.catalogue()).adapters)
+            raise RefusedError(f"{server} has no adapter {body['model']!r}; it has {known or 'none'}")
         if status >= 400:
             raise RefusedError(f"{server} refuses {path} ({status}): {_reason(value, response.text)}")
         if not isinstance(value, dict):
