@@ -79,7 +79,7 @@ class Adapters(Connection):
         began = time.perf_counter()
         catalogue = self._catalogue()
         if self.check and "checked" not in self._first:
-            self._check_first(catalogue, split.take(range(min(ROWS_TO_CHECK, len(split)))))
+            self._check_first(catalogue, split)
             self._first["checked"] = catalogue
         log_probs, readout, cut = self._log_probs(catalogue, self._names(catalogue), split)
         self._catalogue()
@@ -229,9 +229,11 @@ class Adapters(Connection):
         """Refuse a server whose first answers are not those of the draws, or those of its base model."""
         names = self._names(catalogue)
         if self.reference is not None:
-            self._verified(catalogue, self.reference, split).check(self.server)
+            rows = split.take(range(min(ROWS_TO_CHECK, len(split))))
+            self._verified(catalogue, self.reference, rows).check(self.server)
         elif catalogue.base and len(split):
-            log_probs, _, _ = self._log_probs(catalogue, (catalogue.base, *names), split)
+            rows = split.take(range(min(2, len(split))))
+            log_probs, _, _ = self._log_probs(catalogue, (catalogue.base, *names), rows)
             idle = [name for name, own in zip(names, log_probs[1:], strict=True) if torch.equal(own, log_probs[0])]
             if idle:
                 raise InputError(
