@@ -26,7 +26,7 @@ import importlib, peft, pkgutil, bayeslora
 others = threading.active_count()  # bitsandbytes compiles when peft imports it, and torch 2.7 keeps a thread for that
 names = [found.name for found in pkgutil.walk_packages(bayeslora.__path__, "bayeslora.")]
 for name in names:
-    if name != "bayeslora.__main__":
+    if name not in ("bayeslora.__main__", "bayeslora.integrations.vllm_averaging"):  # which vLLM imports, where it is
         importlib.import_module(name)
 assert len(names) > 100
 found = [one for one in found if one[0].startswith("socket.")]  # torch makes folders of its own

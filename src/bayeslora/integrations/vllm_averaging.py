@@ -15,7 +15,7 @@ from typing import Any, final
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from bayeslora.integrations.vllm_engine import GROUP
+from bayeslora.integrations.openai.serving import GROUP
 
 
 @final

@@ -23,7 +23,7 @@ from bayeslora.errors import InputError
 from bayeslora.files import read_object
 from bayeslora.integrations.openai.echo import Query, queries_of_split
 from bayeslora.integrations.openai.scoring import Ids, choice_scores, log_likelihoods_of, reads, unique_pairs
-from bayeslora.integrations.openai.serving import VLLM_RANKS, max_rank, plain_modules, refusals, served_name
+from bayeslora.integrations.openai.serving import GROUP, VLLM_RANKS, max_rank, plain_modules, refusals, served_name
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors.folder import ADAPTER_CONFIG
 from bayeslora.prediction.generation.answers import Answer
@@ -33,8 +33,6 @@ __all__ = ["Engine", "load_engine"]
 
 LOOP = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """The variable by which vLLM's loop has a process of its own."""
-GROUP = "bayeslora_average"
-"""The key of a request's ``extra_args`` with the number of its prompt and how many rows that has, one a draw."""
 QUERIES_AT_ONCE = 256
 """How many prompts are handed to the engine at a time; under every adapter each."""
 

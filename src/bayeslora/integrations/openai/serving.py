@@ -16,6 +16,8 @@ from bayeslora.params import Params
 from bayeslora.posteriors.folder import ADAPTER, ADAPTER_CONFIG
 from bayeslora.posteriors.provenance import Origin
 
+GROUP = "bayeslora_average"
+"""The key of a request's ``extra_args`` with the number of its prompt and how many rows that has, one a draw."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as --max-lora-rank."""
 VLLM_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
