@@ -45,7 +45,7 @@ METHODS: dict[str, Inference] = {
     "ivon": Ivon(),
     "blob": Blob(update="elbo"),
     "swag": Swag(),
-    "laplace": Laplace(predictive="draws", prior="marginal"),
+    "laplace": Laplace(predictive="draws", prior=1000.0),
 }
 TRAINED = {"ivon, trained so": "ivon", "blob, trained so": "blob"}
 """What is trained with noise on the answer's tokens only."""
