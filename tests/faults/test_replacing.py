@@ -127,8 +127,9 @@ def test_a_posterior_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, mo
 def test_processes_that_replace_the_same_posterior_leave_one_of_theirs_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "card", lambda *_: "a card")
     mixture(9.0).save_pretrained(tmp_path / "p")
-    running = {k: os.fork() for k in range(3)}
-    for k, process in running.items():
+    running = set()
+    for k in range(3):
+        process = os.fork()
         if process == 0:
             try:
                 for _ in range(20):
@@ -136,10 +137,11 @@ def test_processes_that_replace_the_same_posterior_leave_one_of_theirs_whole(tmp
                 os._exit(0)
             finally:
                 os._exit(1)
-    ended = 0
-    while ended < len(running):
+        running.add(process)
+    while running:
         assert which(tmp_path / "p", mixture) in (0.0, 1.0, 2.0, 9.0)
-        process, status = os.waitpid(-1, os.WNOHANG)
-        assert status == 0
-        ended += process > 0
+        for process in list(running):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            assert status == 0
+            running.discard(ended)
     assert os.listdir(tmp_path) == ["p"]

@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with launch.silenced():
             return _run(typed)
-    except InputError as error:  # of the environment
+    except InputError as error:  # of the environment, or one whose traceback was asked for
+        if os.environ.get("BAYESLORA_TRACEBACK"):
+            raise
         print(f"bayeslora: {error}", file=sys.stderr)
         return 2
 

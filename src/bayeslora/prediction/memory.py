@@ -30,8 +30,10 @@ GPU_PADDING = 4096
 _SHARE = 0.5
 """Part of the free memory that a batch may take by the estimate, which is a rough one; what fails is halved."""
 _PART = 4
-"""The matrices of stacked draws take at most this part of the memory that the model takes, a quarter, and the draws
-that they are made of as much again; a posterior's copy on an accelerator takes no more."""
+"""The matrices of stacked draws take at most this part of the memory that the model takes, a quarter, or `_LITTLE`, and
+the draws that they are made of as much again; a posterior's copy on an accelerator takes no more than that part."""
+_LITTLE = 2**28
+"""Bytes that a machine with a model spares: small models have adapters that are large beside them."""
 _ELSEWHERE = ("cpu", "meta", "mps")
 """Devices for which draws are made on the CPU: it itself, what offloads to it, and one without float64."""
 
@@ -79,7 +81,7 @@ def max_padding(model: nn.Module) -> int:
 
 def max_stacked(model: nn.Module, draw: Params) -> int:
     """Return how many draws as large as this one may be stacked at once, at least 1."""
-    return max(1, _bytes(model) // (_PART * 4 * sum(value.numel() for value in draw.values())))
+    return max(1, max(_bytes(model) // _PART, _LITTLE) // (4 * sum(value.numel() for value in draw.values())))
 
 
 def draws_for(model: nn.Module, posterior: P) -> P:
