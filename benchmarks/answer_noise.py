@@ -39,6 +39,7 @@ from bayeslora.metrics.detection import auroc
 from bayeslora.metrics.uncertainty import average, entropy, mutual_information
 from bayeslora.params import generator, read, require_lora, write
 from bayeslora.posteriors import DiagonalGaussian, Mixture, Posterior
+from bayeslora.prediction.readouts import readout_for
 from bayeslora.tasks.types import Split
 
 METHODS: dict[str, Inference] = {
@@ -216,8 +217,10 @@ def speed(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     split = build_task(options).test
     assert split is not None
     model, tokenizer = bl.load_model(args.model or demo_model(), split.classes, adapter=adapter(name))
-    long = [i for i, e in enumerate(split) if len(tokenizer(e.text)["input_ids"]) >= 80]
-    split = split.take(long[: args.speed_rows])
+    rows, _ = readout_for(model, split, tokenizer).encode(split)
+    long = [i for i, each in enumerate(rows) if len(each.prompt) >= 80][: args.speed_rows]
+    print(f"  {len(long)} prompts, of {min(len(rows[i].prompt) for i in long)} tokens and more")
+    split = split.take(long)
     noise = {n: torch.randn(v.shape, generator=generator("answers", n)) for n, v in read(model).items()}
     mean = {n: 0.01 * noise[n] if "lora_B" in n else v for n, v in read(model).items()}
     write(model, mean)
@@ -252,9 +255,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--sections", nargs="+", default=["answers", "speed"], choices=["answers", "report", "speed"])
-    parser.add_argument("--speed-task", default="boolq")
+    parser.add_argument("--speed-task", default="arc_easy")
     parser.add_argument("--speed-rows", type=int, default=16)
-    parser.add_argument("--readout", default="likelihood", choices=["likelihood", "letters"])
+    parser.add_argument("--readout", default="letters", choices=["likelihood", "letters"])
     add_adapters(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="file for the report")

@@ -42,8 +42,16 @@ class _FixedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all tokens, the first ones repeated for each stacked draw."""
-        rows = self.rows.repeat(len(key_states) // len(self.rows))
-        return torch.cat([self.keys[rows], key_states], 2), torch.cat([self.values[rows], value_states], 2)
+        return self._joined(self.keys, key_states), self._joined(self.values, value_states)
+
+    def _joined(self, first: Float[Tensor, "R H T D"], new: Float[Tensor, "N H Q D"]) -> Float[Tensor, "N H P D"]:
+        """Return the first tokens and the new ones, each copied once."""
+        first = first[self.rows]
+        size, tokens = first.shape[2], first.shape[2] + new.shape[2]
+        joined = new.new_empty(len(new) // len(first), len(first), new.shape[1], tokens, new.shape[3])
+        joined[..., :size, :] = first
+        joined[..., size:, :] = new.view(*joined.shape[:3], *new.shape[2:])
+        return joined.flatten(0, 1)
 
 
 @final
