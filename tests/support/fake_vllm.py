@@ -171,3 +171,8 @@ def listening(stand: Stand) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+def client_of(stand: Stand, **settings: Any) -> Adapters:
+    """Return a client of the stand-in that has its tokenizer."""
+    return stand.client(tokenizer=stand.tokenizer, **settings)

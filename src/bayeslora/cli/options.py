@@ -150,7 +150,8 @@ class TransformOptions:
     prune: float = option(0.0, "Share of each matrix with the lowest |mean|/sd that is set to zero.", most=1)
     last_layers: int = option(0, "Keep the noise in that many last layers only; 0: in all.")
     noise: Literal["all", "answer"] = option(
-        "all", "Tokens that have it: all, or the answer's, where ten draws of a long prompt cost little more than one."
+        "all",
+        "Tokens that have it: all, or the answer's: long prompts pass once, and answers are near the mean's.",
     )
 
 

@@ -114,7 +114,7 @@ class Passes:
         """Fill in the answers under draws of which at most so many share a pass."""
         names = differing(stack.draws if self.before is None else [self.before, *stack.draws])
         stacks = bool(names) and self.stacks(names, share=False)
-        if (self.before is not None and not (stacks or not names)) or not self._goes_on_from_prompts():
+        if self.before is not None and ((names and not stacks) or not self._goes_on_from_prompts()):
             raise InputError(REFUSED)
         together = min(most, len(stack.draws)) if stacks else 1
         stack = replace(stack, share=together > 1 and self.before is None and self.stacks(names, share=True))
@@ -184,7 +184,7 @@ class Passes:
             few = self._few()
             return self._same(few, answers_alone(few), prompts_start(self.model, few, None))
 
-        return self.before is None or tried(self.model, ("prompts", self.readout.name, self.readout.shared), goes_on)
+        return tried(self.model, ("prompts", self.readout.name, self.readout.shared), goes_on)
 
     def _same(self, whole: Sequence[Encoded], rest: Sequence[Encoded], start: Start | None) -> bool:
         """Say whether what comes after a start gives what whole rows give."""

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.fake_vllm import NAMES, Stand
-from support.tiny import gaussian, make_model, make_split, make_tokenizer
+from support.fake_vllm import NAMES, client_of
+from support.tiny import make_split
 
 import bayeslora as bl
 from bayeslora.errors import InputError
@@ -14,16 +14,6 @@ from bayeslora.integrations.openai.scoring import MAX_TOKENS_AT_ONCE, reads
 from bayeslora.tasks.types import Format
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture
-def stand():
-    model = make_model("llama")
-    return Stand(model, gaussian(model), make_tokenizer(), software="vllm")
-
-
-def client_of(stand, **settings):
-    return stand.client(tokenizer=stand.tokenizer, **settings)
 
 
 def here(stand, split):

@@ -5,24 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.fake_vllm import NAMES, Stand
+from support.fake_vllm import NAMES, client_of
 from support.serving import DRAWN, running, served
-from support.tiny import gaussian, make_model, make_split, make_tokenizer, same_state, state_of
+from support.tiny import gaussian, make_model, make_split, same_state, state_of
 
 from bayeslora.errors import InputError
 from bayeslora.integrations.openai.client import Adapters, Reference
 from bayeslora.posteriors import Draws, Mixture, Point
-
-
-@pytest.fixture
-def stand():
-    model = make_model("llama")
-    return Stand(model, gaussian(model), make_tokenizer(), software="vllm")
-
-
-def client_of(stand, **settings):
-    return stand.client(tokenizer=stand.tokenizer, **settings)
-
 
 SPLIT = make_split("test", 4, 2, classes=False, readout="likelihood")
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,17 @@ class DrawsCache(DynamicCache):
         for number, (keys, values) in enumerate(start.layers):
             super().update(keys, values, number)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Add tokens of all rows; each of R rows that it began with is there so many times as the new ones need."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if self._copies and layer is not None and len(layer.keys) < len(key_states):
             each = len(key_states) // (self._copies * len(layer.keys))  # beams, or answers to one prompt
             for name in ("keys", "values"):
-                every = getattr(layer, name).repeat_interleave(each, 0).repeat(self._copies, 1, 1, 1)
-                setattr(layer, name, every)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+                setattr(layer, name, getattr(layer, name).repeat_interleave(each, 0).repeat(self._copies, 1, 1, 1))
+        every: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return every
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows, the same under every draw, as many as there are or more or fewer."""
