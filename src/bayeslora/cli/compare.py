@@ -22,10 +22,12 @@ EXAMPLES = """examples:
   bayeslora compare --gather grid
 
 What methods share is trained once: MAP is the ensemble's first member, SWAG goes on from MAP and is MultiSWAG's first
-run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
+run. The row base is the untuned model's, where its head is not new. --out then holds results.json, results.md and
+figures: reliability, risk-coverage, overconfidence."""
 FREE = (
     *("plan", "gather", "keep_parts"),
-    *("methods", "temperatures", "temperature_scaling", "temperature_without_labels", "seeds", "bins", "resamples", "image"),
+    *("methods", "temperatures", "temperature_scaling", "temperature_without_labels"),
+    *("seeds", "bins", "resamples", "image"),
     *("device", "token_budget", "set", "draws", *SAVING),
 )
 """Options that may change when a comparison goes on: what depends on them is made anew, and the rest is taken over."""

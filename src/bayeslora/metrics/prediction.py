@@ -127,7 +127,7 @@ class Prediction:
 
     @property
     def likelihood_ratio(self) -> Float[Tensor, " N"]:
-        """log p(answer) − log p_base(answer) in nats, of the average's `answer`; low where the data are foreign.
+        """Log p(answer) − log p_base(answer) in nats, of the average's `answer`; low where the data are foreign.
 
         Raises:
             InputError: If the base was not asked.

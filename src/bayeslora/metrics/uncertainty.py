@@ -66,7 +66,7 @@ def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
 
 
 def drift(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
-    """Compute KL(p ‖ p_base) = Σ_c p_c (log p_c − log p_base,c) ≥ 0, where 0 log 0 = 0: how far tuning moved an answer."""
+    """Compute KL(p ‖ p_base) = Σ_c p_c (log p_c − log p_base,c) ≥ 0, where 0 log 0 = 0: how far tuning went."""
     p, absent = log_p.double().exp(), log_p == -torch.inf
     ratio = (log_p.double() - base.double()).masked_fill(absent, 0.0)
     # rounding may leave a little below 0

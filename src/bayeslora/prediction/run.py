@@ -1,4 +1,8 @@
-"""Prediction from a posterior of any family: by its draws, and by its mean."""
+"""Prediction from a posterior of any family: by its draws, by its mean, and by the base without the adapter.
+
+`predict` has one parameter more than the eight that are enough elsewhere: ``mean`` and ``base`` say which answers are
+wanted beside the draws', while `Draws` says which weights are drawn, and nothing in `PassOptions` changes a result.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +73,8 @@ def predict(
             draw. A linearised posterior has at least 256, of its logits. A tolerance does not apply to posteriors whose
             draws are no weights.
         mean: Whether to pass the data under the mean too.
-        base: Whether to pass the data under the untuned base too, through the same readout. It goes along with the draws
-            as one more of them, or in a pass of its own where draws are no weights or share their first layers.
+        base: Whether to pass the data under the untuned base too, through the same readout. It goes along with the
+            draws as one more of them, or in a pass of its own where they are no weights or share their first layers.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
             batch. None: 2048 on a CPU, and what its free memory allows on a GPU.
@@ -85,12 +89,8 @@ def predict(
         InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
             together; or the base is asked for and has no answer, for its head was trained or its weights changed.
     """
-    # a parameter more than the eight that are enough elsewhere: like ``mean`` it says which answers are wanted, while
-    # `Draws` says which weights are drawn, and nothing in `PassOptions` changes what is returned
     posterior, draws = requested(posterior, draws)
-    readout = _fitting_readout(model, posterior, split, tokenizer)
-    if base:
-        check_base_answers(model)
+    readout = _fitting_readout(model, posterior, split, tokenizer, base)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
@@ -112,7 +112,9 @@ def predict(
     return Prediction(log_probs, at_mean, components, cut, readout.name, seconds, error, at_base)
 
 
-def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None) -> Readout:
+def _fitting_readout(
+    model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None, base: bool
+) -> Readout:
     """Return the split's readout once posterior, model and split are known to fit together."""
     if not len(split):
         raise InputError(f"{split.name} has no examples")
@@ -126,6 +128,8 @@ def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, token
     readout = readout_for(model, split, tokenizer)
     if readout.name == "likelihood":
         check_scores(posterior.origin, split.normalisation, split.name)
+    if base:
+        check_base_answers(model)
     return readout
 
 
