@@ -118,11 +118,11 @@ class Temperature(PostHoc[Scaled]):
         mean = prediction.mean_log_probs if prediction.mean_log_probs is not None else prediction.log_p
         scaling: Params = {}
         for of, log_probs in (("draws", prediction.log_probs), ("mean", mean[None])):
-            if self.labels:
-                loss, which = partial(nll, labels=rows.labels), _HELD_OUT
-            else:
+            loss: Loss = partial(nll, labels=rows.labels)
+            which = _HELD_OUT if self.labels else _AGREEING
+            if not self.labels:
                 agree, loss = _agreement(log_probs, prediction.base_log_probs, of)
-                log_probs, which = log_probs[:, agree], _AGREEING
+                log_probs = log_probs[:, agree]
             weight, bias = torch.tensor([_inverse_temperature(log_probs, loss)]), torch.zeros(1)
             if abs(math.log(weight)) > 0.99 * _WIDEST:
                 logger.warning(

@@ -12,6 +12,8 @@ from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.params import Params, lora_parameters, require_lora
+from bayeslora.posteriors import Draws, Posterior
+from bayeslora.prediction.stacking import differing, layers_that_differ
 
 _MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _UPPER = ("lora_B", "lora_embedding_B")
@@ -61,6 +63,16 @@ def base_params(model: nn.Module, params: Params) -> Params | None:
         name: torch.zeros_like(value) if any(part in _UPPER for part in name.split(".")) else value
         for name, value in params.items()
     }
+
+
+def base_beside(model: nn.Module, posterior: Posterior, draws: Draws) -> list[Params]:
+    """Return the base as one more of a posterior's draws; nothing where a pass of its own is right, or costs less."""
+    base = None if posterior.before_answer is not None else base_params(model, posterior.mean)
+    if base is None:
+        return []
+    few = [posterior.mean, *(posterior.cached_draw(k, draws) for k in range(min(2, draws.count)))]
+    # draws that are the same in the first layers pass those as one, which the base is not
+    return [] if layers_that_differ(model, differing(few)) else [base]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import requested
-from bayeslora.prediction.base import asking_base, base_params
+from bayeslora.prediction.base import asking_base, base_beside
 from bayeslora.prediction.base import check_base as check_base_answers
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.jacobians import linear_sites
@@ -36,7 +36,6 @@ from bayeslora.prediction.passes import Passes, PassOptions
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, readout_for
 from bayeslora.prediction.sharding import Answers, over_processes
-from bayeslora.prediction.stacking import differing, layers_that_differ
 from bayeslora.tasks.types import Split
 
 
@@ -90,7 +89,7 @@ def predict(
             together; or the base is asked for and has no answer, for its head was trained or its weights changed.
     """
     posterior, draws = requested(posterior, draws)
-    readout = _fitting_readout(model, posterior, split, tokenizer, base)
+    readout = fitting_readout(model, posterior, split, tokenizer, base)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
@@ -112,7 +111,7 @@ def predict(
     return Prediction(log_probs, at_mean, components, cut, readout.name, seconds, error, at_base)
 
 
-def _fitting_readout(
+def fitting_readout(
     model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None, base: bool
 ) -> Readout:
     """Return the split's readout once posterior, model and split are known to fit together."""
@@ -192,7 +191,7 @@ class _Engine:
         mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
         posterior = draws_for(self.model, posterior)
         passes = replace(self.passes, before=posterior.before_answer)
-        base = self._base_beside(posterior, draws)
+        base = base_beside(self.model, posterior, draws) if self.base and not self.at_base else []
         first = [*base, *[posterior.mean] * mean_passes]
         components = posterior.components(draws.count)
         alive, examples = torch.arange(len(self.numbers)), torch.tensor(self.numbers)
@@ -218,15 +217,6 @@ class _Engine:
             if not len(alive):
                 break
         return log_probs[: numbers.stop], at_mean
-
-    def _base_beside(self, posterior: Posterior, draws: Draws) -> list[Params]:
-        """Return the base as one draw more; nothing if it is not asked for or a pass of its own is right or cheaper."""
-        if not self.base or self.at_base or posterior.before_answer is not None:
-            return []
-        base = base_params(self.model, posterior.mean)
-        few = [posterior.mean, *(posterior.cached_draw(k, draws) for k in range(min(2, draws.count)))]
-        shared = layers_that_differ(self.model, differing(few))  # layers before which all draws pass as one
-        return [] if base is None or shared else [base]
 
     def base_answers(self, posterior: Posterior) -> Float[Tensor, "N C"]:
         """Return the base's answers, in a pass of its own unless they have come along with the draws."""
