@@ -24,6 +24,7 @@ from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import Passes, PassOptions, weight_draws
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readings import SCORES
+from bayeslora.prediction.readouts import Readout
 from bayeslora.prediction.run import fitting_readout
 from bayeslora.prediction.sharding import Answers, over_processes
 from bayeslora.tasks.types import Split
@@ -72,13 +73,7 @@ def prompt_likelihood_ratio(
     if posterior.before_answer is not None:
         posterior, draws = requested(posterior, 0, scaled=False)
     draws, posterior = weight_draws(model, posterior, draws), draws_for(model, posterior)
-    prompts = [row.prompt for row in readout.encode(split)[0]]
-    if single := [i for i, prompt in enumerate(prompts) if len(prompt) < 2]:
-        raise InputError(
-            f"row {single[0]} of {split.name} has a prompt of one token, which is given; use longer prompts"
-        )
-    # with a factor, if only 1, the normaliser over the vocabulary is always counted
-    rows = [Encoded(prompt[:1], (prompt[1:],), -1, (1.0,)) for prompt in prompts]
+    rows = _texts(readout, split)
     budget = token_budget or default_token_budget(model)
 
     def answers(numbers: Sequence[int]) -> Answers:
@@ -86,20 +81,36 @@ def prompt_likelihood_ratio(
         total = len(numbers) * (draws.count + 1)
         with evaluating(model), readout.attached(model), shown("prompts", total, options.progress) as done:
             passes = Passes(model, readout, rows, 1, budget, done, options, SCORES)
-            first = base_beside(model, posterior, draws)
-
-            def draw(number: int) -> Params:
-                """Return the base where it goes along, then the draws."""
-                return first[number] if number < len(first) else posterior.cached_draw(number - len(first), draws)
-
-            found = passes.run(draw, len(first) + draws.count, numbers)
-            if first:
-                return found[1:], None, found[0]
-            with asking_base(model, posterior.mean) as params:
-                return found, None, passes.run(lambda _: params, 1, numbers)[0]
+            return _log_likelihoods(passes, posterior, draws, numbers)
 
     tuned, _, base = over_processes(answers, [readout.length(row) for row in rows])
     assert base is not None
     log_p = tuned.double().logsumexp(0) - math.log(len(tuned))
-    tokens = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    tokens = torch.tensor([len(row.answers[0]) for row in rows])
     return ((log_p - base.double())[:, 0] / tokens).float()
+
+
+def _texts(readout: Readout, split: Split) -> list[Encoded]:
+    """Return each prompt as what follows its first token."""
+    prompts = [row.prompt for row in readout.encode(split)[0]]
+    if single := [i for i, prompt in enumerate(prompts) if len(prompt) < 2]:
+        raise InputError(
+            f"row {single[0]} of {split.name} has a prompt of one token, which is given; use longer prompts"
+        )
+    # with a factor, if only 1, the normaliser over the vocabulary is always counted
+    return [Encoded(prompt[:1], (prompt[1:],), -1, (1.0,)) for prompt in prompts]
+
+
+def _log_likelihoods(passes: Passes, posterior: Posterior, draws: Draws, numbers: Sequence[int]) -> Answers:
+    """Return the log-likelihoods [S n 1] of some of the prompts under the draws, and those under the base."""
+    first = base_beside(passes.model, posterior, draws)
+
+    def draw(number: int) -> Params:
+        """Return the base where it goes along, then the draws."""
+        return first[number] if number < len(first) else posterior.cached_draw(number - len(first), draws)
+
+    found = passes.run(draw, len(first) + draws.count, numbers)
+    if first:
+        return found[1:], None, found[0]
+    with asking_base(passes.model, posterior.mean) as params:
+        return found, None, passes.run(lambda _: params, 1, numbers)[0]
