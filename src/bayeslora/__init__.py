@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.prediction.generation import by_entailment as by_entailment
     from bayeslora.prediction.generation import generate as generate
     from bayeslora.prediction.generation import generate_each as generate_each
+    from bayeslora.prediction.prompts import prompt_likelihood_ratio as prompt_likelihood_ratio
     from bayeslora.prediction.rewards import penalised_rewards as penalised_rewards
     from bayeslora.prediction.rewards import predict_rewards as predict_rewards
     from bayeslora.prediction.rewards import preference_probability as preference_probability
@@ -90,6 +91,7 @@ _HOMES = {
     "posteriors.transforms": "pruned restricted tempered",
     "prediction": "PassOptions predict",
     "prediction.generation": "Answer Answers by_embedding by_entailment generate generate_each",
+    "prediction.prompts": "prompt_likelihood_ratio",
     "prediction.rewards": "penalised_rewards predict_rewards preference_probability",
     "processes": "sharded",
     "tasks": "load_task",

@@ -80,10 +80,10 @@ class TrainedAdapter:
     token_budget: int | None
     progress: bool = False
 
-    def predict(self, posterior: Posterior, rows: Split, draws: int) -> Prediction:
+    def predict(self, posterior: Posterior, rows: Split, draws: int, *, base: bool = False) -> Prediction:
         """Return what a posterior says about rows; all posteriors by the same stream of draws."""
         return predict(
-            self.model, posterior, rows, Draws(draws, self.seed), tokenizer=self.tokenizer,
+            self.model, posterior, rows, Draws(draws, self.seed), base=base, tokenizer=self.tokenizer,
             token_budget=self.token_budget, options=PassOptions(progress=self.progress),
         )  # fmt: skip
 

@@ -65,6 +65,20 @@ def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     return 1 - agrees.sum(0).to(log_probs.dtype) / was_taken.sum(0)
 
 
+def drift(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
+    """Compute KL(p ‖ p_base) = Σ_c p_c (log p_c − log p_base,c) ≥ 0, where 0 log 0 = 0: how far tuning went."""
+    p, absent = log_p.double().exp(), log_p == -torch.inf
+    ratio = (log_p.double() - base.double()).masked_fill(absent, 0.0)
+    # rounding may leave a little below 0
+    return (p * ratio).sum(-1).clamp_min(0).to(log_p.dtype)
+
+
+def likelihood_ratio(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
+    """Compute log p_c − log p_base,c of the answer c = argmax p (Zhang et al. 2025, arXiv 2404.08679, for S_a|q)."""
+    answer = log_p.argmax(-1, keepdim=True)
+    return (log_p.double().gather(-1, answer) - base.double().gather(-1, answer)).squeeze(-1).to(log_p.dtype)
+
+
 def between_within(
     log_probs: Float[Tensor, "S N C"], components: Sequence[int]
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
