@@ -25,7 +25,7 @@ What methods share is trained once: MAP is the ensemble's first member, SWAG goe
 run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
 FREE = (
     *("plan", "gather", "keep_parts"),
-    *("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image"),
+    *("methods", "temperatures", "temperature_scaling", "divergence", "seeds", "bins", "resamples", "image"),
     *("device", "token_budget", "set", "draws", *SAVING),
 )
 """Options that may change when a comparison goes on: what depends on them is made anew, and the rest is taken over."""
@@ -47,6 +47,11 @@ class Options(TrainOptions):
     )
     temperature_scaling: bool = option(
         False, "Also show every method with temperature scaling, fitted on the validation rows."
+    )
+    divergence: float = option(
+        0.0,
+        "Also show every method with its noise scaled so that its answers are so many nats a row from those without, "
+        "on validation rows, labelled or not; 0: not.",
     )
     seeds: list[int] = option([0], "Seeds; each is a whole comparison.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
@@ -96,6 +101,7 @@ def run(options: Options) -> None:
             swag_share=options.swag_share,
             temperatures=options.temperatures,
             scaling=options.temperature_scaling,
+            divergence=options.divergence or None,
             draws=options.draws,
             token_budget=options.token_budget or None,
             resamples=options.resamples,

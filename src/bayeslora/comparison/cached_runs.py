@@ -56,6 +56,8 @@ class CachedRuns:
     # whether temperature scaling is fitted to every method on it. Both results have rows of their own.
     temperatures: Sequence[float] = ()
     scaling: bool = False
+    # The mean divergence κ to which every method's noise is scaled, on rows of its own; None for no such rows.
+    divergence: float | None = None
     draws: int | Draws = 10  # with the seed of the run
     token_budget: int | None = None
     resamples: int = 1000

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from bayeslora.comparison import plots
+from bayeslora.comparison.run import VARIANTS
 from bayeslora.comparison.tables import comparison_rows, marked, recommendations, text_table, warnings
 from bayeslora.errors import InputError
 from bayeslora.files import write_json, write_text
@@ -58,7 +59,7 @@ def write_pictures(runs: CachedRuns, comparison: Comparison, image: str) -> list
             fmean(r.cost.train_seconds + (r.cost.predict_seconds or 0.0) for r in by_seed.values()),
         )
         for name, by_seed in comparison.results.items()
-        if not name.endswith((" + T", " tuned"))
+        if not name.endswith(VARIANTS)
     }
     try:
         figures = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, learned, predicted
 from bayeslora.comparison.costs import Cost, max_known
+from bayeslora.comparison.scaled_runs import BY_DIVERGENCE, scaled_by_divergence
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Inference, PostHoc, Temperature
 from bayeslora.metrics.classification import nll
@@ -19,6 +20,9 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Scaled
 from bayeslora.processes import sharded
 from bayeslora.tasks.types import labelled
+
+VARIANTS = (" + T", " tuned", BY_DIVERGENCE)
+"""How the names of rows end that are made of another row's posterior."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Result:
     ood: dict[str, Prediction]  # of each other data set
     evaluation: Evaluation
     cost: Cost
-    temperature: float | None = None  # the one that was chosen, for ``<name> tuned``
+    temperature: float | None = None  # the one that was chosen, for ``<name> tuned`` and by divergence
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,15 @@ def _compared(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequenc
                 continue
             for row, result in _results(runs, fitted, name, seed):
                 comparison.results.setdefault(row, {})[seed] = result
+            if (row := f"{name}{BY_DIVERGENCE}") not in comparison.failures:
+                try:
+                    for result in _by_divergence(runs, fitted, row, seed):
+                        comparison.results.setdefault(row, {})[seed] = result
+                except InputError as error:
+                    runs.report(f"seed {seed}: {row} failed: {error}")
+                    comparison.failures[row] = {seed: str(error)}
     for name in comparison.failures:  # under a later seed
-        for row in (name, f"{name} + T", f"{name} tuned"):
+        for row in (name, f"{name} + T", f"{name} tuned", f"{name}{BY_DIVERGENCE}"):
             comparison.results.pop(row, None)
     if not comparison.results:
         name, by_seed = next(iter(comparison.failures.items()))
@@ -105,6 +116,15 @@ def _results(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Iterato
         best = _best_temperature(runs, fitted, name, seed)
         tuned = f"{name} tuned"
         yield tuned, replace(_measured(runs, fitted.tempered(best), tuned, seed), temperature=best)
+
+
+def _by_divergence(runs: CachedRuns, fitted: Learned, row: str, seed: int) -> Iterator[Result]:
+    """Yield the result of a method with noise, scaled by divergence, if that is asked for."""
+    if runs.divergence is None:
+        return
+    scaled = scaled_by_divergence(runs, fitted, row, seed, runs.divergence)
+    if scaled is not None:
+        yield replace(_measured(runs, scaled[0], row, seed), temperature=scaled[1] ** 2)
 
 
 def _measured(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Result:
