@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.methods import McDropout as McDropout
     from bayeslora.methods import Method as Method
     from bayeslora.methods import PostHoc as PostHoc
+    from bayeslora.methods import ScaleByDivergence as ScaleByDivergence
     from bayeslora.methods import Swag as Swag
     from bayeslora.methods import Temperature as Temperature
     from bayeslora.methods import Tfb as Tfb
@@ -74,7 +75,10 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.training.trainer_kwargs import kwargs_for as kwargs_for
 
 _HOMES = {
-    "methods": "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc Swag Temperature Tfb multi_swag",
+    "methods": (
+        "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc ScaleByDivergence Swag Temperature Tfb "
+        "multi_swag"
+    ),
     "methods.checkpoints": "last_checkpoint",
     "methods.ivon.optimizer": "IvonOptimizer",
     "methods.steps": "FiniteSteps",

@@ -183,6 +183,19 @@ def test_scaling_is_shown_for_every_method_and_helps_its_validation_rows(bay, ho
     assert (out / "trade-off.png").stat().st_size > 0
 
 
+def test_noise_scaled_by_divergence_has_a_row_of_its_own(bay, refused, home, tmp_path):
+    words = ["compare", *home.marbles(), *QUICK, *POINTS, "--draws", "3", "--methods", "map", "isotropic", "tfb"]
+    by_itself = ["--set", "tfb.scale=divergence", "tfb.divergence=0.0001"]
+    out = ["--out", tmp_path / "out"]
+    said = bay(*words, *by_itself, "--divergence", "0.0001", *out)
+    assert said.status == 0, said.err
+    rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    more = ["isotropic, scaled by divergence", "tfb, scaled by divergence"]
+    assert list(rows) == ["map", "isotropic", more[0], "tfb", more[1]]
+    assert "isotropic, scaled by divergence, 3 draws" in said.out
+    assert "divergence must be" in refused(*words, "--divergence", "-1", "--out", tmp_path / "other")
+
+
 def test_a_folder_that_has_a_known_tasks_name_does_not_hide_the_task(refused, bay, home, tmp_path, monkeypatch):
     (tmp_path / "openbookqa").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ run. The row base is the untuned model's, where its head is not new. --out then 
 figures: reliability, risk-coverage, overconfidence."""
 FREE = (
     *("plan", "gather", "keep_parts"),
-    *("methods", "temperatures", "temperature_scaling", "temperature_without_labels"),
+    *("methods", "temperatures", "temperature_scaling", "temperature_without_labels", "divergence"),
     *("seeds", "bins", "resamples", "image"),
     *("device", "token_budget", "set", "draws", *SAVING),
 )
@@ -52,6 +52,11 @@ class Options(TrainOptions):
     )
     temperature_without_labels: bool = option(
         False, "And with a temperature that needs no labels: fitted on the validation rows where the base agrees."
+    )
+    divergence: float = option(
+        0.0,
+        "Also show every method with its noise scaled so that its answers are so many nats a row from those without, "
+        "on validation rows, labelled or not; 0: not.",
     )
     seeds: list[int] = option([0], "Seeds; each is a whole comparison.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
@@ -102,6 +107,7 @@ def run(options: Options) -> None:
             temperatures=options.temperatures,
             scaling=options.temperature_scaling,
             scaling_without_labels=options.temperature_without_labels,
+            divergence=options.divergence or None,
             draws=options.draws,
             token_budget=options.token_budget or None,
             resamples=options.resamples,

@@ -58,6 +58,8 @@ class CachedRuns:
     temperatures: Sequence[float] = ()
     scaling: bool = False
     scaling_without_labels: bool = False
+    # The mean divergence κ to which every method's noise is scaled, on rows of its own; None for no such rows.
+    divergence: float | None = None
     draws: int | Draws = 10  # with the seed of the run
     token_budget: int | None = None
     resamples: int = 1000

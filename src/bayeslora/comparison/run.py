@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from bayeslora.comparison.base import BASE, Witness, check_names, witness
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, learned, predicted
 from bayeslora.comparison.costs import Cost, max_known
+from bayeslora.comparison.scaled_runs import BY_DIVERGENCE, scaled_by_divergence
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Inference, PostHoc, Temperature
 from bayeslora.metrics.classification import nll
@@ -21,8 +22,8 @@ from bayeslora.posteriors import Scaled
 from bayeslora.processes import sharded
 from bayeslora.tasks.types import labelled
 
-VARIANTS = (" + T", " + T without labels", " tuned")
-"""How the names of further rows of a method end: scaled by a temperature, and with the best one of its posterior."""
+VARIANTS = (" + T", " + T without labels", " tuned", BY_DIVERGENCE)
+"""How the names of rows end that are made of another row's posterior."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Result:
     ood: dict[str, Prediction]  # of each other data set
     evaluation: Evaluation
     cost: Cost
-    temperature: float | None = None  # the one that was chosen, for ``<name> tuned``
+    temperature: float | None = None  # the one that was chosen, for ``<name> tuned`` and by divergence
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def _compared(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequenc
                 continue
             for row, result in _results(runs, base, fitted, name, seed):
                 comparison.results.setdefault(row, {})[seed] = result
+            if (row := f"{name}{BY_DIVERGENCE}") not in comparison.failures:
+                try:
+                    for result in _by_divergence(runs, base, fitted, row, seed):
+                        comparison.results.setdefault(row, {})[seed] = result
+                except InputError as error:
+                    runs.report(f"seed {seed}: {row} failed: {error}")
+                    comparison.failures[row] = {seed: str(error)}
     for name in comparison.failures:  # under a later seed
         for row in (name, *(f"{name}{variant}" for variant in VARIANTS)):
             comparison.results.pop(row, None)
@@ -131,6 +139,17 @@ def _with_scaling(
         prediction, *others = (_scaled(scaled, p) for p in (plain.prediction, *plain.ood.values()))
         ood = dict(zip(plain.ood, others, strict=True))
         yield f"{name}{variant}", evaluated(runs, prediction, ood, plain.cost, seed)
+
+
+def _by_divergence(
+    runs: CachedRuns, base: Witness | None, fitted: Learned, row: str, seed: int
+) -> Iterator[Result]:
+    """Yield the result of a method with noise, scaled by divergence, if that is asked for."""
+    if runs.divergence is None:
+        return
+    scaled = scaled_by_divergence(runs, fitted, row, seed, runs.divergence)
+    if scaled is not None:
+        yield replace(_measured(runs, base, scaled[0], row, seed), temperature=scaled[1] ** 2)
 
 
 def _measured(runs: CachedRuns, base: Witness | None, fitted: Learned, name: str, seed: int) -> Result:

@@ -45,6 +45,11 @@ def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
     return torch.special.entr(log_p.double().exp()).sum(-1).to(log_p.dtype)
 
 
+def divergences(log_p: Float[Tensor, "N C"], log_q: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+    """Return KL(p ‖ q) of each row in nats; log p is -inf for choices that a row does not have."""
+    return (log_p.exp() * (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)
+
+
 def expected_entropy(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     """Average the draws' entropies, (1/S) Σ_s H(p_s): the uncertainty that stays when the weights are known."""
     return (entropy(log_probs.double()).sum(0) / taken(log_probs).sum(0)).to(log_probs.dtype)
