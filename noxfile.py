@@ -71,6 +71,13 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The book, strictly: broken links and pages without an entry fail. `nox -s docs -- --serve` shows it."""
+    session.install("-e", ".[docs]")
+    session.run("python", ".ci/book.py", *session.posargs)
+
+
+@nox.session
 def audit(session: nox.Session) -> None:
     """Known vulnerabilities of what the project is used with; needs the network."""
     session.install("-e", ".[demo,trl,quantised,serve,client,lm-eval]", "pip-audit")

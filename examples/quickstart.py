@@ -1,6 +1,8 @@
 """Fine-tune, keep the posterior, predict with uncertainty: the README's example on the demo's model and data.
 
-python examples/quickstart.py            # about two minutes on two CPU cores
+    python examples/quickstart.py
+
+About two minutes on two CPU cores.
 """
 
 import sys

@@ -192,5 +192,5 @@ def test_what_a_script_imports_is_there(folder):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayeslora")
         for alias in node.names
     }
-    used = {name for path in (ROOT / folder).glob("*.py") for name in dotted_names(read(path))}
+    used = {name for path in (ROOT / folder).rglob("*.py") for name in dotted_names(read(path))}
     assert [name for name in sorted(imports | used) if not exists(name)] == []

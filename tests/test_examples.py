@@ -7,8 +7,8 @@ from support.forked import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OFFLINE = (
-    "dpo_trainer.py", "generate_and_serve.py", "hub_and_trackers.py", "lm_eval_task.py", "qlora_4bit.py",
-    "reward_ensemble.py",
+    "training/dpo_trainer.py", "training/hub_and_trackers.py", "training/qlora_4bit.py", "training/reward_ensemble.py",
+    "prediction/lm_eval_task.py", "serving/generate_and_serve.py",
 )  # fmt: skip
 
 
@@ -22,6 +22,6 @@ def test_an_example_runs(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_client_says_that_nothing_answers(tmp_path):
-    status, said = run_script(EXAMPLES / "vllm_client.py", "http://127.0.0.1:9", folder=tmp_path)
+    status, said = run_script(EXAMPLES / "serving/vllm_client.py", "http://127.0.0.1:9", folder=tmp_path)
     assert status == 1, said
     assert "Traceback" not in said
