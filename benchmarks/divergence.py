@@ -2,7 +2,8 @@
 
 Adapters are trained until they are over-confident: all-MiniLM-L6-v2 with a head, and SmolLM2 by the likelihood of the
 choices. Each posterior's noise is scaled to each divergence κ on anchors without labels, and judged on other rows. Both
-are held out of the training data: no test row is looked at, for κ's default is chosen here. Beside them stand MAP, each
+are held out of the training data: no test row is looked at, for κ's default is chosen here. Posteriors are asked at
+scales a factor of 1.7 apart, and what they come to is interpolated by the logarithm of κ. Beside them stand MAP, each
 method's own scale (TFB's tolerance, isotropic noise and Laplace's prior by the labels of the anchors), and
 temperature scaling by the same labels. What a run gives is kept in ``--out`` and not made again.
 
@@ -13,8 +14,10 @@ temperature scaling by the same labels. What a run gives is kept in ``--out`` an
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -22,23 +25,25 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from report import finish, row
+from torch import Tensor
 
 import bayeslora as bl
 from bayeslora.cli.build import build_arguments
 from bayeslora.cli.data import build_task
 from bayeslora.cli.demo.model import demo_encoder, demo_model
 from bayeslora.cli.options import TaskOptions, TrainingOptions
-from bayeslora.comparison.cached_runs import CachedRuns, learned, predicted
-from bayeslora.comparison.scaled_runs import scaled_by_divergence
+from bayeslora.comparison.cached_runs import CachedRuns, Learned, learned, predicted
 from bayeslora.methods import Inference, Isotropic, Laplace, Map, Swag, Temperature, Tfb
 from bayeslora.metrics.classification import accuracy, ece, nll
-from bayeslora.metrics.prediction import Prediction
-from bayeslora.tasks.types import Task
+from bayeslora.metrics.uncertainty import average, divergences
+from bayeslora.tasks.types import Split, Task
 
-GRID = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3)
+GRID = (0.01, 0.03, 0.06, 0.1, 0.2, 0.3)
+STEP = 0.75
+"""Between two scales: the logarithm of their ratio, to base 2."""
 METHODS: dict[str, Inference] = {
-    "isotropic": Isotropic("validation"),
-    "tfb": Tfb(),
+    "isotropic": Isotropic("validation", draws=5),
+    "tfb": Tfb(most_anchors=100, draws=5),
     "laplace": Laplace(),
     "swag": Swag(),
 }
@@ -48,40 +53,43 @@ OWN = {"isotropic": "σ by labels", "tfb": "tolerance", "laplace": "prior by lab
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and a task, with how many rows are trained on, scaled on (anchors) and judged on."""
+    """A model and a task, with how many rows are trained on, scaled on (anchors) and judged on, and held out in all."""
 
     task: str
     encoder: bool
     rows: int = 200
     anchors: int = 100
-    judges: int = 300
+    judges: int = 200
     epochs: float = 12
     learning_rate: float = 2e-3
-    draws: int = 10
+    held_out: int = 400
 
 
 SETTINGS = {
     "minilm-sst2": Setting("sst2", True),
     "minilm-trec": Setting("trec", True),
-    "smollm2-sst2": Setting("sst2", False, 100, 24, 100, 4, 1e-3, 5),
-    "smollm2-arc_easy": Setting("arc_easy", False, 60, 16, 48, 4, 1e-3, 5),
-    "smollm2-openbookqa": Setting("openbookqa", False, 60, 16, 48, 4, 1e-3, 5),
+    "smollm2-sst2": Setting("sst2", False, 100, 24, 72, 4, 1e-3, 96),
+    "smollm2-arc_easy": Setting("arc_easy", False, 60, 16, 48, 4, 1e-3, 64),
+    "smollm2-openbookqa": Setting("openbookqa", False, 60, 16, 48, 4, 1e-3, 64),
 }
 
 
 def prepared(args: argparse.Namespace, name: str) -> CachedRuns:
-    """Return what is the same for all methods of a setting: the anchors as validation rows, the judges as test rows."""
+    """Return what is the same for all methods of a setting: the anchors are its validation rows.
+
+    What is predicted, in the place of test rows, are the anchors and then the judges.
+    """
     setting = SETTINGS[name]
     options = TaskOptions(
         task=setting.task, data=args.data, readout="head" if setting.encoder else "likelihood",
-        validation=setting.anchors + setting.judges, train_rows=setting.rows,
+        validation=setting.held_out, train_rows=setting.rows,
     )  # fmt: skip
     task = build_task(options)
     held_out = task.validation
     assert task.train is not None
     assert held_out is not None
-    judges = replace(held_out.take(list(range(setting.anchors, len(held_out)))), name=f"{setting.task}/judges")
-    task = Task(task.name, task.train, held_out.take(list(range(setting.anchors))), judges)
+    asked = held_out.take(list(range(setting.anchors + setting.judges)))
+    task = Task(task.name, task.train, held_out.take(list(range(setting.anchors))), asked)
     modules = ["query", "value"] if setting.encoder else ["q_proj", "v_proj"]
     adapter = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.1, target_modules=modules,
@@ -91,13 +99,58 @@ def prepared(args: argparse.Namespace, name: str) -> CachedRuns:
     model, tokenizer = bl.load_model(folder, task.train.classes, adapter=adapter, dtype=torch.float32)
     training = TrainingOptions(epochs=setting.epochs, batch_size=8, learning_rate=setting.learning_rate)
     out = Path(args.out) / name
-    return CachedRuns(model, tokenizer, task, build_arguments(training, out, 0), out, draws=setting.draws)
+    return CachedRuns(model, tokenizer, task, build_arguments(training, out, 0), out, draws=args.draws)
 
 
-def measured(prediction: Prediction, labels: torch.Tensor) -> dict[str, float]:
-    """Return the measures of a prediction of the judges."""
-    log_p = prediction.log_p
+def measured(log_probs: Tensor, runs: CachedRuns) -> dict[str, float]:
+    """Return the measures of draws' answers [S N C], over the judges."""
+    log_p, labels = average(log_probs)[len(anchors_of(runs)) :], runs.test.labels[len(anchors_of(runs)) :]
     return {"NLL": float(nll(log_p, labels)), "ECE": float(ece(log_p, labels)), "acc": float(accuracy(log_p, labels))}
+
+
+def anchors_of(runs: CachedRuns) -> Split:
+    """Return the anchors, with which the rows that are predicted begin."""
+    assert runs.task.validation is not None
+    return runs.task.validation
+
+
+Points = list[dict[str, float]]
+
+
+def path(runs: CachedRuns, fitted: Learned, name: str, seed: int, grid: list[float]) -> Points:
+    """Return divergence and measures at scales that are a step apart, from the least divergence to the most."""
+    plain = predicted(runs, fitted, runs.test, seed, name)[0]
+    assert plain.mean_log_probs is not None
+    mean, count = plain.mean_log_probs, len(anchors_of(runs))
+    noise = (plain.log_probs - mean).masked_fill(torch.isneginf(mean), 0.0)
+
+    def point(k: int) -> dict[str, float]:
+        """Return divergence and measures at the scale 2^(STEP·k)."""
+        log_probs = plain.log_probs
+        if k and fitted.posterior.noise_in_logits:
+            log_probs = (mean + 2 ** (STEP * k) * noise).log_softmax(-1)
+        elif k:
+            words = f"{name}-{k}"
+            log_probs = predicted(runs, fitted.tempered(2 ** (2 * STEP * k)), runs.test, seed, words)[0].log_probs
+        kl = float(divergences(mean[:count].double(), average(log_probs)[:count].double()).mean())
+        return {"scale": 2 ** (STEP * k), "divergence": kl} | measured(log_probs, runs)
+
+    points, low, high = [point(0)], 0, 0
+    while points[0]["divergence"] > min(grid):
+        points.insert(0, point(low := low - 1))
+    while points[-1]["divergence"] < max(grid) and high < 12:
+        points.append(point(high := high + 1))
+    return points
+
+
+def at(points: Points, divergence: float) -> dict[str, float] | None:
+    """Return the measures where the divergence is first reached, between two scales by its logarithm; None if never."""
+    for before, after in pairwise(points):
+        if before["divergence"] <= divergence < after["divergence"]:
+            low, high = (math.log(max(1e-9, each["divergence"])) for each in (before, after))
+            share = (math.log(divergence) - low) / (high - low)
+            return {key: before[key] + share * (after[key] - before[key]) for key in before}
+    return None
 
 
 Found = dict[str, dict[str, float]]
@@ -106,30 +159,26 @@ Found = dict[str, dict[str, float]]
 def judged(args: argparse.Namespace, name: str, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the measures of each way to hold the noise, by its name; those that fail are left out, and said."""
     runs = prepared(args, name)
-    labels, point = runs.test.labels, learned(runs, Map(), seed)
-    yield "map", measured(predicted(runs, point, runs.test, seed, "map")[0], labels)
-    yield "map + T", measured(predicted(runs, learned(runs, Temperature(), seed), runs.test, seed, "map-T")[0], labels)
-    for method in args.methods:
+    for way, method in (("map", Map()), ("map + T by labels", Temperature())):
+        yield way, measured(predicted(runs, learned(runs, method, seed), runs.test, seed, way)[0].log_probs, runs)
+    for method_name in args.methods:
         try:
-            fitted = learned(runs, METHODS[method], seed)
+            fitted = learned(runs, METHODS[method_name], seed)
         except bl.InputError as error:
-            print(f"{name}, seed {seed}, {method}: {error}", flush=True)
+            print(f"{name}, seed {seed}, {method_name}: {error}", flush=True)
             continue
-        yield f"{method}, {OWN[method]}", measured(predicted(runs, fitted, runs.test, seed, method)[0], labels)
+        points = path(runs, fitted, method_name, seed, args.grid)
+        yield f"{method_name}, {OWN[method_name]}", next(point for point in points if point["scale"] == 1)
+        for point in points:
+            print("   " + "  ".join(f"{key} {value:.4g}" for key, value in point.items()), flush=True)
         for divergence in args.grid:
-            way = f"{method}, {divergence:g}"
-            try:
-                scaled = scaled_by_divergence(runs, fitted, method, seed, divergence)
-            except bl.InputError as error:
-                print(f"{name}, seed {seed}, {way}: {error}", flush=True)
-                continue
-            assert scaled is not None
-            prediction = predicted(runs, scaled[0], runs.test, seed, way, f"{method}-{divergence:g}")[0]
-            yield way, measured(prediction, labels) | {"scale": scaled[1]}
+            found = at(points, divergence)
+            if found is not None:
+                yield f"{method_name}, {divergence:g}", found
 
 
 def reported(results: dict[tuple[str, int], Found], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return means over seeds of each setting, means over settings, and where the NLL over all methods is lowest."""
+    """Return means over seeds of each setting, means over settings, and the NLL over all methods by divergence."""
     rows = []
     names = list(dict.fromkeys(name for name, _ in results))
     ways = list(dict.fromkeys(way for found in results.values() for way in found))
@@ -153,12 +202,9 @@ def reported(results: dict[tuple[str, int], Found], args: argparse.Namespace) ->
             if f"{method}, {divergence:g}" in found
         ]
         if change:
-            rows.append(
-                row(f"κ = {divergence:g}: NLL less MAP's over methods and settings", fmean(change), None, "nats")
-            )
-            better = sum(c < 0 for c in change) / len(change)
-            rows.append(row(f"κ = {divergence:g}: share that is better than MAP", better, None, "share"))
-            rows.append(row(f"κ = {divergence:g}: of so many", len(change), None, "runs"))
+            rows.append(row(f"κ = {divergence:g}: NLL less MAP's, mean over all", fmean(change), None, "nats"))
+            rows.append(row(f"κ = {divergence:g}: better than MAP", sum(c < 0 for c in change), None, "runs"))
+            rows.append(row(f"κ = {divergence:g}: of", len(change), None, "runs"))
     return rows
 
 
@@ -171,6 +217,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--grid", type=float, nargs="+", default=list(GRID))
+    parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--json", help="file for the report")
     args = parser.parse_args()
     results: dict[tuple[str, int], Found] = {}

@@ -7,9 +7,9 @@ For a posterior with covariance Σ it is the largest s with
 p̄_s: the average of the draws' probabilities under the covariance s²Σ; p_0: the same without noise, which is the trained
 adapter (MAP) or, for a mixture, the average over its members; x: anchors, whose labels are not looked at. Draw k has
 the same random numbers at every s, so that the divergence is a smooth function of s; s is bracketed by doubling or
-halving 1 and then bisected on a logarithmic scale. Seq-LoRA (2026) sets the scale of its posterior so and calls κ τ.
+halving 1 and then bisected on a logarithmic scale. The idea is that of τ in Seq-LoRA (2026).
 
-What we add: it holds for every posterior that can be tempered, what is visited is checked to rise, and κ has one
+What is ours: it holds for every posterior that can be tempered, what is visited is checked to rise, and κ has one
 default for all methods, found on validation rows of several tasks (docs/methods/divergence.md).
 """
 
