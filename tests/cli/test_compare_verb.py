@@ -82,7 +82,7 @@ def test_the_files_hold_the_table_the_numbers_and_the_figures(finished):
         low, high = row["accuracy"]
         assert f"{(low + high) / 2:.3f} ± {abs(low - high) / 2**0.5:.3f}" in table
     assert {"AUROC H", "AUROC MI"} <= found["rows"][-1].keys()
-    assert set(found["evaluations"]) == set(METHODS)
+    assert set(found["evaluations"]) == {"base", *METHODS}
 
 
 def test_other_options_and_other_folders_are_refused(refused, words, finished, tmp_path):
@@ -145,7 +145,7 @@ def test_a_label_lets_a_method_be_there_twice_and_temperatures_are_chosen_on_val
     found = json.loads((out / "results.json").read_text())
     names = [row["name"] for row in found["rows"]]
     assert names == [
-        "map", "isotropic, mean", "isotropic, 3 draws", "isotropic tuned, 3 draws",
+        "base", "map", "isotropic, mean", "isotropic, 3 draws", "isotropic tuned, 3 draws",
         "loud, mean", "loud, 3 draws", "loud tuned, 3 draws",
     ]  # fmt: skip
     means = {row["name"]: row["NLL"] for row in found["rows"]}
