@@ -213,9 +213,9 @@ def test_a_row_by_divergence_is_for_what_has_noise_and_its_scale_is_searched_onc
     rows = [f"{name}, scaled by divergence" for name in ("noise", "both")]
     assert [name for name in found.results if "divergence" in name] == rows
     assert searched == 2 * [ScaleByDivergence(1e-4, draws=2)]
-    result = found.results[rows[0]][0]
-    plain = found.results["noise"][0]
+    result, plain = found.results[rows[0]][0], found.results["noise"][0]
     assert result.temperature > 0
+    assert result.cost.train_seconds > plain.cost.train_seconds  # the search is a part of it
     assert torch.equal(result.prediction.mean_log_probs, plain.prediction.mean_log_probs)
     assert not torch.equal(result.prediction.log_probs, plain.prediction.log_probs)
     work.taken()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 from bayeslora.comparison.cached_runs import CachedRuns, Learned
@@ -32,11 +33,15 @@ def scaled_by_divergence(
     file = runs.out / f"seed-{seed}" / f"{row.replace(':', '-').replace(', ', '-').replace(' ', '-')}-{key}.json"
     if not first(file.exists):
         runs.report(f"seed {seed}: {row}: searching the scale")
+        began = time.perf_counter()
         found = method.fit(
             runs.model, runs.task, start=fitted.posterior, tokenizer=runs.tokenizer, seed=seed,
             token_budget=runs.token_budget, progress=False,
         )  # fmt: skip
         scale = found.require_origin().settings[NOTE]["scale"]
-        first(lambda: write_json(file, {"scale": scale, "depends": depends}))
-    scale = float(json.loads(file.read_text(encoding="utf-8"))["scale"])
-    return replace(fitted, posterior=tempered(fitted.posterior, scale**2), key=key), scale
+        record = {"scale": scale, "seconds": time.perf_counter() - began, "depends": depends}
+        first(lambda: write_json(file, record))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    scale, seconds = float(record["scale"]), fitted.cost.train_seconds + float(record["seconds"])
+    cost = replace(fitted.cost, train_seconds=seconds)
+    return replace(fitted, posterior=tempered(fitted.posterior, scale**2), cost=cost, key=key), scale
