@@ -1,16 +1,32 @@
-"""The book: every page has its place, every public name its entry, every method's page the same headings."""
+"""The book: its blocks of code run, every page has its place, every public name its entry, every method one form."""
 
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from support.book import blocks, run_page
+from support.forked import run_alone
 
 import bayeslora as bl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 HEADINGS = ["Idea", "Formula", "When", "Settings", "Cost", "Measured", "Limits", "Paper"]
+PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))) if blocks(page)]
+REASONS = {
+    "installs packages",
+    "takes minutes",
+    "takes hours",
+    "a GPU",
+    "several processes",
+    "Slurm",
+    "a server",
+    "vLLM",
+    "the Hub",
+    "published tasks",
+}
+MAX_NOT_RUN = 30
 METHODS = sorted(path for path in (DOCS / "methods").glob("*.md") if path.stem not in ("index", "divergence"))
 
 
@@ -35,3 +51,19 @@ def test_a_methods_page_has_the_headings_of_the_others(path):
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
     assert f"<!-- study:begin {path.stem} -->" in text
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if not all(block.reason for block in blocks(page))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_the_blocks_of_a_page_run(page, tmp_path):
+    status, said = run_alone(lambda: run_page(page), tmp_path)
+    assert status == 0, said[-3000:]
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    reasons = [block.reason for page in PAGES for block in blocks(page) if block.reason]
+    assert set(reasons) <= REASONS
+    assert len(reasons) <= MAX_NOT_RUN
