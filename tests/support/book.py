@@ -285,3 +285,15 @@ def run_page(page: Path) -> None:
         else:
             for said, words in commands(block.text):
                 run_command(said, words)
+
+
+def run_notebook(path: Path) -> None:
+    """Run the cells of a notebook in the working folder, on the tiny encoder."""
+    from bayeslora.cli.demo import model
+
+    furnish("")
+    model.demo_encoder = lambda: Path(ENCODER)  # type: ignore[assignment, misc]
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{path.name}, {cell['id']}", "exec"), namespace)
