@@ -35,7 +35,7 @@ def help_lines() -> Iterator[str]:
     """Say what the command line says of itself, a section for each verb."""
     from bayeslora.cli import VERBS, main
 
-    os.environ["COLUMNS"] = "88"
+    os.environ["COLUMNS"] = "84"
     for verb in ("", *VERBS):
         with contextlib.redirect_stdout(io.StringIO()) as said:
             main([verb, "--help"] if verb else ["--help"])

@@ -41,6 +41,17 @@ def run_script(path: Path, *words: str, folder: Path) -> tuple[int | None, str]:
     return _forked(run, [{}])[0]
 
 
+def run_alone(action: Callable[[], object], folder: Path) -> tuple[int | None, str]:
+    """Do something in a process and a folder of its own, and return how it ended and what it said."""
+
+    def run() -> None:
+        warnings.resetwarnings()  # what warns a user is no error
+        os.chdir(folder)
+        action()
+
+    return _forked(run, [{}])[0]
+
+
 def _forked(
     action: Callable[[], object], environments: Sequence[dict[str, str]], timeout: float = 120
 ) -> list[tuple[int | None, str]]:
