@@ -141,9 +141,7 @@ def _with_scaling(
         yield f"{name}{variant}", evaluated(runs, prediction, ood, plain.cost, seed)
 
 
-def _by_divergence(
-    runs: CachedRuns, base: Witness | None, fitted: Learned, row: str, seed: int
-) -> Iterator[Result]:
+def _by_divergence(runs: CachedRuns, base: Witness | None, fitted: Learned, row: str, seed: int) -> Iterator[Result]:
     """Yield the result of a method with noise, scaled by divergence, if that is asked for."""
     if runs.divergence is None:
         return
