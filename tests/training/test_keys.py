@@ -236,8 +236,8 @@ def test_how_a_tokenizer_was_used_is_no_part_of_the_key_and_what_it_makes_of_tex
 
 
 PARAMETERS = {
-    # model, posterior and split are in the key; with a mean always; the base, which all methods share, is kept by itself;
-    # the rest are the same up to rounding
+    # model, posterior and split are in the key; with a mean always; the base, which all methods share, has files of its
+    # own; the rest are the same up to rounding
     predict: {"model", "posterior", "split", "draws", "mean", "base", "tokenizer", "token_budget", "options"},
     # callbacks change nothing that is learned; a run goes on from its own folder
     fit: {"model", "task", "method", "args", "tokenizer", "start", "resume", "callbacks"},
