@@ -38,13 +38,13 @@ def place(tmp_path_factory):
             write_rows(path / task / f"{split}.jsonl", question_rows(split, count, seed + len(split)))
     cell = {
         "model": "causal", "readout": "likelihood", "task": "arc_easy", "train_rows": 16, "validation": 8,
-        "test_rows": 12, "foreign": ["openbookqa"], "foreign_rows": 9, "draws": {"count": 3},
+        "test_rows": 12, "foreign": ["openbookqa"], "foreign_rows": 9, "draws": {"count": 3}, "divergence": 1e-5,
         "model_options": {"target_modules": ["q_proj", "v_proj"]},
         "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01},
     }  # fmt: skip
     methods = {
-        "map": {}, "ivon": {"controls": ["same", "matched"]}, "swag": {"settings": ["rank=2"]},
-        "ensemble": {"method": "ensemble:2"},
+        "base": {}, "map": {}, "ivon": {"controls": ["same", "matched"]}, "swag": {"settings": ["rank=2"]},
+        "ensemble": {"method": "ensemble:2"}, "isotropic": {"scaled": True},
     }  # fmt: skip
     content = {"seeds": [0, 1], "methods": methods, "cells": {"tiny": cell}}
     (path / "study.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -70,20 +70,15 @@ def finished(study, place, monkeypatch):
 
 @pytest.mark.slow
 def test_every_method_and_what_follows_from_it_has_a_line_under_every_seed(finished):
-    rows = {
-        "map",
-        "ivon",
-        "swag",
-        "ensemble",
-        "ivon, isotropic of the same variance",
-        "ivon, isotropic of the same cost",
-    }
-    wanted = {(row + end, seed) for row in rows for end in ("", " + T") for seed in (0, 1)}
+    controls = {f"ivon, isotropic of the same {what}" for what in ("variance", "cost")}
+    rows = {"map", "ivon", "swag", "ensemble", "isotropic", "isotropic, scaled by divergence", *controls}
+    wanted = {(row + end, seed) for row in rows for end in ("", " + T") for seed in (0, 1)} | {("base", 0), ("base", 1)}
     assert wanted <= {(line["row"], line["seed"]) for line in finished}
     for line in finished:
         assert {"accuracy", "nll", "ece", "openbookqa/auroc_entropy"} <= line["metrics"]["draws"].keys()
         assert line["versions"].keys() >= {"bayeslora", "torch", "transformers", "peft"}
-        assert line["cost"]["train_seconds"] > 0
+        assert (line["cost"]["train_seconds"] > 0) == (line["row"] != "base")
+        assert line["row"] != "map" or line["rows"]["prompt ratio"].keys() == {"test", "openbookqa"}
 
 
 @pytest.mark.slow

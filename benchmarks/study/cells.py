@@ -21,6 +21,7 @@ from bayeslora.cli.settings import build_method
 from bayeslora.comparison.cached_runs import CachedRuns
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Inference, Swag
+from bayeslora.methods.divergence import DIVERGENCE
 from bayeslora.params import lora_parameters
 from bayeslora.tasks.types import Split
 
@@ -37,7 +38,7 @@ class Entry:
     name: str
     method: Inference | None  # None for `BASE`
     draws: bl.Draws
-    scaled: bool  # whether to show it scaled by divergence too
+    scaled: float  # nats a row, to show it scaled by divergence too; 0: not
     controls: tuple[str, ...]  # isotropic noise around its mean: of the ``same`` variance, or ``matched`` in cost
 
 
@@ -77,7 +78,7 @@ def _entry(name: str, content: dict[str, Any], config: dict[str, Any]) -> Entry:
         name,
         None if name == BASE else build_method(word, settings),
         bl.Draws(**draws),
-        content.get("scaled", False),
+        config.get("divergence", DIVERGENCE) if content.get("scaled") else 0.0,
         tuple(content.get("controls", ())),
     )
 

@@ -103,14 +103,15 @@ class Lines:
     def doubt(self, cell: str, row: Row, seed: int, split: str, kind: str) -> Tensor:
         """Return how foreign each row of a split looks by a kind of uncertainty; more is more foreign."""
         content = self.by_run[cell, row[0], seed]["rows"]
-        if kind == "mutual information":
-            return unpacked(content[kind][split])
+        if kind in ("mutual information", "prompt ratio"):
+            values = unpacked(content[kind][split])
+            return values if kind == "mutual information" else -values
         log_p = unpacked(content[row[1]][split])
         if kind == "entropy":
             return entropy(log_p)
         base = unpacked(self.by_run[cell, "base", seed]["rows"]["mean"][split])
         if kind == "drift":
-            return (log_p.exp() * (log_p - base)).nan_to_num(0.0).sum(-1)
+            return -(log_p.exp() * (log_p - base)).nan_to_num(0.0).sum(-1)
         answer = log_p.argmax(-1, keepdim=True)
         return (base.gather(-1, answer) - log_p.gather(-1, answer))[:, 0]
 

@@ -113,7 +113,7 @@ def predictors(lines: Lines, cell: str, row: str) -> tuple[str, ...]:
 
 def detection_table(lines: Lines, rows: Sequence[str]) -> list[list[str]]:
     """Return AUROC by row and kind of uncertainty for every pair of a cell and foreign data, averaged over seeds."""
-    kinds = ("entropy", "mutual information", "likelihood ratio", "drift")
+    kinds = ("entropy", "mutual information", "likelihood ratio", "drift", "prompt ratio")
     pairs = [(cell, foreign) for cell in lines.cells for foreign in foreign_of(lines, cell)]
     table = [["", "", *(f"{cell} / {foreign}" for cell, foreign in pairs)]]
     for name in rows:
@@ -135,6 +135,8 @@ def _detection(lines: Lines, cell: str, name: str, foreign: str, kind: str) -> s
     if not seeds or (kind == "mutual information" and one_predictor(name)):
         return ""
     if kind in ("likelihood ratio", "drift") and (name == "base" or "base" not in lines.rows(cell)):
+        return ""
+    if kind == "prompt ratio" and not all(lines.by_run[cell, name, s]["rows"].get(kind) for s in seeds):
         return ""
     row = (name, "mean" if one_predictor(name) else "draws")
     return spread(lines.values(cell, row, f"auroc {foreign} {kind}"))

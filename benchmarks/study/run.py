@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import lines
-from cells import STUDY, Cell, Entry, checked, passes, prepared, read_study
-from variants import TEST, Answers, answers_of, controls, with_temperature
+from cells import BASE, STUDY, Cell, Entry, checked, passes, prepared, read_study
+from variants import TEST, Answers, answers_of, controls, of_base, prompt_ratios, with_temperature
 
 import bayeslora as bl
-from bayeslora.comparison.cached_runs import CachedRuns, Learned, learned
+from bayeslora.comparison.base import Witness, witness
+from bayeslora.comparison.cached_runs import CachedRuns, learned
+from bayeslora.comparison.costs import Cost
+from bayeslora.comparison.scaled_runs import scaled_by_divergence
 from bayeslora.errors import InputError
 from bayeslora.methods import Temperature
 from bayeslora.methods.base import settings
@@ -43,28 +46,45 @@ SCORES = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
 def key_of(cell: Cell, entry: Entry) -> str:
     """Return the key of all that a method's lines in a cell depend on, but for the seed."""
     config = {name: value for name, value in cell.config.items() if name not in ("only", "settings", "draws_of")}
-    method = None if entry.method is None else [entry.method.name, settings(entry.method)]
-    return keys.key_of({"study": VERSION, "cell": config, "method": method, "draws": asdict(entry.draws)})
+    method = None if entry.method is None else keys.of_method(entry.method)
+    more = {"divergence": entry.scaled} if entry.scaled else {}
+    return keys.key_of({"study": VERSION, "cell": config, "method": method, "draws": asdict(entry.draws), **more})
 
 
-def rows_of(runs: CachedRuns, entry: Entry, seed: int) -> Iterator[tuple[Answers, Learned]]:
-    """Yield the rows that follow from a method, with what it learned."""
-    assert entry.method is not None
+def rows_of(runs: CachedRuns, base: Witness | None, entry: Entry, seed: int) -> Iterator[tuple[Answers, Cost]]:
+    """Yield the rows that follow from a method, with what they cost; the base beside them where it has answers."""
+    if entry.method is None:
+        if base is not None:
+            yield of_base(runs, base), Cost(0.0, None, None, 0)
+        return
     fitted = learned(runs, entry.method, seed)
-    own = answers_of(runs, fitted, entry.name, seed)
-    every = [own]
-    every += controls(runs, entry, fitted, own, seed)
+    own = answers_of(runs, base, fitted, entry.name, seed)
+    if entry.name == "map" and base is not None:
+        own = replace(own, ratios=prompt_ratios(runs, fitted.posterior))
+    every = [own, *controls(runs, base, entry, fitted, own, seed)]
+    if entry.scaled:
+        row = f"{entry.name}, scaled by divergence"
+        try:
+            found = scaled_by_divergence(runs, fitted, row, seed, entry.scaled)
+        except InputError as error:  # no scale reaches it
+            found = None
+            runs.report(f"no row {row}: {error}")
+        if found is not None:
+            every.append(answers_of(runs, base, found[0], row, seed, scale=found[1]))
     for answers in every:
-        yield answers, fitted
-        row = f"{answers.row} + T"
-        yield with_temperature(answers, fitted.posterior, runs.task, Temperature(), row), fitted
+        yield answers, fitted.cost
+        for labels in (True, False) if base is not None else (True,):
+            try:
+                yield with_temperature(answers, fitted.posterior, runs.task, Temperature(labels=labels)), fitted.cost
+            except InputError as error:  # the base agrees on no row
+                runs.report(f"{answers.row}: no temperature: {error}")
 
 
-def line_of(cell: Cell, entry: Entry, seed: int, runs: CachedRuns, answers: Answers, fitted: Learned) -> dict[str, Any]:
+def line_of(cell: Cell, entry: Entry, seed: int, runs: CachedRuns, answers: Answers, cost: Cost) -> dict[str, Any]:
     """Return the line of one row."""
     test, foreign = answers.predictions[TEST], answers.foreign()
     result = bl.evaluate(test, runs.test, foreign, resamples=0)
-    cost = replace(fitted.cost, predict_seconds=test.seconds)
+    cost = replace(cost, predict_seconds=test.seconds)
     splits = {TEST: test, **foreign}
     return {
         "cell": cell.name,
@@ -75,6 +95,7 @@ def line_of(cell: Cell, entry: Entry, seed: int, runs: CachedRuns, answers: Answ
         "metrics": {
             predictor: {name: round(estimate.value, 5) for name, estimate in scores.items()}
             for predictor, scores in result.rows.items()
+            if predictor != BASE
         },
         "by draws": {
             str(count): {
@@ -96,6 +117,7 @@ def line_of(cell: Cell, entry: Entry, seed: int, runs: CachedRuns, answers: Answ
             "mean": {n: lines.packed(p.mean_log_probs) for n, p in splits.items() if p.mean_log_probs is not None},
             "draws": {n: lines.packed(p.log_p) for n, p in splits.items()},
             "mutual information": {n: lines.packed(p.mutual_information) for n, p in splits.items()},
+            "prompt ratio": {n: lines.packed(ratios) for n, ratios in answers.ratios.items()},
         },
     }
 
@@ -107,17 +129,18 @@ def run_cell(cell: Cell, seed: int, arguments: argparse.Namespace) -> None:
     wanted = [
         entry
         for entry in cell.entries
-        if (not arguments.methods or entry.name in arguments.methods) and entry.method is not None
+        if not arguments.methods or entry.name in arguments.methods
         if (seed, entry.name, key_of(cell, entry)) not in there
     ]
     if not wanted:
         return
     runs = prepared(cell, seed, arguments.data, Path(arguments.out), arguments.model)
+    base = witness(runs) if cell.causal else None
     for entry in wanted:
         began = time.perf_counter()
         of_entry = replace(runs, draws=entry.draws)
         try:
-            found = [line_of(cell, entry, seed, runs, *each) for each in rows_of(of_entry, entry, seed)]
+            found = [line_of(cell, entry, seed, runs, *each) for each in rows_of(of_entry, base, entry, seed)]
         except InputError as error:
             print(f"{cell.name}, seed {seed}, {entry.name}: failed: {error}", flush=True)
             continue

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.methods import McDropout as McDropout
     from bayeslora.methods import Method as Method
     from bayeslora.methods import PostHoc as PostHoc
+    from bayeslora.methods import ScaleByDivergence as ScaleByDivergence
     from bayeslora.methods import Swag as Swag
     from bayeslora.methods import Temperature as Temperature
     from bayeslora.methods import Tfb as Tfb
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.prediction.generation import by_entailment as by_entailment
     from bayeslora.prediction.generation import generate as generate
     from bayeslora.prediction.generation import generate_each as generate_each
+    from bayeslora.prediction.prompts import prompt_likelihood_ratio as prompt_likelihood_ratio
     from bayeslora.prediction.rewards import penalised_rewards as penalised_rewards
     from bayeslora.prediction.rewards import predict_rewards as predict_rewards
     from bayeslora.prediction.rewards import preference_probability as preference_probability
@@ -73,7 +75,10 @@ if TYPE_CHECKING:  # ``as`` says that a name is for others to import
     from bayeslora.training.trainer_kwargs import kwargs_for as kwargs_for
 
 _HOMES = {
-    "methods": "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc Swag Temperature Tfb multi_swag",
+    "methods": (
+        "Blob Ensemble Isotropic Ivon Laplace Map McDropout Method PostHoc ScaleByDivergence Swag Temperature Tfb "
+        "multi_swag"
+    ),
     "methods.checkpoints": "last_checkpoint",
     "methods.ivon.optimizer": "IvonOptimizer",
     "methods.steps": "FiniteSteps",
@@ -90,6 +95,7 @@ _HOMES = {
     "posteriors.transforms": "pruned restricted tempered",
     "prediction": "PassOptions predict",
     "prediction.generation": "Answer Answers by_embedding by_entailment generate generate_each",
+    "prediction.prompts": "prompt_likelihood_ratio",
     "prediction.rewards": "penalised_rewards predict_rewards preference_probability",
     "processes": "sharded",
     "tasks": "load_task",

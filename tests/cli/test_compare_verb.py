@@ -82,7 +82,7 @@ def test_the_files_hold_the_table_the_numbers_and_the_figures(finished):
         low, high = row["accuracy"]
         assert f"{(low + high) / 2:.3f} ± {abs(low - high) / 2**0.5:.3f}" in table
     assert {"AUROC H", "AUROC MI"} <= found["rows"][-1].keys()
-    assert set(found["evaluations"]) == set(METHODS)
+    assert set(found["evaluations"]) == {"base", *METHODS}
 
 
 def test_other_options_and_other_folders_are_refused(refused, words, finished, tmp_path):
@@ -145,7 +145,7 @@ def test_a_label_lets_a_method_be_there_twice_and_temperatures_are_chosen_on_val
     found = json.loads((out / "results.json").read_text())
     names = [row["name"] for row in found["rows"]]
     assert names == [
-        "map", "isotropic, mean", "isotropic, 3 draws", "isotropic tuned, 3 draws",
+        "base", "map", "isotropic, mean", "isotropic, 3 draws", "isotropic tuned, 3 draws",
         "loud, mean", "loud, 3 draws", "loud tuned, 3 draws",
     ]  # fmt: skip
     means = {row["name"]: row["NLL"] for row in found["rows"]}
@@ -181,6 +181,19 @@ def test_scaling_is_shown_for_every_method_and_helps_its_validation_rows(bay, ho
     assert rows["map + T"]["accuracy"] == rows["map"]["accuracy"]
     assert rows["temperature"]["train ×"][0] >= 1
     assert (out / "trade-off.png").stat().st_size > 0
+
+
+def test_noise_scaled_by_divergence_has_a_row_of_its_own(bay, refused, home, tmp_path):
+    words = ["compare", *home.marbles(), *QUICK, *POINTS, "--draws", "3", "--methods", "map", "isotropic", "tfb"]
+    by_itself = ["--set", "tfb.scale=divergence", "tfb.divergence=0.0001"]
+    out = ["--out", tmp_path / "out"]
+    said = bay(*words, *by_itself, "--divergence", "0.0001", *out)
+    assert said.status == 0, said.err
+    rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    more = ["isotropic, scaled by divergence", "tfb, scaled by divergence"]
+    assert list(rows) == ["map", "isotropic", more[0], "tfb", more[1]]
+    assert "isotropic, scaled by divergence, 3 draws" in said.out
+    assert "divergence must be" in refused(*words, "--divergence", "-1", "--out", tmp_path / "other")
 
 
 def test_a_folder_that_has_a_known_tasks_name_does_not_hide_the_task(refused, bay, home, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_compare_takes_the_mean_and_says_what_draws_add(bay, home, tmp_path):
     files = (tmp_path / "out" / "seed-0").glob("swag-*.safetensors")
     assert sorted(Prediction.load(file).draws for file in files) == [1, 4]
     rows = numbers(tmp_path / "out" / "results.json")["rows"]
-    assert [row["predictor"] for row in rows] == ["draws", "draws"]  # one for each method
+    assert [row["predictor"] for row in rows] == ["draws"] * 3  # one for the base and for each method
 
 
 def test_fewer_are_refused(refused, swag_run):

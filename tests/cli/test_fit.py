@@ -8,8 +8,9 @@ from support.cli_data import POINTS, QUICK, question_rows, write_rows
 from support.tiny import TARGETS, make_base
 
 from bayeslora.cli import main
+from bayeslora.methods.divergence import NOTE
 from bayeslora.params import initialise
-from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, Linearised, Point, Scaled
+from bayeslora.posteriors import ColumnDropout, DiagonalGaussian, Linearised, LowRankGaussian, Point, Scaled
 from bayeslora.posteriors.loading import load_posterior
 
 
@@ -64,11 +65,34 @@ def test_a_plain_adapter_of_peft_becomes_a_posterior(bay, home, tmp_path):
     assert isinstance(load_posterior(tmp_path / "out" / "posterior"), DiagonalGaussian)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "family", "made_by"),
+    [
+        ("divergence", ["divergence=0.0001", "draws=4"], LowRankGaussian, "swag"),
+        ("tfb", ["scale=divergence", "divergence=0.0001"], DiagonalGaussian, "tfb"),
+        ("isotropic", ["scale=divergence", "divergence=0.0001"], DiagonalGaussian, "isotropic"),
+    ],
+)
+def test_the_noise_of_a_run_is_scaled_by_divergence(bay, swag_run, tmp_path, method, settings, family, made_by):
+    out = tmp_path / "out"
+    said = bay("fit", swag_run, "--method", method, "--set", *settings, *POINTS, "--draws", "3", "--out", out)
+    assert said.status == 0, said.err
+    posterior = load_posterior(out / "posterior")
+    assert isinstance(posterior, family)
+    assert posterior.origin.method == made_by
+    assert posterior.origin.settings[NOTE]["divergence"] == 0.0001
+    assert posterior.origin.settings[NOTE]["scale"] > 0
+    if method == "divergence":
+        before = load_posterior(swag_run / "posterior")
+        assert all((before.mean[name] == value).all() for name, value in posterior.mean.items())
+
+
 def test_what_cannot_be_fitted_is_refused_in_one_sentence(refused, map_run, home, tmp_path):
     out = ["--out", tmp_path / "out"]
     assert "is trained: use bayeslora train" in refused("fit", map_run, "--method", "swag", *out)
     assert "name the adapter" in refused("fit", *out)
     assert "unknown method" in refused("fit", map_run, "--method", "laplas", *out)
+    assert "a Point of 1 has no noise to scale" in refused("fit", map_run, "--method", "divergence", *out)
     (tmp_path / "empty").mkdir()
     assert "neither a posterior" in refused("fit", tmp_path / "empty", *untrained(home), *out)
     said = refused("fit", map_run, "--method", "temperature", "--validation", "0", *out)

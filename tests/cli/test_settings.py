@@ -155,7 +155,7 @@ def test_the_members_method_and_its_settings_are_settings_of_the_ensemble():
         ("ensemble", "member.kll=1", "ensemble has no setting 'kll', did you mean kl"),
         ("ensemble", "rang=1", "ensemble has no setting 'rang', known: members, dropout_draws, together, weight_decay"),
         ("swag", "member.rank=1", "swag has no setting 'member.rank'"),
-        ("swag", "scale=nan", "scale must be a number or null, and it is"),
+        ("swag", "scale=nan", "scale must be a number or divergence or null, and it is"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_setting_and_what_it_may_be(name, setting, told):

@@ -12,7 +12,7 @@ from support.tiny import arguments, make_model, make_task
 from bayeslora.comparison import cached_runs as module
 from bayeslora.comparison.cached_runs import CachedRuns, planned
 from bayeslora.comparison.run import compare
-from bayeslora.methods import Ensemble, Isotropic, Laplace, Map, Swag
+from bayeslora.methods import Ensemble, Isotropic, Laplace, Map, ScaleByDivergence, Swag, Temperature
 from bayeslora.tasks.types import Example, Format, Split
 from bayeslora.training.keys import of_arguments, of_model, of_rows
 
@@ -96,13 +96,13 @@ CHANGES = {
     "learning rate": (rated, (2, 3)),
     "train rows": (lambda own: other_rows(own, "train"), (2, 3)),
     "train texts": (other_text, (2, 3)),
-    "template": (other_template, (2, 3)),
-    "base": (other_base, (2, 3)),
-    "rank": (lambda own: replace(own, model=make_model(r=4, lora_dropout=0.1)), (2, 3)),
-    "dtype": (lambda own: replace(own, model=make_model(dtype=torch.bfloat16, lora_dropout=0.1)), (2, 3)),
+    "template": (other_template, (2, 4)),
+    "base": (other_base, (2, 4)),
+    "rank": (lambda own: replace(own, model=make_model(r=4, lora_dropout=0.1)), (2, 4)),
+    "dtype": (lambda own: replace(own, model=make_model(dtype=torch.bfloat16, lora_dropout=0.1)), (2, 4)),
     "length of SWAG": (lambda own: replace(own, swag_share=1.0), (1, 1)),
     "draws": (lambda own: replace(own, draws=3), (0, 3)),
-    "test rows": (lambda own: other_rows(own, "test"), (0, 3)),
+    "test rows": (lambda own: other_rows(own, "test"), (0, 4)),
     "token budget": (lambda own: replace(own, token_budget=64), (0, 0)),
     "logging": (lambda own: replace(own, args=arguments(own.out / "x", max_steps=4, logging_steps=1)), (0, 0)),
 }
@@ -113,7 +113,7 @@ QUICK = ("nothing", "learning rate", "draws")
 def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(what, work, tokenizer, tmp_path):
     change, wanted = CHANGES[what]
     before = compare(cached(tokenizer, tmp_path, work.lines), METHODS, [0])
-    assert work.taken() == (2, 3)
+    assert work.taken() == (2, 4)  # the base answers too
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     own = change(cached(tokenizer, tmp_path, work.lines))
     found = compare(own, METHODS, [0])
@@ -137,7 +137,7 @@ def test_what_depends_on_a_change_is_made_anew_and_the_rest_is_taken_over(what, 
 def test_more_seeds_and_more_methods_take_over_what_is_there(work, tokenizer, tmp_path):
     own = cached(tokenizer, tmp_path, work.lines)
     compare(own, {"map": Map()}, [0])
-    assert work.taken() == (1, 1)
+    assert work.taken() == (1, 2)  # the base, which has no seed, and MAP
     compare(own, {"map": Map()}, [0, 1])
     assert work.taken() == (1, 1)
     compare(own, {"map": Map(), "ensemble": Ensemble(2), "swag": Swag("diagonal")}, [0, 1])
@@ -195,3 +195,43 @@ def test_rows_that_differ_in_a_column_of_the_template_alone_have_another_digest(
         for text in ("It is wet.", "It is dry.")
     ]
     assert of_rows(splits[0]) != of_rows(splits[1])
+
+
+def test_a_row_by_divergence_is_for_what_has_noise_and_its_scale_is_searched_once(
+    work, tokenizer, tmp_path, monkeypatch
+):
+    searched, fit = [], ScaleByDivergence.fit
+
+    def searching(self, *args, **kwargs):
+        searched.append(self)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(ScaleByDivergence, "fit", searching)
+    lines = []
+    methods = {"map": Map(), "noise": Isotropic(0.05), "scaled": Temperature(), "both": Ensemble(2, Swag("diagonal"))}
+    found = compare(cached(tokenizer, tmp_path, lines, divergence=1e-4), methods, [0])
+    rows = [f"{name}, scaled by divergence" for name in ("noise", "both")]
+    assert [name for name in found.results if "divergence" in name] == rows
+    assert searched == 2 * [ScaleByDivergence(1e-4, draws=2)]
+    result, plain = found.results[rows[0]][0], found.results["noise"][0]
+    assert result.temperature > 0
+    assert result.cost.train_seconds > plain.cost.train_seconds  # the search is a part of it
+    assert torch.equal(result.prediction.mean_log_probs, plain.prediction.mean_log_probs)
+    assert not torch.equal(result.prediction.log_probs, plain.prediction.log_probs)
+    work.taken()
+    again = compare(cached(tokenizer, tmp_path, lines, divergence=1e-4), methods, [0])
+    assert work.taken() == (0, 0)
+    assert len(searched) == 2
+    assert again.results[rows[0]][0].temperature == result.temperature
+    compare(cached(tokenizer, tmp_path, lines, divergence=2e-4), methods, [0])
+    assert (len(searched), work.taken()) == (4, (0, 2))
+
+
+def test_a_row_by_divergence_that_cannot_be_is_reported_and_the_method_keeps_its_own(tokenizer, tmp_path):
+    lines = []
+    found = compare(cached(tokenizer, tmp_path, lines, divergence=50.0), {"noise": Isotropic(0.05)}, [0, 1])
+    assert list(found.results) == ["noise"]
+    assert list(found.results["noise"]) == [0, 1]
+    (reason,) = found.failures["noise, scaled by divergence"].values()
+    assert "no scale of the noise moves the answers" in reason
+    assert sum("searching the scale" in line for line in lines) == 1

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import arguments, make_model, make_task
+from support.tiny import arguments, make_model, make_split, make_task
 
 from bayeslora.comparison.cached_runs import CachedRuns, planned_steps
 from bayeslora.comparison.run import compare
+from bayeslora.comparison.tables import comparison_rows
 from bayeslora.errors import InputError
-from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Tfb
+from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Temperature, Tfb
+from bayeslora.params import read
+from bayeslora.posteriors import Point
 from bayeslora.posteriors.loading import load_posterior
+from bayeslora.prediction import predict
 from bayeslora.tasks.types import Task
 
 
@@ -73,11 +77,11 @@ def test_a_method_that_cannot_be_fitted_is_reported_and_the_others_are_compared(
 
     monkeypatch.setattr(Tfb, "fit", failing)
     own = cached(tokenizer, tmp_path, max_steps=2)
-    own = replace(own, scaling=True, temperatures=(0.1, 1.0))
+    own = replace(own, scaling=True, scaling_without_labels=True, temperatures=(0.1, 1.0))
     found = compare(own, {"map": Map(), "tfb": Tfb(sigma=0.01), "isotropic": Isotropic(0.01)}, [0, 1, 2])
     assert found.failures == {"tfb": {1: "TFB found no noise that the anchors' loss bears"}}
     assert len(seen) == 2  # not tried again under the third seed
-    assert {name.split()[0] for name in found.results} == {"map", "isotropic"}
+    assert {name.split()[0] for name in found.results} == {"base", "map", "isotropic"}
     assert all(len(by_seed) == 3 for by_seed in found.results.values())
     assert not any(name.startswith("tfb") for name in found.results)
 
@@ -89,3 +93,66 @@ def test_a_comparison_in_which_nothing_can_be_fitted_is_refused(tokenizer, tmp_p
     monkeypatch.setattr(Tfb, "fit", failing)
     with pytest.raises(InputError, match="no method could be fitted; tfb under seed 3: the curvature is not finite"):
         compare(cached(tokenizer, tmp_path, max_steps=2), {"tfb": Tfb(sigma=0.01)}, [3])
+
+
+def test_the_base_has_the_first_row_and_answers_each_split_once(tokenizer, tmp_path):
+    own = replace(cached(tokenizer, tmp_path, max_steps=2), ood={"other": make_split("other", 6, 9, classes=False)})
+    own = replace(own, ood={"other": replace(own.ood["other"], format=own.test.format)})
+    found = compare(own, {"map": Map(), "isotropic": Isotropic(0.1)}, [0, 1])
+    assert list(found.results) == ["base", "map", "isotropic"]
+    untuned = predict(make_model("llama"), Point(read(make_model("llama"))), own.test, base=True, tokenizer=tokenizer)
+    for seed, result in found.results["base"].items():
+        torch.testing.assert_close(result.prediction.log_p, untuned.base_log_probs, rtol=1e-4, atol=1e-4)
+        assert (result.cost.train_seconds, result.cost.disk) == (0, 0)
+        for name in ("map", "isotropic"):
+            of = found.results[name][seed]
+            assert torch.equal(of.prediction.base_log_probs, result.prediction.log_p)
+            assert torch.equal(of.ood["other"].base_log_probs, result.ood["other"].log_p)
+            assert "other/auroc_likelihood_ratio" in of.evaluation.rows["draws"]
+    assert [row.name for row in comparison_rows(found)] == ["base", "map", "isotropic, mean", "isotropic, 2 draws"]
+    assert {"AUROC LR", "AUROC drift"} <= comparison_rows(found)[1].numbers.keys()
+    assert {p.name.partition("-test-")[0] for p in tmp_path.glob("base-*test*.safetensors")} == {"base-bags"}
+    assert len(list(tmp_path.glob("base-*.safetensors"))) == 2  # of the test rows and of the others, for both seeds
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("base-*")}
+    again = compare(own, {"map": Map()}, [0])
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("base-*")} == before
+    assert torch.equal(again.results["base"][0].prediction.log_p, found.results["base"][0].prediction.log_p)
+
+
+def test_without_labels_every_method_is_scaled_by_what_the_base_says(tokenizer, tmp_path):
+    own = replace(cached(tokenizer, tmp_path, max_steps=2), scaling=True, scaling_without_labels=True)
+    found = compare(own, {"map": Map(), "temperature": Temperature(labels=False)}, [0])
+    assert list(found.results) == ["base", "map", "map + T", "map + T without labels", "temperature"]
+    by_row, by_method = (found.results[name][0].prediction for name in ("map + T without labels", "temperature"))
+    torch.testing.assert_close(by_row.log_probs, by_method.log_probs)
+    assert not torch.allclose(by_row.log_probs, found.results["map + T"][0].prediction.log_probs, atol=1e-3)
+
+
+def test_where_the_head_is_new_there_is_no_row_of_the_base_and_one_line_says_so(tokenizer, tmp_path):
+    lines = []
+    own = cached(tokenizer, tmp_path, max_steps=2, task=make_task(classes=True))
+    own = replace(own, model=make_model("bert"), report=lines.append)
+    found = compare(own, {"map": Map()}, [0])
+    assert list(found.results) == ["map"]
+    (line,) = [line for line in lines if "base" in line]
+    assert line.startswith("no row base: the base has no answer of its own")
+    with pytest.raises(InputError, match="the base has no answer of its own"):
+        compare(replace(own, scaling_without_labels=True), {"map": Map()}, [0])
+    with pytest.raises(InputError, match="the base has no answer of its own"):
+        compare(own, {"t": Temperature(labels=False)}, [0])
+
+
+def test_a_base_that_never_agrees_leaves_the_row_out_with_a_line(tokenizer, tmp_path, monkeypatch):
+    def never(self, prediction, rows):
+        raise InputError("the base agrees with the draws on none of 8 validation rows")
+
+    lines, own = [], replace(cached(tokenizer, tmp_path, max_steps=2), scaling_without_labels=True)
+    monkeypatch.setattr(Temperature, "scaling", never)
+    found = compare(replace(own, report=lines.append), {"map": Map()}, [0])
+    assert list(found.results) == ["base", "map"]
+    assert "seed 0: no row map + T without labels: the base agrees with the draws on none of 8" in lines[-1]
+
+
+def test_a_method_cannot_be_called_base(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="a method is called base"):
+        compare(cached(tokenizer, tmp_path), {"base": Map()}, [0])

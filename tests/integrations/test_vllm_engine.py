@@ -58,7 +58,8 @@ def stand(monkeypatch):
             return SimpleNamespace(outputs=[text])
 
         def answer(self, prompt, params, adapter):
-            log_p = stand.log_probs(adapter.lora_name[:8], prompt["prompt_token_ids"])[-1]
+            name = "base" if adapter is None else adapter.lora_name[:8]
+            log_p = stand.log_probs(name, prompt["prompt_token_ids"])[-1]
             shown = {i: SimpleNamespace(logprob=float(log_p[i])) for i in params.logprob_token_ids}
             return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[shown])])
 
@@ -85,9 +86,10 @@ def folder(stand, tmp_path):
 @pytest.mark.parametrize("form", [Format("", "letters"), Format("", "likelihood", normalisation="unconditional")])
 def test_predictions_are_those_of_the_library(stand, folder, form):
     split = replace(make_split("test", 5, 2, classes=False), format=form)
-    found = load_engine(folder).predict(split)
-    wanted = bl.predict(stand.model, stand.posterior, split, 3, tokenizer=stand.tokenizer)
+    found = load_engine(folder).predict(split, base=True)
+    wanted = bl.predict(stand.model, stand.posterior, split, 3, base=True, tokenizer=stand.tokenizer)
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.base_log_probs, wanted.base_log_probs, rtol=1e-4, atol=1e-4)
     assert found.readout == wanted.readout
 
 

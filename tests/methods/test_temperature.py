@@ -115,6 +115,102 @@ def test_what_cannot_be_scaled_is_refused(tokenizer):
         Temperature("matrix")
 
 
+def agreeing(log_probs, temperature):
+    """The base of which the tuned model, scaled by a temperature, is a copy."""
+    return average(scale(log_probs, torch.tensor([1 / temperature]), torch.zeros(1)))
+
+
+@pytest.fixture(scope="module")
+def unlabelled():
+    """Draws and a mean [N C], and their rows without labels."""
+    rng = torch.Generator().manual_seed(3)
+    log_probs = 3 * torch.randn(300, CLASSES, generator=rng) + torch.randn(5, 300, CLASSES, generator=rng)
+    choices = tuple("abcd")
+    rows = Split("rows", tuple(Example("", choices, None) for _ in range(300)), Format(template=""), choices)
+    return log_probs.log_softmax(-1), rows
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_without_labels_the_temperature_is_that_with_which_the_tuned_model_says_what_the_base_says(
+    unlabelled, temperature
+):
+    draws, rows = unlabelled
+    for log_probs in (draws, draws[:1]):
+        base = agreeing(log_probs, temperature)
+        same = average(log_probs).argmax(-1) == base.argmax(-1)
+        assert same.float().mean() > 0.9
+        found = Temperature(labels=False).scaling(Prediction(log_probs, base_log_probs=base), rows)
+        assert 1 / float(found["draws.weight"]) == pytest.approx(temperature, rel=1e-3)
+    point = draws[0]
+    base = agreeing(point[None], temperature)
+    found = Temperature(labels=False).scaling(Prediction(draws, mean_log_probs=point, base_log_probs=base), rows)
+    assert 1 / float(found["mean.weight"]) == pytest.approx(temperature, rel=1e-3)
+
+
+def test_without_labels_rows_where_the_base_says_something_else_do_not_count(unlabelled):
+    draws, rows = unlabelled
+    base = agreeing(draws[:1], 2.0)
+    base[150:] = base[150:].roll(1, -1)  # another answer, as sure
+    found = Temperature(labels=False).scaling(Prediction(draws[:1], base_log_probs=base), rows)
+    assert 1 / float(found["draws.weight"]) == pytest.approx(2.0, rel=1e-3)
+
+    def loss(exponent):
+        scaled = scale(draws[0], torch.tensor([math.exp(exponent)]), torch.zeros(1))
+        return -float((base.exp() * scaled).sum())
+
+    assert math.exp(-smallest(loss, -4, 4)) > 4  # as the paper says, these rows would push it up
+
+
+def test_without_labels_absent_choices_are_left_out(unlabelled):
+    draws, rows = unlabelled
+    absent = draws[:1].clone()
+    absent[:, ::2, -1] = -math.inf
+    absent = absent.log_softmax(-1)
+    base = agreeing(absent, 1.7)
+    found = Temperature(labels=False).scaling(Prediction(absent, base_log_probs=base), rows)
+    assert 1 / float(found["draws.weight"]) == pytest.approx(1.7, rel=1e-3)
+
+
+def test_without_labels_a_base_that_does_not_bound_the_temperature_is_reported(unlabelled, caplog):
+    draws, rows = unlabelled
+    flat = torch.full((300, CLASSES), 1 / CLASSES).log()
+    found = Temperature(labels=False).scaling(Prediction(draws[:1], base_log_probs=flat), rows)
+    assert float(found["draws.weight"]) == pytest.approx(0.01, rel=1e-2)
+    assert (
+        "rows with the base's answer do not bound the temperature of the draws, and it is at its limit" in caplog.text
+    )
+
+
+def test_a_temperature_without_labels_is_fitted_to_any_posterior_on_rows_without_labels(tokenizer):
+    model, task = make_model(), make_task(readout="likelihood", rows=60)
+    task = replace(task, validation=task.train)
+    rows = replace(task.train, examples=tuple(replace(e, label=None) for e in task.train))
+    inner, method = gaussian(model), Temperature(labels=False)
+    fitted = method.fit(model, Task(task.name, None, rows, None), start=inner, tokenizer=tokenizer, seed=2)
+    said = predict(model, inner, rows, draws=Draws(10, seed=2), tokenizer=tokenizer, base=True)
+    assert fitted.scaling == method.scaling(said, rows)
+    assert fitted.origin.settings["labels"] is False
+    labelled = Temperature().fit(model, task, start=inner, tokenizer=tokenizer, seed=2)
+    assert labelled.scaling != fitted.scaling
+
+
+def test_what_cannot_be_scaled_without_labels_is_refused(unlabelled, tokenizer):
+    draws, rows = unlabelled
+    method = Temperature(labels=False)
+    with pytest.raises(InputError, match="predict with base=True"):
+        method.scaling(Prediction(draws), rows)
+    other = average(draws).roll(1, -1)
+    with pytest.raises(InputError, match="agrees with the draws on none of 300 validation rows"):
+        method.scaling(Prediction(draws, base_log_probs=other), rows)
+    with pytest.raises(InputError, match="the base has no answer of its own"):
+        method.fit(make_model("bert"), make_task(classes=True), tokenizer=tokenizer)
+    task = make_task(readout="likelihood")
+    with pytest.raises(InputError, match="fitted on validation rows, and the task has none"):
+        method.fit(make_model(), Task(task.name, task.train, None, task.test), tokenizer=tokenizer)
+    with pytest.raises(InputError, match="vector scaling is fitted to labels"):
+        Temperature("vector", labels=False)
+
+
 def test_the_line_search_finds_the_smallest_of_several_minima_and_ends():
     assert smallest(lambda x: math.cos(3 * x) + 0.1 * (x - 3) ** 2, 0, 6) == pytest.approx(3.13851, abs=1e-4)
     assert smallest(lambda x: x, -1, 1) == -1

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,3 +173,42 @@ def test_settings_out_of_range_are_refused_in_words():
         evaluate(PREDICTION, LABELS, resamples=-1)
     with pytest.raises(InputError, match="at least one bin"):
         evaluate(PREDICTION, LABELS, bins=0)
+
+
+def with_base(prediction, seed):
+    rows = prediction.log_probs.shape[1]
+    base = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    return replace(prediction, base_log_probs=base)
+
+
+def test_the_base_is_a_predictor_and_a_witness_for_the_others():
+    known, unknown = with_base(PREDICTION, 5), with_base(random_prediction(25, seed=1), 6)
+    result = evaluate(known, LABELS, {"other": unknown}, resamples=0)
+    assert list(result.rows) == ["mean", "draws", "base"]
+    base = known.base_log_probs
+    assert result.value("base", "nll") == metrics.nll(base, LABELS)
+    assert result.value("base", "ece") == metrics.ece(base, LABELS, 15)
+    assert "other/auroc_likelihood_ratio" not in result.rows["base"]
+    for name, score in DETECTION.items():
+        for predictor in ("mean", "draws"):
+            one, other = (replace(p, log_probs=p.mean_log_probs[None]) if predictor == "mean" else p
+                          for p in (known, unknown))  # fmt: skip
+            by_ratio = score(-one.likelihood_ratio, -other.likelihood_ratio)
+            assert result.value(predictor, f"other/{name}_likelihood_ratio") == pytest.approx(float(by_ratio))
+            by_drift = score(-one.drift, -other.drift)
+            assert result.value(predictor, f"other/{name}_drift") == pytest.approx(float(by_drift))
+
+
+def test_what_tuning_raised_above_the_base_is_not_foreign():
+    sure, flat = torch.tensor([[0.9, 0.05, 0.05]] * 40).log(), torch.full((40, 3), 1 / 3).log()
+    known = Prediction(sure[None], base_log_probs=flat)
+    foreign = Prediction(sure[None], base_log_probs=sure)  # the base has always been as sure
+    rows = evaluate(known, LABELS, foreign, resamples=0).rows["draws"]
+    assert rows["ood/auroc_likelihood_ratio"].value == rows["ood/auroc_drift"].value == 1
+    assert rows["ood/auroc_entropy"].value == 0.5
+
+
+def test_a_set_whose_base_was_not_asked_is_told_by_the_uncertainties_alone():
+    rows = evaluate(with_base(PREDICTION, 5), LABELS, random_prediction(9), resamples=0).rows["draws"]
+    assert "ood/auroc_entropy" in rows
+    assert "ood/auroc_drift" not in rows

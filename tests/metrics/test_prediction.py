@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bayeslora.errors import InputError
@@ -31,6 +32,7 @@ def complete_prediction():
         truncated=2,
         readout="letters",
         seconds=1.25,
+        base_log_probs=plain.log_probs[1],
     )
 
 
@@ -252,3 +254,48 @@ def test_tensors_that_are_not_those_of_a_prediction_are_refused(tmp_path):
     save_file({"logits": torch.zeros(1, 2, 3)}, path, metadata={"bayeslora.prediction": metadata()})
     with pytest.raises(InputError, match=r"holds the tensors \['logits'\]"):
         Prediction.load(path)
+
+
+def test_drift_is_the_divergence_from_the_base_and_the_ratio_is_that_of_the_answer():
+    log_p = torch.tensor([[0.5, 0.25, 0.25], [0.6, 0.4, 0.0]]).log()
+    base = torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]]).log()
+    prediction = Prediction(log_p[None], base_log_probs=base)
+    by_hand = [0.5 * math.log(2) - 0.25 * math.log(2), 0.6 * math.log(1.2) + 0.4 * math.log(0.8)]
+    torch.testing.assert_close(prediction.drift, torch.tensor(by_hand))
+    torch.testing.assert_close(prediction.likelihood_ratio, torch.tensor([math.log(2), math.log(1.2)]))
+
+
+def test_drift_is_that_of_the_average_and_not_of_the_draws():
+    log_probs = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]]).log()
+    base = torch.tensor([[0.5, 0.5]]).log()
+    torch.testing.assert_close(Prediction(log_probs, base_log_probs=base).drift, torch.zeros(1), rtol=0, atol=1e-6)
+
+
+def test_without_the_bases_answers_there_is_neither():
+    for name in ("drift", "likelihood_ratio"):
+        with pytest.raises(InputError, match="predict with base=True"):
+            getattr(random_prediction(), name)
+
+
+def test_a_base_of_other_rows_or_choices_is_refused():
+    log_probs = random_prediction().log_probs
+    base = log_probs[1].clone()
+    with pytest.raises(InputError, match=r"base_log_probs has shape \[5, 3\]"):
+        Prediction(log_probs, base_log_probs=base[:5])
+    with pytest.raises(InputError, match=r"base_log_probs has type .* give float32"):
+        Prediction(log_probs, base_log_probs=base.double())
+    with pytest.raises(InputError, match="base_log_probs: row 3 does not sum to 1"):
+        Prediction(log_probs, base_log_probs=base - torch.tensor([0, 0, 0, 1.0, 0, 0])[:, None])
+    base[4] = torch.tensor([0.5, 0.5, 0.0]).log()
+    with pytest.raises(InputError, match="base_log_probs: row 4 lacks a choice that the draws have"):
+        Prediction(log_probs, base_log_probs=base)
+
+
+def test_a_file_without_the_base_is_as_before_and_one_with_it_has_it(tmp_path):
+    plain = random_prediction()
+    plain.save(tmp_path / "plain.safetensors")
+    with safe_open(tmp_path / "plain.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"log_probs"}
+    assert Prediction.load(tmp_path / "plain.safetensors").base_log_probs is None
+    dataclasses.replace(plain, base_log_probs=plain.log_probs[2]).save(tmp_path / "base.safetensors")
+    assert torch.equal(Prediction.load(tmp_path / "base.safetensors").base_log_probs, plain.log_probs[2])

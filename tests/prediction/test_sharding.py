@@ -47,8 +47,9 @@ def predictions(model, tokenizer):
         "fewer rows than processes": log_probs(ROWS.take([0]), 2),
     }
     for name, posterior in posteriors(model).items():
-        prediction = bl.predict(model, posterior, ROWS, 4, tokenizer=tokenizer)
-        parts = (prediction.log_probs, prediction.mean_log_probs, prediction.monte_carlo_error)
+        prediction = bl.predict(model, posterior, ROWS, 4, base=True, tokenizer=tokenizer)
+        names = ("log_probs", "mean_log_probs", "monte_carlo_error", "base_log_probs")
+        parts = [getattr(prediction, name) for name in names]
         found |= {f"{name}, {k}": part for k, part in enumerate(parts)}
     return found
 

@@ -84,6 +84,7 @@ ROWS = (
     Row("mc-dropout", McDropout()),
     Row("tfb", Tfb()),
     Row("isotropic", Isotropic()),
+    Row("isotropic-divergence", Isotropic(scale="divergence", divergence=1e-4)),
     Row("temperature", Temperature()),
     Row("temperature-vector", Temperature("vector"), kinds=(HEAD,)),
 )

@@ -9,9 +9,10 @@ from support.tiny import KINDS, arguments, make_base, same_params
 
 import bayeslora as bl
 from bayeslora.errors import InputError
+from bayeslora.metrics.uncertainty import divergences
 from bayeslora.params import generator, lora_parameters, read
 from bayeslora.posteriors import DiagonalGaussian, Point
-from bayeslora.training.distillation import distill, divergences, soft_loss
+from bayeslora.training.distillation import distill, soft_loss
 
 
 def test_the_loss_is_the_divergence_of_the_answers():

@@ -145,7 +145,9 @@ def predict_as(
     """Return the prediction that the options ask for, and say how many prompts were cut for it."""
     draws = replace(draws_of(options, options.draws), tolerance=options.tolerance or None, minimum=options.min_draws)
     budget, passes = options.token_budget or None, PassOptions(compile=options.compile, progress=watched())
-    prediction = predict(model, posterior, split, draws, tokenizer=tokenizer, token_budget=budget, options=passes)
+    prediction = predict(
+        model, posterior, split, draws, base=options.base, tokenizer=tokenizer, token_budget=budget, options=passes
+    )
     if prediction.truncated:
         say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
     return prediction

@@ -22,10 +22,12 @@ EXAMPLES = """examples:
   bayeslora compare --gather grid
 
 What methods share is trained once: MAP is the ensemble's first member, SWAG goes on from MAP and is MultiSWAG's first
-run. --out then holds results.json, results.md and figures: reliability, risk-coverage, overconfidence."""
+run. The row base is the untuned model's, where its head is not new. --out then holds results.json, results.md and
+figures: reliability, risk-coverage, overconfidence."""
 FREE = (
     *("plan", "gather", "keep_parts"),
-    *("methods", "temperatures", "temperature_scaling", "seeds", "bins", "resamples", "image"),
+    *("methods", "temperatures", "temperature_scaling", "temperature_without_labels", "divergence"),
+    *("seeds", "bins", "resamples", "image"),
     *("device", "token_budget", "set", "draws", *SAVING),
 )
 """Options that may change when a comparison goes on: what depends on them is made anew, and the rest is taken over."""
@@ -47,6 +49,14 @@ class Options(TrainOptions):
     )
     temperature_scaling: bool = option(
         False, "Also show every method with temperature scaling, fitted on the validation rows."
+    )
+    temperature_without_labels: bool = option(
+        False, "And with a temperature that needs no labels: fitted on the validation rows where the base agrees."
+    )
+    divergence: float = option(
+        0.0,
+        "Also show every method with its noise scaled so that its answers are so many nats a row from those without, "
+        "on validation rows, labelled or not; 0: not.",
     )
     seeds: list[int] = option([0], "Seeds; each is a whole comparison.")
     ood: list[str] = option([], "Other tasks or files, to tell from the test split.")
@@ -96,6 +106,8 @@ def run(options: Options) -> None:
             swag_share=options.swag_share,
             temperatures=options.temperatures,
             scaling=options.temperature_scaling,
+            scaling_without_labels=options.temperature_without_labels,
+            divergence=options.divergence or None,
             draws=options.draws,
             token_budget=options.token_budget or None,
             resamples=options.resamples,

@@ -9,6 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from torch import Tensor
+
+from bayeslora._typing import Float
 from bayeslora.cli.launch import once
 from bayeslora.cli.options import TaskOptions
 from bayeslora.errors import InputError, listed
@@ -229,18 +232,26 @@ def answered(rows: Rows, split: Split, prediction: Prediction) -> list[dict[str,
     columns = {key for row in rows for key in row}
     names = ("confidence", "entropy", "mutual_information", "disagreement", "monte_carlo_error")
     scores = {name: value for name in names if (value := getattr(prediction, name)) is not None}
-    counts, every, answers = prediction.draws_taken.tolist(), prediction.probs, prediction.answer
+    said = {"probs": prediction.probs}
+    if prediction.base_log_probs is not None:
+        scores |= {"drift": prediction.drift, "likelihood_ratio": prediction.likelihood_ratio}
+        said["base_probs"] = prediction.base_log_probs.exp()
+    counts, answers = prediction.draws_taken.tolist(), prediction.answer
     answered_rows = []
     for i, (row, example) in enumerate(zip(rows, split, strict=True)):
-        probs = every[i, : len(example.choices)].tolist()
         new = {
             "answer": example.choices[int(answers[i])],
             **{name: round(float(values[i]), 6) for name, values in scores.items()},
             "draws": counts[i],
-            "probs": {c: round(p, 6) for c, p in zip(example.choices, probs, strict=True)},
+            **{name: _by_choice(example, probs[i]) for name, probs in said.items()},
         }
         answered_rows.append({**row, **{f"predicted_{k}" if k in columns else k: v for k, v in new.items()}})
     return answered_rows
+
+
+def _by_choice(example: Example, probs: Float[Tensor, " C"]) -> dict[str, float]:
+    """Return the probabilities of an example's choices."""
+    return {choice: round(float(p), 6) for choice, p in zip(example.choices, probs, strict=False)}
 
 
 def test_of(options: TaskOptions, folder: Path, *, inherited: bool) -> Split:

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   bayeslora evaluate run                                    the test split of the task it was trained on
   bayeslora evaluate run --ood mmlu_chemistry mmlu_physics  and whether it knows what it does not know
   bayeslora evaluate run --task arc_easy --draws 30 --temperature 0.5
+  bayeslora evaluate run --ood mmlu_chemistry --base        with the untuned model beside it, as a witness
   bayeslora evaluate org/posterior --task openbookqa        a posterior from the Hub
 
 Model, task and draws are those of the run unless others are given."""

@@ -12,10 +12,13 @@ from bayeslora.errors import InputError
 EXAMPLES = """examples:
   bayeslora fit run --method laplace --out laplace                  around the mean of a run of `bayeslora train`
   bayeslora fit adapter --method tfb --task openbookqa --out tfb    around an adapter of PEFT, trained by anyone
+  bayeslora fit run --method tfb --set scale=divergence --out tfb   its noise by the divergence of the answers
   bayeslora fit run --method temperature --set kind=vector --out scaled
+  bayeslora fit swag --method divergence --set divergence=0.03 --out scaled    less or more of the noise that RUN has
 
-Methods: laplace, mc-dropout, tfb, temperature, isotropic. temperature scales whatever posterior RUN is; the others go
-around its mean. Rows to fit on are the task's train and, for what is chosen on them, validation rows."""
+Methods: laplace, mc-dropout, tfb, isotropic, temperature, divergence. temperature scales the answers of whatever
+posterior RUN is, divergence its noise; the others go around its mean. Rows to fit on are the task's train and, for what
+is chosen on them, validation rows."""
 
 
 @dataclass(kw_only=True)
@@ -27,7 +30,7 @@ class Options(ModelOptions, TaskOptions, DrawOptions):
         "Folder of `bayeslora train`, a posterior's or PEFT adapter's folder, or its repository.",
         required="name the adapter: bayeslora fit RUN --method laplace --out FOLDER",
     )
-    method: str = option("laplace", "laplace, mc-dropout, tfb, temperature or isotropic.")
+    method: str = option("laplace", "laplace, mc-dropout, tfb, isotropic, temperature or divergence.")
     set: list[str] = option(
         [], "Settings of the method, key=value; values are numbers, words, true, null, or lists: betas=[0.9,0.999]."
     )
@@ -41,14 +44,14 @@ def run(options: Options) -> None:
     out, name = Path(options.out), posterior_name(options.run)
     check_folder(out, options, resume=False)
     from bayeslora.cli import build, data, progress, settings
-    from bayeslora.methods import METHODS, PostHoc
+    from bayeslora.methods import ADJUSTMENTS, METHODS, PostHoc
     from bayeslora.params import write
     from bayeslora.posteriors.loading import load_adapter
 
     with progress.own_progress():
-        method = settings.build_method(options.method, options.set)
+        method = settings.build_method(options.method, options.set, METHODS | ADJUSTMENTS)
         if not isinstance(method, PostHoc):
-            fitted = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), PostHoc))
+            fitted = ", ".join(key for key, kind in (METHODS | ADJUSTMENTS).items() if isinstance(kind(), PostHoc))
             raise InputError(f"{options.method} is trained: use bayeslora train. These are fitted: {fitted}")
         start = load_adapter(name)
         task = data.build_task(data.scored_as(options, start.origin), "train")

@@ -161,7 +161,14 @@ class TrainOptions(ModelOptions, AdapterOptions, TaskOptions, TrainingOptions, D
 
 
 @dataclass(kw_only=True)
-class PredictOptions(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions):
+class BaseOptions:
+    """The untuned model as a witness."""
+
+    base: bool = option(False, "Ask the untuned base too: what it says, how far tuning went, what may be foreign.")
+
+
+@dataclass(kw_only=True)
+class PredictOptions(ModelOptions, TaskOptions, DrawOptions, TransformOptions, BudgetOptions, BaseOptions):
     """What verbs have that predict rows from a posterior."""
 
 

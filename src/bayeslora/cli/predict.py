@@ -23,7 +23,9 @@ EXAMPLES = """examples:
 
 Each row comes back with: answer, confidence, probs, entropy, mutual_information (what more data could tell; nats),
 disagreement (share of draws with another answer), draws (how many were taken) and monte_carlo_error (how far the
-probabilities may be off for want of more). The data that the run was trained on are not needed."""
+probabilities may be off for want of more). --base adds what the untuned model says: base_probs, drift (how far tuning
+moved the answer, KL in nats) and likelihood_ratio (log of the answer's probability over the base's; low is foreign).
+The data that the run was trained on are not needed."""
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_type_hints
 
 from bayeslora.cli.values import read
@@ -13,11 +13,13 @@ EVERY = tuple(f"{name}:3" if isinstance(make(), Ensemble) else name for name, ma
 """What ``--methods all`` stands for."""
 
 
-def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
+def build_method(
+    name: str, settings: Sequence[str] = (), methods: Mapping[str, Callable[..., Inference]] = METHODS
+) -> Inference:
     """Return a method by its name, such as ``swag``, ``ensemble:5`` or ``ivon:3``, with settings ``key=value``."""
     base, colon, members = name.partition(":")
-    if base not in METHODS:
-        raise InputError(f"unknown method {base[:80]!r}, {close_matches(base[:80], METHODS)}")
+    if base not in methods:
+        raise InputError(f"unknown method {base[:80]!r}, {close_matches(base[:80], methods)}")
     words: dict[str, str] = {}
     for item in settings:
         key, sign, text = item.partition("=")
@@ -26,7 +28,7 @@ def build_method(name: str, settings: Sequence[str] = ()) -> Inference:
         if key in words:
             raise InputError(f"the setting {key[:80]!r} is given a second time, as {item[:80]!r}; keep one of the two")
         words[key] = text.strip('"')
-    plain = METHODS[base]()
+    plain = methods[base]()
     if colon:
         if not isinstance(plain, Ensemble):
             plain = Ensemble(member=plain)

@@ -53,9 +53,13 @@ class CachedRuns:
     ood: Mapping[str, Split] = field(default_factory=dict)  # other data, to tell from the task's test split
     swag_share: float = 0.5  # length of SWAG's phase, as a share of MAP's optimiser steps
     # Temperatures of the covariance to choose from, by the validation split's NLL, for every method with noise; and
-    # whether temperature scaling is fitted to every method on it. Both results have rows of their own.
+    # whether temperature scaling is fitted to every method on it, by its labels or without them, by what the base says.
+    # All results have rows of their own.
     temperatures: Sequence[float] = ()
     scaling: bool = False
+    scaling_without_labels: bool = False
+    # The mean divergence κ to which every method's noise is scaled, on rows of its own; None for no such rows.
+    divergence: float | None = None
     draws: int | Draws = 10  # with the seed of the run
     token_budget: int | None = None
     resamples: int = 1000
@@ -168,23 +172,37 @@ def predicted(
 ) -> tuple[Prediction, int | None]:
     """Return a prediction and the memory that it took, from their files if they are there already."""
     depends = {"posterior": result.key, **prediction_inputs(runs, split, seed)}
-    stem = (file or name).replace(":", "-").replace(" ", "-")
-    path = runs.out / f"seed-{seed}" / f"{stem}-{keys.key_of(depends)}.safetensors"
+    stem = f"seed-{seed}/{(file or name).replace(':', '-').replace(' ', '-')}"
+    draws = replace(Draws.of(runs.draws), seed=seed)
+    words = f"seed {seed}: {name} answers {split.name} ({len(split)} rows)"
+    return stored(runs, stem, depends, words, lambda: predicted_by(runs, result.posterior, split, draws))
+
+
+def predicted_by(runs: CachedRuns, posterior: Posterior, split: Split, draws: Draws) -> Prediction:
+    """Return what a posterior says about a split."""
+    return predict(
+        runs.model,
+        posterior,
+        split,
+        draws,
+        tokenizer=runs.tokenizer,
+        token_budget=runs.token_budget,
+        options=PassOptions(progress=sys.stderr.isatty()),
+    )
+
+
+def stored(
+    runs: CachedRuns, stem: str, depends: keys.Parts, words: str, make: Callable[[], Prediction]
+) -> tuple[Prediction, int | None]:
+    """Return a prediction and the memory that it took, made unless its files are there; ``words`` say what is made."""
+    path = runs.out / f"{stem}-{keys.key_of(depends)}.safetensors"
     log = path.with_suffix(".json")
     if first(path.exists):
         record = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
         return Prediction.load(path), record.get("memory")
-    runs.report(f"seed {seed}: {name} answers {split.name} ({len(split)} rows)")
+    runs.report(words)
     with peak_memory(device_of(runs.model)) as peak:
-        prediction = predict(
-            runs.model,
-            result.posterior,
-            split,
-            replace(Draws.of(runs.draws), seed=seed),
-            tokenizer=runs.tokenizer,
-            token_budget=runs.token_budget,
-            options=PassOptions(progress=sys.stderr.isatty()),
-        )
+        prediction = make()
 
     def keep() -> None:
         """Write the prediction, after its record."""

@@ -7,6 +7,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from bayeslora.comparison import plots
+from bayeslora.comparison.base import BASE
+from bayeslora.comparison.run import VARIANTS
 from bayeslora.comparison.tables import comparison_rows, marked, recommendations, text_table, warnings
 from bayeslora.errors import InputError
 from bayeslora.files import write_json, write_text
@@ -47,7 +49,8 @@ def write_table(runs: CachedRuns, comparison: Comparison) -> str:
 def write_pictures(runs: CachedRuns, comparison: Comparison, image: str) -> list[Path]:
     """Draw the trade-off as the mean over the seeds, the rest of the first seed; nothing without matplotlib."""
     test = runs.test
-    first = {name: next(iter(by_seed.values())) for name, by_seed in comparison.results.items()}
+    names = sorted(comparison.results, key=BASE.__eq__)  # the base after the methods
+    first = {name: next(iter(comparison.results[name].values())) for name in names}
     predictions = {name: result.prediction for name, result in first.items()}
     ood = {name: next(iter(result.ood.values())) for name, result in first.items() if result.ood}
     curves = {name: (prediction.log_p, test.labels) for name, prediction in predictions.items()}
@@ -58,7 +61,7 @@ def write_pictures(runs: CachedRuns, comparison: Comparison, image: str) -> list
             fmean(r.cost.train_seconds + (r.cost.predict_seconds or 0.0) for r in by_seed.values()),
         )
         for name, by_seed in comparison.results.items()
-        if not name.endswith((" + T", " tuned"))
+        if name != BASE and not name.endswith(VARIANTS)
     }
     try:
         figures = {

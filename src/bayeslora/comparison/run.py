@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from bayeslora.comparison.base import BASE, Witness, check_names, witness
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, learned, predicted
 from bayeslora.comparison.costs import Cost, max_known
+from bayeslora.comparison.scaled_runs import BY_DIVERGENCE, scaled_by_divergence
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Inference, PostHoc, Temperature
 from bayeslora.metrics.classification import nll
@@ -19,6 +21,9 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.posteriors import Scaled
 from bayeslora.processes import sharded
 from bayeslora.tasks.types import labelled
+
+VARIANTS = (" + T", " + T without labels", " tuned", BY_DIVERGENCE)
+"""How the names of rows end that are made of another row's posterior."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Result:
     ood: dict[str, Prediction]  # of each other data set
     evaluation: Evaluation
     cost: Cost
-    temperature: float | None = None  # the one that was chosen, for ``<name> tuned``
+    temperature: float | None = None  # the one that was chosen, for ``<name> tuned`` and by divergence
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,10 @@ def compare(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[
 def _compared(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[int]) -> Comparison:
     """Train, predict and evaluate."""
     comparison = Comparison()
+    base = witness(runs)
     for seed in seeds:
+        if base is not None:
+            comparison.results.setdefault(BASE, {})[seed] = _untuned(runs, base, seed)
         for name, method in methods.items():
             if name in comparison.failures:
                 continue
@@ -61,12 +69,19 @@ def _compared(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequenc
                 runs.report(f"seed {seed}: {name} failed: {error}")
                 comparison.failures[name] = {seed: str(error)}
                 continue
-            for row, result in _results(runs, fitted, name, seed):
+            for row, result in _results(runs, base, fitted, name, seed):
                 comparison.results.setdefault(row, {})[seed] = result
+            if (row := f"{name}{BY_DIVERGENCE}") not in comparison.failures:
+                try:
+                    for result in _by_divergence(runs, base, fitted, row, seed):
+                        comparison.results.setdefault(row, {})[seed] = result
+                except InputError as error:
+                    runs.report(f"seed {seed}: {row} failed: {error}")
+                    comparison.failures[row] = {seed: str(error)}
     for name in comparison.failures:  # under a later seed
-        for row in (name, f"{name} + T", f"{name} tuned"):
+        for row in (name, *(f"{name}{variant}" for variant in VARIANTS)):
             comparison.results.pop(row, None)
-    if not comparison.results:
+    if not comparison.results.keys() - {BASE}:
         name, by_seed = next(iter(comparison.failures.items()))
         seed, reason = next(iter(by_seed.items()))
         raise InputError(f"no method could be fitted; {name} under seed {seed}: {reason}")
@@ -81,38 +96,76 @@ def _check(runs: CachedRuns, methods: Mapping[str, Inference], seeds: Sequence[i
         raise InputError(f"the task {runs.task.name} has no test examples to compare on")
     if runs.temperatures:
         labelled(runs.task.validation, "temperatures are chosen on validation rows")
+    check_names(methods)
     if runs.scaling:
-        Temperature().rows(runs.task)
+        Temperature().check(runs.model, runs.task)
+    if runs.scaling_without_labels:
+        Temperature(labels=False).check(runs.model, runs.task)
     for method in methods.values():
         single = method.member if isinstance(method, Ensemble) else method
         if isinstance(single, PostHoc):
             single.check(runs.model, runs.task)
 
 
-def _results(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Iterator[tuple[str, Result]]:
+def _results(
+    runs: CachedRuns, base: Witness | None, fitted: Learned, name: str, seed: int
+) -> Iterator[tuple[str, Result]]:
     """Yield the results of a method, of temperature scaling on top of it, and of its best temperature."""
-    plain = _measured(runs, fitted, name, seed)
+    plain = _measured(runs, base, fitted, name, seed)
     yield name, plain
-    if runs.scaling and fitted.posterior.unscaled is fitted.posterior:
-        method = Temperature()
-        rows = method.rows(runs.task)
-        validation, _ = predicted(runs, fitted.keyed(1), rows, seed, name, f"{name}-validation-1")
-        scaled = Scaled(fitted.posterior, method.scaling(validation, rows))
-        prediction, *others = (_scaled(scaled, p) for p in (plain.prediction, *plain.ood.values()))
-        ood = dict(zip(plain.ood, others, strict=True))
-        yield f"{name} + T", evaluated(runs, prediction, ood, plain.cost, seed)
+    if fitted.posterior.unscaled is fitted.posterior:
+        yield from _with_scaling(runs, base, fitted, plain, name, seed)
     if runs.temperatures and fitted.posterior.distinct is None:
         best = _best_temperature(runs, fitted, name, seed)
         tuned = f"{name} tuned"
-        yield tuned, replace(_measured(runs, fitted.tempered(best), tuned, seed), temperature=best)
+        yield tuned, replace(_measured(runs, base, fitted.tempered(best), tuned, seed), temperature=best)
 
 
-def _measured(runs: CachedRuns, fitted: Learned, name: str, seed: int) -> Result:
+def _with_scaling(
+    runs: CachedRuns, base: Witness | None, fitted: Learned, plain: Result, name: str, seed: int
+) -> Iterator[tuple[str, Result]]:
+    """Yield the results of temperature scaling on top of a method: by labels, and without them."""
+    asked = {" + T": runs.scaling, " + T without labels": runs.scaling_without_labels}
+    for variant in (variant for variant, wanted in asked.items() if wanted):
+        method = Temperature(labels=variant == " + T")
+        rows = method.rows(runs.task)
+        validation, _ = predicted(runs, fitted.keyed(1), rows, seed, name, f"{name}-validation-1")
+        validation = validation if base is None or method.labels else base.beside(validation, rows)
+        try:
+            scaled = Scaled(fitted.posterior, method.scaling(validation, rows))
+        except InputError as error:
+            runs.report(f"seed {seed}: no row {name}{variant}: {error}")
+            continue
+        prediction, *others = (_scaled(scaled, p) for p in (plain.prediction, *plain.ood.values()))
+        ood = dict(zip(plain.ood, others, strict=True))
+        yield f"{name}{variant}", evaluated(runs, prediction, ood, plain.cost, seed)
+
+
+def _by_divergence(runs: CachedRuns, base: Witness | None, fitted: Learned, row: str, seed: int) -> Iterator[Result]:
+    """Yield the result of a method with noise, scaled by divergence, if that is asked for."""
+    if runs.divergence is None:
+        return
+    scaled = scaled_by_divergence(runs, fitted, row, seed, runs.divergence)
+    if scaled is not None:
+        yield replace(_measured(runs, base, scaled[0], row, seed), temperature=scaled[1] ** 2)
+
+
+def _measured(runs: CachedRuns, base: Witness | None, fitted: Learned, name: str, seed: int) -> Result:
     """Predict by a posterior, and evaluate."""
     prediction, memory = predicted(runs, fitted, runs.test, seed, name)
     ood = {other: predicted(runs, fitted, split, seed, name, f"{name}@{other}")[0] for other, split in runs.ood.items()}
     cost = replace(fitted.cost, predict_seconds=prediction.seconds, memory=max_known(fitted.cost.memory, memory))
+    if base is not None:
+        prediction = base.beside(prediction, runs.test)
+        ood = {other: base.beside(of, runs.ood[other]) for other, of in ood.items()}
     return evaluated(runs, prediction, ood, cost, seed)
+
+
+def _untuned(runs: CachedRuns, base: Witness, seed: int) -> Result:
+    """Return the result of the base, which is the same under all seeds but for the resampling."""
+    prediction, memory = base.of(runs.test)
+    ood = {other: base.of(split)[0] for other, split in runs.ood.items()}
+    return evaluated(runs, prediction, ood, Cost(0.0, prediction.seconds, memory, 0), seed)
 
 
 def evaluated(runs: CachedRuns, prediction: Prediction, ood: dict[str, Prediction], cost: Cost, seed: int) -> Result:

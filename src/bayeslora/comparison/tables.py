@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayeslora._typing import Int
 from bayeslora.comparison.costs import Cost
-from bayeslora.comparison.run import Comparison
+from bayeslora.comparison.run import VARIANTS, Comparison
 from bayeslora.metrics.bootstrap import Sample, interval, resampled
 from bayeslora.metrics.evaluation import Evaluation, aligned, scored
 from bayeslora.metrics.measures import UNCERTAINTIES, Measure, measures
@@ -152,7 +152,7 @@ def recommendations(comparison: Comparison) -> list[str]:
         found = {seed: each for seed, r in by_seed.items() if (each := r.evaluation.recommendation) is not None}
         for suffices in (True, False):
             texts = {seed: each.text for seed, each in found.items() if each.mean_suffices is suffices}
-            if texts and not method.endswith((" + T", " tuned")):  # whose draws are the method's own
+            if texts and not method.endswith(VARIANTS):  # whose draws are the method's own
                 lines.append(f"Cost: {method}, seed {', '.join(map(str, texts))}: {next(iter(texts.values()))}.")
     return lines
 

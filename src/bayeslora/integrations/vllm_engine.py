@@ -54,11 +54,12 @@ class Engine:
     tokenizer: Tokenizer
     averages: bool = False
 
-    def predict(self, split: Split) -> Prediction:
+    def predict(self, split: Split, *, base: bool = False) -> Prediction:
         """Return every draw's probabilities of the choices; see `bayeslora.predict`.
 
         Args:
             split: The N examples; their format's readout is ``letters``, ``likelihood`` or ``auto``.
+            base: Whether to ask the base model too.
 
         Returns:
             The prediction, a draw for each adapter; without a pass at the mean, and without a Monte Carlo error.
@@ -66,13 +67,16 @@ class Engine:
         began = time.perf_counter()
         queries, neutral, readout, cut = queries_of_split(split, self.tokenizer)
         asked = [*queries, *unique_pairs(neutral).values()]
-        draws: list[list[list[float]]] = [[] for _ in self.adapters]
+        adapters = (*[None] * base, *self.adapters)
+        draws: list[list[list[float]]] = [[] for _ in adapters]
         for start in range(0, len(asked), QUERIES_AT_ONCE):
-            for draw, values in zip(draws, self._log_likelihoods(asked[start : start + QUERIES_AT_ONCE]), strict=True):
+            found = self._log_likelihoods(asked[start : start + QUERIES_AT_ONCE], adapters)
+            for draw, values in zip(draws, found, strict=True):
                 draw += values
         scores = torch.stack([choice_scores(draw, queries, neutral) for draw in draws])
-        log_probs = scores.log_softmax(-1).float()
-        return Prediction(log_probs, truncated=cut, readout=readout, seconds=time.perf_counter() - began)
+        every = scores.log_softmax(-1).float()
+        untuned, seconds = every[0] if base else None, time.perf_counter() - began
+        return Prediction(every[int(base) :], truncated=cut, readout=readout, seconds=seconds, base_log_probs=untuned)
 
     def generate(
         self,
@@ -158,8 +162,8 @@ class Engine:
             finished="stop" if one.finish_reason == "stop" else "length",
         )
 
-    def _log_likelihoods(self, queries: Sequence[Query]) -> list[list[list[float]]]:
-        """Return natural logarithms by draw, query and answer."""
+    def _log_likelihoods(self, queries: Sequence[Query], adapters: Sequence[object | None]) -> list[list[list[float]]]:
+        """Return natural logarithms by adapter, of which None is the base, query and answer."""
         from vllm import SamplingParams
 
         wanted = [(number, *read) for number, query in enumerate(queries) for read in reads(query)]
@@ -169,13 +173,13 @@ class Engine:
             for _, _, tokens in wanted
         ]
         outputs = self.llm.generate(
-            prompts * len(self.adapters),
-            one_token * len(self.adapters),
-            lora_request=[adapter for adapter in self.adapters for _ in wanted],
+            prompts * len(adapters),
+            one_token * len(adapters),
+            lora_request=[adapter for adapter in adapters for _ in wanted],
             use_tqdm=False,
         )
         draws = []
-        for k in range(len(self.adapters)):
+        for k in range(len(adapters)):
             log_probs: list[dict[tuple[Ids, int], float]] = [{} for _ in queries]
             for (number, start, tokens), output in zip(wanted, outputs[k * len(wanted) :], strict=False):
                 shown = output.outputs[0].logprobs[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from bayeslora.methods.base import Inference, Method, PostHoc
 from bayeslora.methods.blob.method import Blob
+from bayeslora.methods.divergence import ScaleByDivergence
 from bayeslora.methods.ensemble import Ensemble, multi_swag
 from bayeslora.methods.isotropic import Isotropic
 from bayeslora.methods.ivon.method import Ivon
@@ -29,8 +30,11 @@ METHODS: dict[str, Callable[..., Inference]] = {
     "temperature": Temperature,
     "isotropic": Isotropic,
 }
+ADJUSTMENTS: dict[str, Callable[..., Inference]] = {"divergence": ScaleByDivergence}
+"""What is fitted to a posterior that has noise, and so not to what a Trainer has just trained."""
 
 __all__ = [
+    "ADJUSTMENTS",
     "METHODS",
     "Blob",
     "Ensemble",
@@ -42,6 +46,7 @@ __all__ = [
     "McDropout",
     "Method",
     "PostHoc",
+    "ScaleByDivergence",
     "Swag",
     "Temperature",
     "Tfb",

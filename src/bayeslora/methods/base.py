@@ -22,6 +22,8 @@ from bayeslora.posteriors.provenance import Origin, check_scores, origin_of, sco
 from bayeslora.prediction import PassOptions, predict
 from bayeslora.tasks.types import Split, Task
 
+LATER = {"later": True}
+"""Metadata of a setting with whose default a method is what it was before it came: see `training.keys.of_method`."""
 TrainerKwargs = dict[str, Any]
 """What is splatted into a Trainer: ``callbacks``, and more where a method changes the loss or the optimiser."""
 
@@ -66,6 +68,11 @@ class Method(Inference):
             InputError: If the model was not trained with the method.
         """
 
+    @property
+    def stages(self) -> tuple[Method, PostHoc[Posterior] | None]:
+        """What a Trainer trains, and what is then fitted to its posterior on the task's rows: itself, and nothing."""
+        return self, None
+
 
 @dataclass(frozen=True)
 class TrainedAdapter:
@@ -80,10 +87,12 @@ class TrainedAdapter:
     token_budget: int | None
     progress: bool = False
 
-    def predict(self, posterior: Posterior, rows: Split, draws: int) -> Prediction:
-        """Return what a posterior says about rows; all posteriors by the same stream of draws."""
+    def predict(
+        self, posterior: Posterior, rows: Split, draws: int, *, mean: bool = True, base: bool = False
+    ) -> Prediction:
+        """Return what a posterior says about rows, also by its mean; all posteriors by the same stream of draws."""
         return predict(
-            self.model, posterior, rows, Draws(draws, self.seed), tokenizer=self.tokenizer,
+            self.model, posterior, rows, Draws(draws, self.seed), mean=mean, base=base, tokenizer=self.tokenizer,
             token_budget=self.token_budget, options=PassOptions(progress=self.progress),
         )  # fmt: skip
 

@@ -6,19 +6,22 @@ not to the variance that it learned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.base import LATER, PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.divergence import DIVERGENCE, ScaleByDivergence, check_scale
 from bayeslora.posteriors import DiagonalGaussian
 from bayeslora.tasks.types import Task, labelled
 
 SIGMAS = tuple(0.001 * 2 ** (k / 2) for k in range(17))
 """Standard deviations that ``sigma="validation"`` tries: .001 to .256, each √2 of the one before."""
+_FIRST = 0.02
+"""The σ at which the search by divergence begins."""
 
 
 @final
@@ -30,25 +33,40 @@ class Isotropic(PostHoc[DiagonalGaussian]):
         sigma: Standard deviation σ, or ``validation`` for the one of `SIGMAS` whose draws have the lowest negative
             log-likelihood on the validation rows.
         draws: Draws by which a σ is judged.
+        scale: ``divergence`` for the σ with a mean divergence of the draws from the adapter (`ScaleByDivergence`),
+            whatever ``sigma`` is; None for ``sigma``.
+        divergence: That divergence κ, nats a row.
     """
 
     name: ClassVar[str] = "isotropic"
     sigma: float | Literal["validation"] = 0.02
     draws: int = 10
+    scale: Literal["divergence"] | None = field(default=None, metadata=LATER)
+    divergence: float = field(default=DIVERGENCE, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
         if isinstance(self.sigma, str) and self.sigma != "validation":
             raise InputError(f"sigma must be a number or 'validation', and it is {self.sigma!r}")
         check_ranges(self, not_negative=() if isinstance(self.sigma, str) else ("sigma",), at_least={"draws": 1})
+        check_scale(self.scale, self.divergence, "isotropic noise")
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse a task without rows to choose σ on; see `PostHoc.check`."""
-        if self.sigma == "validation":
+        if self.scale:
+            self._search.check(model, task)
+        elif self.sigma == "validation":
             labelled(task.validation, "isotropic noise is chosen on validation rows")
+
+    @property
+    def _search(self) -> ScaleByDivergence:
+        """The search by divergence, with as many draws."""
+        return ScaleByDivergence(self.divergence, draws=self.draws)
 
     def _fit(self, adapter: TrainedAdapter) -> DiagonalGaussian:
         """Return the noise around the adapter."""
+        if self.scale:
+            return self._search.scaled(adapter, _noisy(adapter, _FIRST))
         if not isinstance(self.sigma, str):
             return _noisy(adapter, self.sigma)
         rows = labelled(adapter.task.validation, "isotropic noise is chosen on validation rows")

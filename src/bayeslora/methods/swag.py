@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
@@ -26,8 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import Method, TrainerKwargs, check_ranges, origin_for, trained
+from bayeslora.methods.base import LATER, Method, PostHoc, TrainerKwargs, check_ranges, origin_for, trained
 from bayeslora.methods.callback import HALF, MethodCallback, Run, widen, write_tensors
+from bayeslora.methods.divergence import DIVERGENCE, ScaleByDivergence, check_scale
 from bayeslora.methods.records import Record, require_record
 from bayeslora.methods.steps import guarded, took_step
 from bayeslora.methods.trainer_log import MetricsCallback, spread
@@ -52,7 +53,9 @@ class Swag(Method):
         interval: Steps between collections; None collects 2·``rank`` times.
         learning_rate: Constant rate from ``start`` on; None for a tenth of the Trainer's peak, as in the paper.
         rank: Number K of snapshots that are kept.
-        scale: Factor on the covariance; None for ½ with the low-rank part and 1 without.
+        scale: Factor on the covariance; None for ½ with the low-rank part and 1 without; ``divergence`` for the one
+            with a mean divergence of the draws from the mean (`ScaleByDivergence`), which `bayeslora.fit` finds.
+        divergence: That divergence κ, nats a row.
     """
 
     name: ClassVar[str] = "swag"
@@ -61,7 +64,8 @@ class Swag(Method):
     interval: int | None = None
     learning_rate: float | None = None
     rank: int = 5
-    scale: float | None = None
+    scale: float | Literal["divergence"] | None = None
+    divergence: float = field(default=DIVERGENCE, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
@@ -71,13 +75,28 @@ class Swag(Method):
             raise InputError(f"start must be a step or a share in [0, 1), and it is {self.start}")
         if self.rank < 2 or (self.interval is not None and self.interval < 1):
             raise InputError(f"rank must be at least 2 and interval at least 1; they are {self.rank}, {self.interval}")
-        check_ranges(self, not_negative=("scale",), positive=("learning_rate",))
+        by_word = isinstance(self.scale, str)
+        check_ranges(self, not_negative=() if by_word else ("scale",), positive=("learning_rate",))
+        check_scale(self.scale if by_word else None, self.divergence, "SWAG")
+        if by_word and self.kind == "swa":
+            raise InputError("SWAG's mean alone (kind='swa') has no noise to scale; use the kind full or diagonal")
 
     def trainer_kwargs(self, model: nn.Module, num_data: int) -> TrainerKwargs:
         """Return the callback that holds the learning rate and collects, and the one that logs what it has."""
+        if self.scale == "divergence":
+            raise InputError(
+                "SWAG's scale by divergence needs the task's rows, which a Trainer of your own has not; use bl.fit, or "
+                "Swag() and then ScaleByDivergence().fit(model, task, start=posterior)"
+            )
         collector = Collector(self, num_data)
         metrics = MetricsCallback(self.name, collector.metrics)
         return {"callbacks": guarded([collector, metrics])}
+
+    @property
+    def stages(self) -> tuple[Method, PostHoc[Posterior] | None]:
+        """Collect with the usual scale; then scale, if it is by divergence."""
+        by_divergence = ScaleByDivergence(self.divergence) if self.scale == "divergence" else None
+        return (self, None) if by_divergence is None else (replace(self, scale=None), by_divergence)
 
     def posterior(self, model: nn.Module) -> Posterior:
         """Return the Gaussian over the collected path; a `Point` for ``swa``; see `Method.posterior`."""
@@ -104,7 +123,7 @@ class Swag(Method):
         mean = trained(model) | {n: m.clone() for n, m in moments.mean.items()}
         if self.kind == "swa":
             return Point(mean, origin)
-        scale = self.scale if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
+        scale = float(self.scale) if self.scale is not None else (0.5 if self.kind == "full" else 1.0)
         variance = {n: (m / moments.count).clamp(min=1e-30) for n, m in moments.squares.items()}
         if self.kind == "diagonal":
             return DiagonalGaussian(mean, {n: v * scale for n, v in variance.items()}, origin)

@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.base import LATER, PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.divergence import DIVERGENCE, ScaleByDivergence, check_scale
 from bayeslora.methods.guards import plain_layers
-from bayeslora.params import Params, generator
+from bayeslora.methods.search import anchored, largest
+from bayeslora.params import Params
 from bayeslora.posteriors import DiagonalGaussian, Point, Posterior
 from bayeslora.posteriors.provenance import Origin
 from bayeslora.tasks.types import Split, Task, labelled
 
 logger = logging.getLogger(__name__)
-_LARGEST = 1e6
-"""Noise at which the search gives up: the adapter does not matter to the loss."""
 _FIRST = {"pseudo": 1e-2, "true": 1e-4}
 """Noise at which the search begins; against true labels the loss may fall before it rises, so it comes from below."""
 
@@ -56,6 +55,10 @@ class Tfb(PostHoc[DiagonalGaussian]):
             rows' labels.
         floor: Least loss that the tolerance is relative to, in nats a row; 0 for the adapter's own whatever it is, as
             in the paper.
+        scale: What holds the noise: None for the tolerance of the loss, ``divergence`` for the mean divergence of the
+            draws from the adapter, on validation rows where there are some (`ScaleByDivergence`). Then ``tolerance``,
+            ``anchors``, ``labels`` and ``floor`` do not matter.
+        divergence: That divergence κ, nats a row.
     """
 
     name: ClassVar[str] = "tfb"
@@ -67,6 +70,8 @@ class Tfb(PostHoc[DiagonalGaussian]):
     sigma: float | None = None
     labels: Literal["pseudo", "true"] = "pseudo"
     floor: float = math.log(2)
+    scale: Literal["divergence"] | None = field(default=None, metadata=LATER)
+    divergence: float = field(default=DIVERGENCE, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
@@ -76,12 +81,22 @@ class Tfb(PostHoc[DiagonalGaussian]):
             raise InputError(f"TFB's labels are 'pseudo' or 'true', and not {self.labels!r}")
         check_ranges(self, at_least={"most_anchors": 1, "draws": 1, "steps": 0})
         check_ranges(self, prefix="TFB's ", positive=("tolerance", "sigma"), not_negative=("floor",))
+        check_scale(self.scale, self.divergence, "TFB")
+        if self.scale and self.sigma is not None:
+            raise InputError("TFB's noise is found by divergence or given as sigma; give one of the two")
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse other adapters than plain LoRA, and a task without anchors; see `PostHoc.check`."""
         plain_layers(model, "TFB")
-        if self.sigma is None:
+        if self.scale:
+            self._search.check(model, task)
+        elif self.sigma is None:
             self._rows(task)
+
+    @property
+    def _search(self) -> ScaleByDivergence:
+        """The search by divergence, with as many rows, draws and steps."""
+        return ScaleByDivergence(self.divergence, most_anchors=self.most_anchors, draws=self.draws, steps=self.steps)
 
     def _rows(self, task: Task) -> Split:
         """Return the rows that anchors are taken from."""
@@ -97,6 +112,8 @@ class Tfb(PostHoc[DiagonalGaussian]):
         """Return the noisy adapter."""
         mean, unit = reparametrised(adapter.start.mean)
         origin = adapter.origin
+        if self.scale:
+            return self._search.scaled(adapter, _noisy(mean, unit, _FIRST["pseudo"], origin))
         if self.sigma is not None:
             return _noisy(mean, unit, self.sigma, origin)
         point = Point(mean, origin)
@@ -110,17 +127,15 @@ class Tfb(PostHoc[DiagonalGaussian]):
             """Return whether the loss stays within what is borne."""
             return abs(adapter.nll(_noisy(mean, unit, sigma, origin), rows, self.draws) - loss) <= change
 
-        sigma = largest(within, self.steps, _FIRST[self.labels])
+        sigma = largest(
+            within,
+            self.steps,
+            _FIRST[self.labels],
+            unbounded=lambda: "TFB found no noise that the anchors' loss notices; the adapter does not matter to it",
+            nowhere=lambda: "TFB found no noise that the anchors' loss bears; raise the tolerance or the floor",
+        )
         logger.info("TFB: sigma %.4g with %d anchors, loss %.4g, change at most %.4g.", sigma, len(rows), loss, change)
         return _noisy(mean, unit, sigma, origin)
-
-
-def anchored(rows: Split, max_rows: int, seed: int) -> Split:
-    """Return at most so many rows, sampled without replacement by the seed, in their order."""
-    if len(rows) <= max_rows:
-        return rows
-    picked = torch.randperm(len(rows), generator=generator("anchors", seed))[:max_rows]
-    return replace(rows.take(picked.sort().values.tolist()), name=f"{rows.name}, {max_rows} anchors")
 
 
 def answered(adapter: TrainedAdapter, rows: Split, posterior: Posterior) -> Split:
@@ -128,25 +143,6 @@ def answered(adapter: TrainedAdapter, rows: Split, posterior: Posterior) -> Spli
     choices = adapter.predict(posterior, rows, 1).answer.tolist()
     examples = tuple(replace(example, label=k) for example, k in zip(rows, choices, strict=True))
     return replace(rows, examples=examples)
-
-
-def largest(within: Callable[[float], bool], steps: int, first: float = 0.01) -> float:
-    """Return the largest σ that serves: by doubling or halving a first guess, then bisecting its logarithm."""
-    low = high = first
-    if within(first):
-        while within(high := 2 * low):
-            low = high
-            if low > _LARGEST:
-                raise InputError("TFB found no noise that the anchors' loss notices; the adapter does not matter to it")
-    else:
-        while not within(low := high / 2):
-            high = low
-            if high < 1 / _LARGEST:
-                raise InputError("TFB found no noise that the anchors' loss bears; raise the tolerance or the floor")
-    for _ in range(steps):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if within(middle) else (low, middle)
-    return low
 
 
 def reparametrised(params: Params) -> tuple[Params, Params]:

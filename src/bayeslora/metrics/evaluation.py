@@ -2,7 +2,8 @@
 
 Two predictors are always scored: ``draws``, the average of the draws' probabilities, and ``mean``, one pass at the
 posterior mean's weights, where the prediction has it. What the draws add is the difference between the two: it says
-whether they are worth their passes, and where it is accuracy lost, there is a warning.
+whether they are worth their passes, and where it is accuracy lost, there is a warning. The untuned ``base`` is a third
+one where the prediction has its answers, and a witness for the other two, which it tells foreign data by.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of the predictors ``mean`` and ``draws`` on one set of examples.
+    """The scores of the predictors ``mean``, ``draws`` and ``base`` on one set of examples.
 
     Attributes:
         rows: Predictor -> score -> estimate. The scores are ``accuracy``, ``nll``, ``brier``, ``ece``, ``ece_mass``,
             ``sce``, ``aurc``, where the truth is known ``kl_to_truth``, and for each out-of-distribution set
             ``SET/auroc_entropy``, ``SET/aupr_out_entropy``, ``SET/aupr_in_entropy``, ``SET/fpr95_entropy``, for the
-            draws also ``..._mutual_information``.
+            draws also ``..._mutual_information``, and with the base's answers, for mean and draws,
+            ``..._likelihood_ratio`` and ``..._drift``.
         n: Number of examples.
         draws: Number of draws.
         bins: Number of bins of the calibration errors.
@@ -77,7 +79,7 @@ class Evaluation:
         """Look up one score.
 
         Args:
-            predictor: ``mean`` or ``draws``.
+            predictor: ``mean``, ``draws`` or ``base``.
             metric: Name of the score, such as ``nll``.
 
         Returns:
@@ -180,7 +182,7 @@ def scored(
     labels: Int[Tensor, " N"],
     truth: Float[Tensor, "N C"] | None = None,
 ) -> dict[str, list[Scored]]:
-    """Return what the predictors ``mean``, where there is one, and ``draws`` are scored by, all on the CPU."""
+    """Return what ``draws``, and where they are there ``mean`` and ``base``, are scored by, all on the CPU."""
     by_need = {need: {k: m for k, m in table.items() if m.needs == need} for need in ("labels", "probs", "ood")}
     others = {name: _outputs(other) for name, other in ood.items()}
     groups: dict[str, list[Scored]] = {}
@@ -218,11 +220,18 @@ def mcnemar(only_one: int, only_other: int) -> float:
 
 def _outputs(prediction: Prediction) -> dict[str, dict[str, Tensor]]:
     """Return each predictor's log-probabilities, ``log_p``, and the uncertainties that it has."""
-    outputs = {}
-    if prediction.mean_log_probs is not None:
-        mean = prediction.mean_log_probs.cpu()
-        outputs["mean"] = {"log_p": mean, "entropy": uncertainty.entropy(mean)}
-    outputs["draws"] = {name: getattr(prediction, name).cpu() for name in ("log_p", *UNCERTAINTIES)}
+    log_probs = {"mean": prediction.mean_log_probs, "draws": prediction.log_p, "base": prediction.base_log_probs}
+    outputs = {
+        name: {"log_p": log_p.cpu(), "entropy": uncertainty.entropy(log_p.cpu())}
+        for name, log_p in log_probs.items()
+        if log_p is not None
+    }
+    outputs["draws"]["mutual_information"] = prediction.mutual_information.cpu()
+    if "base" in outputs:
+        base = outputs["base"]["log_p"]
+        for of in (outputs[name] for name in ("mean", "draws") if name in outputs):
+            of["likelihood_ratio"] = -uncertainty.likelihood_ratio(of["log_p"], base)
+            of["drift"] = -uncertainty.drift(of["log_p"], base)
     return outputs
 
 

@@ -23,8 +23,12 @@ class Measure:
     higher_is_better: bool = False
 
 
-UNCERTAINTIES = {"entropy": "H", "mutual_information": "MI"}
-"""What tells out-of-distribution examples, and how a heading abbreviates it."""
+UNCERTAINTIES = {"entropy": "H", "mutual_information": "MI", "likelihood_ratio": "LR", "drift": "drift"}
+"""What tells out-of-distribution examples, and how a heading abbreviates it; the last two need the base's answers.
+
+Tuning raises what it has seen above the base, so that both are negated: −(log p − log p_base) of the answer, and its
+average over the choices, −KL(p ‖ p_base), are high where the data are foreign.
+"""
 
 
 def measures(bins: int = 15, binning: classification.Binning = "width") -> dict[str, Measure]:

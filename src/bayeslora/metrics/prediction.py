@@ -19,7 +19,7 @@ from bayeslora.metrics import uncertainty
 
 _FORMAT = "bayeslora.prediction"
 _VERSION = 1
-_TENSORS = ("log_probs", "mean_log_probs", "monte_carlo_error")
+_TENSORS = ("log_probs", "mean_log_probs", "monte_carlo_error", "base_log_probs")
 _FIELDS = ("components", "truncated", "readout", "seconds")
 
 
@@ -37,6 +37,8 @@ class Prediction:
         seconds: Time that the passes took; None if it was not measured.
         monte_carlo_error: Standard error of each example's probabilities from taking so many draws and not more; None
             if it is not known.
+        base_log_probs: What the untuned base says through the same readout, [N C], never scaled; None if it was not
+            asked.
 
     Raises:
         InputError: If a shape, type or row cannot be a prediction.
@@ -49,6 +51,7 @@ class Prediction:
     readout: str = ""
     seconds: float | None = None
     monte_carlo_error: Float[Tensor, " N"] | None = None
+    base_log_probs: Float[Tensor, "N C"] | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -112,6 +115,31 @@ class Prediction:
     def within(self) -> Float[Tensor, " N"]:
         """Mutual information that lies within the mixture members, in nats; all of it for no mixture."""
         return uncertainty.between_within(self.log_probs, self.components or (0,) * self.draws)[1]
+
+    @property
+    def drift(self) -> Float[Tensor, " N"]:
+        """How far tuning has moved the answer: KL(p ‖ p_base) of the average in nats.
+
+        Raises:
+            InputError: If the base was not asked.
+        """
+        return uncertainty.drift(self.log_p, self._base)
+
+    @property
+    def likelihood_ratio(self) -> Float[Tensor, " N"]:
+        """Log p(answer) − log p_base(answer) in nats, of the average's `answer`; low where the data are foreign.
+
+        Raises:
+            InputError: If the base was not asked.
+        """
+        return uncertainty.likelihood_ratio(self.log_p, self._base)
+
+    @property
+    def _base(self) -> Float[Tensor, "N C"]:
+        """The base's log-probabilities, where they are there."""
+        if self.base_log_probs is None:
+            raise InputError("the prediction does not have the base's answers; predict with base=True")
+        return self.base_log_probs
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prediction to one ``.safetensors`` file, whole or not at all.
@@ -186,18 +214,24 @@ class Prediction:
 
 def _validate(prediction: Prediction) -> None:
     """Refuse values that cannot be a prediction; the first bad row is named."""
-    log_probs, mean = prediction.log_probs, prediction.mean_log_probs
+    log_probs, mean, base = prediction.log_probs, prediction.mean_log_probs, prediction.base_log_probs
     if log_probs.ndim != 3 or log_probs.numel() == 0:
         raise InputError(
             f"log_probs has shape {list(log_probs.shape)}; give [draws, examples, choices] with at least one of each"
         )
-    if mean is not None and mean.shape != log_probs.shape[1:]:
-        raise InputError(
-            f"mean_log_probs has shape {list(mean.shape)}, log_probs {list(log_probs.shape)}; give both the same rows"
-        )
-    for name, values in (("log_probs", log_probs), ("mean_log_probs", mean)):
+    for name, values in (("mean_log_probs", mean), ("base_log_probs", base)):
+        if values is not None and values.shape != log_probs.shape[1:]:
+            raise InputError(
+                f"{name} has shape {list(values.shape)}, log_probs {list(log_probs.shape)}; give both the same rows"
+            )
+    for name, values in (("log_probs", log_probs), ("mean_log_probs", mean), ("base_log_probs", base)):
         if values is not None:
             _check_rows(name, values)
+    if base is not None and bool((lost := (base == -torch.inf) & (log_probs > -torch.inf).any(0)).any()):
+        row = int(lost.any(-1).nonzero()[0])
+        raise InputError(
+            f"base_log_probs: row {row} lacks a choice that the draws have; give the base's answers to the same choices"
+        )
     error = prediction.monte_carlo_error
     if error is not None and (error.shape != log_probs.shape[1:2] or bool((error.isnan() | (error < 0)).any())):
         raise InputError("monte_carlo_error is not one number of at least 0 for each example; predict again")

@@ -45,6 +45,11 @@ def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
     return torch.special.entr(log_p.double().exp()).sum(-1).to(log_p.dtype)
 
 
+def divergences(log_p: Float[Tensor, "N C"], log_q: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+    """Return KL(p ‖ q) of each row in nats; log p is -inf for choices that a row does not have."""
+    return (log_p.exp() * (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)
+
+
 def expected_entropy(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     """Average the draws' entropies, (1/S) Σ_s H(p_s): the uncertainty that stays when the weights are known."""
     return (entropy(log_probs.double()).sum(0) / taken(log_probs).sum(0)).to(log_probs.dtype)
@@ -63,6 +68,20 @@ def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
     was_taken = taken(log_probs)
     agrees = (log_probs.argmax(-1) == average(log_probs.double()).argmax(-1)) & was_taken
     return 1 - agrees.sum(0).to(log_probs.dtype) / was_taken.sum(0)
+
+
+def drift(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
+    """Compute KL(p ‖ p_base) = Σ_c p_c (log p_c − log p_base,c) ≥ 0, where 0 log 0 = 0: how far tuning went."""
+    p, absent = log_p.double().exp(), log_p == -torch.inf
+    ratio = (log_p.double() - base.double()).masked_fill(absent, 0.0)
+    # rounding may leave a little below 0
+    return (p * ratio).sum(-1).clamp_min(0).to(log_p.dtype)
+
+
+def likelihood_ratio(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
+    """Compute log p_c − log p_base,c of the answer c = argmax p (Zhang et al. 2025, arXiv 2404.08679, for S_a|q)."""
+    answer = log_p.argmax(-1, keepdim=True)
+    return (log_p.double().gather(-1, answer) - base.double().gather(-1, answer)).squeeze(-1).to(log_p.dtype)
 
 
 def between_within(

@@ -130,6 +130,11 @@ class Posterior(ABC):
         return True
 
     @property
+    def noise_in_logits(self) -> bool:
+        """Whether draws are the mean's logits plus noise that grows in proportion to the noise of the weights."""
+        return False
+
+    @property
     def before_answer(self) -> Params | None:
         """The weights for all tokens before the answer; None where they are each draw's."""
         return None

@@ -68,6 +68,7 @@ class Linearised(Derived):
     description: ClassVar[str] = "a Gaussian over the adapter, for the model linearised at its mean"
     draws_are_weights = False
     minimum_draws = LOGIT_DRAWS
+    noise_in_logits = True
 
     posterior: Linearisable
     origin: Origin | None = None

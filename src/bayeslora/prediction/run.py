@@ -1,11 +1,15 @@
-"""Prediction from a posterior of any family: by its draws, and by its mean."""
+"""Prediction from a posterior of any family: by its draws, by its mean, and by the base without the adapter.
+
+`predict` has one parameter more than the eight that are enough elsewhere: ``mean`` and ``base`` say which answers are
+wanted beside the draws', while `Draws` says which weights are drawn, and nothing in `PassOptions` changes a result.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -22,6 +26,8 @@ from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import requested
+from bayeslora.prediction.base import asking_base, base_beside
+from bayeslora.prediction.base import check_base as check_base_answers
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
@@ -29,7 +35,7 @@ from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import Passes, PassOptions
 from bayeslora.prediction.progress import shown
 from bayeslora.prediction.readouts import Readout, readout_for
-from bayeslora.prediction.sharding import over_processes
+from bayeslora.prediction.sharding import Answers, over_processes
 from bayeslora.tasks.types import Split
 
 
@@ -50,6 +56,7 @@ def predict(
     draws: int | Draws = 10,
     *,
     mean: bool = True,
+    base: bool = False,
     tokenizer: Tokenizer | None = None,
     token_budget: int | None = None,
     options: PassOptions = PassOptions(),
@@ -65,40 +72,48 @@ def predict(
             draw. A linearised posterior has at least 256, of its logits. A tolerance does not apply to posteriors whose
             draws are no weights.
         mean: Whether to pass the data under the mean too.
+        base: Whether to pass the data under the untuned base too, through the same readout. It goes along with the
+            draws as one more of them, or in a pass of its own where they are no weights or share their first layers.
         tokenizer: The model's tokenizer; None loads the one that was saved with the model.
         token_budget: Most tokens of a batch, padding included, over all draws in it; a single longer example is its own
             batch. None: 2048 on a CPU, and what its free memory allows on a GPU.
         options: How the passes are run, and whether a bar is shown; the numbers are the same up to rounding.
 
     Returns:
-        The prediction, with ``log_probs`` [S N C] and ``mean_log_probs`` [N C] in float32 on the CPU. For a point the
-        two are the same; for a mixture the mean is its first member's. In several processes see `bayeslora.sharded`.
+        The prediction, with ``log_probs`` [S N C], ``mean_log_probs`` [N C] and, if asked, ``base_log_probs`` [N C] in
+        float32 on the CPU. For a point the first two are the same; for a mixture the mean is its first member's. In
+        several processes see `bayeslora.sharded`.
 
     Raises:
         InputError: If the split is empty, a number makes no sense, or the posterior, the model and the split do not fit
-            together.
+            together; or the base is asked for and has no answer, for its head was trained or its weights changed.
     """
     posterior, draws = requested(posterior, draws)
-    readout = _fitting_readout(model, posterior, split, tokenizer)
+    readout = fitting_readout(model, posterior, split, tokenizer, base)
     rows, cut = readout.encode(split)
     draws = replace(draws, count=posterior.count(replace(draws, count=max(draws.count, posterior.minimum_draws))))
     began = time.perf_counter()
     classes = max(len(example.choices) for example in split)
 
-    def answers(numbers: Sequence[int]) -> LogProbs:
+    def answers(numbers: Sequence[int]) -> Answers:
         """Return the answers to some of the rows."""
-        total = len(numbers) * posterior.passes(draws, mean=mean)
+        total = len(numbers) * (posterior.passes(draws, mean=mean) + base)
         with evaluating(model), readout.attached(model), shown("predict", total, options.progress) as done:
             passes = Passes(model, readout, rows, classes, token_budget or default_token_budget(model), done, options)
-            return posterior.answers(_Engine(passes, numbers, mean, token_budget), draws)
+            engine = _Engine(passes, numbers, mean, token_budget, base)
+            log_probs, at_mean = posterior.answers(engine, draws)
+            return log_probs, at_mean, engine.base_answers(posterior) if base else None
 
-    log_probs, at_mean = over_processes(answers, [readout.length(row) for row in rows])
+    log_probs, at_mean, at_base = over_processes(answers, [readout.length(row) for row in rows])
     components = posterior.components(len(log_probs))
     error = _error(posterior, log_probs, components, draws)
-    return Prediction(log_probs, at_mean, components, cut, readout.name, time.perf_counter() - began, error)
+    seconds = time.perf_counter() - began
+    return Prediction(log_probs, at_mean, components, cut, readout.name, seconds, error, at_base)
 
 
-def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None) -> Readout:
+def fitting_readout(
+    model: nn.Module, posterior: Posterior, split: Split, tokenizer: Tokenizer | None, base: bool
+) -> Readout:
     """Return the split's readout once posterior, model and split are known to fit together."""
     if not len(split):
         raise InputError(f"{split.name} has no examples")
@@ -112,6 +127,8 @@ def _fitting_readout(model: nn.Module, posterior: Posterior, split: Split, token
     readout = readout_for(model, split, tokenizer)
     if readout.name == "likelihood":
         check_scores(posterior.origin, split.normalisation, split.name)
+    if base:
+        check_base_answers(model)
     return readout
 
 
@@ -133,6 +150,8 @@ class _Engine:
     numbers: Sequence[int]  # of the examples that are asked for, in their order
     mean: bool
     token_budget: int | None
+    base: bool = False
+    at_base: list[Tensor] = field(default_factory=list)  # the base's answers, once they have come along with draws
 
     @property
     def model(self) -> nn.Module:
@@ -172,20 +191,23 @@ class _Engine:
         mean_passes = posterior.passes(draws, mean=self.mean) - draws.count  # 0 where the mean is draw 0, else 1
         posterior = draws_for(self.model, posterior)
         passes = replace(self.passes, before=posterior.before_answer)
+        base = base_beside(self.model, posterior, draws) if self.base and not self.at_base else []
+        first = [*base, *[posterior.mean] * mean_passes]
         components = posterior.components(draws.count)
         alive, examples = torch.arange(len(self.numbers)), torch.tensor(self.numbers)
         at_mean: Tensor | None = None
         log_probs = torch.full((draws.count, len(alive), self.passes.classes), -math.inf)
         for numbers in rounds(posterior, draws):
-            extra = mean_passes if numbers.start == 0 else 0
+            extra = len(first) if numbers.start == 0 else 0
 
             def draw(number: int, start: int = numbers.start - extra) -> Params:
-                """Return the mean where it is asked for, then the draws of this round."""
-                return posterior.mean if start + number < 0 else posterior.cached_draw(start + number, draws)
+                """Return the base and the mean where they are asked for, then the draws of this round."""
+                return first[number] if start + number < 0 else posterior.cached_draw(start + number, draws)
 
             log_p = passes.run(draw, extra + len(numbers), examples[alive].tolist())
-            if numbers.start == 0 and self.mean:
-                at_mean = posterior.scaled(log_p[0], "mean")
+            if numbers.start == 0:
+                self.at_base.extend(log_p[: len(base)])
+                at_mean = posterior.scaled(log_p[len(base)], "mean") if self.mean else None
             log_probs[numbers.start : numbers.stop, alive] = posterior.scaled(log_p[extra:], "draws")
             if draws.tolerance is None or numbers.stop == draws.count:
                 break
@@ -195,6 +217,13 @@ class _Engine:
             if not len(alive):
                 break
         return log_probs[: numbers.stop], at_mean
+
+    def base_answers(self, posterior: Posterior) -> Float[Tensor, "N C"]:
+        """Return the base's answers, in a pass of its own unless they have come along with the draws."""
+        if not self.at_base:
+            with asking_base(self.model, posterior.mean) as params:
+                self.at_base.extend(self.passes.run(lambda _: params, 1, self.numbers))
+        return self.at_base[0]
 
 
 def rounds(posterior: Posterior, draws: Draws) -> list[range]:

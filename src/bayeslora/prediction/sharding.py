@@ -8,28 +8,38 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bayeslora.posteriors.engine import LogProbs
+from bayeslora._typing import Float
 from bayeslora.processes import everywhere, own, share, summed
 
+Answers = tuple[Float[Tensor, "S N C"], Float[Tensor, "N C"] | None, Float[Tensor, "N C"] | None]
+"""The log-probabilities of the draws, and those at the mean and of the base if they are asked for."""
 
-def over_processes(answers: Callable[[Sequence[int]], LogProbs], lengths: Sequence[int]) -> LogProbs:
+
+def over_processes(answers: Callable[[Sequence[int]], Answers], lengths: Sequence[int]) -> Answers:
     """Return the answers to N rows of these lengths, each process asking for its share of them inside `sharded`.
 
-    ``answers`` returns [S n C], and [n C] at the mean, for the numbers of n rows. Processes that took fewer draws,
-    under a tolerance, count as having left the others out.
+    ``answers`` returns [S n C], and [n C] at the mean and of the base, for the numbers of n rows. Processes that took
+    fewer draws, under a tolerance, count as having left the others out.
     """
     parts = share(lengths)
     if parts is None:
         return answers(range(len(lengths)))
     found = everywhere(lambda: answers(own(parts)))
-    draws, classes = max(len(log_probs) for log_probs, _ in found), found[0][0].shape[-1]
+    draws, classes = max(len(log_probs) for log_probs, *_ in found), found[0][0].shape[-1]
     whole = torch.full((draws, len(lengths), classes), -math.inf)
-    means = None if found[0][1] is None else torch.empty(len(lengths), classes)
-    for numbers, (log_probs, at_mean) in zip(parts, found, strict=True):
+    for numbers, (log_probs, *_) in zip(parts, found, strict=True):
         whole[: len(log_probs), numbers] = log_probs
-        if means is not None and at_mean is not None:
-            means[numbers] = at_mean
-    return whole, means
+
+    def joined(of: Sequence[Float[Tensor, "n C"] | None]) -> Float[Tensor, "N C"] | None:
+        """Return the answers of one pass over all rows, if it was made."""
+        every = torch.empty(len(lengths), classes)
+        for numbers, log_p in zip(parts, of, strict=True):
+            if log_p is None:
+                return None
+            every[numbers] = log_p
+        return every
+
+    return whole, joined([at_mean for _, at_mean, _ in found]), joined([at_base for *_, at_base in found])
 
 
 def added_over_processes(

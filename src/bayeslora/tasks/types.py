@@ -138,10 +138,16 @@ class Task:
         return next((s.normalisation for s in (self.train, self.validation, self.test) if s is not None), None)
 
 
-def labelled(split: Split | None, purpose: str) -> Split:
-    """Return a split to fit or choose on; refuse one that is missing, too small, or not labelled throughout."""
+def present(split: Split | None, purpose: str) -> Split:
+    """Return a split to fit or choose on, its rows labelled or not; refuse one that is missing or empty."""
     if split is None or not len(split):
         raise InputError(f"{purpose}, and the task has none; load it with validation=0.1, or give data with that split")
+    return split
+
+
+def labelled(split: Split | None, purpose: str) -> Split:
+    """Return a split to fit or choose on; refuse one that is missing, too small, or not labelled throughout."""
+    split = present(split, purpose)
     least = max(len(example.choices) for example in split)
     if len(split) < least:
         raise InputError(f"{purpose}, at least {least} of them, and {split.name} has {len(split)}")

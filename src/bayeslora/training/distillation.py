@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from bayeslora._typing import Float, Tokenizer
 from bayeslora.errors import InputError
 from bayeslora.methods.regularisers import divided
+from bayeslora.metrics.uncertainty import divergences
 from bayeslora.params import Params, generator, read, write
 from bayeslora.posteriors import Draws, Point, Posterior
 from bayeslora.posteriors.provenance import origin_of, scored
@@ -149,8 +150,3 @@ def soft_loss(log_p: Float[Tensor, "N C"]) -> Callable[..., Tensor]:
         return divided(torch.where(labels != IGNORED, each, 0.0).sum(), num_items_in_batch, len(labels))
 
     return loss
-
-
-def divergences(log_p: Float[Tensor, "N C"], log_q: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
-    """Return KL(p ‖ q) of each row in nats; log p is -inf for choices that a row does not have."""
-    return (log_p.exp() * (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from bayeslora._typing import Tokenizer
 from bayeslora.methods import Inference
-from bayeslora.methods.base import settings
+from bayeslora.methods.base import LATER, settings
 from bayeslora.params import Params, is_new_head, lora_parameters, require_lora
 from bayeslora.posteriors.provenance import origin_of
 from bayeslora.prediction.encoding import tokenizer_of
@@ -75,10 +75,16 @@ def inputs(model: nn.Module, task: Task, tokenizer: Tokenizer | None) -> Parts:
 
 
 def of_method(method: Inference) -> Parts:
-    """Return a method's name and settings, and the class if it is not one of ours."""
+    """Return a method's name and settings, and the class if it is not one of ours.
+
+    A setting that came later (`methods.base.LATER`) is left out at its default, so that what was made before it serves.
+    """
     kind = type(method)
+    assert is_dataclass(method)
+    usual = {f.name for f in fields(method) if f.metadata == LATER and getattr(method, f.name) == f.default}
+    values = {name: value for name, value in settings(method).items() if name not in usual}
     elsewhere = {} if kind.__module__.startswith("bayeslora.") else {"class": f"{kind.__module__}.{kind.__qualname__}"}
-    return {"name": method.name, **_plain(settings(method)), **elsewhere}
+    return {"name": method.name, **_plain(values), **elsewhere}
 
 
 def of_model(model: nn.Module) -> Parts:

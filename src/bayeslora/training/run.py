@@ -126,11 +126,21 @@ def _train(common: _Common, method: Inference, args: TrainingArguments, start: P
                 model, task, start=point, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
             )
     assert isinstance(method, Method)
+    method, adjustment = method.stages
+    if adjustment is not None:
+        refuse_fsdp(args, f"{adjustment.name} is fitted by predictions")
+        adjustment.check(model, task)
     run = _prepared(common, method, args, [start])
     if start is not None:
         write(model, start.mean)
     run_trainer(run, resume=common.resume)
-    return method.posterior(model)
+    posterior = method.posterior(model)
+    if adjustment is None:
+        return posterior
+    with sharded():
+        return adjustment.fit(
+            model, task, start=posterior, tokenizer=common.tokenizer, seed=args.seed, progress=not args.disable_tqdm
+        )
 
 
 def _train_members(

@@ -283,3 +283,15 @@ def test_the_choice_is_found_by_the_text_of_its_tokens():
     for tokens in (("Answer", ": red"), ("<s>", "An", "swe", ":", "red"), ("Ans�", "�:", " �", "�")):
         with pytest.raises(InputError, match=r"row 0: the tokens do not tell where ' red' begins; .*tokenizer="):
             echoed_log_likelihoods(row, echo(*tokens), 0)
+
+
+def test_the_servers_base_model_is_asked_beside_its_adapters(stand):
+    split = split_of()
+    found = stand.client().predict(split, base=True)
+    wanted = bl.predict(stand.model, stand.posterior, split, len(NAMES), base=True, tokenizer=stand.tokenizer)
+    torch.testing.assert_close(found.base_log_probs, wanted.base_log_probs, **CLOSE)
+    torch.testing.assert_close(found.log_probs, wanted.log_probs, **CLOSE)
+    assert stand.client().predict(split).base_log_probs is None
+    stand.parents = False
+    with pytest.raises(InputError, match="does not say which model is its adapters' base; leave base=True out"):
+        stand.client().predict(split, base=True)

@@ -55,6 +55,7 @@ def run(options: Options) -> None:
     out = Path(options.out)
     check_folder(out, options, resume=options.resume, free=("methods",))
     from bayeslora.cli import build, progress
+    from bayeslora.comparison.base import BASE
     from bayeslora.comparison.verdict import guess, in_words, verdicts
 
     with progress.own_progress():
@@ -62,7 +63,7 @@ def run(options: Options) -> None:
         with opened(out, options):
             comparison = build.finish(runs, methods_of(options), [options.seed], "png")
     test = runs.test
-    results = {name: by_seed[options.seed] for name, by_seed in comparison.results.items()}
+    results = {name: by_seed[options.seed] for name, by_seed in comparison.results.items() if name != BASE}
     predictions = {name: result.prediction for name, result in results.items()}
     others = {name: result.ood[other] for name, result in results.items()}
     even = None if test.probs is None else guess(test.probs)

@@ -62,6 +62,7 @@ _METHODS = {
     "tfb": Look("#A5953E", _DOTTED),
     "temperature": Look("#9BBA88", _DASHED),
     "isotropic": Look("#35169D", _DASH_DOT),
+    "base": Look("#000000", _SOLID),
 }
 _ALIASES = {
     "mean": "map",

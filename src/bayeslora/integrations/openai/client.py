@@ -62,28 +62,33 @@ class Adapters(Connection):
         """Return the names of the adapters that the server holds, without its base model."""
         return self.run(lambda session: session.catalogue()).chosen((), self.server)
 
-    def predict(self, split: Split) -> Prediction:
+    def predict(self, split: Split, *, base: bool = False) -> Prediction:
         """Return every adapter's probabilities of the choices; see `bayeslora.predict`.
 
         Args:
             split: The N examples; their format's readout is ``letters``, ``likelihood`` or ``auto``.
+            base: Whether to ask the server's base model too.
 
         Returns:
             The prediction, a draw for each adapter; without a pass at the mean, and without a Monte Carlo error, for a
             server does not say how its adapters were drawn.
 
         Raises:
-            InputError: If the split cannot be asked, the server cannot answer, or its first answers are not those of
-                the draws.
+            InputError: If the split cannot be asked, the server cannot answer or has no base model, or its first
+                answers are not those of the draws.
         """
         began = time.perf_counter()
         catalogue = self._catalogue()
+        if base and not catalogue.base:
+            raise InputError(f"{self.server} does not say which model is its adapters' base; leave base=True out")
         if self.check and "checked" not in self._first:
             self._check_first(catalogue, split)
             self._first["checked"] = catalogue
-        log_probs, readout, cut = self._log_probs(catalogue, self._names(catalogue), split)
+        asked = (*[catalogue.base] * base, *self._names(catalogue))
+        every, readout, cut = self._log_probs(catalogue, asked, split)
         self._catalogue()
-        return Prediction(log_probs, truncated=cut, readout=readout, seconds=time.perf_counter() - began)
+        untuned, seconds = every[0] if base else None, time.perf_counter() - began
+        return Prediction(every[int(base) :], truncated=cut, readout=readout, seconds=seconds, base_log_probs=untuned)
 
     def verify(
         self,

@@ -22,14 +22,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import InputError
-from bayeslora.methods.base import PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.base import LATER, PostHoc, TrainedAdapter, check_ranges
+from bayeslora.methods.divergence import DIVERGENCE, ScaleByDivergence, check_scale
 from bayeslora.methods.laplace.ggn import (
     Curvature,
     DiagonalCurvature,
@@ -83,6 +84,9 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         samples: Labels that are sampled for each row (`SampledRoot`), a backward pass each; 0 takes all C. None: 4
             where a row has more than 16 choices, else 0. With samples λ is judged on as many validation rows, all
             choices of each, as take no more passes than the training rows did, and at least on 32.
+        scale: ``divergence`` multiplies the covariance that ``prior`` gives so that the answers have a mean divergence
+            from the adapter's (`ScaleByDivergence`); None leaves it.
+        divergence: That divergence κ, nats a row.
     """
 
     name: ClassVar[str] = "laplace"
@@ -94,6 +98,8 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
     tokens: Literal["expand", "reduce"] = "expand"
     draws: int = 10
     samples: int | None = None
+    scale: Literal["divergence"] | None = field(default=None, metadata=LATER)
+    divergence: float = field(default=DIVERGENCE, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
@@ -110,13 +116,21 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         elif not 0 < self.prior < math.inf:
             raise InputError(f"the prior precision must be finite and positive, and it is {self.prior}")
         check_ranges(self, prefix="Laplace's ", at_least={"rank": 1, "draws": 1, "last_layers": 0, "samples": 0})
+        check_scale(self.scale, self.divergence, "Laplace")
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse an adapter without a parameter to be uncertain about, and a task without rows; see `PostHoc.check`."""
         labelled(task.train, "Laplace takes the curvature on training rows")
         if self.prior == "validation":
             labelled(task.validation, "the prior is chosen on validation rows")
+        if self.scale:
+            self._search.check(model, task)
         self._sites(model)
+
+    @property
+    def _search(self) -> ScaleByDivergence:
+        """The search by divergence, with as many draws of the weights."""
+        return ScaleByDivergence(self.divergence, draws=self.draws)
 
     def _sites(self, model: nn.Module) -> list[Site]:
         """Return the parameters that are uncertain."""
@@ -151,7 +165,8 @@ class Laplace(PostHoc[Linearised | KroneckerGaussian | DiagonalGaussian]):
         of = f"{samples} sampled labels a row" if samples else "all labels"
         logger.info("Laplace: curvature of %s, prior precision %.4g, log evidence %.5g.", of, precision, evidence)
         posterior = curvature.posterior(mean, precision, origin)
-        return Linearised(posterior, origin) if self.predictive == "linearised" else posterior
+        found = Linearised(posterior, origin) if self.predictive == "linearised" else posterior
+        return self._search.scaled(adapter, found) if self.scale else found
 
     def samples_of(self, rows: Split) -> int:
         """Return how many labels are sampled for each row; 0 where all are taken."""
