@@ -30,7 +30,7 @@ REASONS = {
 }
 MAX_NOT_RUN = 30
 NOTEBOOK = ROOT / "examples" / "first_hour.ipynb"
-METHODS = sorted(path for path in (DOCS / "methods").glob("*.md") if path.stem not in ("index", "divergence"))
+METHODS = sorted(path for path in (DOCS / "methods").glob("*.md") if path.stem != "index")
 
 
 def entries(nav):
