@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -29,7 +30,7 @@ REASONS = {
 }
 MAX_NOT_RUN = 30
 NOTEBOOK = ROOT / "examples" / "first_hour.ipynb"
-METHODS = sorted(path for path in (DOCS / "methods").glob("*.md") if path.stem not in ("index", "divergence"))
+METHODS = sorted(path for path in (DOCS / "methods").glob("*.md") if path.stem != "index")
 
 
 def entries(nav):
@@ -84,3 +85,20 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
 def test_the_notebook_is_kept_without_outputs():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return runpy.run_path(str(DOCS / "figures.py"))["PICTURES"]
+
+
+def test_a_picture_says_what_its_text_says(pictures):
+    panels = pictures["reliability"]().axes
+    said = [re.findall(r"(\d+)%", text.get_text()) for ax in panels for text in ax.texts if "says" in text.get_text()]
+    alternative = re.search(r"!\[Reliability(.*?)\]", (DOCS / "index.md").read_text(encoding="utf-8"))[1]
+    assert [number for pair in said for number in pair] == re.findall(r"(\d+) %", alternative)
+
+
+def test_every_picture_is_kept_and_shown(pictures):
+    shown = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "concepts").glob("*.md"))
+    assert all((DOCS / "assets" / f"{name}.svg").exists() and f"assets/{name}.svg" in shown for name in pictures)

@@ -37,7 +37,7 @@ from bayeslora.posteriors import Mixture, Posterior
 class Ensemble(Method):
     """An equal mixture of several runs of a method.
 
-    With a Trainer of one's own, train once per member with that member's arguments, and ask for the posterior last::
+    With a Trainer of one's own, train once per member with that member's arguments, and ask for the posterior last:
 
         for member in range(method.members):
             args = method.member_arguments(arguments, member)

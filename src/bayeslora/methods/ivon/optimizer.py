@@ -42,7 +42,7 @@ from bayeslora.params import local, seed_of, spread_as, stack_across, whole
 class IvonOptimizer(torch.optim.Optimizer):
     """IVON, for any PyTorch loop.
 
-    Example::
+    In a loop of one's own:
 
         optimizer = IvonOptimizer(model.parameters(), lr=0.1, ess=len(data))
         for batch in loader:
