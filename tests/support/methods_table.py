@@ -86,6 +86,7 @@ ROWS = (
     Row("isotropic", Isotropic()),
     Row("temperature", Temperature()),
     Row("temperature-vector", Temperature("vector"), kinds=(HEAD,)),
+    Row("temperature-free", Temperature(labels=False)),
 )
 
 TABLE: dict[str, Row] = {row.name: row for row in ROWS}
