@@ -1,0 +1,151 @@
+"""Differences between rows of the study: paired bootstrap over seeds and test rows, Holm's correction, a margin.
+
+A score of a row in a cell is its mean over the seeds; over several cells, the mean of the cells' scores. A resample
+draws seeds with replacement, and test rows with replacement within each, the same for both rows that are compared.
+Holm (1979) corrects the p-values of all comparisons of one question. A difference is ``better`` or ``worse`` if its
+corrected p-value is below .05, else ``same`` if its 95 % interval lies within the stated margin, else ``open``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from lines import unpacked
+from torch import Tensor
+
+from bayeslora.metrics.bootstrap import interval
+from bayeslora.metrics.classification import accuracy, brier, ece, nll
+from bayeslora.metrics.detection import auroc
+from bayeslora.metrics.uncertainty import entropy
+
+MARGINS = {"accuracy": 0.01, "nll": 0.02, "ece": 0.02, "brier": 0.01, "auroc": 0.02}
+"""Differences within these do not matter to us: nats for NLL, shares for the others."""
+SCORES: dict[str, Callable[..., Tensor]] = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
+HIGHER = ("accuracy", "auroc")
+"""Scores of which more is better."""
+Verdict = Literal["better", "worse", "same", "open"]
+Row = tuple[str, str]
+"""A row's name and its predictor, ``mean`` or ``draws``."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The score of a row less that of another: its value, 95 % interval, p-value as corrected, and verdict."""
+
+    first: Row
+    second: Row
+    score: str
+    cells: tuple[str, ...]
+    value: float
+    low: float
+    high: float
+    p: float
+    verdict: Verdict = "open"
+
+
+class Lines:
+    """The lines of the study by cell, row and seed, and scores resampled from them."""
+
+    def __init__(self, found: Sequence[Mapping[str, Any]], resamples: int = 1000) -> None:
+        self.resamples = resamples
+        self.by_run: dict[tuple[str, str, int], Mapping[str, Any]] = {
+            (line["cell"], line["row"], line["seed"]): line for line in found
+        }
+        self.cells = tuple(dict.fromkeys(line["cell"] for line in found))
+        self.scores = lru_cache(maxsize=None)(self._scores)
+
+    def rows(self, cell: str) -> list[str]:
+        """Return the rows of a cell, in the order of their lines."""
+        return list(dict.fromkeys(row for of, row, _ in self.by_run if of == cell))
+
+    def seeds(self, cell: str, row: str) -> list[int]:
+        """Return the seeds under which a cell has a row."""
+        return sorted(seed for of, name, seed in self.by_run if (of, name) == (cell, row))
+
+    def common(self, cell: str, rows: Sequence[str]) -> tuple[int, ...]:
+        """Return the seeds under which a cell has all of some rows."""
+        return tuple(sorted(set.intersection(*(set(self.seeds(cell, row)) for row in rows))))
+
+    def values(self, cell: str, row: Row, score: str) -> list[float]:
+        """Return a score of a row under each seed; ``auroc FOREIGN SCORE`` for detection."""
+        return [float(self._on(cell, row, seed, score, None)) for seed in self.seeds(cell, row[0])]
+
+    def _scores(self, cell: str, row: Row, seed: int, score: str) -> Tensor:
+        """Return a score of a row under one seed, as it is and on each resampled test set, [1 + R]."""
+        whole = self._on(cell, row, seed, score, None)
+        sets = self._on(cell, row, seed, score, torch.Generator().manual_seed(seed))
+        return torch.cat([whole.view(1), sets])
+
+    def _on(self, cell: str, row: Row, seed: int, score: str, draw: torch.Generator | None) -> Tensor:
+        """Return a score on the test rows, or on resampled ones."""
+        content = self.by_run[cell, row[0], seed]["rows"]
+
+        def taken(values: Tensor) -> Tensor:
+            """Return some numbers, or resampled sets of them, by the next random numbers."""
+            if draw is None:
+                return values
+            return values[torch.randint(len(values), (self.resamples, len(values)), generator=draw)]
+
+        if not score.startswith("auroc "):
+            log_p, labels = unpacked(content[row[1]]["test"]), torch.tensor(content["labels"])
+            if draw is None:
+                return SCORES[score](log_p, labels)
+            index = torch.randint(len(labels), (self.resamples, len(labels)), generator=draw)
+            return SCORES[score](log_p[index], labels[index])
+        _, foreign, kind = score.split(" ", 2)
+        known, unknown = (self.doubt(cell, row, seed, split, kind) for split in ("test", foreign))
+        return auroc(taken(known), taken(unknown))
+
+    def doubt(self, cell: str, row: Row, seed: int, split: str, kind: str) -> Tensor:
+        """Return how foreign each row of a split looks by a kind of uncertainty; more is more foreign."""
+        content = self.by_run[cell, row[0], seed]["rows"]
+        if kind == "mutual information":
+            return unpacked(content[kind][split])
+        log_p = unpacked(content[row[1]][split])
+        if kind == "entropy":
+            return entropy(log_p)
+        base = unpacked(self.by_run[cell, "base", seed]["rows"]["mean"][split])
+        if kind == "drift":
+            return (log_p.exp() * (log_p - base)).nan_to_num(0.0).sum(-1)
+        answer = log_p.argmax(-1, keepdim=True)
+        return (base.gather(-1, answer) - log_p.gather(-1, answer))[:, 0]
+
+    def compared(self, first: Row, second: Row, score: str, cells: Sequence[str]) -> Difference:
+        """Return a difference over cells, its p-value not yet corrected."""
+        parts = []
+        for cell in cells:
+            seeds = self.common(cell, (first[0], second[0]))
+            one, other = (torch.stack([self.scores(cell, row, s, score) for s in seeds]) for row in (first, second))
+            apart = one - other  # [seeds, 1 + R]
+            generator = torch.Generator().manual_seed(len(seeds))
+            chosen = torch.randint(len(seeds), (len(seeds), self.resamples), generator=generator)
+            parts.append(torch.cat([apart[:, :1].mean(0), apart[:, 1:].gather(0, chosen).mean(0)]))
+        whole = torch.stack(parts).mean(0)
+        value, resampled = float(whole[0]), whole[1:]
+        low, high = map(float, interval(resampled))
+        beyond = min(float((resampled <= 0).double().mean()), float((resampled >= 0).double().mean()))
+        p = min(1.0, 2 * max(beyond, 1 / self.resamples))
+        return Difference(first, second, score, tuple(cells), value, low, high, p)
+
+
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """Return the differences of one question with Holm's p-values, and their verdicts."""
+    order = sorted(range(len(differences)), key=lambda i: differences[i].p)
+    adjusted, largest = dict[int, float](), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * differences[i].p))
+        adjusted[i] = largest
+    return [replace(d, p=adjusted[i], verdict=_verdict(d, adjusted[i])) for i, d in enumerate(differences)]
+
+
+def _verdict(difference: Difference, p: float) -> Verdict:
+    """Return what a difference says."""
+    name = difference.score.split(" ")[0]
+    if p < 0.05:
+        return "better" if (difference.value > 0) == (name in HIGHER) else "worse"
+    margin = MARGINS[name]
+    return "same" if -margin <= difference.low and difference.high <= margin else "open"

@@ -1,0 +1,112 @@
+"""Write what the study found into the docs: its page, the methods' pages, and the figures.
+
+    python benchmarks/study/report.py                     # docs/study.md, docs/methods/*.md, docs/assets/study-*.png
+    python benchmarks/study/report.py --json study.json   # the numbers alone, and the verdicts
+
+Only what stands between ``<!-- study:begin NAME -->`` and ``<!-- study:end -->`` is replaced. Nothing is trained, and
+the same lines give the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import figures
+import lines
+from paired import Difference, Lines
+from questions import (
+    MARGIN_WORDS,
+    SCALED,
+    WITHOUT_LABELS,
+    Question,
+    by_draws,
+    cell_table,
+    detection_table,
+    difference_table,
+    markdown,
+    questions,
+)
+
+ROOT = Path(__file__).parents[2]
+PAGES = {"multiswag": "swag", "blob elbo": "blob", "mc-dropout": "mc_dropout"}
+"""Rows that are told about on another page than that of their name."""
+Answered = list[tuple[Question, list[tuple[str, Difference]]]]
+
+
+def filled(text: str, name: str, content: str) -> str:
+    """Return a page with the part of a name replaced; as it was if it has none."""
+    pattern = re.compile(rf"(<!-- study:begin {re.escape(name)} -->\n).*?(<!-- study:end -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}{content.rstrip()}\n{found[2]}", text)
+
+
+def study_page(found: Lines, answered: Answered) -> str:
+    """Return the part of the study's page that is made of the lines."""
+    parts = ["## Answers", "", f"Margins: {MARGIN_WORDS}. `better` and `worse` are of the first row of a pair.", ""]
+    for question, differences in answered:
+        if differences:
+            table = markdown(difference_table(differences), texts=2)
+            parts += [f"### {question.asked}", "", verdicts(differences), "", table, ""]
+    draws = by_draws(found, "nll", lambda row: "+ T" not in row and ", " not in row)
+    if len(draws) > 1:
+        parts += ["### How many draws?", "", "NLL by the number of draws, averaged over cells and seeds.", ""]
+        parts += [markdown(draws), "", "![NLL by the number of draws](assets/study-draws.png)", ""]
+    parts += ["### How much data?", "", "![NLL by training rows](assets/study-data.png)", ""]
+    methods = [row for cell in found.cells for row in found.rows(cell) if "+ T" not in row]
+    parts += ["### What detects foreign data?", "", "AUROC of telling the foreign rows from the test rows.", ""]
+    parts += [markdown(detection_table(found, list(dict.fromkeys(methods))), texts=2), "", "## Tables", ""]
+    for cell in found.cells:
+        parts += [f"### {cell}", "", markdown(cell_table(found, cell, found.rows(cell))), ""]
+    return "\n".join(parts)
+
+
+def verdicts(differences: Sequence[tuple[str, Difference]]) -> str:
+    """Return how often each verdict was given, in words."""
+    counts = {name: sum(d.verdict == name for _, d in differences) for name in ("better", "same", "open", "worse")}
+    return f"{len(differences)} comparisons: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."
+
+
+def method_part(found: Lines, method: str) -> str:
+    """Return the table of a method's page: its rows in every cell beside MAP's."""
+    parts = []
+    for cell in found.cells:
+        own = [r for r in found.rows(cell) if r == method or r.startswith((f"{method}, ", f"{method} + "))]
+        if own:
+            shown = ["map", f"map{SCALED}", f"map{WITHOUT_LABELS}", *own]
+            shown = [row for row in dict.fromkeys(shown) if row in found.rows(cell)]
+            parts += [f"{cell}:", "", markdown(cell_table(found, cell, shown)), ""]
+    return "\n".join(["Mean ± standard deviation over the seeds; see [the study](../study.md).", "", *parts])
+
+
+def main() -> None:
+    """Read the lines, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=lines.RESULTS, help="folder of the lines")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--json", type=Path, help="write the verdicts here, and no page")
+    arguments = parser.parse_args()
+    found = Lines(lines.read(sorted(arguments.results.glob("*.jsonl"))), arguments.resamples)
+    main_cells = [cell for cell in found.cells if not re.search(r"-\d+$", cell)]
+    answered = [(question, question.differences(found, main_cells)) for question in questions(found)]
+    if arguments.json:
+        content = {q.name: [{"pair": words, **asdict(d)} for words, d in differences] for q, differences in answered}
+        arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return
+    figures.write(found, main_cells, arguments.docs / "assets")
+    page = arguments.docs / "study.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), "study", study_page(found, answered)), encoding="utf-8")
+    methods = dict.fromkeys(line["method"] for line in found.by_run.values())
+    for method in methods:
+        path = arguments.docs / "methods" / f"{PAGES.get(method, method)}.md"
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(filled(text, method, method_part(found, method)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

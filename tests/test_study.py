@@ -1,0 +1,197 @@
+"""The study goes on where it was, its lines hold what its questions need, and its report says what is in them."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.cli_data import question_rows, write_rows
+from support.tiny import make_base, make_tokenizer
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
+NAMES = ("cells", "figures", "lines", "paired", "questions", "report", "run", "variants")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Return the study's modules by name."""
+    monkeypatch.syspath_prepend(STUDY)
+    before = {name: sys.modules.pop(name, None) for name in NAMES}
+    yield {name: __import__(name) for name in NAMES}
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a tiny model, two tasks and a study of them."""
+    path = tmp_path_factory.mktemp("study")
+    make_base("llama").save_pretrained(path / "llama")
+    make_tokenizer().save_pretrained(path / "llama")
+    for task, seed in (("arc_easy", 0), ("openbookqa", 5)):
+        for split, count in (("train", 30), ("test", 17)):
+            write_rows(path / task / f"{split}.jsonl", question_rows(split, count, seed + len(split)))
+    cell = {
+        "model": "causal", "readout": "likelihood", "task": "arc_easy", "train_rows": 16, "validation": 8,
+        "test_rows": 12, "foreign": ["openbookqa"], "foreign_rows": 9, "draws": {"count": 3},
+        "model_options": {"target_modules": ["q_proj", "v_proj"]},
+        "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01},
+    }  # fmt: skip
+    methods = {
+        "map": {}, "ivon": {"controls": ["same", "matched"]}, "swag": {"settings": ["rank=2"]},
+        "ensemble": {"method": "ensemble:2"},
+    }  # fmt: skip
+    content = {"seeds": [0, 1], "methods": methods, "cells": {"tiny": cell}}
+    (path / "study.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def run(study, place, monkeypatch, *words):
+    """Run the study in its folder."""
+    folders = {"--data": ".", "--study": "study.yaml", "--results": "results", "--out": "runs", "--model": "llama"}
+    line = [part for option, folder in folders.items() for part in (option, str(place / folder))]
+    monkeypatch.setattr(sys, "argv", ["run.py", *line, *words])
+    study["run"].main()
+
+
+@pytest.fixture
+def finished(study, place, monkeypatch):
+    """Return the lines of the whole study, made by the first test that asks for them."""
+    file = place / "results" / "tiny.jsonl"
+    if not file.exists():
+        run(study, place, monkeypatch)
+    return study["lines"].read([file])
+
+
+@pytest.mark.slow
+def test_every_method_and_what_follows_from_it_has_a_line_under_every_seed(finished):
+    rows = {
+        "map",
+        "ivon",
+        "swag",
+        "ensemble",
+        "ivon, isotropic of the same variance",
+        "ivon, isotropic of the same cost",
+    }
+    wanted = {(row + end, seed) for row in rows for end in ("", " + T") for seed in (0, 1)}
+    assert wanted <= {(line["row"], line["seed"]) for line in finished}
+    for line in finished:
+        assert {"accuracy", "nll", "ece", "openbookqa/auroc_entropy"} <= line["metrics"]["draws"].keys()
+        assert line["versions"].keys() >= {"bayeslora", "torch", "transformers", "peft"}
+        assert line["cost"]["train_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_numbers_of_a_line_can_be_found_again_in_its_rows(study, finished):
+    lines = study["paired"].Lines(finished, 10)
+    for line in finished:
+        for predictor in line["metrics"]:
+            found = dict(
+                zip(
+                    lines.seeds("tiny", line["row"]), lines.values("tiny", (line["row"], predictor), "nll"), strict=True
+                )
+            )
+            assert found[line["seed"]] == pytest.approx(line["metrics"][predictor]["nll"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_made_again_and_what_was_cut_off_is(study, place, finished, monkeypatch):
+    file = place / "results" / "tiny.jsonl"
+    before = file.read_text(encoding="utf-8")
+    run(study, place, monkeypatch)
+    assert file.read_text(encoding="utf-8") == before
+    kept = [text for text in before.splitlines() if not ('"method": "ivon"' in text and '"seed": 1' in text)]
+    file.write_text("\n".join(kept) + "\n" + before.splitlines()[-1][:50], encoding="utf-8")  # as a full disk leaves it
+    run(study, place, monkeypatch)
+    again = study["lines"].read([file])
+    assert {(one["row"], one["seed"]) for one in again} == {(one["row"], one["seed"]) for one in finished}
+    same = {(one["row"], one["seed"]): one["metrics"] for one in finished}
+    assert all(one["metrics"] == same[one["row"], one["seed"]] for one in again)
+
+
+@pytest.mark.slow
+def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, monkeypatch, tmp_path):
+    (tmp_path / "methods").mkdir()
+    page = "before\n<!-- study:begin {} -->\nold\n<!-- study:end -->\nafter\n"
+    (tmp_path / "study.md").write_text(page.format("study"), encoding="utf-8")
+    (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")
+    words = ["--results", str(place / "results"), "--docs", str(tmp_path), "--resamples", "20"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *words])
+    study["report"].main()
+    for name in ("study.md", "methods/ivon.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.startswith("before\n<!-- study:begin")
+        assert text.endswith("<!-- study:end -->\nafter\n")
+        assert "old" not in text
+        assert "ivon + T" in text
+    assert (tmp_path / "assets" / "study-draws.png").stat().st_size > 1000
+
+
+def line(study, seed, row, log_p, labels):
+    """Return a line as the study writes it, as far as the questions read it."""
+    packed = study["lines"].packed
+    return {
+        "cell": "c", "seed": seed, "row": row, "config": {"foreign": []}, "by draws": {},
+        "rows": {"labels": labels.tolist(), "mean": {"test": packed(log_p)}, "draws": {"test": packed(log_p)}},
+    }  # fmt: skip
+
+
+def test_a_paired_difference_is_told_from_chance_and_small_ones_are_the_same(study):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for seed in range(5):
+        logits = 2 * torch.randn(200, 3, generator=generator)
+        labels = torch.distributions.Categorical(logits=logits).sample()
+        for row, factor in (("true", 1.0), ("sharp", 4.0), ("nearly", 1.01)):
+            found.append(line(study, seed, row, (factor * logits).log_softmax(-1), labels))
+    lines = study["paired"].Lines(found, 400)
+    pairs = [("true", "sharp"), ("sharp", "true"), ("nearly", "true")]
+    compared = [lines.compared((a, "mean"), (b, "mean"), "nll", ["c"]) for a, b in pairs]
+    assert [d.verdict for d in study["paired"].corrected(compared)] == ["better", "worse", "same"]
+    assert compared[0].value == pytest.approx(-compared[1].value)
+    assert compared[0].low <= compared[0].value <= compared[0].high
+
+
+def test_holms_correction(study):
+    paired = study["paired"]
+    given = [
+        paired.Difference(("a", "mean"), ("b", "mean"), "nll", ("c",), 1.0, 0.5, 1.5, p) for p in (0.03, 0.01, 0.04)
+    ]
+    wanted = [0.06, 0.03, 0.06]  # 2 · .03, 3 · .01, and what is larger of .04 and .06
+    assert [d.p for d in paired.corrected(given)] == pytest.approx(wanted)
+
+
+def test_packed_numbers_come_back_as_probabilities(study):
+    log_p = torch.tensor([[0.9, 0.1, 0.0], [1e-4, 0.5, 0.4999]]).log()
+    back = study["lines"].unpacked(study["lines"].packed(log_p))
+    assert back.exp().sum(-1).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(back.exp(), log_p.exp().double(), atol=1e-3, rtol=0)
+    assert math.isinf(float(back[0, 2]))
+
+
+def test_the_files_of_the_study_name_what_there_is(study):
+    for name in ("study.yaml", "full.yaml"):
+        cells, seeds = study["cells"].read_study(STUDY / name)
+        assert len(seeds) == 5
+        assert all(cell.entries for cell in cells)
+        keys = [study["run"].key_of(cell, entry) for cell in cells for entry in cell.entries]
+        assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.slow
+def test_the_full_grid_fits_together_without_weights(study):
+    cells, _ = study["cells"].read_study(STUDY / "full.yaml")
+    said = [study["cells"].checked(cell) for cell in (cells[0], cells[-1])]
+    assert "13.5 GB of weights, 4,194,304 adapter parameters" in said[0]  # 2 · (4096 + 4096) · 8 · 32
+    assert "3,833,856 adapter parameters" in said[1]  # (4096 + 4096 + 4096 + 1024) · 8 · 36
+
+
+def test_committed_lines_can_be_read(study):
+    for file in sorted(study["lines"].RESULTS.glob("*.jsonl")):
+        for text in file.read_text(encoding="utf-8").splitlines():
+            assert json.loads(text)["cell"] == file.stem
