@@ -3,8 +3,8 @@
 Adapters are trained until they are over-confident: all-MiniLM-L6-v2 with a head, and SmolLM2 by the likelihood of the
 choices. Each posterior's noise is scaled to each divergence κ on anchors without labels, and judged on other rows. Both
 are held out of the training data: no test row is looked at, for κ's default is chosen here. Posteriors are asked at
-scales a factor of 1.7 apart, or 1.3, and what they come to is interpolated by the logarithm of κ. Beside them stand MAP, each
-method's own scale (TFB's tolerance, isotropic noise and Laplace's prior by the labels of the anchors), and
+scales a factor of 1.7 or 1.3 apart, and what they come to is interpolated by the logarithm of κ. Beside them stand MAP,
+each method's own scale (TFB's tolerance, isotropic noise and Laplace's prior by the labels of the anchors), and
 temperature scaling by the same labels. What a run gives is kept in ``--out`` and not made again.
 
     OMP_NUM_THREADS=1 python benchmarks/divergence.py --data DATA --out runs --json divergence.json
