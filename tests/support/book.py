@@ -1,8 +1,8 @@
 """The book's blocks of code, and a folder in which they run: what a reader has, made tiny.
 
-Names of the Hub are folders of tiny models under the same path, published data sets a few generated rows, and every
-training takes four steps; the blocks themselves are as they stand. What a block goes on from and does not make itself
-(a model, a task, a posterior) is made when it is first named.
+Names of the Hub are folders of tiny models under the same path, published data sets a few generated rows, every
+training takes four steps, and comparisons draw no pictures; the blocks themselves are as they stand. What a block goes
+on from and does not make itself (a model, a task, a posterior) is made when it is first named.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, TrainingArguments
 
 import bayeslora as bl
-from bayeslora.cli import main
+from bayeslora.cli import build, main
 from bayeslora.cli.parse import parse
 from support.preferences import reward_model
 from support.tiny import VOCABULARY, gaussian, make_base, make_tokenizer
@@ -171,6 +171,7 @@ def save_data() -> None:
 def furnish(page: str) -> None:
     """Make the working folder what the blocks of a page expect, for a process that ends with them."""
     datasets.load_dataset = published
+    build.write_pictures = lambda *_: []  # which take most of a tiny comparison's time, and have tests of their own
     full = TrainingArguments.__post_init__
 
     def short(self: TrainingArguments) -> None:
