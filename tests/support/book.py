@@ -171,14 +171,15 @@ def save_data() -> None:
 def furnish(page: str) -> None:
     """Make the working folder what the blocks of a page expect, for a process that ends with them."""
     datasets.load_dataset = published
-    build.write_pictures = lambda *_: []  # which take most of a tiny comparison's time, and have tests of their own
+    # they take most of a tiny comparison's time, and have tests of their own
+    vars(build)["write_pictures"] = lambda *_: []
     full = TrainingArguments.__post_init__
 
     def short(self: TrainingArguments) -> None:
         self.max_steps, self.use_cpu, self.report_to, self.disable_tqdm = STEPS, True, "none", True
         full(self)
 
-    TrainingArguments.__post_init__ = short  # type: ignore[method-assign]
+    TrainingArguments.__post_init__ = short
     save_models()
     save_data()
     if re.search(r"bayeslora .*\brun\b|\"run/posterior\"", page) and not re.search(r"--out run\b", page):
