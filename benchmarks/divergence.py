@@ -3,8 +3,8 @@
 Adapters are trained until they are over-confident: all-MiniLM-L6-v2 with a head, and SmolLM2 by the likelihood of the
 choices. Each posterior's noise is scaled to each divergence κ on anchors without labels, and judged on other rows. Both
 are held out of the training data: no test row is looked at, for κ's default is chosen here. Posteriors are asked at
-scales a factor of 1.7 apart, and what they come to is interpolated by the logarithm of κ. Beside them stand MAP, each
-method's own scale (TFB's tolerance, isotropic noise and Laplace's prior by the labels of the anchors), and
+scales a factor of 1.7 or 1.3 apart, and what they come to is interpolated by the logarithm of κ. Beside them stand MAP,
+each method's own scale (TFB's tolerance, isotropic noise and Laplace's prior by the labels of the anchors), and
 temperature scaling by the same labels. What a run gives is kept in ``--out`` and not made again.
 
     OMP_NUM_THREADS=1 python benchmarks/divergence.py --data DATA --out runs --json divergence.json
@@ -38,9 +38,11 @@ from bayeslora.metrics.classification import accuracy, ece, nll
 from bayeslora.metrics.uncertainty import average, divergences
 from bayeslora.tasks.types import Split, Task
 
-GRID = (0.01, 0.03, 0.06, 0.1, 0.2, 0.3)
+GRID = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
 STEP = 0.75
 """Between two scales: the logarithm of their ratio, to base 2."""
+COARSE = 3.5
+"""Where the divergence grows by more from one scale to the next, one between them is looked at too."""
 METHODS: dict[str, Inference] = {
     "isotropic": Isotropic("validation", draws=5),
     "tfb": Tfb(most_anchors=100, draws=5),
@@ -124,13 +126,13 @@ def path(runs: CachedRuns, fitted: Learned, name: str, seed: int, grid: list[flo
     mean, count = plain.mean_log_probs, len(anchors_of(runs))
     noise = (plain.log_probs - mean).masked_fill(torch.isneginf(mean), 0.0)
 
-    def point(k: int) -> dict[str, float]:
+    def point(k: float) -> dict[str, float]:
         """Return divergence and measures at the scale 2^(STEP·k)."""
         log_probs = plain.log_probs
         if k and fitted.posterior.noise_in_logits:
             log_probs = (mean + 2 ** (STEP * k) * noise).log_softmax(-1)
         elif k:
-            words = f"{name}-{k}"
+            words = f"{name}-{k:g}"
             log_probs = predicted(runs, fitted.tempered(2 ** (2 * STEP * k)), runs.test, seed, words)[0].log_probs
         kl = float(divergences(mean[:count].double(), average(log_probs)[:count].double()).mean())
         return {"scale": 2 ** (STEP * k), "divergence": kl} | measured(log_probs, runs)
@@ -140,6 +142,10 @@ def path(runs: CachedRuns, fitted: Learned, name: str, seed: int, grid: list[flo
         points.insert(0, point(low := low - 1))
     while points[-1]["divergence"] < max(grid) and high < 12:
         points.append(point(high := high + 1))
+    steps = [float(k) for k in range(low, high + 1)]
+    for k in range(len(steps) - 1, 0, -1):
+        if points[k]["divergence"] > COARSE * points[k - 1]["divergence"] and points[k]["divergence"] > min(grid):
+            points.insert(k, point((steps[k] + steps[k - 1]) / 2))
     return points
 
 

@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A model on a task with its methods; ``config`` is what the study's file says."""
+    """A model on a task with its methods; ``config`` is what the study's file says of all else."""
 
     name: str
     config: dict[str, Any]
@@ -63,17 +63,19 @@ def read_study(path: Path = STUDY) -> tuple[list[Cell], list[int]]:
     for name, config in content["cells"].items():
         wanted = config.get("only") or list(content["methods"])
         entries = (_entry(method, content["methods"][method], config) for method in wanted)
-        cell = Cell(name, config, ())
+        plain = {key: value for key, value in config.items() if key not in ("only", "methods")}
+        cell = Cell(name, plain, ())
         cells.append(replace(cell, entries=tuple(e for e in entries if e.method is not None or cell.causal)))
     return cells, content["seeds"]
 
 
 def _entry(name: str, content: dict[str, Any], config: dict[str, Any]) -> Entry:
-    """Return one method with the settings that all cells and this one give it."""
+    """Return one method as the cell has it, else as all cells have it."""
+    content = config.get("methods", {}).get(name, content)
     word = content.get("method", name)
-    settings = [*content.get("settings", ()), *config.get("settings", {}).get(name, ())]
+    settings = content.get("settings", ())
     draws = dict(config["draws"])
-    draws["count"] = config.get("draws_of", {}).get(name, draws["count"])
+    draws["count"] = content.get("draws", draws["count"])
     return Entry(
         name,
         None if name == BASE else build_method(word, settings),

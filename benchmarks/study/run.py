@@ -45,10 +45,9 @@ SCORES = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
 
 def key_of(cell: Cell, entry: Entry) -> str:
     """Return the key of all that a method's lines in a cell depend on, but for the seed."""
-    config = {name: value for name, value in cell.config.items() if name not in ("only", "settings", "draws_of")}
     method = None if entry.method is None else keys.of_method(entry.method)
     more = {"divergence": entry.scaled} if entry.scaled else {}
-    return keys.key_of({"study": VERSION, "cell": config, "method": method, "draws": asdict(entry.draws), **more})
+    return keys.key_of({"study": VERSION, "cell": cell.config, "method": method, "draws": asdict(entry.draws), **more})
 
 
 def rows_of(runs: CachedRuns, base: Witness | None, entry: Entry, seed: int) -> Iterator[tuple[Answers, Cost]]:
@@ -109,7 +108,7 @@ def line_of(cell: Cell, entry: Entry, seed: int, runs: CachedRuns, answers: Answ
         "cost": {name: None if value is None else round(value, 2) for name, value in asdict(cost).items()},
         "passes": passes(entry.method),
         "draws": test.draws,
-        "config": {name: value for name, value in cell.config.items() if name not in ("only", "settings", "draws_of")},
+        "config": cell.config,
         "settings": settings(entry.method) if entry.method is not None else {},
         "versions": {name: version(name) for name in ("bayeslora", "torch", "transformers", "peft")},
         "rows": {

@@ -38,6 +38,11 @@ def test_evaluate_has_the_base_beside_mean_and_draws(bay, swag_run, home, tmp_pa
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert {"accuracy", "nll", "ece", "other/auroc_entropy"} <= rows["base"].keys()
     assert {"other/auroc_likelihood_ratio", "other/auroc_drift"} <= rows["draws"].keys() & rows["mean"].keys()
+    assert "other/auroc_prompt_ratio" in rows["mean"].keys() - rows["draws"].keys() - rows["base"].keys()
+    told = ["--task", "", "--template", "{question}"]
+    one = write_rows(tmp_path / "one.jsonl", [{"question": "red", "choices": ["blue", "gold"], "label": 0}])
+    said = bay("evaluate", swag_run, "--ood", str(one), *POINTS, "--base", *told)
+    assert "no likelihood ratio of the prompts: row 0" in said.err, said
 
 
 def test_where_the_head_is_new_the_base_is_refused(refused, bert_run, home):

@@ -58,8 +58,8 @@ def test_all_compute_one_writes_and_the_results_are_those_of_one_process(home, t
             ["train", *task, "--draws", 3, "--out", run / "swag"],
             ["train", *task, "--method", "ensemble:2", "--out", run / "ensemble"],
             ["fit", run / "ensemble", "--method", "temperature", *POINTS, "--out", run / "scaled"],
-            ["evaluate", run / "swag", "--ood", other, *POINTS, "--json", run / "swag.json"],
-            ["predict", run / "swag", "--input", other, "--output", run / "answers.jsonl"],
+            ["evaluate", run / "swag", "--ood", other, "--base", *POINTS, "--json", run / "swag.json"],
+            ["predict", run / "swag", "--input", other, "--base", "--output", run / "answers.jsonl"],
             ["distill", run / "swag", *STEPS[:4], *POINTS, "--batch-size", batch, "--out", run / "one"],
             ["compare", *task, "--methods", "map", "swag", "temperature", "--out", run / "table"],
         ]

@@ -230,7 +230,7 @@ def test_a_row_by_divergence_is_for_what_has_noise_and_its_scale_is_searched_onc
 def test_a_row_by_divergence_that_cannot_be_is_reported_and_the_method_keeps_its_own(tokenizer, tmp_path):
     lines = []
     found = compare(cached(tokenizer, tmp_path, lines, divergence=50.0), {"noise": Isotropic(0.05)}, [0, 1])
-    assert list(found.results) == ["noise"]
+    assert list(found.results) == ["base", "noise"]
     assert list(found.results["noise"]) == [0, 1]
     (reason,) = found.failures["noise, scaled by divergence"].values()
     assert "no scale of the noise moves the answers" in reason

@@ -8,7 +8,7 @@ from support.tiny import arguments, make_model, make_split, make_task
 
 from bayeslora.comparison.cached_runs import CachedRuns, planned_steps
 from bayeslora.comparison.run import compare
-from bayeslora.comparison.tables import comparison_rows
+from bayeslora.comparison.tables import comparison_rows, marked, text_table
 from bayeslora.errors import InputError
 from bayeslora.methods import Ensemble, Isotropic, Map, Swag, Temperature, Tfb
 from bayeslora.params import read
@@ -111,6 +111,11 @@ def test_the_base_has_the_first_row_and_answers_each_split_once(tokenizer, tmp_p
             assert "other/auroc_likelihood_ratio" in of.evaluation.rows["draws"]
     assert [row.name for row in comparison_rows(found)] == ["base", "map", "isotropic, mean", "isotropic, 2 draws"]
     assert {"AUROC LR", "AUROC drift"} <= comparison_rows(found)[1].numbers.keys()
+    head = [word.strip() for word in text_table(comparison_rows(found)).splitlines()[0].split("  ") if word.strip()]
+    at = head.index("AUROC MI")
+    assert head[at : at + 4] == ["AUROC MI", "AUROC LR", "AUROC drift", "train s"]
+    rows = marked(found, comparison_rows(found), own.test.labels, resamples=20)
+    assert "best" in {(row.marks or {}).get("AUROC drift") for row in rows}
     assert {p.name.partition("-test-")[0] for p in tmp_path.glob("base-*test*.safetensors")} == {"base-bags"}
     assert len(list(tmp_path.glob("base-*.safetensors"))) == 2  # of the test rows and of the others, for both seeds
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("base-*")}

@@ -12,6 +12,7 @@ from bayeslora.metrics import classification as metrics
 from bayeslora.metrics.bootstrap import bootstrap
 from bayeslora.metrics.detection import aupr_in, aupr_out, aurc, auroc, fpr95
 from bayeslora.metrics.evaluation import Estimate, Evaluation, evaluate
+from bayeslora.metrics.foreign import with_score
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.tasks.types import Example, Format, Split
 
@@ -212,3 +213,12 @@ def test_a_set_whose_base_was_not_asked_is_told_by_the_uncertainties_alone():
     rows = evaluate(with_base(PREDICTION, 5), LABELS, random_prediction(9), resamples=0).rows["draws"]
     assert "ood/auroc_entropy" in rows
     assert "ood/auroc_drift" not in rows
+
+
+def test_a_score_of_ones_own_is_scored_like_the_uncertainties():
+    other = random_prediction(25, seed=1)
+    plain = evaluate(PREDICTION, LABELS, {"other": other}, resamples=30)
+    found = with_score(plain, "own", PREDICTION.mutual_information, {"other": other.mutual_information})
+    for name in DETECTION:
+        assert found.rows["mean"][f"other/{name}_own"] == plain.rows["draws"][f"other/{name}_mutual_information"]
+    assert found.rows["draws"] == plain.rows["draws"]

@@ -87,6 +87,7 @@ ROWS = (
     Row("isotropic-divergence", Isotropic(scale="divergence", divergence=1e-4)),
     Row("temperature", Temperature()),
     Row("temperature-vector", Temperature("vector"), kinds=(HEAD,)),
+    Row("temperature-free", Temperature(labels=False)),
 )
 
 TABLE: dict[str, Row] = {row.name: row for row in ROWS}

@@ -58,6 +58,7 @@ RUNS = {
     "ood": ({"other": OTHER.train}, "nothing: the prediction of each set has the digest of its rows"),
     "temperatures": ((0.1,), "nothing: what is tempered has the key of its temperature"),
     "scaling": (True, "nothing: it is fitted again to predictions that are kept"),
+    "scaling_without_labels": (True, "nothing: as scaling"),
     "token_budget": (64, "nothing: the same up to rounding"),
     "resamples": (7, "nothing: evaluated again"),
     "bins": (7, "nothing: evaluated again"),
@@ -235,8 +236,9 @@ def test_how_a_tokenizer_was_used_is_no_part_of_the_key_and_what_it_makes_of_tex
 
 
 PARAMETERS = {
-    # model, posterior and split are in the key; with a mean always; the rest are the same up to rounding
-    predict: {"model", "posterior", "split", "draws", "mean", "tokenizer", "token_budget", "options"},
+    # model, posterior and split are in the key; with a mean always; the base, which all methods share, has files of its
+    # own; the rest are the same up to rounding
+    predict: {"model", "posterior", "split", "draws", "mean", "base", "tokenizer", "token_budget", "options"},
     # callbacks change nothing that is learned; a run goes on from its own folder
     fit: {"model", "task", "method", "args", "tokenizer", "start", "resume", "callbacks"},
     PostHoc.fit: {"self", "model", "task", "start", "tokenizer", "seed", "token_budget", "progress"},

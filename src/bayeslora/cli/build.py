@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from bayeslora._typing import Tokenizer
@@ -30,6 +31,7 @@ from bayeslora.posteriors.card import write_card
 from bayeslora.posteriors.loading import load_posterior
 from bayeslora.posteriors.transforms import pruned, restricted, tempered
 from bayeslora.prediction import PassOptions, predict
+from bayeslora.prediction.prompts import prompt_likelihood_ratio
 from bayeslora.tasks.types import Split
 from bayeslora.training.stopping import TimedCheckpoints
 
@@ -151,6 +153,27 @@ def predict_as(
     if prediction.truncated:
         say(f"{prediction.truncated} of {len(split)} prompts were longer than --max-length and lost their beginning")
     return prediction
+
+
+def prompt_ratios(
+    options: groups.PredictOptions,
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    posterior: Posterior,
+    splits: Mapping[str, Split],
+) -> dict[str, Tensor]:
+    """Return the likelihood ratio of the prompts of splits, under the mean; none, and why, where there is none."""
+    budget, passes = options.token_budget or None, PassOptions(progress=watched())
+    try:
+        return {
+            name: prompt_likelihood_ratio(
+                model, posterior, split, 0, tokenizer=tokenizer, token_budget=budget, options=passes
+            )
+            for name, split in splits.items()
+        }
+    except InputError as error:
+        say(f"no likelihood ratio of the prompts: {error}")
+        return {}
 
 
 def report_run(

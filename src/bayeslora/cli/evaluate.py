@@ -42,6 +42,7 @@ def run(options: Options) -> None:
     folder = run_folder(Path(options.run))
     from bayeslora.cli import build, data, progress
     from bayeslora.metrics.evaluation import evaluate
+    from bayeslora.metrics.foreign import with_score
 
     before = read_options(folder)
     with progress.own_progress():
@@ -52,12 +53,17 @@ def run(options: Options) -> None:
         model, tokenizer = build.model_for(posterior, options, test.classes)
         prediction = build.predict_as(options, model, tokenizer, posterior, test)
         unknown = {key: build.predict_as(options, model, tokenizer, posterior, split) for key, split in others.items()}
+        asked = {"": test, **others} if options.base and others else {}
+        ratios = build.prompt_ratios(options, model, tokenizer, posterior, asked)
 
     def measure() -> None:
         """Print and keep the metrics."""
         result = evaluate(
             prediction, test, unknown or None, bins=options.bins, binning=options.binning, resamples=options.resamples
         )
+        if ratios:
+            known, *foreign = (-ratio for ratio in ratios.values())
+            result = with_score(result, "prompt_ratio", known, dict(zip(others, foreign, strict=True)))
         print(result.table())
         if options.json or before:
             target = Path(options.json) if options.json else folder / "evaluation.json"

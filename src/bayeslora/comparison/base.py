@@ -12,7 +12,7 @@ from bayeslora.errors import InputError
 from bayeslora.metrics.prediction import Prediction
 from bayeslora.params import read
 from bayeslora.posteriors import Draws, Point
-from bayeslora.prediction.base import asking_base, check_base
+from bayeslora.prediction.base import asking_base, check_base_answers
 from bayeslora.tasks.types import Split
 from bayeslora.training import keys
 
@@ -42,7 +42,7 @@ class Witness:
 def witness(runs: CachedRuns) -> Witness | None:
     """Return the base as a witness; where it has no answers, say so and return None."""
     try:
-        check_base(runs.model)
+        check_base_answers(runs.model)
     except InputError as error:
         runs.report(f"no row {BASE}: {error}")
         return None

@@ -101,8 +101,11 @@ def marked(
         by_seed = [scored(table, result.prediction, result.ood, labels)[row.predictor] for result in results]
         by_row.append([{name: (m, of) for chosen, of in groups for name, m in chosen.items()} for groups in by_seed])
     all_marks: list[dict[str, Mark]] = [{} for _ in rows]
-    first = next(iter(comparison.results[rows[0].method].values()))
-    for heading, score in columns(first.evaluation).items():
+    scored_by: dict[str, str] = {}  # the base has fewer columns than methods
+    for row in rows:
+        first = next(iter(comparison.results[row.method].values()))
+        scored_by |= columns(first.evaluation, row.predictor)
+    for heading, score in scored_by.items():
         seeds = {i: [of[score] for of in by_row[i]] for i, row in enumerate(rows) if score in by_row[i][0]}
         if len(seeds) < 2:
             continue
@@ -122,7 +125,8 @@ def marked(
 
 def text_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     """Return rows as a table for the terminal, or in Markdown; below rows with marks stands their `LEGEND`."""
-    headings = list(dict.fromkeys(heading for row in rows for heading in row.numbers))
+    fullest = sorted(rows, key=lambda row: -len(row.numbers))  # whose headings are in their order
+    headings = list(dict.fromkeys(heading for row in fullest for heading in row.numbers))
     cells = [["", *headings]]
     for row in rows:
         marks = row.marks or {}

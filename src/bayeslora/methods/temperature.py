@@ -32,7 +32,7 @@ from bayeslora.metrics.prediction import Prediction
 from bayeslora.metrics.uncertainty import average
 from bayeslora.params import Params
 from bayeslora.posteriors import Scaled, scale
-from bayeslora.prediction.base import check_base
+from bayeslora.prediction.base import check_base_answers
 from bayeslora.tasks.types import Split, Task, labelled, present
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Temperature(PostHoc[Scaled]):
         """Refuse a task without rows to fit on, or a base without answers; see `PostHoc.check`."""
         self.rows(task)
         if not self.labels:
-            check_base(model)
+            check_base_answers(model)
 
     def _fit(self, adapter: TrainedAdapter) -> Scaled:
         """Return the posterior with scaled log-probabilities."""

@@ -161,7 +161,7 @@ def evaluate(
     groups = scored(measures(bins, binning), prediction, sets, labels, truth)
     return Evaluation(
         rows={
-            predictor: {name: e for group in of for name, e in _estimates(*group, resamples, seed).items()}
+            predictor: {name: e for group in of for name, e in estimates(*group, resamples, seed).items()}
             for predictor, of in groups.items()
         },
         n=len(labels),
@@ -270,7 +270,7 @@ def _answers(prediction: Prediction, answers: Tensor | Split) -> tuple[Int[Tenso
     return labels, torch.tensor([[*p, *[0.0] * (choices - len(p))] for p in truth], dtype=torch.float64)
 
 
-def _estimates(
+def estimates(
     chosen: Mapping[str, Measure], samples: Sequence[Sample], resamples: int, seed: int
 ) -> dict[str, Estimate]:
     """Return measures of the same samples with their intervals; every measure sees the same resamples."""

@@ -22,7 +22,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base's weights as they are; others (PiSSA, OLoRA, …) change them."""
 
 
-def check_base(model: nn.Module) -> None:
+def check_base_answers(model: nn.Module) -> None:
     """Refuse a model whose base cannot be asked any more, or has no answer of its own.
 
     Raises:

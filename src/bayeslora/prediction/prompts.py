@@ -18,7 +18,7 @@ from bayeslora.errors import InputError
 from bayeslora.params import Params, evaluating
 from bayeslora.posteriors import Draws, Posterior
 from bayeslora.posteriors.transforms import requested
-from bayeslora.prediction.base import asking_base, base_beside, check_base
+from bayeslora.prediction.base import asking_base, base_beside, check_base_answers
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.memory import default_token_budget, draws_for
 from bayeslora.prediction.passes import Passes, PassOptions, weight_draws
@@ -69,7 +69,7 @@ def prompt_likelihood_ratio(
             "a model with a classification head does not say how likely a prompt is; use a causal language model with "
             "the readout 'letters' or 'likelihood'"
         )
-    check_base(model)
+    check_base_answers(model)
     if posterior.before_answer is not None:
         posterior, draws = requested(posterior, 0, scaled=False)
     draws, posterior = weight_draws(model, posterior, draws), draws_for(model, posterior)

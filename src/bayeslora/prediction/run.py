@@ -26,8 +26,7 @@ from bayeslora.posteriors.linearised import Linearisable
 from bayeslora.posteriors.provenance import check_base, check_scores
 from bayeslora.posteriors.sampling import former_keywords
 from bayeslora.posteriors.transforms import requested
-from bayeslora.prediction.base import asking_base, base_beside
-from bayeslora.prediction.base import check_base as check_base_answers
+from bayeslora.prediction.base import asking_base, base_beside, check_base_answers
 from bayeslora.prediction.encoding import Encoded
 from bayeslora.prediction.jacobians import linear_sites
 from bayeslora.prediction.linearised import gradient_batches, gradient_budget, logit_moments
