@@ -1,8 +1,8 @@
 """The book's blocks of code, and a folder in which they run: what a reader has, made tiny.
 
-Names of the Hub are folders of tiny models under the same path, published data sets a few generated rows, and every
-training takes four steps; the blocks themselves are as they stand. What a block goes on from and does not make itself
-(a model, a task, a posterior) is made when it is first named.
+Names of the Hub are folders of tiny models under the same path, published data sets a few generated rows, every
+training takes four steps, and comparisons draw no pictures; the blocks themselves are as they stand. What a block goes
+on from and does not make itself (a model, a task, a posterior) is made when it is first named.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, TrainingArguments
 
 import bayeslora as bl
-from bayeslora.cli import main
+from bayeslora.cli import build, main
 from bayeslora.cli.parse import parse
 from support.preferences import reward_model
 from support.tiny import VOCABULARY, gaussian, make_base, make_tokenizer
@@ -171,13 +171,15 @@ def save_data() -> None:
 def furnish(page: str) -> None:
     """Make the working folder what the blocks of a page expect, for a process that ends with them."""
     datasets.load_dataset = published
+    # they take most of a tiny comparison's time, and have tests of their own
+    vars(build)["write_pictures"] = lambda *_: []
     full = TrainingArguments.__post_init__
 
     def short(self: TrainingArguments) -> None:
         self.max_steps, self.use_cpu, self.report_to, self.disable_tqdm = STEPS, True, "none", True
         full(self)
 
-    TrainingArguments.__post_init__ = short  # type: ignore[method-assign]
+    TrainingArguments.__post_init__ = short
     save_models()
     save_data()
     if re.search(r"bayeslora .*\brun\b|\"run/posterior\"", page) and not re.search(r"--out run\b", page):
