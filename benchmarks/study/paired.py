@@ -1,13 +1,15 @@
 """Differences between rows of the study: paired bootstrap over seeds and test rows, Holm's correction, a margin.
 
 A score of a row in a cell is its mean over the seeds; over several cells, the mean of the cells' scores. A resample
-draws seeds with replacement, and test rows with replacement within each, the same for both rows that are compared.
-Holm (1979) corrects the p-values of all comparisons of one question. A difference is ``better`` or ``worse`` if its
-corrected p-value is below .05, else ``same`` if its 95 % interval lies within the stated margin, else ``open``.
+draws seeds with replacement, and test rows with replacement within each, the same for both rows that are compared. The
+p-value is that of a normal distribution with the resamples' standard deviation. Holm (1979) corrects the p-values of
+all comparisons of one question. A difference is ``better`` or ``worse`` if its corrected p-value is below .05, else
+``same`` if its 95 % interval lies within the stated margin, else ``open``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -128,8 +130,8 @@ class Lines:
         whole = torch.stack(parts).mean(0)
         value, resampled = float(whole[0]), whole[1:]
         low, high = map(float, interval(resampled))
-        beyond = min(float((resampled <= 0).double().mean()), float((resampled >= 0).double().mean()))
-        p = min(1.0, 2 * max(beyond, 1 / self.resamples))
+        error = float(resampled.std())
+        p = math.erfc(abs(value) / error / math.sqrt(2)) if error else float(value == 0)
         return Difference(first, second, score, tuple(cells), value, low, high, p)
 
 

@@ -143,14 +143,24 @@ def _detection(lines: Lines, cell: str, name: str, foreign: str, kind: str) -> s
 
 
 def difference_table(found: Sequence[tuple[str, Difference]]) -> list[list[str]]:
-    """Return a question's differences as a table."""
-    table = [["", "score", "cells", "difference", "95 % interval", "p (Holm)", ""]]
+    """Return a question's differences as a table, a line a pair: better in bold, ``=`` where it is the same."""
+    scores = list(dict.fromkeys(d.score for _, d in found))
+    by_pair: dict[str, dict[str, Difference]] = {}
     for words, d in found:
-        table.append(
-            [words, TITLES[d.score], str(len(d.cells)), f"{d.value:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}",
-             f"{d.p:.3f}", d.verdict]
-        )  # fmt: skip
+        by_pair.setdefault(words, {})[d.score] = d
+    table = [["", "cells", *(TITLES[score] for score in scores)]]
+    for words, of_pair in by_pair.items():
+        cells = len(next(iter(of_pair.values())).cells)
+        table.append([words, str(cells), *(_difference(of_pair.get(score)) for score in scores)])
     return table
+
+
+def _difference(d: Difference | None) -> str:
+    """Return a difference, its interval and its verdict as a cell of a table."""
+    if d is None:
+        return ""
+    text = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+    return {"better": f"**{text}**", "worse": f"*{text} worse*", "same": f"{text} =", "open": text}[d.verdict]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -35,6 +35,11 @@ from questions import (
 ROOT = Path(__file__).parents[2]
 PAGES = {"multiswag": "swag", "blob elbo": "blob", "mc-dropout": "mc_dropout"}
 """Rows that are told about on another page than that of their name."""
+LEGEND = (
+    "Differences with their 95 % intervals: the first named row less the other, so that less is better for NLL and "
+    "ECE. Bold: better, in italics: worse (Holm's p below .05 among the question's comparisons); `=`: within the margin "
+    f"({MARGIN_WORDS}); else the data do not tell."
+)
 Answered = list[tuple[Question, list[tuple[str, Difference]]]]
 
 
@@ -46,10 +51,10 @@ def filled(text: str, name: str, content: str) -> str:
 
 def study_page(found: Lines, answered: Answered) -> str:
     """Return the part of the study's page that is made of the lines."""
-    parts = ["## Answers", "", f"Margins: {MARGIN_WORDS}. `better` and `worse` are of the first row of a pair.", ""]
+    parts = ["## Answers", "", LEGEND, ""]
     for question, differences in answered:
         if differences:
-            table = markdown(difference_table(differences), texts=2)
+            table = markdown(difference_table(differences))
             parts += [f"### {question.asked}", "", verdicts(differences), "", table, ""]
     draws = by_draws(found, "nll", lambda row: "+ T" not in row and ", " not in row)
     if len(draws) > 1:
