@@ -132,10 +132,14 @@ def test_without_the_mean_and_under_a_tolerance_there_is_a_base_too(tokenizer):
         assert (found.mean_log_probs is None) == ("mean" in options)
 
 
-@pytest.mark.parametrize(("posterior", "more"), [(gaussian, 0), (in_last_layer, 1)], ids=["along", "by itself"])
-def test_it_goes_along_with_the_draws_unless_they_share_layers(tokenizer, posterior, more):
+@pytest.mark.parametrize(
+    ("lora", "posterior", "more"),
+    [({}, gaussian, 0), ({}, in_last_layer, 1), ({"layers_to_transform": [1]}, gaussian, 0)],
+    ids=["along", "by itself", "in the last layers, as the adapter is"],
+)
+def test_it_goes_along_with_the_draws_unless_they_share_layers_that_it_does_not(tokenizer, lora, posterior, more):
     """A stacked pass calls the last layer once, however many draws it holds."""
-    model, split, calls = make_model(), rows(), []
+    model, split, calls = make_model(**lora), rows(), []
 
     def passes(base):
         predict(model, posterior(model), split, 3, base=base, tokenizer=tokenizer)  # what is tried once is tried here

@@ -10,7 +10,7 @@ the same random numbers at every s, so that the divergence is a smooth function 
 halving 1 and then bisected on a logarithmic scale. The idea is that of τ in Seq-LoRA (2026).
 
 What is ours: it holds for every posterior that can be tempered, what is visited is checked to rise, and κ has one
-default for all methods, found on validation rows of several tasks (docs/methods/divergence.md).
+default for all methods, found on validation rows of two tasks (docs/methods/divergence.md).
 """
 
 from __future__ import annotations

@@ -71,8 +71,9 @@ def base_beside(model: nn.Module, posterior: Posterior, draws: Draws) -> list[Pa
     if base is None:
         return []
     few = [posterior.mean, *(posterior.cached_draw(k, draws) for k in range(min(2, draws.count)))]
-    # draws that are the same in the first layers pass those as one, which the base is not
-    return [] if layers_that_differ(model, differing(few)) else [base]
+    # draws that are the same in the first layers pass those as one; with a base that is another there they could not
+    own = layers_that_differ(model, differing(few))
+    return [] if own and len(layers_that_differ(model, differing([*few, base]))) != len(own) else [base]
 
 
 @contextmanager
