@@ -37,7 +37,7 @@ PAGES = {"multiswag": "swag", "blob elbo": "blob", "mc-dropout": "mc_dropout"}
 """Rows that are told about on another page than that of their name."""
 LEGEND = (
     "Differences with their 95 % intervals: the first named row less the other, so that less is better for NLL and "
-    "ECE. Bold: better, in italics: worse (Holm's p below .05 among the question's comparisons); `=`: within the margin "
+    "ECE. Bold: better, in italics: worse (p by Holm below .05 in the question); `=`: within the margin "
     f"({MARGIN_WORDS}); else the data do not tell."
 )
 Answered = list[tuple[Question, list[tuple[str, Difference]]]]
