@@ -112,7 +112,7 @@ def test_what_is_there_is_not_made_again_and_what_was_cut_off_is(study, place, f
 @pytest.mark.slow
 def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, monkeypatch, tmp_path):
     (tmp_path / "methods").mkdir()
-    page = "before\n<!-- study:begin {} -->\nold\n<!-- study:end -->\nafter\n"
+    page = "before\n<!-- study:begin {} -->\nof yesterday\n<!-- study:end -->\nafter\n"
     (tmp_path / "study.md").write_text(page.format("study"), encoding="utf-8")
     (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")
     words = ["--results", str(place / "results"), "--docs", str(tmp_path), "--resamples", "20"]
@@ -122,7 +122,7 @@ def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, 
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert text.startswith("before\n<!-- study:begin")
         assert text.endswith("<!-- study:end -->\nafter\n")
-        assert "old" not in text
+        assert "of yesterday" not in text
         assert "ivon + T" in text
     assert (tmp_path / "assets" / "study-draws.png").stat().st_size > 1000
 

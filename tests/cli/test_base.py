@@ -41,7 +41,8 @@ def test_evaluate_has_the_base_beside_mean_and_draws(bay, swag_run, home, tmp_pa
     assert "other/auroc_prompt_ratio" in rows["mean"].keys() - rows["draws"].keys() - rows["base"].keys()
     told = ["--task", "", "--template", "{question}"]
     one = write_rows(tmp_path / "one.jsonl", [{"question": "red", "choices": ["blue", "gold"], "label": 0}])
-    said = bay("evaluate", swag_run, "--ood", str(one), *POINTS, "--base", *told)
+    kept = ["--json", tmp_path / "one.json"]
+    said = bay("evaluate", swag_run, "--ood", str(one), *POINTS, "--base", *told, *kept)
     assert "no likelihood ratio of the prompts: row 0" in said.err, said
 
 

@@ -41,7 +41,7 @@ def train(refused, home, tmp_path):
         (["--set", "begin=3"], "swag has no setting 'begin'"),
         (["--set", "start=abc"], "swag's setting start must be a whole number or a number, and it is 'abc'"),
         (["--set", "rank=2.5"], "swag's setting rank must be a whole number, and it is 2.5"),
-        (["--set", "scale=NaN"], "swag's setting scale must be a number or null"),
+        (["--set", "scale=NaN"], "swag's setting scale must be a number or divergence or null"),
         (["--set", "start=1.5"], "start must be a step or a share"),
         (["--set", "interval=100"], "collects 0 snapshots"),
         (["--method", "map", "--set", "early_stopping=-1"], "early_stopping must be at least 1"),

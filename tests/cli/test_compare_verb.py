@@ -191,7 +191,7 @@ def test_noise_scaled_by_divergence_has_a_row_of_its_own(bay, refused, home, tmp
     assert said.status == 0, said.err
     rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
     more = ["isotropic, scaled by divergence", "tfb, scaled by divergence"]
-    assert list(rows) == ["map", "isotropic", more[0], "tfb", more[1]]
+    assert list(rows) == ["base", "map", "isotropic", more[0], "tfb", more[1]]
     assert "isotropic, scaled by divergence, 3 draws" in said.out
     assert "divergence must be" in refused(*words, "--divergence", "-1", "--out", tmp_path / "other")
 

@@ -1,5 +1,6 @@
 """The page, in a real browser."""
 
+import re
 import shutil
 
 import pytest
@@ -53,9 +54,14 @@ def test_tokens_are_coloured_and_told(page):
     answered(page, "text", "bag holds 3 red")
     assert "9 tokens" in page.inner_text("#said")
     colours = page.eval_on_selector_all(".token", "all => all.map(t => t.style.backgroundColor)")
-    assert len(set(colours)) > 1
+    full = page.evaluate("FULL")
+    for place, colour in enumerate(colours):
+        page.hover(f".token >> nth={place}")
+        told = re.search(r"disagreement of the draws\s+([\d.]+)", page.inner_text("#tip"))
+        opacity = float(re.fullmatch(r"rgba\(var\(--warm\), ([\d.]+)\)", colour)[1])
+        assert opacity > 0
+        assert opacity == pytest.approx(0.85 * min(1, float(told[1]) / full), abs=2e-3)  # both are rounded
     page.hover(".token >> nth=0")
-    assert "disagreement of the draws" in page.inner_text("#tip")
     assert page.locator("#tip table:last-child tr").count() == 5
 
 
