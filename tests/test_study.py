@@ -116,6 +116,7 @@ def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, 
     (tmp_path / "study.md").write_text(page.format("study"), encoding="utf-8")
     (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")
     words = ["--results", str(place / "results"), "--docs", str(tmp_path), "--resamples", "20"]
+    words += ["--study", str(place / "study.yaml"), "--least-seeds", "2"]
     monkeypatch.setattr(sys, "argv", ["report.py", *words])
     study["report"].main()
     for name in ("study.md", "methods/ivon.md"):
@@ -124,7 +125,13 @@ def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, 
         assert text.endswith("<!-- study:end -->\nafter\n")
         assert "of yesterday" not in text
         assert "ivon + T" in text
+    assert "12 of 12" in (tmp_path / "study.md").read_text(encoding="utf-8")  # six methods under two seeds
     assert (tmp_path / "assets" / "study-draws.png").stat().st_size > 1000
+    (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["report.py", *words[:-1], "3"])
+    study["report"].main()
+    assert (tmp_path / "methods" / "ivon.md").read_text(encoding="utf-8") == page.format("ivon")
+    assert "Answers" not in (tmp_path / "study.md").read_text(encoding="utf-8")
 
 
 def line(study, seed, row, log_p, labels):

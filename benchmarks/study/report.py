@@ -3,8 +3,9 @@
     python benchmarks/study/report.py                     # docs/study.md, docs/methods/*.md, docs/assets/study-*.png
     python benchmarks/study/report.py --json study.json   # the numbers alone, and the verdicts
 
-Only what stands between ``<!-- study:begin NAME -->`` and ``<!-- study:end -->`` is replaced. Nothing is trained, and
-the same lines give the same text.
+A row of a cell is told of once it has been run under three seeds (``--least-seeds``). Only what stands between ``<!--
+study:begin NAME -->`` and ``<!-- study:end -->`` is replaced. Nothing is trained, and the same lines give the same
+text.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import figures
 import lines
+from cells import STUDY, Cell, read_study
 from paired import Difference, Lines
 from questions import (
     MARGIN_WORDS,
@@ -40,6 +44,7 @@ LEGEND = (
     "ECE. Bold: better, in italics: worse (p by Holm below .05 in the question); `=`: within the margin "
     f"({MARGIN_WORDS}); else the data do not tell."
 )
+Line = Mapping[str, Any]
 Answered = list[tuple[Question, list[tuple[str, Difference]]]]
 
 
@@ -49,9 +54,32 @@ def filled(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content.rstrip()}\n{found[2]}", text)
 
 
-def study_page(found: Lines, answered: Answered) -> str:
+def enough(every: Sequence[Line], least: int) -> list[Line]:
+    """Return the lines of the rows that a cell has under so many seeds or more."""
+    counts = Counter((line["cell"], line["row"]) for line in every)
+    return [line for line in every if counts[line["cell"], line["row"]] >= least]
+
+
+def progress(every: Sequence[Line], cells: Sequence[Cell], seeds: int) -> str:
+    """Return what each cell is, and how much of it has been run."""
+    done = Counter((line["cell"], line["method"], line["seed"]) for line in every)
+    table = [["cell", "training rows", "validation", "test", "foreign", "draws", "runs"]]
+    for cell in cells:
+        config = cell.config
+        runs = sum(name == cell.name for name, _, _ in done)
+        sizes = [str(config[name]) for name in ("train_rows", "validation", "test_rows")]
+        foreign = f"{', '.join(config['foreign'])} ({config['foreign_rows']} rows each)"
+        draws = f"{config['draws']['count']} {config['draws'].get('sampling', 'independent')}"
+        table.append([cell.name, *sizes, foreign, draws, f"{runs} of {len(cell.entries) * seeds}"])
+    return markdown(table)
+
+
+def study_page(found: Lines, answered: Answered, runs: str) -> str:
     """Return the part of the study's page that is made of the lines."""
-    parts = ["## Answers", "", LEGEND, ""]
+    parts = ["## Runs", "", runs, ""]
+    if not found.cells:
+        return "\n".join(parts)
+    parts += ["## Answers", "", LEGEND, ""]
     for question, differences in answered:
         if differences:
             table = markdown(difference_table(differences))
@@ -92,19 +120,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=lines.RESULTS, help="folder of the lines")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
+    parser.add_argument("--study", type=Path, default=STUDY, help="the file that says what is run")
+    parser.add_argument(
+        "--least-seeds", type=int, default=3, help="seeds under which a row was run before it is told of"
+    )
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write the verdicts here, and no page")
     arguments = parser.parse_args()
-    found = Lines(lines.read(sorted(arguments.results.glob("*.jsonl"))), arguments.resamples)
+    every = lines.read(sorted(arguments.results.glob("*.jsonl")))
+    found = Lines(enough(every, arguments.least_seeds), arguments.resamples)
     main_cells = [cell for cell in found.cells if not re.search(r"-\d+$", cell)]
     answered = [(question, question.differences(found, main_cells)) for question in questions(found)]
     if arguments.json:
         content = {q.name: [{"pair": words, **asdict(d)} for words, d in differences] for q, differences in answered}
         arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return
-    figures.write(found, main_cells, arguments.docs / "assets")
+    if found.cells:
+        figures.write(found, main_cells, arguments.docs / "assets")
+    cells, seeds = read_study(arguments.study)
     page = arguments.docs / "study.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), "study", study_page(found, answered)), encoding="utf-8")
+    content = study_page(found, answered, progress(every, cells, len(seeds)))
+    page.write_text(filled(page.read_text(encoding="utf-8"), "study", content), encoding="utf-8")
     methods = dict.fromkeys(line["method"] for line in found.by_run.values())
     for method in methods:
         path = arguments.docs / "methods" / f"{PAGES.get(method, method)}.md"
