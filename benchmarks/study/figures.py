@@ -38,7 +38,8 @@ def by_draws(found: Lines, path: Path) -> None:
     axes.axhline(0, color="#bbbbbb", linewidth=0.8)
     axes.set(xscale="log", xlabel="draws", ylabel="NLL less that of the mean (nats)")
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 

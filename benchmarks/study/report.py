@@ -55,9 +55,9 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def enough(every: Sequence[Line], least: int) -> list[Line]:
-    """Return the lines of the rows that a cell has under so many seeds or more."""
+    """Return the lines of the rows that a cell has under so many seeds or more, of cells that have MAP's."""
     counts = Counter((line["cell"], line["row"]) for line in every)
-    return [line for line in every if counts[line["cell"], line["row"]] >= least]
+    return [line for line in every if min(counts[line["cell"], row] for row in ("map", line["row"])) >= least]
 
 
 def progress(every: Sequence[Line], cells: Sequence[Cell], seeds: int) -> str:
