@@ -22,7 +22,7 @@ from torch import Tensor
 from bayeslora.metrics.bootstrap import interval
 from bayeslora.metrics.classification import accuracy, brier, ece, nll
 from bayeslora.metrics.detection import auroc
-from bayeslora.metrics.uncertainty import entropy
+from bayeslora.metrics.uncertainty import drift, entropy, likelihood_ratio
 
 MARGINS = {"accuracy": 0.01, "nll": 0.02, "ece": 0.02, "brier": 0.01, "auroc": 0.02}
 """Differences within these do not matter to us: nats for NLL, shares for the others."""
@@ -113,9 +113,8 @@ class Lines:
             return entropy(log_p)
         base = unpacked(self.by_run[cell, "base", seed]["rows"]["mean"][split])
         if kind == "drift":
-            return -(log_p.exp() * (log_p - base)).nan_to_num(0.0).sum(-1)
-        answer = log_p.argmax(-1, keepdim=True)
-        return (base.gather(-1, answer) - log_p.gather(-1, answer))[:, 0]
+            return -drift(log_p, base)
+        return -likelihood_ratio(log_p, base)
 
     def compared(self, first: Row, second: Row, score: str, cells: Sequence[str]) -> Difference:
         """Return a difference over cells, its p-value not yet corrected."""

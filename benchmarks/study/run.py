@@ -22,6 +22,7 @@ from typing import Any
 
 import lines
 from cells import BASE, STUDY, Cell, Entry, checked, passes, prepared, read_study
+from paired import SCORES
 from variants import TEST, Answers, answers_of, controls, of_base, prompt_ratios, with_temperature
 
 import bayeslora as bl
@@ -32,7 +33,6 @@ from bayeslora.comparison.scaled_runs import scaled_by_divergence
 from bayeslora.errors import InputError
 from bayeslora.methods import Temperature
 from bayeslora.methods.base import settings
-from bayeslora.metrics.classification import accuracy, brier, ece, nll
 from bayeslora.metrics.uncertainty import average
 from bayeslora.training import keys
 
@@ -40,7 +40,6 @@ VERSION = 1
 """To be raised when lines of before no longer say what would be measured today."""
 COUNTS = (1, 2, 3, 5, 10)
 """Numbers of draws whose measures a line has."""
-SCORES = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
 
 
 def key_of(cell: Cell, entry: Entry) -> str:

@@ -17,6 +17,7 @@ from cells import Entry, validation_of
 import bayeslora as bl
 from bayeslora.comparison.base import BASE, Witness
 from bayeslora.comparison.cached_runs import CachedRuns, Learned, predicted
+from bayeslora.comparison.run import scaled_prediction
 from bayeslora.methods import Temperature
 from bayeslora.metrics.classification import nll
 from bayeslora.metrics.prediction import Prediction
@@ -76,14 +77,7 @@ def with_temperature(answers: Answers, posterior: Posterior, rows: Task, method:
     """Return answers with a temperature that is fitted to those of the validation rows, by labels or by the base."""
     scaling = method.scaling(answers.predictions[VALIDATION], method.rows(rows))
     scaled = Scaled(posterior, scaling)
-    found = {
-        name: replace(
-            p,
-            log_probs=scaled.apply(p.log_probs, "draws"),
-            mean_log_probs=None if p.mean_log_probs is None else scaled.apply(p.mean_log_probs, "mean"),
-        )
-        for name, p in answers.predictions.items()
-    }
+    found = {name: scaled_prediction(scaled, p) for name, p in answers.predictions.items()}
     chosen = {f"temperature of the {of}": 1 / float(scaling[f"{of}.weight"]) for of in ("draws", "mean")}
     row = f"{answers.row} + T" if method.labels else f"{answers.row} + T without labels"
     return Answers(row, found, {**answers.notes, **chosen})
@@ -101,11 +95,16 @@ def controls(
     average = float(torch.cat([v.flatten() for v in noisy.values()]).double().mean())
     for control in entry.controls:
         variance = average if control == "same" else _matched(runs, posterior, noisy, average, answers, seed)
-        flat = replace(posterior, variance={name: torch.full_like(v, variance) for name, v in noisy.items()})
+        flat = _flat(posterior, noisy, variance)
         key = keys.key_of({"posterior": fitted.key, "control": control})
         words = {"same": "isotropic of the same variance", "matched": "isotropic of the same cost"}[control]
         flat_fit, row = replace(fitted, posterior=flat, key=key), f"{entry.name}, {words}"
         yield answers_of(runs, base, flat_fit, row, seed, sigma=math.sqrt(variance))
+
+
+def _flat(posterior: DiagonalGaussian, noisy: dict[str, Any], variance: float) -> DiagonalGaussian:
+    """Return the posterior with one variance in all parameters that have noise."""
+    return replace(posterior, variance={name: torch.full_like(v, variance) for name, v in noisy.items()})
 
 
 def _matched(
@@ -117,9 +116,9 @@ def _matched(
     low, high = start / _WIDEST, start * _WIDEST
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)
-        flat = replace(posterior, variance={name: torch.full_like(v, middle) for name, v in noisy.items()})
+        draws = replace(bl.Draws.of(runs.draws), seed=seed)
         said = bl.predict(
-            runs.model, flat, rows, replace(bl.Draws.of(runs.draws), seed=seed), tokenizer=runs.tokenizer,
+            runs.model, _flat(posterior, noisy, middle), rows, draws, tokenizer=runs.tokenizer,
             token_budget=runs.token_budget, mean=False,
         )  # fmt: skip
         low, high = (middle, high) if _cost(said, rows.labels) < wanted else (low, middle)

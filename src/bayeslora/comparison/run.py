@@ -136,7 +136,7 @@ def _with_scaling(
         except InputError as error:
             runs.report(f"seed {seed}: no row {name}{variant}: {error}")
             continue
-        prediction, *others = (_scaled(scaled, p) for p in (plain.prediction, *plain.ood.values()))
+        prediction, *others = (scaled_prediction(scaled, p) for p in (plain.prediction, *plain.ood.values()))
         ood = dict(zip(plain.ood, others, strict=True))
         yield f"{name}{variant}", evaluated(runs, prediction, ood, plain.cost, seed)
 
@@ -174,7 +174,7 @@ def evaluated(runs: CachedRuns, prediction: Prediction, ood: dict[str, Predictio
     return Result(prediction, ood, evaluation, cost)
 
 
-def _scaled(scaled: Scaled, prediction: Prediction) -> Prediction:
+def scaled_prediction(scaled: Scaled, prediction: Prediction) -> Prediction:
     """Return what a scaled posterior would have predicted."""
     mean = prediction.mean_log_probs
     return replace(

@@ -45,7 +45,7 @@ def entropy(log_p: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
     return torch.special.entr(log_p.double().exp()).sum(-1).to(log_p.dtype)
 
 
-def divergences(log_p: Float[Tensor, "N C"], log_q: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+def divergences(log_p: Float[Tensor, "*batch C"], log_q: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
     """Return KL(p ‖ q) of each row in nats; log p is -inf for choices that a row does not have."""
     return (log_p.exp() * (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)
 
@@ -72,10 +72,8 @@ def disagreement(log_probs: Float[Tensor, "S N C"]) -> Float[Tensor, " N"]:
 
 def drift(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
     """Compute KL(p ‖ p_base) = Σ_c p_c (log p_c − log p_base,c) ≥ 0, where 0 log 0 = 0: how far tuning went."""
-    p, absent = log_p.double().exp(), log_p == -torch.inf
-    ratio = (log_p.double() - base.double()).masked_fill(absent, 0.0)
     # rounding may leave a little below 0
-    return (p * ratio).sum(-1).clamp_min(0).to(log_p.dtype)
+    return divergences(log_p.double(), base.double()).clamp_min(0).to(log_p.dtype)
 
 
 def likelihood_ratio(log_p: Float[Tensor, "*batch C"], base: Float[Tensor, "*batch C"]) -> Float[Tensor, " *batch"]:
