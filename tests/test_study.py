@@ -12,7 +12,7 @@ from support.cli_data import question_rows, write_rows
 from support.tiny import make_base, make_tokenizer
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
-NAMES = ("cells", "figures", "lines", "paired", "questions", "report", "run", "variants")
+NAMES = ("cells", "figures", "goals", "lines", "paired", "questions", "report", "run", "variants")
 
 
 @pytest.fixture
@@ -83,12 +83,14 @@ def test_every_method_and_what_follows_from_it_has_a_line_under_every_seed(finis
 
 @pytest.mark.slow
 def test_the_numbers_of_a_line_can_be_found_again_in_its_rows(study, finished):
-    lines = study["paired"].Lines(finished, 10)
+    lines, row = study["paired"].Lines(finished, 10), study["paired"].Row
     for line in finished:
         for predictor in line["metrics"]:
             found = dict(
                 zip(
-                    lines.seeds("tiny", line["row"]), lines.values("tiny", (line["row"], predictor), "nll"), strict=True
+                    lines.seeds("tiny", line["row"]),
+                    lines.values("tiny", row(line["row"], predictor), "nll"),
+                    strict=True,
                 )
             )
             assert found[line["seed"]] == pytest.approx(line["metrics"][predictor]["nll"], abs=2e-3)
@@ -134,12 +136,13 @@ def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, 
     assert "Answers" not in (tmp_path / "study.md").read_text(encoding="utf-8")
 
 
-def line(study, seed, row, log_p, labels):
+def line(study, seed, row, log_p, labels, foreign=None):
     """Return a line as the study writes it, as far as the questions read it."""
-    packed = study["lines"].packed
+    splits = {"test": log_p} | ({} if foreign is None else {"f": foreign})
+    packed = {name: study["lines"].packed(values) for name, values in splits.items()}
     return {
-        "cell": "c", "seed": seed, "row": row, "config": {"foreign": []}, "by draws": {},
-        "rows": {"labels": labels.tolist(), "mean": {"test": packed(log_p)}, "draws": {"test": packed(log_p)}},
+        "cell": "c", "seed": seed, "row": row, "config": {"foreign": [] if foreign is None else ["f"]}, "by draws": {},
+        "rows": {"labels": labels.tolist(), "mean": packed, "draws": packed},
     }  # fmt: skip
 
 
@@ -152,11 +155,31 @@ def test_a_paired_difference_is_told_from_chance_and_small_ones_are_the_same(stu
         for row, factor in (("true", 1.0), ("sharp", 4.0), ("nearly", 1.01)):
             found.append(line(study, seed, row, (factor * logits).log_softmax(-1), labels))
     lines = study["paired"].Lines(found, 400)
-    pairs = [("true", "sharp"), ("sharp", "true"), ("nearly", "true")]
-    compared = [lines.compared((a, "mean"), (b, "mean"), "nll", ["c"]) for a, b in pairs]
+    pairs = [("true", "sharp"), ("sharp", "true"), ("nearly", "true")]  # the last differs too, by less than the margin
+    row = study["paired"].Row
+    compared = [lines.compared(row(a, "mean"), row(b, "mean"), "nll", ["c"]) for a, b in pairs]
     assert [d.verdict for d in study["paired"].corrected(compared)] == ["better", "worse", "same"]
     assert compared[0].value == pytest.approx(-compared[1].value)
     assert compared[0].low <= compared[0].value <= compared[0].high
+
+
+def test_goals_are_met_or_missed_by_what_the_lines_say(study):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for seed in range(3):
+        logits = 2 * torch.randn(300, 3, generator=generator)
+        labels = torch.distributions.Categorical(logits=logits).sample()
+        unsure = torch.zeros(100, 3).log_softmax(-1)
+        factors = {"map": 3.0, "map + T": 1.0, "map + T without labels": 1.05, "base": 0.5, "tfb": 2.0}
+        for row, factor in {**factors, "tfb, scaled by divergence": 1.5}.items():
+            found.append(line(study, seed, row, (factor * logits).log_softmax(-1), labels, unsure))
+    table = study["goals"].goals_table(study["paired"].Lines(found, 10))
+    assert [said for _, _, said in table[1:]] == ["met", "missed", "met"]  # entropy tells all: nothing is better
+    assert "on 0 of 1" in table[2][1]
+    assert "on 3 of 3" in table[3][1]
+    worse = [each | {"row": "tfb, scaled by divergence"} for each in found if (each["row"], each["seed"]) == ("map", 1)]
+    lines = study["paired"].Lines([*found, *worse], 10)
+    assert study["goals"].goals_table(lines)[3][2] == "missed"
 
 
 def test_holms_correction(study):

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
-from paired import Lines
+import torch
+from paired import Lines, Row
+from questions import by_size
 
 COLOURS = {
     "map": "#444444", "map + T": "#999999", "ivon": "#c2410c", "blob": "#1d4ed8", "ensemble": "#15803d",
     "laplace": "#7e22ce", "swag": "#b45309", "blob elbo": "#0891b2", "multiswag": "#4d7c0f", "tfb": "#be185d",
     "isotropic": "#a16207", "mc-dropout": "#64748b",
 }  # fmt: skip
+
+
+SHOWN = [
+    Row(name, "mean" if name.startswith("map") else "draws")
+    for name in ("map", "map + T", "ensemble", "swag", "laplace", "tfb", "ivon", "blob")
+]
+"""What the figure of over-confidence shows, and of which it draws the reliability."""
+RELIABLE = ("map", "map + T", "ivon", "blob")
 
 
 def write(found: Lines, cells: Sequence[str], folder: Path) -> None:
@@ -24,6 +33,7 @@ def write(found: Lines, cells: Sequence[str], folder: Path) -> None:
     by_draws(found, folder / "study-draws.png")
     by_data(found, folder / "study-data.png")
     calibration(found, cells, folder / "study-calibration.png")
+    overconfidence(found, cells, folder / "study-overconfidence.png")
 
 
 def by_draws(found: Lines, path: Path) -> None:
@@ -45,13 +55,15 @@ def by_draws(found: Lines, path: Path) -> None:
 
 def by_data(found: Lines, path: Path) -> None:
     """Draw NLL and ECE by the number of training rows for the cells that differ in nothing else."""
-    sizes = {cell: _train_rows(found, cell) for cell in found.cells if re.fullmatch(r"minilm-sst2(-\d+)?", cell)}
+    sizes = {cell: found.train_rows(cell) for cell in by_size(found)}
     figure, panels = plt.subplots(1, 2, figsize=(7.5, 3.2))
     for axes, score, title in zip(panels, ("nll", "ece"), ("NLL (nats)", "ECE"), strict=True):
         for name in ("map", "map + T", "ensemble", "laplace", "ivon", "blob"):
             predictor = "mean" if name.startswith("map") else "draws"
             points = sorted(
-                (sizes[cell], found.values(cell, (name, predictor), score)) for cell in sizes if found.seeds(cell, name)
+                (sizes[cell], found.values(cell, Row(name, predictor), score))
+                for cell in sizes
+                if found.seeds(cell, name)
             )
             if points:
                 rows, values = [p[0] for p in points], [p[1] for p in points]
@@ -77,16 +89,46 @@ def calibration(found: Lines, cells: Sequence[str], path: Path) -> None:
             if not found.seeds(cell, name):
                 continue
             predictor = "mean" if name.startswith("map") else "draws"
-            x, y = (fmean(found.values(cell, (name, predictor), score)) for score in ("ece", "nll"))
+            x, y = (fmean(found.values(cell, Row(name, predictor), score)) for score in ("ece", "nll"))
             axes.scatter([x], [y], color=colour, s=18, zorder=3)
             axes.annotate(name, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
         axes.set(xlabel="ECE", ylabel="NLL (nats)" if axes is panels[0][0] else "", title=cell)
     _save(figure, path)
 
 
-def _train_rows(found: Lines, cell: str) -> int:
-    """Return a cell's number of training rows."""
-    return next(int(line["config"]["train_rows"]) for (of, _, _), line in found.by_run.items() if of == cell)
+def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
+    """Draw confidence against accuracy in the first cell, and the ECE under every seed in every cell."""
+    figure, panels = plt.subplots(1, 1 + len(cells), figsize=(3.2 + 2.3 * len(cells), 3.2))
+    shown = [row for row in SHOWN if any(found.seeds(cell, row.name) for cell in cells)]
+    for row in shown:
+        if row.name in RELIABLE and found.seeds(cells[0], row.name):
+            confident, right = reliability(found, cells[0], row)
+            panels[0].plot(confident, right, marker="o", markersize=3, color=COLOURS[row.name], label=row.name)
+    panels[0].plot([0.5, 1], [0.5, 1], color="#bbbbbb", linewidth=0.8, zorder=0)
+    panels[0].set(xlabel="confidence", ylabel="share that is right", title=cells[0])
+    panels[0].legend(frameon=False, fontsize=7)
+    for axes, cell in zip(panels[1:], cells, strict=True):
+        for place, row in enumerate(reversed(shown)):
+            if values := found.values(cell, row, "ece"):
+                axes.scatter(values, [place] * len(values), color=COLOURS[row.name], s=9, alpha=0.6, linewidths=0)
+                axes.plot([fmean(values)] * 2, [place - 0.3, place + 0.3], color=COLOURS[row.name], linewidth=2)
+        names = [row.name for row in reversed(shown)] if axes is panels[1] else [""] * len(shown)
+        axes.set_yticks(range(len(shown)), names)
+        axes.set(xlabel="ECE", title=cell, ylim=(-0.6, len(shown) - 0.4))
+    widest = max(axes.get_xlim()[1] for axes in panels[1:])
+    for axes in panels[1:]:
+        axes.set_xlim(0, widest)
+    _save(figure, path)
+
+
+def reliability(found: Lines, cell: str, row: Row, bins: int = 6) -> tuple[list[float], list[float]]:
+    """Return mean confidence and accuracy of equally many answers each, ordered by confidence, of all seeds."""
+    answers = [found.answers(cell, row, seed) for seed in found.common(cell, row)]
+    log_p, labels = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
+    confidence, answer = log_p.exp().max(-1)
+    parts = confidence.argsort().tensor_split(bins)
+    right = (answer == labels).double()
+    return [float(confidence[part].mean()) for part in parts], [float(right[part].mean()) for part in parts]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

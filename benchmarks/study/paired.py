@@ -3,17 +3,17 @@
 A score of a row in a cell is its mean over the seeds; over several cells, the mean of the cells' scores. A resample
 draws seeds with replacement, and test rows with replacement within each, the same for both rows that are compared. The
 p-value is that of a normal distribution with the resamples' standard deviation. Holm (1979) corrects the p-values of
-all comparisons of one question. A difference is ``better`` or ``worse`` if its corrected p-value is below .05, else
-``same`` if its 95 % interval lies within the stated margin, else ``open``.
+all comparisons of one question. A difference is the ``same`` if its 95 % interval lies within the stated margin, else
+``better`` or ``worse`` if its corrected p-value is below .05, else ``open``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lines import unpacked
@@ -29,9 +29,22 @@ MARGINS = {"accuracy": 0.01, "nll": 0.02, "ece": 0.02, "brier": 0.01, "auroc": 0
 SCORES: dict[str, Callable[..., Tensor]] = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
 HIGHER = ("accuracy", "auroc")
 """Scores of which more is better."""
+AGAINST_BASE = ("likelihood ratio", "drift", "prompt ratio")
+"""Kinds of doubt that need the base's answers."""
 Verdict = Literal["better", "worse", "same", "open"]
-Row = tuple[str, str]
-"""A row's name and its predictor, ``mean`` or ``draws``."""
+
+
+class Row(NamedTuple):
+    """A row's name, its predictor (``mean``, ``draws``, or the first N of them: ``N draws``), and how it doubts."""
+
+    name: str
+    predictor: str
+    kind: str = "entropy"  # what tells foreign data: of an "auroc"
+
+    @property
+    def counted(self) -> str:
+        """The number of draws of a predictor ``N draws``; else nothing."""
+        return self.predictor.removesuffix("draws").strip() if self.predictor.endswith(" draws") else ""
 
 
 @dataclass(frozen=True)
@@ -64,27 +77,62 @@ class Lines:
         """Return the rows of a cell, in the order of their lines."""
         return list(dict.fromkeys(row for of, row, _ in self.by_run if of == cell))
 
+    def names(self) -> list[str]:
+        """Return the rows of all cells, in the order of their lines."""
+        return list(dict.fromkeys(row for _, row, _ in self.by_run))
+
+    def train_rows(self, cell: str) -> int:
+        """Return a cell's number of training rows."""
+        return next(int(line["config"]["train_rows"]) for (of, _, _), line in self.by_run.items() if of == cell)
+
     def seeds(self, cell: str, row: str) -> list[int]:
         """Return the seeds under which a cell has a row."""
         return sorted(seed for of, name, seed in self.by_run if (of, name) == (cell, row))
 
-    def common(self, cell: str, rows: Sequence[str]) -> tuple[int, ...]:
-        """Return the seeds under which a cell has all of some rows."""
-        return tuple(sorted(set.intersection(*(set(self.seeds(cell, row)) for row in rows))))
+    def common(self, cell: str, *rows: Row) -> tuple[int, ...]:
+        """Return the seeds under which a cell has all of some rows, with what each needs."""
+        return tuple(sorted(set.intersection(*(set(self._told(cell, row)) for row in rows))))
+
+    def _told(self, cell: str, row: Row) -> Iterator[int]:
+        """Yield the seeds under which a cell has a row, and the base or the number of draws that it needs."""
+        for seed in self.seeds(cell, row.name):
+            if row.kind in AGAINST_BASE and (cell, "base", seed) not in self.by_run:
+                continue
+            if not row.counted or row.counted in self.by_run[cell, row.name, seed]["by draws"]:
+                yield seed
+
+    def foreign(self, cell: str) -> list[str]:
+        """Return the names of a cell's foreign sets."""
+        return next(list(line["config"]["foreign"]) for (of, _, _), line in self.by_run.items() if of == cell)
+
+    def over_confidence(self, cell: str, row: Row, seed: int) -> float:
+        """Return the confidence of a row on the test rows less its accuracy."""
+        log_p, labels = self.answers(cell, row, seed)
+        return float(log_p.amax(-1).exp().mean() - accuracy(log_p, labels))
+
+    def answers(self, cell: str, row: Row, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities of the test rows under one seed, and their labels."""
+        content = self.by_run[cell, row.name, seed]["rows"]
+        return unpacked(content[row.predictor]["test"]), torch.tensor(content["labels"])
 
     def values(self, cell: str, row: Row, score: str) -> list[float]:
-        """Return a score of a row under each seed; ``auroc FOREIGN SCORE`` for detection."""
-        return [float(self._on(cell, row, seed, score, None)) for seed in self.seeds(cell, row[0])]
+        """Return a score of a row under each seed; ``auroc`` for detection, ``auroc FOREIGN`` of one set."""
+        return [float(self._on(cell, row, seed, score, None)) for seed in self.common(cell, row)]
 
     def _scores(self, cell: str, row: Row, seed: int, score: str) -> Tensor:
-        """Return a score of a row under one seed, as it is and on each resampled test set, [1 + R]."""
+        """Return a score of a row under one seed, as it is and on each resampled test set, [1 + R].
+
+        Lines hold no rows of the first N draws, so that their scores are not resampled.
+        """
+        if row.counted:
+            said = self.by_run[cell, row.name, seed]["by draws"][row.counted][score]
+            return torch.full((1 + self.resamples,), said, dtype=torch.float64)
         whole = self._on(cell, row, seed, score, None)
         sets = self._on(cell, row, seed, score, torch.Generator().manual_seed(seed))
         return torch.cat([whole.view(1), sets])
 
     def _on(self, cell: str, row: Row, seed: int, score: str, draw: torch.Generator | None) -> Tensor:
         """Return a score on the test rows, or on resampled ones."""
-        content = self.by_run[cell, row[0], seed]["rows"]
 
         def taken(values: Tensor) -> Tensor:
             """Return some numbers, or resampled sets of them, by the next random numbers."""
@@ -92,27 +140,29 @@ class Lines:
                 return values
             return values[torch.randint(len(values), (self.resamples, len(values)), generator=draw)]
 
-        if not score.startswith("auroc "):
-            log_p, labels = unpacked(content[row[1]]["test"]), torch.tensor(content["labels"])
+        if not score.startswith("auroc"):
+            log_p, labels = self.answers(cell, row, seed)
             if draw is None:
                 return SCORES[score](log_p, labels)
             index = torch.randint(len(labels), (self.resamples, len(labels)), generator=draw)
             return SCORES[score](log_p[index], labels[index])
-        _, foreign, kind = score.split(" ", 2)
-        known, unknown = (self.doubt(cell, row, seed, split, kind) for split in ("test", foreign))
+        if score == "auroc":
+            every = [self._on(cell, row, seed, f"auroc {name}", draw) for name in self.foreign(cell)]
+            return torch.stack(every).mean(0)
+        known, unknown = (self.doubt(cell, row, seed, split) for split in ("test", score.removeprefix("auroc ")))
         return auroc(taken(known), taken(unknown))
 
-    def doubt(self, cell: str, row: Row, seed: int, split: str, kind: str) -> Tensor:
+    def doubt(self, cell: str, row: Row, seed: int, split: str) -> Tensor:
         """Return how foreign each row of a split looks by a kind of uncertainty; more is more foreign."""
-        content = self.by_run[cell, row[0], seed]["rows"]
-        if kind in ("mutual information", "prompt ratio"):
-            values = unpacked(content[kind][split])
-            return values if kind == "mutual information" else -values
-        log_p = unpacked(content[row[1]][split])
-        if kind == "entropy":
+        content = self.by_run[cell, row.name, seed]["rows"]
+        if row.kind in ("mutual information", "prompt ratio"):
+            values = unpacked(content[row.kind][split])
+            return values if row.kind == "mutual information" else -values
+        log_p = unpacked(content[row.predictor][split])
+        if row.kind == "entropy":
             return entropy(log_p)
         base = unpacked(self.by_run[cell, "base", seed]["rows"]["mean"][split])
-        if kind == "drift":
+        if row.kind == "drift":
             return -drift(log_p, base)
         return -likelihood_ratio(log_p, base)
 
@@ -120,7 +170,7 @@ class Lines:
         """Return a difference over cells, its p-value not yet corrected."""
         parts = []
         for cell in cells:
-            seeds = self.common(cell, (first[0], second[0]))
+            seeds = self.common(cell, first, second)
             one, other = (torch.stack([self.scores(cell, row, s, score) for s in seeds]) for row in (first, second))
             apart = one - other  # [seeds, 1 + R]
             generator = torch.Generator().manual_seed(len(seeds))
@@ -147,7 +197,9 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 def _verdict(difference: Difference, p: float) -> Verdict:
     """Return what a difference says."""
     name = difference.score.split(" ")[0]
+    margin = MARGINS[name]
+    if -margin <= difference.low and difference.high <= margin:
+        return "same"
     if p < 0.05:
         return "better" if (difference.value > 0) == (name in HIGHER) else "worse"
-    margin = MARGINS[name]
-    return "same" if -margin <= difference.low and difference.high <= margin else "open"
+    return "open"

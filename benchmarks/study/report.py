@@ -22,27 +22,31 @@ from typing import Any
 import figures
 import lines
 from cells import STUDY, Cell, read_study
+from goals import goals_table
 from paired import Difference, Lines
-from questions import (
+from questions import SCALED, WITHOUT_LABELS, Question, main_cells, questions
+from tables import (
     MARGIN_WORDS,
-    SCALED,
-    WITHOUT_LABELS,
-    Question,
     by_draws,
     cell_table,
+    decision_table,
     detection_table,
     difference_table,
     markdown,
-    questions,
 )
 
+PICTURES = {
+    "count": ("![NLL by the number of draws](assets/study-draws.png)",),
+    "size": ("![NLL by training rows](assets/study-data.png)",),
+}
+"""Figures that belong to a question."""
 ROOT = Path(__file__).parents[2]
 PAGES = {"multiswag": "swag", "blob elbo": "blob", "mc-dropout": "mc_dropout"}
 """Rows that are told about on another page than that of their name."""
 LEGEND = (
     "Differences with their 95 % intervals: the first named row less the other, so that less is better for NLL and "
-    "ECE. Bold: better, in italics: worse (p by Holm below .05 in the question); `=`: within the margin "
-    f"({MARGIN_WORDS}); else the data do not tell."
+    f"ECE. `=`: the interval is within the margin that matters ({MARGIN_WORDS}); else bold: better, in italics: worse "
+    "(p by Holm below .05 in the question); else the data do not tell."
 )
 Line = Mapping[str, Any]
 Answered = list[tuple[Question, list[tuple[str, Difference]]]]
@@ -83,18 +87,24 @@ def study_page(found: Lines, answered: Answered, runs: str) -> str:
     for question, differences in answered:
         if differences:
             table = markdown(difference_table(differences))
-            parts += [f"### {question.asked}", "", verdicts(differences), "", table, ""]
-    draws = by_draws(found, "nll", lambda row: "+ T" not in row and ", " not in row)
-    if len(draws) > 1:
-        parts += ["### How many draws?", "", "NLL by the number of draws, averaged over cells and seeds.", ""]
-        parts += [markdown(draws), "", "![NLL by the number of draws](assets/study-draws.png)", ""]
-    parts += ["### How much data?", "", "![NLL by training rows](assets/study-data.png)", ""]
-    methods = [row for cell in found.cells for row in found.rows(cell) if "+ T" not in row]
-    parts += ["### What detects foreign data?", "", "AUROC of telling the foreign rows from the test rows.", ""]
-    parts += [markdown(detection_table(found, list(dict.fromkeys(methods))), texts=2), "", "## Tables", ""]
-    for cell in found.cells:
-        parts += [f"### {cell}", "", markdown(cell_table(found, cell, found.rows(cell))), ""]
+            parts += [f"### {question.asked}", "", f"{question.compared} {verdicts(differences)}", "", table, ""]
+            parts += [*PICTURES.get(question.name, ()), ""]
+    goals = goals_table(found)
+    if len(goals) > 1:
+        parts += ["### Hoped for", "", markdown(goals, texts=3), ""]
     return "\n".join(parts)
+
+
+def tables_page(found: Lines) -> str:
+    """Return the part of the page of tables that is made of the lines: each row of each cell, and detection."""
+    methods = [row for row in found.names() if SCALED not in row]
+    parts = []
+    for cell in found.cells:
+        parts += [f"## {cell}", "", markdown(cell_table(found, cell, found.rows(cell))), ""]
+    draws = by_draws(found, "nll", [row for row in methods if ", " not in row])
+    parts += ["## NLL by the number of draws", "", "Averaged over cells and seeds.", "", markdown(draws), ""]
+    parts += ["## Detection", "", "AUROC of telling the foreign rows from the test rows.", ""]
+    return "\n".join([*parts, markdown(detection_table(found, methods), texts=2)])
 
 
 def verdicts(differences: Sequence[tuple[str, Difference]]) -> str:
@@ -129,24 +139,24 @@ def main() -> None:
     arguments = parser.parse_args()
     every = lines.read(sorted(arguments.results.glob("*.jsonl")))
     found = Lines(enough(every, arguments.least_seeds), arguments.resamples)
-    main_cells = [cell for cell in found.cells if not re.search(r"-\d+$", cell)]
-    answered = [(question, question.differences(found, main_cells)) for question in questions(found)]
+    answered = [(question, question.differences(found)) for question in questions(found)]
     if arguments.json:
         content = {q.name: [{"pair": words, **asdict(d)} for words, d in differences] for q, differences in answered}
         arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return
-    if found.cells:
-        figures.write(found, main_cells, arguments.docs / "assets")
     cells, seeds = read_study(arguments.study)
-    page = arguments.docs / "study.md"
-    content = study_page(found, answered, progress(every, cells, len(seeds)))
-    page.write_text(filled(page.read_text(encoding="utf-8"), "study", content), encoding="utf-8")
-    methods = dict.fromkeys(line["method"] for line in found.by_run.values())
-    for method in methods:
-        path = arguments.docs / "methods" / f"{PAGES.get(method, method)}.md"
+    parts = {("study.md", "study"): study_page(found, answered, progress(every, cells, len(seeds)))}
+    if found.cells:
+        figures.write(found, main_cells(found), arguments.docs / "assets")
+        parts["study-tables.md", "tables"] = tables_page(found)
+        parts["choosing.md", "decision"] = markdown(decision_table(found))
+    for method in dict.fromkeys(line["method"] for line in found.by_run.values()):
+        parts[f"methods/{PAGES.get(method, method)}.md", method] = method_part(found, method)
+    for (name, part), content in parts.items():
+        path = arguments.docs / name
         if path.exists():
-            text = path.read_text(encoding="utf-8")
-            path.write_text(filled(text, method, method_part(found, method)), encoding="utf-8")
+            text = filled(path.read_text(encoding="utf-8"), part, content)
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
