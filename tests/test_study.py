@@ -12,7 +12,7 @@ from support.cli_data import question_rows, write_rows
 from support.tiny import make_base, make_tokenizer
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
-NAMES = ("cells", "figures", "goals", "lines", "paired", "questions", "report", "run", "variants")
+NAMES = ("cells", "figures", "goals", "lines", "paired", "questions", "report", "run", "tables", "variants")
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, 
         assert text.startswith("before\n<!-- study:begin")
         assert text.endswith("<!-- study:end -->\nafter\n")
         assert "of yesterday" not in text
-        assert "ivon + T" in text
+        assert "IVON + T" in text
     assert "12 of 12" in (tmp_path / "study.md").read_text(encoding="utf-8")  # six methods under two seeds
     assert (tmp_path / "assets" / "study-draws.png").stat().st_size > 1000
     (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from paired import Lines, Row
 from questions import by_size
+from tables import label
 
 COLOURS = {
     "map": "#444444", "map + T": "#999999", "ivon": "#c2410c", "blob": "#1d4ed8", "ensemble": "#15803d",
@@ -44,7 +45,7 @@ def by_draws(found: Lines, path: Path) -> None:
         counts = sorted(set.intersection(*(set(map(int, run["by draws"])) for run in runs))) if runs else []
         if len(counts) > 1:
             less = [fmean(r["by draws"][str(c)]["nll"] - r["metrics"]["mean"]["nll"] for r in runs) for c in counts]
-            axes.plot(counts, less, marker="o", markersize=3, color=colour, label=name)
+            axes.plot(counts, less, marker="o", markersize=3, color=colour, label=label(name))
     axes.axhline(0, color="#bbbbbb", linewidth=0.8)
     axes.set(xscale="log", xlabel="draws", ylabel="NLL less that of the mean (nats)")
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -70,7 +71,7 @@ def by_data(found: Lines, path: Path) -> None:
                 spread = [stdev(v) if len(v) > 1 else 0.0 for v in values]
                 axes.errorbar(
                     rows, [fmean(v) for v in values], spread, marker="o", markersize=3, capsize=2, linewidth=1,
-                    color=COLOURS[name], label=name,
+                    color=COLOURS[name], label=label(name),
                 )  # fmt: skip
         axes.set(xscale="log", xlabel="training rows", ylabel=title)
         ticks = sorted(sizes.values())
@@ -91,7 +92,7 @@ def calibration(found: Lines, cells: Sequence[str], path: Path) -> None:
             predictor = "mean" if name.startswith("map") else "draws"
             x, y = (fmean(found.values(cell, Row(name, predictor), score)) for score in ("ece", "nll"))
             axes.scatter([x], [y], color=colour, s=18, zorder=3)
-            axes.annotate(name, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
+            axes.annotate(label(name), (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
         axes.set(xlabel="ECE", ylabel="NLL (nats)" if axes is panels[0][0] else "", title=cell)
     _save(figure, path)
 
@@ -103,7 +104,7 @@ def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
     for row in shown:
         if row.name in RELIABLE and found.seeds(cells[0], row.name):
             confident, right = reliability(found, cells[0], row)
-            panels[0].plot(confident, right, marker="o", markersize=3, color=COLOURS[row.name], label=row.name)
+            panels[0].plot(confident, right, marker="o", markersize=3, color=COLOURS[row.name], label=label(row.name))
     panels[0].plot([0.5, 1], [0.5, 1], color="#bbbbbb", linewidth=0.8, zorder=0)
     panels[0].set(xlabel="confidence", ylabel="share that is right", title=cells[0])
     panels[0].legend(frameon=False, fontsize=7)
@@ -112,7 +113,7 @@ def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
             if values := found.values(cell, row, "ece"):
                 axes.scatter(values, [place] * len(values), color=COLOURS[row.name], s=9, alpha=0.6, linewidths=0)
                 axes.plot([fmean(values)] * 2, [place - 0.3, place + 0.3], color=COLOURS[row.name], linewidth=2)
-        names = [row.name for row in reversed(shown)] if axes is panels[1] else [""] * len(shown)
+        names = [label(row.name) for row in reversed(shown)] if axes is panels[1] else [""] * len(shown)
         axes.set_yticks(range(len(shown)), names)
         axes.set(xlabel="ECE", title=cell, ylim=(-0.6, len(shown) - 0.4))
     widest = max(axes.get_xlim()[1] for axes in panels[1:])

@@ -1,6 +1,6 @@
 """Write what the study found into the docs: its page, the methods' pages, and the figures.
 
-    python benchmarks/study/report.py                     # docs/study.md, docs/methods/*.md, docs/assets/study-*.png
+    python benchmarks/study/report.py                     # README.md, pages and figures in docs
     python benchmarks/study/report.py --json study.json   # the numbers alone, and the verdicts
 
 A row of a cell is told of once it has been run under three seeds (``--least-seeds``). Only what stands between ``<!--
@@ -40,6 +40,8 @@ PICTURES = {
     "size": ("![NLL by training rows](assets/study-data.png)",),
 }
 """Figures that belong to a question."""
+README = ("map", f"map{SCALED}", "ensemble", "swag", "laplace", "tfb", "ivon", "blob")
+"""Rows of the table in README.md."""
 ROOT = Path(__file__).parents[2]
 PAGES = {"multiswag": "swag", "blob elbo": "blob", "mc-dropout": "mc_dropout"}
 """Rows that are told about on another page than that of their name."""
@@ -88,7 +90,7 @@ def study_page(found: Lines, answered: Answered, runs: str) -> str:
         if differences:
             table = markdown(difference_table(differences))
             parts += [f"### {question.asked}", "", f"{question.compared} {verdicts(differences)}", "", table, ""]
-            parts += [*PICTURES.get(question.name, ()), ""]
+            parts += [line for picture in PICTURES.get(question.name, ()) for line in (picture, "")]
     goals = goals_table(found)
     if len(goals) > 1:
         parts += ["### Hoped for", "", markdown(goals, texts=3), ""]
@@ -150,6 +152,7 @@ def main() -> None:
         figures.write(found, main_cells(found), arguments.docs / "assets")
         parts["study-tables.md", "tables"] = tables_page(found)
         parts["choosing.md", "decision"] = markdown(decision_table(found))
+        parts["../README.md", "readme"] = markdown(decision_table(found, README))
     for method in dict.fromkeys(line["method"] for line in found.by_run.values()):
         parts[f"methods/{PAGES.get(method, method)}.md", method] = method_part(found, method)
     for (name, part), content in parts.items():

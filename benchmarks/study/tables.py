@@ -8,10 +8,21 @@ from statistics import fmean, stdev
 from paired import MARGINS, Difference, Lines, Row
 from questions import SCALED, WITHOUT_LABELS, detectors, main_cells, one_predictor, predictors
 
+NAMES = {
+    "map": "MAP", "mc-dropout": "MC dropout", "laplace": "Laplace", "tfb": "TFB", "isotropic": "isotropic noise",
+    "ivon": "IVON", "blob elbo": "BLoB (elbo)", "blob": "BLoB", "swag": "SWAG", "multiswag": "MultiSWAG",
+}  # fmt: skip
+"""What a reader knows the methods by; ``blob elbo`` before ``blob``, with which it begins."""
 IN_LOGITS = ("laplace",)
 """Methods whose draws are of logits, and cost no pass."""
 TITLES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier", "auroc": "AUROC"}
 MARGIN_WORDS = ", ".join(f"{TITLES[name]} {margin:g}" for name, margin in MARGINS.items())
+
+
+def label(row: str) -> str:
+    """Return a row's name, or words that begin with it, as a reader knows the method."""
+    found = next((name for name in NAMES if row == name or row.startswith((f"{name} ", f"{name},"))), None)
+    return row if found is None else NAMES[found] + row.removeprefix(found)
 
 
 def markdown(table: Sequence[Sequence[str]], *, texts: int = 1) -> str:
@@ -36,26 +47,29 @@ def cell_table(lines: Lines, cell: str, rows: Sequence[str]) -> list[list[str]]:
     for name in rows:
         for predictor in predictors(name):
             row = Row(name, predictor)
-            label = name if one_predictor(name) else f"{name}, {predictor}"
+            words = label(name if one_predictor(name) else f"{name}, {predictor}")
             cells = [spread(lines.values(cell, row, score)) for score in scores]
-            table.append([label, str(len(lines.seeds(cell, name))), *cells])
+            table.append([words, str(len(lines.seeds(cell, name))), *cells])
     return table
 
 
-def decision_table(lines: Lines) -> list[list[str]]:
-    """Return what each method costs, and its ECE and, in brackets, accuracy in each cell, averaged over the seeds."""
+def decision_table(lines: Lines, only: Sequence[str] = ()) -> list[list[str]]:
+    """Return what each method costs, and its ECE and, in brackets, accuracy in each cell, averaged over the seeds.
+
+    With names of rows ``only`` they are there, each by one predictor: its draws, if these are not the mean.
+    """
     cells = main_cells(lines)
     table = [["", "trainings", "passes a row", *cells]]
     plain = [name for name in lines.names() if ", " not in name and SCALED not in name]
-    for name in dict.fromkeys(["base", "map", f"map{SCALED}", f"map{WITHOUT_LABELS}", *plain]):
+    for name in only or dict.fromkeys(["base", "map", f"map{SCALED}", f"map{WITHOUT_LABELS}", *plain]):
         runs = [line for (_, row, _), line in lines.by_run.items() if row == name]
-        for predictor in predictors(name) if runs else ():
+        for predictor in predictors(name)[-1 if only else 0 :] if runs else ():
             passes = "1" if predictor == "mean" else _numbers(line["draws"] for line in runs)
             if name in IN_LOGITS:
                 passes = "1, and one backward a choice"
-            label = name if one_predictor(name) else f"{name}, {predictor}"
+            words = label(name if one_predictor(name) else f"{name}, {predictor}")
             scores = (_decided(lines, cell, Row(name, predictor)) for cell in cells)
-            table.append([label, _numbers(line["passes"] for line in runs), passes, *scores])
+            table.append([words, _numbers(line["passes"] for line in runs), passes, *scores])
     return table
 
 
@@ -80,7 +94,7 @@ def by_draws(lines: Lines, score: str, rows: Sequence[str]) -> list[list[str]]:
         if not runs:
             continue
         mean = fmean(run["metrics"]["mean"][score] for run in runs)
-        table.append([name, f"{mean:.3f}", *(f"{fmean(v):.3f}" if len(v) == len(runs) else "" for v in values)])
+        table.append([label(name), f"{mean:.3f}", *(f"{fmean(v):.3f}" if len(v) == len(runs) else "" for v in values)])
     return table
 
 
@@ -91,7 +105,7 @@ def detection_table(lines: Lines, rows: Sequence[str]) -> list[list[str]]:
     for row in detectors(rows):
         values = [spread(lines.values(cell, row, f"auroc {foreign}")) for cell, foreign in pairs]
         if any(values):
-            table.append([row.name, row.kind, *values])
+            table.append([label(row.name), row.kind, *values])
     return table
 
 
@@ -104,7 +118,7 @@ def difference_table(found: Sequence[tuple[str, Difference]]) -> list[list[str]]
     table = [["", "cells", *(TITLES[score] for score in scores)]]
     for words, of_pair in by_pair.items():
         cells = len(next(iter(of_pair.values())).cells)
-        table.append([words, str(cells), *(_difference(of_pair.get(score)) for score in scores)])
+        table.append([label(words), str(cells), *(_difference(of_pair.get(score)) for score in scores)])
     return table
 
 
