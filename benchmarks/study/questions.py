@@ -47,14 +47,18 @@ class Question:
 
 def main_cells(lines: Lines) -> list[str]:
     """Return the cells but for those that repeat another with more or fewer training rows."""
-    return [cell for cell in lines.cells if not re.search(r"-\d+$", cell)]
+    return [cell for cell in lines.cells if _plain(cell) == cell]
 
 
 def by_size(lines: Lines) -> list[str]:
     """Return the cells that differ in their number of training rows alone, fewest first."""
-    apart = {cell.rsplit("-", 1)[0] for cell in lines.cells if cell not in main_cells(lines)}
-    family = [cell for cell in lines.cells if cell in apart or cell.rsplit("-", 1)[0] in apart]
-    return sorted((cell for cell in family if re.fullmatch(r".*-\d+", cell) or cell in apart), key=lines.train_rows)
+    repeated = {_plain(cell) for cell in lines.cells if _plain(cell) != cell}
+    return sorted((cell for cell in lines.cells if _plain(cell) in repeated), key=lines.train_rows)
+
+
+def _plain(cell: str) -> str:
+    """Return a cell's name without its number of training rows."""
+    return re.sub(r"-\d+$", "", cell)
 
 
 def questions(lines: Lines) -> Iterator[Question]:
