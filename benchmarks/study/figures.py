@@ -34,7 +34,8 @@ def write(found: Lines, cells: Sequence[str], folder: Path) -> None:
     by_draws(found, folder / "study-draws.png")
     by_data(found, folder / "study-data.png")
     calibration(found, cells, folder / "study-calibration.png")
-    overconfidence(found, cells, folder / "study-overconfidence.png")
+    whole = [cell for cell in cells if all(found.seeds(cell, name) for name in RELIABLE)]
+    overconfidence(found, whole or cells, folder / "study-overconfidence.png")
 
 
 def by_draws(found: Lines, path: Path) -> None:
