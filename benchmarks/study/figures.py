@@ -123,14 +123,17 @@ def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def reliability(found: Lines, cell: str, row: Row, bins: int = 6) -> tuple[list[float], list[float]]:
-    """Return mean confidence and accuracy of equally many answers each, ordered by confidence, of all seeds."""
-    answers = [found.answers(cell, row, seed) for seed in found.common(cell, row)]
-    log_p, labels = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
-    confidence, answer = log_p.exp().max(-1)
-    parts = confidence.argsort().tensor_split(bins)
-    right = (answer == labels).double()
-    return [float(confidence[part].mean()) for part in parts], [float(right[part].mean()) for part in parts]
+def reliability(found: Lines, cell: str, row: Row, bins: int = 5) -> tuple[list[float], list[float]]:
+    """Return confidence and accuracy of a seed's fifths by confidence, averaged over the seeds."""
+    by_seed = []
+    for seed in found.common(cell, row):
+        log_p, labels = found.answers(cell, row, seed)
+        confidence, answer = log_p.exp().max(-1)
+        right = (answer == labels).double()
+        parts = confidence.argsort().tensor_split(bins)
+        by_seed.append([[float(values[part].mean()) for part in parts] for values in (confidence, right)])
+    confident, accurate = torch.tensor(by_seed).mean(0).tolist()
+    return confident, accurate
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
