@@ -146,14 +146,20 @@ def line(study, seed, row, log_p, labels, foreign=None):
     }  # fmt: skip
 
 
-def test_a_paired_difference_is_told_from_chance_and_small_ones_are_the_same(study):
+def synthetic(study, seeds, count, factors, foreign=None):
+    """Return lines of rows that scale the logits which the labels were drawn from, by a factor each."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for seed in range(5):
-        logits = 2 * torch.randn(200, 3, generator=generator)
+    for seed in range(seeds):
+        logits = 2 * torch.randn(count, 3, generator=generator)
         labels = torch.distributions.Categorical(logits=logits).sample()
-        for row, factor in (("true", 1.0), ("sharp", 4.0), ("nearly", 1.01)):
-            found.append(line(study, seed, row, (factor * logits).log_softmax(-1), labels))
+        for row, factor in factors.items():
+            found.append(line(study, seed, row, (factor * logits).log_softmax(-1), labels, foreign))
+    return found
+
+
+def test_a_paired_difference_is_told_from_chance_and_small_ones_are_the_same(study):
+    found = synthetic(study, 5, 200, {"true": 1.0, "sharp": 4.0, "nearly": 1.01})
     lines = study["paired"].Lines(found, 400)
     pairs = [("true", "sharp"), ("sharp", "true"), ("nearly", "true")]  # the last differs too, by less than the margin
     row = study["paired"].Row
@@ -164,15 +170,9 @@ def test_a_paired_difference_is_told_from_chance_and_small_ones_are_the_same(stu
 
 
 def test_goals_are_met_or_missed_by_what_the_lines_say(study):
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for seed in range(3):
-        logits = 2 * torch.randn(300, 3, generator=generator)
-        labels = torch.distributions.Categorical(logits=logits).sample()
-        unsure = torch.zeros(100, 3).log_softmax(-1)
-        factors = {"map": 3.0, "map + T": 1.0, "map + T without labels": 1.05, "base": 0.5, "tfb": 2.0}
-        for row, factor in {**factors, "tfb, scaled by divergence": 1.5}.items():
-            found.append(line(study, seed, row, (factor * logits).log_softmax(-1), labels, unsure))
+    factors = {"map": 3.0, "map + T": 1.0, "map + T without labels": 1.05, "base": 0.5, "tfb": 2.0}
+    factors["tfb, scaled by divergence"] = 1.5
+    found = synthetic(study, 3, 300, factors, foreign=torch.zeros(100, 3).log_softmax(-1))
     table = study["goals"].goals_table(study["paired"].Lines(found, 10))
     assert [said for _, _, said in table[1:]] == ["met", "missed", "met"]  # entropy tells all: nothing is better
     assert "on 0 of 1" in table[2][1]

@@ -8,9 +8,11 @@ from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
 import torch
-from paired import Lines, Row
-from questions import by_size
+from paired import Lines
+from questions import by_size, main_row
 from tables import label
+
+from bayeslora.metrics.classification import reliability
 
 COLOURS = {
     "map": "#444444", "map + T": "#999999", "ivon": "#c2410c", "blob": "#1d4ed8", "ensemble": "#15803d",
@@ -19,12 +21,11 @@ COLOURS = {
 }  # fmt: skip
 
 
-SHOWN = [
-    Row(name, "mean" if name.startswith("map") else "draws")
-    for name in ("map", "map + T", "ensemble", "swag", "laplace", "tfb", "ivon", "blob")
-]
-"""What the figure of over-confidence shows, and of which it draws the reliability."""
+SHOWN = [main_row(name) for name in ("map", "map + T", "ensemble", "swag", "laplace", "tfb", "ivon", "blob")]
+"""What the figure of over-confidence shows."""
 RELIABLE = ("map", "map + T", "ivon", "blob")
+"""Of which it draws the reliability, averaged over the seeds: by fifths of the answers."""
+FIFTHS = 5
 
 
 def write(found: Lines, cells: Sequence[str], folder: Path) -> None:
@@ -61,11 +62,8 @@ def by_data(found: Lines, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(7.5, 3.2))
     for axes, score, title in zip(panels, ("nll", "ece"), ("NLL (nats)", "ECE"), strict=True):
         for name in ("map", "map + T", "ensemble", "laplace", "ivon", "blob"):
-            predictor = "mean" if name.startswith("map") else "draws"
             points = sorted(
-                (sizes[cell], found.values(cell, Row(name, predictor), score))
-                for cell in sizes
-                if found.seeds(cell, name)
+                (sizes[cell], found.values(cell, main_row(name), score)) for cell in sizes if found.seeds(cell, name)
             )
             if points:
                 rows, values = [p[0] for p in points], [p[1] for p in points]
@@ -90,8 +88,7 @@ def calibration(found: Lines, cells: Sequence[str], path: Path) -> None:
         for name, colour in COLOURS.items():
             if not found.seeds(cell, name):
                 continue
-            predictor = "mean" if name.startswith("map") else "draws"
-            x, y = (fmean(found.values(cell, Row(name, predictor), score)) for score in ("ece", "nll"))
+            x, y = (fmean(found.values(cell, main_row(name), score)) for score in ("ece", "nll"))
             axes.scatter([x], [y], color=colour, s=18, zorder=3)
             axes.annotate(label(name), (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
         axes.set(xlabel="ECE", ylabel="NLL (nats)" if axes is panels[0][0] else "", title=cell)
@@ -104,8 +101,13 @@ def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
     shown = [row for row in SHOWN if any(found.seeds(cell, row.name) for cell in cells)]
     for row in shown:
         if row.name in RELIABLE and found.seeds(cells[0], row.name):
-            confident, right = reliability(found, cells[0], row)
-            panels[0].plot(confident, right, marker="o", markersize=3, color=COLOURS[row.name], label=label(row.name))
+            answers = [found.answers(cells[0], row, seed) for seed in found.common(cells[0], row)]
+            diagrams = [reliability(log_p, labels, FIFTHS, "mass") for log_p, labels in answers]
+            confidence, right = (  # a bin is empty where many answers are equally sure
+                torch.stack([getattr(diagram, of) for diagram in diagrams]).nanmean(0)
+                for of in ("confidence", "accuracy")
+            )
+            panels[0].plot(confidence, right, marker="o", markersize=3, color=COLOURS[row.name], label=label(row.name))
     panels[0].plot([0.5, 1], [0.5, 1], color="#bbbbbb", linewidth=0.8, zorder=0)
     panels[0].set(xlabel="confidence", ylabel="share that is right", title=cells[0])
     panels[0].legend(frameon=False, fontsize=7)
@@ -121,19 +123,6 @@ def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
     for axes in panels[1:]:
         axes.set_xlim(0, widest)
     _save(figure, path)
-
-
-def reliability(found: Lines, cell: str, row: Row, bins: int = 5) -> tuple[list[float], list[float]]:
-    """Return confidence and accuracy of a seed's fifths by confidence, averaged over the seeds."""
-    by_seed = []
-    for seed in found.common(cell, row):
-        log_p, labels = found.answers(cell, row, seed)
-        confidence, answer = log_p.exp().max(-1)
-        right = (answer == labels).double()
-        parts = confidence.argsort().tensor_split(bins)
-        by_seed.append([[float(values[part].mean()) for part in parts] for values in (confidence, right)])
-    confident, accurate = torch.tensor(by_seed).mean(0).tolist()
-    return confident, accurate
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from paired import MARGINS, Lines, Row
-from questions import DIVERGENCE, SCALED, WITHOUT_LABELS, main_cells, one_predictor
+from questions import DIVERGENCE, SCALED, WITHOUT_LABELS, main_cells, main_row
 
 OVER_CONFIDENT = 0.05
 """Confidence less accuracy on the test rows from which an adapter counts as over-confident."""
@@ -23,8 +23,7 @@ def _temperature(lines: Lines) -> Iterator[tuple[str, str, bool]]:
     margin, seen, near = MARGINS["ece"], [], []
     for cell in main_cells(lines):
         for name in lines.rows(cell):
-            predictor = "mean" if one_predictor(name) else "draws"
-            rows = [Row(name + end, predictor) for end in (SCALED, WITHOUT_LABELS)]
+            rows = [main_row(name + end) for end in (SCALED, WITHOUT_LABELS)]
             if not lines.common(cell, *rows):
                 continue
             labelled, unlabelled = (fmean(lines.values(cell, row, "ece")) for row in rows)

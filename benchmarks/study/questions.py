@@ -129,7 +129,12 @@ def detectors(rows: Sequence[str]) -> list[Row]:
     more = ("likelihood ratio", "drift")
     kinds = {"map": ("entropy", *more, "prompt ratio"), "base": ("entropy",)}
     every = ("entropy", "mutual information", *more)
-    return [Row(row, "mean" if one_predictor(row) else "draws", kind) for row in rows for kind in kinds.get(row, every)]
+    return [main_row(row, kind) for row in rows for kind in kinds.get(row, every)]
+
+
+def main_row(name: str, kind: str = "entropy") -> Row:
+    """Return a row with the predictor that it is known by: its draws, where these are not the mean."""
+    return Row(name, predictors(name)[-1], kind)
 
 
 def one_predictor(row: str) -> bool:
