@@ -37,7 +37,7 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = f"{fmean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.3f}"
+    return mean if len(values) < 2 else f"{mean}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{stdev(values):.3f}"
 
 
 def cell_table(lines: Lines, cell: str, rows: Sequence[str]) -> list[list[str]]:
@@ -126,5 +126,5 @@ def _difference(d: Difference | None) -> str:
     """Return a difference, its interval and its verdict as a cell of a table."""
     if d is None:
         return ""
-    text = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+    text = f"{d.value:+.3f} [{d.low:+.3f},\N{NO-BREAK SPACE}{d.high:+.3f}]"
     return {"better": f"**{text}**", "worse": f"*{text} worse*", "same": f"{text} =", "open": text}[d.verdict]
