@@ -216,6 +216,15 @@ def test_the_full_grid_fits_together_without_weights(study):
     assert "3,833,856 adapter parameters" in said[1]  # (4096 + 4096 + 4096 + 1024) · 8 · 36
 
 
+def test_cells_that_repeat_another_with_fewer_rows_are_asked_about_data_alone(study):
+    names = {"a-task": 200, "a-task-800": 800, "a-task-50": 50, "a-task-50-long": 50, "b-task": 60}
+    seen = study["paired"].Lines(
+        [{"cell": cell, "row": "map", "seed": 0, "config": {"train_rows": rows}} for cell, rows in names.items()]
+    )
+    assert study["questions"].main_cells(seen) == ["a-task", "b-task"]
+    assert study["questions"].by_size(seen) == ["a-task-50", "a-task-50-long", "a-task", "a-task-800"]
+
+
 def test_committed_lines_can_be_read(study):
     for file in sorted(study["lines"].RESULTS.glob("*.jsonl")):
         for text in file.read_text(encoding="utf-8").splitlines():

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 import torch
 from paired import Lines
-from questions import by_size, main_row
+from questions import LONG, by_size, main_row
 from tables import label
 
 from bayeslora.metrics.classification import reliability
@@ -58,7 +58,7 @@ def by_draws(found: Lines, path: Path) -> None:
 
 def by_data(found: Lines, path: Path) -> None:
     """Draw NLL and ECE by the number of training rows for the cells that differ in nothing else."""
-    sizes = {cell: found.train_rows(cell) for cell in by_size(found)}
+    sizes = {cell: found.train_rows(cell) for cell in by_size(found) if not cell.endswith(LONG)}
     figure, panels = plt.subplots(1, 2, figsize=(7.5, 3.2))
     for axes, score, title in zip(panels, ("nll", "ece"), ("NLL (nats)", "ECE"), strict=True):
         for name in ("map", "map + T", "ensemble", "laplace", "ivon", "blob"):

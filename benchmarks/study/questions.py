@@ -13,6 +13,7 @@ WITHOUT_LABELS = " + T without labels"
 DIVERGENCE = ", scaled by divergence"
 TEMPERATURE = Row("map" + SCALED, "mean")
 CALIBRATION = ("nll", "ece")
+LONG = "-long"  # ends the name of a cell with few rows and as many steps as its plain one
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ def main_cells(lines: Lines) -> list[str]:
 
 
 def by_size(lines: Lines) -> list[str]:
-    """Return the cells that differ in their number of training rows alone, fewest first."""
+    """Return the cells that differ in their number of training rows, or steps, alone, fewest rows first."""
     repeated = {_plain(cell) for cell in lines.cells if _plain(cell) != cell}
     return sorted((cell for cell in lines.cells if _plain(cell) in repeated), key=lines.train_rows)
 
 
 def _plain(cell: str) -> str:
-    """Return a cell's name without its number of training rows."""
-    return re.sub(r"-\d+$", "", cell)
+    """Return a cell's name without its number of training rows, and without what says that it trains for longer."""
+    return re.sub(rf"-\d+({LONG})?$", "", cell)
 
 
 def questions(lines: Lines) -> Iterator[Question]:
@@ -113,7 +114,9 @@ def questions(lines: Lines) -> Iterator[Question]:
         tuple((f"{m}, {n}", Row(m, f"{n} draws"), Row(m, "10 draws")) for m in methods for n in (1, 3, 5)),
     )  # fmt: skip
     yield Question(
-        "size", "How much data?", "Each method less MAP with a temperature, by the number of training rows.",
+        "size", "How much data?",
+        "Each method less MAP with a temperature, by the number of training rows. The epochs are the same, so that "
+        "fewer rows are fewer steps; `long`: as many steps as with 200 rows.",
         tuple((m, Row(m, "draws"), TEMPERATURE) for m in methods),
         ("accuracy", *CALIBRATION), averaged=False, each_cell=True, sizes=True,
     )  # fmt: skip
