@@ -165,7 +165,7 @@ Found = dict[str, dict[str, float]]
 def judged(args: argparse.Namespace, name: str, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the measures of each way to hold the noise, by its name; those that fail are left out, and said."""
     runs = prepared(args, name)
-    for way, method in (("map", Map()), ("map + T by labels", Temperature())):
+    for way, method in (("map", Map()), ("map + T by labels", Temperature(prior_sigma=math.inf))):
         yield way, measured(predicted(runs, learned(runs, method, seed), runs.test, seed, way)[0].log_probs, runs)
     for method_name in args.methods:
         try:

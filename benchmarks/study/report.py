@@ -139,19 +139,21 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write the verdicts here, and no page")
     arguments = parser.parse_args()
-    every = lines.read(sorted(arguments.results.glob("*.jsonl")))
+    cells, seeds = read_study(arguments.study)
+    places = {cell.name: place for place, cell in enumerate(cells)}
+    every = lines.read(sorted(arguments.results.glob("*.jsonl"), key=lambda file: places.get(file.stem, len(places))))
     found = Lines(enough(every, arguments.least_seeds), arguments.resamples)
     answered = [(question, question.differences(found)) for question in questions(found)]
     if arguments.json:
         content = {q.name: [{"pair": words, **asdict(d)} for words, d in differences] for q, differences in answered}
         arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return
-    cells, seeds = read_study(arguments.study)
     parts = {("study.md", "study"): study_page(found, answered, progress(every, cells, len(seeds)))}
     if found.cells:
         figures.write(found, main_cells(found), arguments.docs / "assets")
         parts["study-tables.md", "tables"] = tables_page(found)
         parts["choosing.md", "decision"] = markdown(decision_table(found))
+        parts["methods/temperature.md", "temperature"] = method_part(found, "map")
         parts["../README.md", "readme"] = markdown(decision_table(found, README))
     for method in dict.fromkeys(line["method"] for line in found.by_run.values()):
         parts[f"methods/{PAGES.get(method, method)}.md", method] = method_part(found, method)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -73,7 +74,8 @@ def rows_of(runs: CachedRuns, base: Witness | None, entry: Entry, seed: int) -> 
         yield answers, fitted.cost
         for labels in (True, False) if base is not None else (True,):
             try:
-                yield with_temperature(answers, fitted.posterior, runs.task, Temperature(labels=labels)), fitted.cost
+                method = Temperature(labels=labels, prior_sigma=math.inf)  # as it is published
+                yield with_temperature(answers, fitted.posterior, runs.task, method), fitted.cost
             except InputError as error:  # the base agrees on no row
                 runs.report(f"{answers.row}: no temperature: {error}")
 

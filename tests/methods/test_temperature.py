@@ -63,12 +63,47 @@ def test_a_temperature_that_the_rows_do_not_bound_is_reported(truth, caplog):
     log_p, rows = truth
     answers = log_p.argmax(-1).tolist()
     right = replace(rows, examples=tuple(replace(e, label=k) for e, k in zip(rows.examples, answers, strict=True)))
-    found = Temperature().scaling(Prediction(log_p[None], mean_log_probs=log_p), right)
+    alone = Temperature(prior_sigma=math.inf)
+    found = alone.scaling(Prediction(log_p[None], mean_log_probs=log_p), right)
     assert float(found["draws.weight"]) == pytest.approx(100, rel=1e-3)
     assert "do not bound the temperature of the draws, and it is at its limit, 0.01" in caplog.text
     caplog.clear()
-    Temperature().scaling(Prediction(log_p[None], mean_log_probs=log_p), rows)
+    alone.scaling(Prediction(log_p[None], mean_log_probs=log_p), rows)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("sigma", "gap", "count"), [(None, 2.0, 10), (0.5, 2.0, 40), (3.0, 0.5, 40)])
+def test_where_all_rows_are_right_the_prior_alone_bounds_the_temperature(sigma, gap, count):
+    said = torch.tensor([gap, 0.0]).log_softmax(-1).expand(count, 2)
+    rows = Split("rows", tuple(Example("", ("a", "b"), 0) for _ in range(count)), Format(template=""), ("a", "b"))
+    found = Temperature(prior_sigma=sigma).scaling(Prediction(said[None], mean_log_probs=said), rows)
+    low, high = 0.0, 4.0  # of log w, where the derivative of N log(1 + exp(-w g)) + (log w)² / 2σ² is 0
+    for _ in range(60):
+        log_w = (low + high) / 2
+        rises = log_w / (sigma or 1.0) ** 2 > count * gap * math.exp(log_w) / (1 + math.exp(gap * math.exp(log_w)))
+        low, high = (low, log_w) if rises else (log_w, high)
+    for of in ("draws", "mean"):
+        assert float(found[f"{of}.weight"]) == pytest.approx(math.exp(log_w), rel=2e-3)
+
+
+def test_draws_that_are_votes_on_the_rows_at_hand_are_not_made_sure_of_everything(caplog):
+    rng = torch.Generator().manual_seed(5)
+    votes = torch.randn(3, 4000, 1, generator=rng) + 0.7  # three members, each right on three rows of four
+    draws = torch.cat([votes, -votes], -1).log_softmax(-1)
+    few = (votes > 0).all(0)[:, 0].nonzero()[:40, 0]  # rows that all have right
+    rows = Split("rows", tuple(Example("", ("a", "b"), 0) for _ in few), Format(template=""), ("a", "b"))
+    at = {}
+    for sigma in (None, math.inf):
+        found = Temperature(prior_sigma=sigma).scaling(Prediction(draws[:, few], mean_log_probs=draws[0, few]), rows)
+        scaled = average(scale(draws, found["draws.weight"], found["draws.bias"]))
+        at[sigma] = float(nll(scaled, torch.zeros(4000, dtype=torch.long)))
+    assert at[None] < at[math.inf] / 2
+
+
+def test_a_prior_of_no_width_is_refused():
+    for sigma in (0.0, -1.0, math.nan):
+        with pytest.raises(InputError, match="prior_sigma must be finite and positive"):
+            Temperature(prior_sigma=sigma)
 
 
 def test_draws_are_scaled_one_by_one_and_have_a_temperature_of_their_own(truth):

@@ -5,6 +5,10 @@ point, on a posterior's mean and on its draws, each with a T of its own that min
 the validation rows; draws are scaled one by one before they are averaged. Vector scaling (§4.2 there) has a weight and
 a bias for each class.
 
+Ours is a normal prior on log T, of mean 0, whose density times the likelihood is largest at T. Few rows that are nearly
+all answered rightly do not bound T from below, and draws that are made surer and surer become votes: without a prior T
+fell to 1/100 on 40 rows, and the test rows that all draws had wrong cost hundreds of nats each.
+
 Without labels (Luo et al. 2025, arXiv 2505.16690, which scales one model): T = argmin Σ_x KL(p_base(·|x) ‖ p_T(·|x))
 over the rows where base and tuned model give the same answer, p_T being the scaled point or, ours, the average of the
 draws that are scaled one by one. The base is hardly over-confident, and where both answer alike its confidence is about
@@ -55,12 +59,15 @@ class Temperature(PostHoc[Scaled]):
         kind: ``temperature`` for one number, ``vector`` for a weight and a bias for each class.
         draws: Draws of the posterior that the scaling is fitted on.
         labels: Whether it is fitted to the rows' labels, or to what the untuned base says where the two agree.
+        prior_sigma: Standard deviation of the prior on log T; ``inf`` for none, as Guo et al. have it. With the kind
+            ``vector`` it is that of each weight's logarithm and of each bias, nats. None: 1 with labels, none without.
     """
 
     name: ClassVar[str] = "temperature"
     kind: Literal["temperature", "vector"] = "temperature"
     draws: int = 10
     labels: bool = True
+    prior_sigma: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
@@ -68,7 +75,8 @@ class Temperature(PostHoc[Scaled]):
             raise InputError(f"scaling has the kinds 'temperature' and 'vector', and not {self.kind!r}")
         if self.kind == "vector" and not self.labels:
             raise InputError("vector scaling is fitted to labels; use the kind 'temperature' with labels=False")
-        check_ranges(self, at_least={"draws": 1})
+        finite = () if self.prior_sigma == math.inf else ("prior_sigma",)
+        check_ranges(self, positive=finite, at_least={"draws": 1})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse a task without rows to fit on, or a base without answers; see `PostHoc.check`."""
@@ -103,7 +111,7 @@ class Temperature(PostHoc[Scaled]):
         return rows
 
     def scaling(self, prediction: Prediction, rows: Split) -> Params:
-        """Return the numbers that minimise the loss of a prediction.
+        """Return the numbers that minimise the loss of a prediction, with the prior's.
 
         Args:
             prediction: What a posterior says about the validation rows; without labels, what the base says too.
@@ -123,16 +131,23 @@ class Temperature(PostHoc[Scaled]):
             if not self.labels:
                 agree, loss = _agreement(log_probs, prediction.base_log_probs, of)
                 log_probs = log_probs[:, agree]
-            weight, bias = torch.tensor([_inverse_temperature(log_probs, loss)]), torch.zeros(1)
+            pull = self._precision() / log_probs.shape[1]
+            weight, bias = torch.tensor([_inverse_temperature(log_probs, loss, pull)]), torch.zeros(1)
             if abs(math.log(weight)) > 0.99 * _WIDEST:
                 logger.warning(
                     "Temperature scaling: the %d %s do not bound the temperature of the %s, and it is at its limit, "
                     "%.3g; %s", log_probs.shape[1], which[0], of, 1 / float(weight), which[1],
                 )  # fmt: skip
             if self.kind == "vector":
-                weight, bias = _vector(log_probs, rows.labels, float(weight))
+                weight, bias = _vector(log_probs, rows.labels, float(weight), pull)
             scaling |= {f"{of}.weight": weight, f"{of}.bias": bias}
         return scaling
+
+    def _precision(self) -> float:
+        """Return one by the variance of the prior."""
+        if self.prior_sigma is None:
+            return 1.0 if self.labels else 0.0
+        return 1 / self.prior_sigma**2
 
 
 def _agreement(
@@ -156,19 +171,20 @@ def _agreement(
     return agree, loss
 
 
-def _inverse_temperature(log_probs: Float[Tensor, "S N C"], loss: Loss) -> float:
-    """Return the 1/T with the lowest loss of the average of the scaled draws."""
+def _inverse_temperature(log_probs: Float[Tensor, "S N C"], loss: Loss, pull: float) -> float:
+    """Return the 1/T with the lowest loss of the average of the scaled draws, plus pull/2 (log T)²."""
     nothing = torch.zeros(1)
 
     def at(exponent: float) -> float:
         """Return the loss with the logarithm of 1/T."""
-        return float(loss(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing))))
+        of_rows = float(loss(average(scale(log_probs, torch.tensor([math.exp(exponent)]), nothing))))
+        return of_rows + pull / 2 * exponent**2
 
     return math.exp(smallest(at, -_WIDEST, _WIDEST))
 
 
-def _vector(log_probs: Float[Tensor, "S N C"], labels: Tensor, start: float) -> tuple[Tensor, Tensor]:
-    """Return the weights and biases with the lowest negative log-likelihood, found from a temperature by L-BFGS."""
+def _vector(log_probs: Float[Tensor, "S N C"], labels: Tensor, start: float, pull: float) -> tuple[Tensor, Tensor]:
+    """Return the weights and biases with the lowest loss as above, found from a temperature by L-BFGS."""
     classes = log_probs.shape[-1]
     exponents = torch.full((classes,), math.log(start), requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -176,10 +192,11 @@ def _vector(log_probs: Float[Tensor, "S N C"], labels: Tensor, start: float) -> 
     optimizer = torch.optim.LBFGS([exponents, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        """Return the negative log-likelihood, and leave its gradient."""
+        """Return the negative log-likelihood with the prior's, and leave its gradient."""
         optimizer.zero_grad()
-        limited = exponents.clamp(-_WIDEST, _WIDEST)
-        value = -average(scale(log_probs, limited.exp(), bias - bias.mean()))[rows, labels].mean()
+        limited, centred = exponents.clamp(-_WIDEST, _WIDEST), bias - bias.mean()
+        value = -average(scale(log_probs, limited.exp(), centred))[rows, labels].mean()
+        value = value + pull / 2 * (exponents.square().sum() + centred.square().sum())
         torch.autograd.backward(value)
         return value
 
