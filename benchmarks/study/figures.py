@@ -16,8 +16,8 @@ from bayeslora.metrics.classification import reliability
 
 COLOURS = {
     "map": "#444444", "map + T": "#999999", "ivon": "#c2410c", "blob": "#1d4ed8", "ensemble": "#15803d",
-    "laplace": "#7e22ce", "swag": "#b45309", "blob elbo": "#0891b2", "multiswag": "#4d7c0f", "tfb": "#be185d",
-    "isotropic": "#a16207", "mc-dropout": "#64748b",
+    "laplace": "#7e22ce", "swag": "#eab308", "blob elbo": "#0891b2", "multiswag": "#4d7c0f", "tfb": "#be185d",
+    "isotropic": "#7c4a21", "mc-dropout": "#64748b",
 }  # fmt: skip
 
 
@@ -89,9 +89,10 @@ def calibration(found: Lines, cells: Sequence[str], path: Path) -> None:
             if not found.seeds(cell, name):
                 continue
             x, y = (fmean(found.values(cell, main_row(name), score)) for score in ("ece", "nll"))
-            axes.scatter([x], [y], color=colour, s=18, zorder=3)
-            axes.annotate(label(name), (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
+            axes.scatter([x], [y], color=colour, s=18, zorder=3, label=label(name))
         axes.set(xlabel="ECE", ylabel="NLL (nats)" if axes is panels[0][0] else "", title=cell)
+    marks = {words: mark for axes in panels[0] for mark, words in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[0][-1].legend(marks.values(), marks, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 

@@ -36,6 +36,7 @@ from tables import (
 )
 
 PICTURES = {
+    "temperature": ("![NLL by ECE of every method](assets/study-calibration.png)",),
     "count": ("![NLL by the number of draws](assets/study-draws.png)",),
     "size": ("![NLL by training rows](assets/study-data.png)",),
 }
