@@ -17,7 +17,9 @@ from bayeslora.methods import METHODS, Ensemble, Inference, Ivon, Map, Swag
 
 VALUES = {("ivon", "preset"): "arc_easy", ("blob", "preset"): "llama2"}
 """Values that cannot be told from a setting's annotation. A newcomer's other settings are tried unasked."""
-INFINITE = (("ivon", "prior_sigma"), ("ivon", "clip_radius"), ("ivon", "price_clip"))
+INFINITE = (
+    ("ivon", "prior_sigma"), ("ivon", "clip_radius"), ("ivon", "price_clip"), ("temperature", "prior_sigma"),
+)  # fmt: skip
 """Settings that may be infinite: no prior, no clipping."""
 MEMBERS = (Map(), Swag())
 """What may stand where a method is asked for."""

@@ -76,6 +76,8 @@ def _forked(
 def _child(action: Callable[[], object], environment: dict[str, str], log: Path) -> None:
     """Do it in a process whose group is not known yet, and leave without what its parent would do at its end."""
     os.environ |= environment
+    # torch's pool did not live through the fork: made anew here, before several threads that load a model would at once
+    torch.set_num_threads(torch.get_num_threads())
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     # to which older releases of transformers load, and which torch does not know
