@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +60,7 @@ def main() -> None:
     found = defaultdict(list)
     for cell in read_study()[0]:
         for folder in sorted((args.runs / cell.name).glob("seed-*")):
-            with tempfile.TemporaryDirectory() as scratch:
-                runs = prepared(cell, int(folder.name.removeprefix("seed-")), args.data, Path(scratch))
+            runs = prepared(cell, int(folder.name.removeprefix("seed-")), args.data, args.runs)
             held_out, labels = validation_of(runs), runs.test.labels
             for answers, test in pairs(folder):
                 for count in (count for count in COUNTS if count <= len(held_out)):
@@ -76,7 +74,6 @@ def main() -> None:
         for k, (name, unit) in enumerate((("NLL", "nats"), ("ECE", ""))):
             words = f"{cell}, {count} rows, {width}: {name} of {len(values)} predictions"
             rows.append(row(words, fmean(v[k] for v in values), None, unit))
-            print(f"{words}: {rows[-1]['value']:.4f}", flush=True)
     if not rows:
         raise SystemExit(f"{args.runs} has no predictions of the study's cells; run the study with --out {args.runs}")
     finish(rows, args.json)

@@ -86,7 +86,7 @@ def test_where_all_rows_are_right_the_prior_alone_bounds_the_temperature(sigma, 
         assert float(found[f"{of}.weight"]) == pytest.approx(math.exp(log_w), rel=2e-3)
 
 
-def test_draws_that_are_votes_on_the_rows_at_hand_are_not_made_sure_of_everything(caplog):
+def test_draws_that_are_votes_on_the_rows_at_hand_are_not_made_sure_of_everything():
     rng = torch.Generator().manual_seed(5)
     votes = torch.randn(3, 4000, 1, generator=rng) + 0.7  # three members, each right on three rows of four
     draws = torch.cat([votes, -votes], -1).log_softmax(-1)

@@ -189,12 +189,15 @@ def check_ranges(
     prefix: str = "",
     positive: Sequence[str] = (),
     not_negative: Sequence[str] = (),
+    infinite: Sequence[str] = (),  # which of these may be
     at_least: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuse settings, by name, that are given and out of range; ``prefix`` is what the messages begin with."""
+    """Refuse settings, by name, that are given and out of range, and begin the messages with ``prefix``."""
     for key in (*positive, *not_negative):
         value = getattr(method, key)
-        if value is not None and not (0 < value < math.inf or (value == 0 and key in not_negative)):
+        if value is None or (value == math.inf and key in infinite):
+            continue
+        if not (0 < value < math.inf or (value == 0 and key in not_negative)):
             words = "not negative" if key in not_negative else "positive"
             raise InputError(f"{prefix}{key} must be finite and {words}, and it is {value}")
     for key, least in (at_least or {}).items():

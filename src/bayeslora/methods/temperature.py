@@ -75,8 +75,7 @@ class Temperature(PostHoc[Scaled]):
             raise InputError(f"scaling has the kinds 'temperature' and 'vector', and not {self.kind!r}")
         if self.kind == "vector" and not self.labels:
             raise InputError("vector scaling is fitted to labels; use the kind 'temperature' with labels=False")
-        finite = () if self.prior_sigma == math.inf else ("prior_sigma",)
-        check_ranges(self, positive=finite, at_least={"draws": 1})
+        check_ranges(self, positive=("prior_sigma",), infinite=("prior_sigma",), at_least={"draws": 1})
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Refuse a task without rows to fit on, or a base without answers; see `PostHoc.check`."""

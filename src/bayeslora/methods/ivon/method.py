@@ -96,8 +96,8 @@ class Ivon(Method):
             raise InputError("ess, hess_init and learning_rate belong together: give all three, or a preset")
         if isinstance(self.ess, str) and self.ess != "sqrt":
             raise InputError(f"ess must be a number or 'sqrt', and it is {self.ess!r}")
-        finite = () if self.prior_sigma == math.inf else ("prior_sigma",)
-        check_ranges(self, prefix="IVON's ", positive=("sigma0", *finite, "max_step", "temperature"))
+        positive = ("sigma0", "prior_sigma", "max_step", "temperature")
+        check_ranges(self, prefix="IVON's ", positive=positive, infinite=("prior_sigma",))
         if self.prior_sigma is not None and self.weight_decay:
             raise InputError("prior_sigma and weight_decay both say how wide IVON's prior is; give one of them")
         if self.sigma0 is not None and self.prior_sigma is not None and self.sigma0 > self.prior_sigma:
