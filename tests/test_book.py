@@ -64,6 +64,7 @@ def runnable():
             yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", list(runnable()))
 def test_the_blocks_of_a_page_run(page, tmp_path):
     status, said = run_alone(lambda: run_page(page), tmp_path)
@@ -76,6 +77,7 @@ def test_few_blocks_are_not_run_and_each_says_why():
     assert len(reasons) <= MAX_NOT_RUN
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     status, said = run_alone(lambda: run_notebook(NOTEBOOK), tmp_path)

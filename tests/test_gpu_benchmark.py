@@ -20,6 +20,7 @@ def gpu(monkeypatch):
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_or_is_too_slow_is_a_row_and_the_others_go_on(gpu, monkeypatch):
     monkeypatch.setitem(gpu.SECONDS, "right", 2)
     checks = {

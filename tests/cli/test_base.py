@@ -63,6 +63,7 @@ def test_a_temperature_is_fitted_without_labels(bay, home, swag_run, tmp_path):
     assert posterior.origin.settings["labels"] is False
 
 
+@pytest.mark.slow
 def test_compare_has_the_base_and_rows_scaled_without_labels(bay, home, tmp_path):
     methods = ["--methods", "map", "free=temperature", "--set", "free.labels=false", "--validation", "8"]
     words = [*home.marbles(), *QUICK, *POINTS, *methods, "--draws", "2"]

@@ -95,6 +95,7 @@ def test_other_options_and_other_folders_are_refused(refused, words, finished, t
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_draws_and_methods_may_change_when_a_comparison_goes_on_and_no_run_is_made_twice(
     bay, words, trainings, finished, tmp_path
 ):
@@ -183,6 +184,7 @@ def test_scaling_is_shown_for_every_method_and_helps_its_validation_rows(bay, ho
     assert (out / "trade-off.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_noise_scaled_by_divergence_has_a_row_of_its_own(bay, refused, home, tmp_path):
     words = ["compare", *home.marbles(), *QUICK, *POINTS, "--draws", "3", "--methods", "map", "isotropic", "tfb"]
     by_itself = ["--set", "tfb.scale=divergence", "tfb.divergence=0.0001"]

@@ -15,6 +15,7 @@ def words(home):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_plan_make_the_table_of_one_comparison(bay, refused, words, tmp_path):
     plan = tmp_path / "plan"
     said = bay("compare", *words, "--plan", plan)

@@ -197,6 +197,7 @@ def test_rows_that_differ_in_a_column_of_the_template_alone_have_another_digest(
     assert of_rows(splits[0]) != of_rows(splits[1])
 
 
+@pytest.mark.slow
 def test_a_row_by_divergence_is_for_what_has_noise_and_its_scale_is_searched_once(
     work, tokenizer, tmp_path, monkeypatch
 ):

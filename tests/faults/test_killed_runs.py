@@ -174,6 +174,7 @@ def test_what_is_logged_saved_and_evaluated_may_change(broken, train):
     assert same_params(resumed.draw(0), train("whole").draw(0))
 
 
+@pytest.mark.slow
 def test_members_of_other_settings_are_refused_and_a_new_beginning_takes_none_of_them(train, tmp_path):
     with pytest.raises(StoppedError):
         train("run", Ensemble(2), At(7, stop))
@@ -225,6 +226,7 @@ def test_killed_runs_of_every_method_go_on_unaided_to_the_unbroken_result():
     assert [fault for tally in tallies for fault in tally.faults] == []
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_run_write_once_stop_at_the_same_step_and_go_on(tmp_path, monkeypatch):
     replace_file = os.replace
 

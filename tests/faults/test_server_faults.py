@@ -368,6 +368,7 @@ def test_a_request_that_comes_slowly_is_not_waited_for(sent, tokenizer):
         assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_is_not_waited_for():
     ended_streams = []
     app = FastAPI()

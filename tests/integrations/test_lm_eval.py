@@ -426,6 +426,7 @@ def refused(capsys, *words):
     return sentence
 
 
+@pytest.mark.slow
 def test_the_verb_runs_a_task_and_keeps_its_numbers(capsys, run_folder, folder, tmp_path):
     out = tmp_path / "numbers.json"
     words = [

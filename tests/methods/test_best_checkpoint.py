@@ -70,6 +70,7 @@ def run(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_spread_is_that_of_the_step_of_the_mean(run, name, half):
     method = METHODS[name]

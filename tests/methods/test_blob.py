@@ -74,6 +74,7 @@ def layer(width=6, rank=3):
     return found
 
 
+@pytest.mark.slow
 def test_flipouts_output_has_mean_mx_and_the_variance_of_a_draw_per_token():
     # 10,000 forward passes; each estimate is within 5 of its own deviations, false alarms 1 in 10,000
     a, x = layer(), torch.tensor([[1.0, -2.0, 0.5, 3.0, 0.0, 1.0], [0.1, 0.2, -0.3, 0.4, 0.5, -0.6]])

@@ -73,6 +73,7 @@ def test_no_tensor_is_larger_than_a_parameter_and_one_look_waits_for_the_device(
     assert seen.asked <= 1
 
 
+@pytest.mark.slow
 def test_the_median_of_many_coordinates_is_that_of_a_sample_that_meets_every_row_and_column(monkeypatch):
     columns = torch.arange(1.0, 9.0).expand(4096, 8)
     rows = torch.arange(1.0, 4097.0)[:, None].expand(4096, 8) / 512

@@ -75,6 +75,7 @@ def exact(inputs, mean, deviation):
     return float((p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mean", "divergence"), [(4.0, 0.02), (4.0, 0.2), (1.5, 0.01)])
 def test_the_scale_of_a_logistic_model_is_that_of_gauss_and_hermites_rule(mean, divergence):
     adapter, posterior = logistic(mean, 0.05, sampling="sobol")

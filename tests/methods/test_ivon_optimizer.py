@@ -97,6 +97,7 @@ def regression(rows=200, width=5, seed=0):
     return x, y, torch.linalg.solve(precision, x.T @ y), precision
 
 
+@pytest.mark.slow
 def test_conjugate_regression_gives_the_exact_mean_field_posterior():
     # The best diagonal Gaussian has the exact mean and the precision diag(XᵀX + I). h averages about 2/(1−β₂) = 4000
     # noisy values of f; for a normal draw f/h has deviation √2, more with the other coordinates' noise: 3 % is left.
@@ -321,6 +322,7 @@ def flat(steps, **settings):
     return found
 
 
+@pytest.mark.slow
 def test_where_the_loss_is_flat_the_deviation_stays_with_a_bounded_prior_and_grows_without_one():
     steps = (150, 1500, 6000)
     delta = 1 / (21_000 * 0.04**2)

@@ -174,6 +174,7 @@ def test_many_classes_are_sampled_unless_told_otherwise_and_the_posterior_says_s
     assert posterior.origin.settings["samples"] == 0
 
 
+@pytest.mark.slow
 def test_the_prior_is_judged_on_as_many_rows_as_take_no_more_passes_than_the_curvature(tokenizer, monkeypatch):
     judged, own = [], method.linearised_nlls
     monkeypatch.setattr(method, "linearised_nlls", lambda *a: judged.append(a[1]) or own(*a))
@@ -235,6 +236,7 @@ def parts_of(model, split, tokenizer):
     return readout, split, batched(model, readout, readout.encode(split)[0], 60)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_linearised_prediction_of_150_classes_is_flat(monkeypatch, tokenizer):
     few, many = (held(classes, 6, monkeypatch, tokenizer) for classes in (20, 150))
     twice = held(150, 12, monkeypatch, tokenizer)

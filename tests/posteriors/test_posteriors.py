@@ -73,6 +73,7 @@ def test_a_diagonal_gaussian_has_its_mean_and_variance_and_no_covariance():
     assert_moments(sample(p), vector(p.mean), full.diag())
 
 
+@pytest.mark.slow
 def test_a_kronecker_gaussian_has_the_inverse_of_its_precision_as_covariance():
     p = kronecker()
     assert_moments(sample(p), vector(p.mean), dense_kronecker(p))

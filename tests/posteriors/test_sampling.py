@@ -38,6 +38,7 @@ def wide(model):
     return DiagonalGaussian(mean, {name: torch.full_like(value, 0.02) for name, value in mean.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["antithetic", "simplex", "sobol"])
 @pytest.mark.parametrize("index", [0, 3])
 def test_each_number_of_a_draw_is_standard_normal_over_the_seeds(sampling, index):
@@ -48,6 +49,7 @@ def test_each_number_of_a_draw_is_standard_normal_over_the_seeds(sampling, index
     assert float((found.pow(4).mean(0) - 3).abs().max()) < 5 * math.sqrt(96 / 4000)
 
 
+@pytest.mark.slow
 def test_each_number_of_a_draw_is_uniform_over_the_seeds():
     for sampling in ("antithetic", "simplex", "sobol"):
         found = torch.stack([uniform(seed, 1, "x", LIKE, sampling) for seed in range(4000)]).double()

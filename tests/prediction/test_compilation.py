@@ -132,6 +132,7 @@ def test_a_layer_is_one_graph_where_a_method_puts_noise(method, targets, tokeniz
     assert breaks == [(1, 0)]
 
 
+@pytest.mark.slow
 @TRACED
 def test_blobs_noise_has_the_same_gradients_in_one_graph():
     model = make_model(target_modules="all-linear")

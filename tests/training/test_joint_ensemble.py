@@ -44,6 +44,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_members_are_those_of_separate_runs(case, tokenizer, tmp_path):
     kind, member, more = CASES[case]

@@ -35,6 +35,7 @@ def check(said, out, truth, base=True):
     assert any("over-confident" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_it_compares_on_questions_whose_odds_are_known(bay, tiny_demo, tmp_path):
     out = tmp_path / "out"
     said = bay("demo", *SMALL, *METHODS, "--out", out)
@@ -46,6 +47,7 @@ def test_it_compares_on_questions_whose_odds_are_known(bay, tiny_demo, tmp_path)
     assert bay("demo", *SMALL, *METHODS, "--out", out, "--resume").out.splitlines()[-3:] == said.out.splitlines()[-3:]
 
 
+@pytest.mark.slow
 def test_it_asks_a_language_model_about_odds(bay, tiny_demo, tmp_path):
     out = tmp_path / "out"
     check(bay("demo", "--task", "chance", *SMALL, *METHODS, "--out", out), out, truth=True)

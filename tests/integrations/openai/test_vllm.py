@@ -174,6 +174,7 @@ def test_no_more_requests_are_under_way_than_allowed(stand, bound):
     assert stand.busiest == bound
 
 
+@pytest.mark.slow
 def test_it_works_over_the_network_and_where_a_loop_runs_already(stand):
     wanted = here(stand, split_of()).log_probs
 

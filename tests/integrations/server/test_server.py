@@ -164,6 +164,7 @@ def test_classification_is_prediction(address, tokenizer):
     assert found["data"][0]["mutual_information"] == pytest.approx(float(wanted.mutual_information[0]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_requests_that_come_together_share_a_batch(tokenizer):
     with running(served(tokenizer)) as (address, worker):
 

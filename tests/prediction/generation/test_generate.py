@@ -143,6 +143,7 @@ def test_sampled_texts_depend_on_the_seed_alone_and_leave_the_global_stream(mode
     assert len(first) == 4
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_average(tokenizer):
     model = make_model("llama")
     posterior = gaussian(model)
