@@ -225,6 +225,19 @@ def test_cells_that_repeat_another_with_fewer_rows_are_asked_about_data_alone(st
     assert study["questions"].by_size(seen) == ["a-task-50", "a-task-50-long", "a-task", "a-task-800"]
 
 
+def test_how_much_data_is_asked_of_methods_that_ran_with_more_than_one_size(study):
+    sizes, factors = {"c": 200, "c-50": 50}, {"map": 3.0, "map + T": 1.0, "ivon": 1.5, "tfb": 2.0}
+    found = [
+        one | {"cell": cell, "config": one["config"] | {"train_rows": rows}}
+        for cell, rows in sizes.items()
+        for one in synthetic(study, 3, 100, factors)
+        if (cell, one["row"]) != ("c-50", "tfb")
+    ]
+    seen = study["paired"].Lines(found, 10)
+    asked = next(question for question in study["questions"].questions(seen) if question.name == "size")
+    assert {words for words, _ in asked.differences(seen)} == {"ivon, c-50", "ivon, c"}
+
+
 def test_committed_lines_can_be_read(study):
     for file in sorted(study["lines"].RESULTS.glob("*.jsonl")):
         for text in file.read_text(encoding="utf-8").splitlines():

@@ -27,7 +27,7 @@ class Question:
     scores: tuple[str, ...] = CALIBRATION
     averaged: bool = True  # whether the average over the cells is a comparison
     each_cell: bool = False  # whether every cell is one
-    sizes: bool = False  # whether it is asked of the cells that differ in their number of training rows
+    sizes: bool = False  # whether it is asked of cells, two or more, that differ in their number of training rows
 
     def differences(self, lines: Lines) -> list[tuple[str, Difference]]:
         """Return every comparison for which there are lines, in words and in numbers, corrected together."""
@@ -35,7 +35,7 @@ class Question:
         cells = by_size(lines) if self.sizes else main_cells(lines)
         for words, first, second in self.pairs:
             having = [cell for cell in cells if lines.common(cell, first, second)]
-            if not having:
+            if len(having) < (2 if self.sizes else 1):
                 continue
             groups = [having] if self.averaged else []
             groups += [[cell] for cell in having if self.each_cell and (len(having) > 1 or not self.averaged)]
