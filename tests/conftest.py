@@ -105,7 +105,7 @@ def kind(request):
 
 
 def pytest_runtest_setup():
-    """Take what is imported by now out of garbage collection, which the Trainer runs in full before every training."""
+    """Take what has gathered out of garbage collection now and then: the Trainer runs it in full at every training."""
     if next(BEGUN) % 50 == 0:
         gc.collect()
         gc.freeze()
