@@ -32,27 +32,31 @@ def write(found: Lines, cells: Sequence[str], folder: Path) -> None:
     """Write all figures for which there are lines into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    by_draws(found, folder / "study-draws.png")
+    by_draws(found, cells, folder / "study-draws.png")
     by_data(found, folder / "study-data.png")
     calibration(found, cells, folder / "study-calibration.png")
     whole = [cell for cell in cells if all(found.seeds(cell, name) for name in RELIABLE)]
     overconfidence(found, whole or cells, folder / "study-overconfidence.png")
 
 
-def by_draws(found: Lines, path: Path) -> None:
-    """Draw NLL less that of the mean by the number of draws, averaged over cells and seeds."""
-    figure, axes = plt.subplots(figsize=(5.5, 3.2))
-    for name, colour in COLOURS.items():
-        runs = [line for (_, row, _), line in found.by_run.items() if row == name and len(line["by draws"]) > 1]
-        counts = sorted(set.intersection(*(set(map(int, run["by draws"])) for run in runs))) if runs else []
-        if len(counts) > 1:
-            less = [fmean(r["by draws"][str(c)]["nll"] - r["metrics"]["mean"]["nll"] for r in runs) for c in counts]
-            axes.plot(counts, less, marker="o", markersize=3, color=colour, label=label(name))
-    axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-    axes.set(xscale="log", xlabel="draws", ylabel="NLL less that of the mean (nats)")
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def by_draws(found: Lines, cells: Sequence[str], path: Path) -> None:
+    """Draw NLL less that of the mean by the number of draws, averaged over the seeds, a panel a cell."""
+    figure, panels = _panels(cells)
+    for axes, cell in zip(panels, cells, strict=False):
+        ticks: set[int] = set()
+        for name, colour in COLOURS.items():
+            runs = [line for (at, row, _), line in found.by_run.items() if (at, row) == (cell, name)]
+            counts = sorted(set.intersection(*(set(map(int, run["by draws"])) for run in runs))) if runs else []
+            if len(counts) > 1:
+                less = [fmean(r["by draws"][str(c)]["nll"] - r["metrics"]["mean"]["nll"] for r in runs) for c in counts]
+                axes.plot(counts, less, marker="o", markersize=3, linewidth=1, color=colour, label=label(name))
+                ticks |= set(counts)
+        axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+        first = axes is panels[0]
+        axes.set(xscale="log", xlabel="draws", ylabel="NLL less that of the mean (nats)" if first else "", title=cell)
+        axes.set_xticks(sorted(ticks), [str(t) for t in sorted(ticks)])
+        axes.minorticks_off()
+    _legend(panels)
     _save(figure, path)
 
 
@@ -76,23 +80,21 @@ def by_data(found: Lines, path: Path) -> None:
         ticks = sorted(sizes.values())
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.minorticks_off()
-    if panels[1].get_legend_handles_labels()[1]:
-        panels[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(panels)
     _save(figure, path)
 
 
 def calibration(found: Lines, cells: Sequence[str], path: Path) -> None:
-    """Draw each method's ECE beside its NLL, less MAP's, a panel a cell."""
-    figure, panels = plt.subplots(1, max(1, len(cells)), figsize=(3.0 * max(1, len(cells)), 3.2), squeeze=False)
-    for axes, cell in zip(panels[0], cells, strict=False):
+    """Draw each method's NLL by its ECE, averaged over the seeds, a panel a cell."""
+    figure, panels = _panels(cells)
+    for axes, cell in zip(panels, cells, strict=False):
         for name, colour in COLOURS.items():
             if not found.seeds(cell, name):
                 continue
             x, y = (fmean(found.values(cell, main_row(name), score)) for score in ("ece", "nll"))
             axes.scatter([x], [y], color=colour, s=18, zorder=3, label=label(name))
-        axes.set(xlabel="ECE", ylabel="NLL (nats)" if axes is panels[0][0] else "", title=cell)
-    marks = {words: mark for axes in panels[0] for mark, words in zip(*axes.get_legend_handles_labels(), strict=True)}
-    panels[0][-1].legend(marks.values(), marks, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set(xlabel="ECE", ylabel="NLL (nats)" if axes is panels[0] else "", title=cell)
+    _legend(panels)
     _save(figure, path)
 
 
@@ -124,6 +126,20 @@ def overconfidence(found: Lines, cells: Sequence[str], path: Path) -> None:
     for axes in panels[1:]:
         axes.set_xlim(0, widest)
     _save(figure, path)
+
+
+def _panels(cells: Sequence[str]) -> tuple[plt.Figure, Sequence[plt.Axes]]:
+    """Return a figure of one panel a cell, at least one."""
+    figure, panels = plt.subplots(1, max(1, len(cells)), figsize=(3.0 * max(1, len(cells)), 3.2), squeeze=False)
+    return figure, list(panels[0])
+
+
+def _legend(panels: Sequence[plt.Axes]) -> None:
+    """Put one legend of all panels at the right of the last."""
+    marks = {words: mark for axes in panels for mark, words in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if marks:
+        where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        panels[-1].legend(marks.values(), marks, frameon=False, fontsize=7, **where)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
