@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -53,9 +53,8 @@ def by_draws(found: Lines, cells: Sequence[str], path: Path) -> None:
                 ticks |= set(counts)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
         first = axes is panels[0]
-        axes.set(xscale="log", xlabel="draws", ylabel="NLL less that of the mean (nats)" if first else "", title=cell)
-        axes.set_xticks(sorted(ticks), [str(t) for t in sorted(ticks)])
-        axes.minorticks_off()
+        axes.set(xlabel="draws", ylabel="NLL less that of the mean (nats)" if first else "", title=cell)
+        _log_scale(axes, ticks)
     _legend(panels)
     _save(figure, path)
 
@@ -76,10 +75,8 @@ def by_data(found: Lines, path: Path) -> None:
                     rows, [fmean(v) for v in values], spread, marker="o", markersize=3, capsize=2, linewidth=1,
                     color=COLOURS[name], label=label(name),
                 )  # fmt: skip
-        axes.set(xscale="log", xlabel="training rows", ylabel=title)
-        ticks = sorted(sizes.values())
-        axes.set_xticks(ticks, [str(t) for t in ticks])
-        axes.minorticks_off()
+        axes.set(xlabel="training rows", ylabel=title)
+        _log_scale(axes, sizes.values())
     _legend(panels)
     _save(figure, path)
 
@@ -132,6 +129,13 @@ def _panels(cells: Sequence[str]) -> tuple[plt.Figure, Sequence[plt.Axes]]:
     """Return a figure of one panel a cell, at least one."""
     figure, panels = plt.subplots(1, max(1, len(cells)), figsize=(3.0 * max(1, len(cells)), 3.2), squeeze=False)
     return figure, list(panels[0])
+
+
+def _log_scale(axes: plt.Axes, ticks: Collection[int]) -> None:
+    """Scale x by logarithms, with ticks at these numbers alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
+    axes.minorticks_off()
 
 
 def _legend(panels: Sequence[plt.Axes]) -> None:
