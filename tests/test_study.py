@@ -169,6 +169,21 @@ def test_a_paired_difference_is_told_from_chance_and_small_ones_are_the_same(stu
     assert compared[0].low <= compared[0].value <= compared[0].high
 
 
+def test_a_score_by_the_number_of_draws_is_of_those_that_all_seeds_have(study):
+    found = synthetic(study, 2, 50, {"map": 2.0, "ivon": 1.0})
+    said = {("ivon", 0): {"1": 0.5, "2": 0.4, "5": 0.3}, ("ivon", 1): {"1": 0.7, "2": 0.6}, ("map", 0): {"1": 0.9}}
+    for one in found:
+        one["by draws"] = {count: {"nll": nll} for count, nll in said.get((one["row"], one["seed"]), {}).items()}
+    lines = study["paired"].Lines(found, 10)
+    assert lines.by_draws("c", "ivon", "nll") == pytest.approx({1: 0.6, 2: 0.5})
+    assert lines.by_draws("c", "map", "nll") == {}  # the second seed says none
+    assert lines.by_draws("c", "swag", "nll") == {}
+    head, *body = study["tables"].by_draws(lines, "c", "nll")
+    assert head == ["", "mean", "1", "2"]
+    mean = sum(lines.values("c", study["paired"].Row("ivon", "mean"), "nll")) / 2
+    assert body == [["IVON", f"{mean:.3f}", "0.600", "0.500"]]
+
+
 def test_goals_are_met_or_missed_by_what_the_lines_say(study):
     factors = {"map": 3.0, "map + T": 1.0, "map + T without labels": 1.05, "base": 0.5, "tfb": 2.0}
     factors["tfb, scaled by divergence"] = 1.5

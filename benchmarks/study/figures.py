@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
 import torch
-from paired import Lines
+from paired import Lines, Row
 from questions import LONG, by_size, main_row
 from tables import label
 
@@ -45,12 +45,11 @@ def by_draws(found: Lines, cells: Sequence[str], path: Path) -> None:
     for axes, cell in zip(panels, cells, strict=False):
         ticks: set[int] = set()
         for name, colour in COLOURS.items():
-            runs = [line for (at, row, _), line in found.by_run.items() if (at, row) == (cell, name)]
-            counts = sorted(set.intersection(*(set(map(int, run["by draws"])) for run in runs))) if runs else []
-            if len(counts) > 1:
-                less = [fmean(r["by draws"][str(c)]["nll"] - r["metrics"]["mean"]["nll"] for r in runs) for c in counts]
-                axes.plot(counts, less, marker="o", markersize=3, linewidth=1, color=colour, label=label(name))
-                ticks |= set(counts)
+            if len(scores := found.by_draws(cell, name, "nll")) > 1:
+                mean = fmean(found.values(cell, Row(name, "mean"), "nll"))
+                less = [score - mean for score in scores.values()]
+                axes.plot(list(scores), less, marker="o", markersize=3, linewidth=1, color=colour, label=label(name))
+                ticks |= set(scores)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
         first = axes is panels[0]
         axes.set(xlabel="draws", ylabel="NLL less that of the mean (nats)" if first else "", title=cell)

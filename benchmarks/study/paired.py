@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,6 +119,12 @@ class Lines:
     def values(self, cell: str, row: Row, score: str) -> list[float]:
         """Return a score of a row under each seed; ``auroc`` for detection, ``auroc FOREIGN`` of one set."""
         return [float(self._on(cell, row, seed, score, None)) for seed in self.common(cell, row)]
+
+    def by_draws(self, cell: str, name: str, score: str) -> dict[int, float]:
+        """Return a score of the first N draws by every N that all seeds have, averaged over the seeds."""
+        runs = [self.by_run[cell, name, seed]["by draws"] for seed in self.seeds(cell, name)]
+        counts = sorted(set.intersection(*(set(map(int, run)) for run in runs))) if runs else []
+        return {count: fmean(run[str(count)][score] for run in runs) for count in counts}
 
     def _scores(self, cell: str, row: Row, seed: int, score: str) -> Tensor:
         """Return a score of a row under one seed, as it is and on each resampled test set, [1 + R].

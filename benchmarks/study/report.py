@@ -104,8 +104,9 @@ def tables_page(found: Lines) -> str:
     parts = []
     for cell in found.cells:
         parts += [f"## {cell}", "", markdown(cell_table(found, cell, found.rows(cell))), ""]
-    draws = by_draws(found, "nll", [row for row in methods if ", " not in row])
-    parts += ["## NLL by the number of draws", "", "Averaged over cells and seeds.", "", markdown(draws), ""]
+    parts += ["## NLL by the number of draws", "", "Averaged over the seeds.", ""]
+    for cell in main_cells(found):
+        parts += [f"### {cell}", "", markdown(by_draws(found, cell, "nll")), ""]
     parts += ["## Detection", "", "AUROC of telling the foreign rows from the test rows.", ""]
     return "\n".join([*parts, markdown(detection_table(found, methods), texts=2)])
 

@@ -84,17 +84,17 @@ def _decided(lines: Lines, cell: str, row: Row) -> str:
     return f"{fmean(scores[0]):.3f} ({fmean(scores[1]):.2f})" if scores[0] else ""
 
 
-def by_draws(lines: Lines, score: str, rows: Sequence[str]) -> list[list[str]]:
-    """Return a score by the number of draws, averaged over cells and seeds, with the mean's beside it."""
-    counts = sorted({int(c) for line in lines.by_run.values() for c in line["by draws"]})
+def by_draws(lines: Lines, cell: str, score: str) -> list[list[str]]:
+    """Return a score of a cell's methods by the number of draws, averaged over the seeds, with the mean's beside it."""
+    names = [name for name in lines.rows(cell) if ", " not in name and SCALED not in name]
+    every = {name: lines.by_draws(cell, name, score) for name in names}
+    found = {name: values for name, values in every.items() if len(values) > 1}
+    counts = sorted(set().union(*found.values()))
     table = [["", "mean", *map(str, counts)]]
-    for name in rows:
-        runs = [line for (_, row, _), line in lines.by_run.items() if row == name and line["by draws"]]
-        values = [[run["by draws"][str(c)][score] for run in runs if str(c) in run["by draws"]] for c in counts]
-        if not runs:
-            continue
-        mean = fmean(run["metrics"]["mean"][score] for run in runs)
-        table.append([label(name), f"{mean:.3f}", *(f"{fmean(v):.3f}" if len(v) == len(runs) else "" for v in values)])
+    for name, values in found.items():
+        mean = fmean(lines.values(cell, Row(name, "mean"), score))
+        draws = (f"{values[count]:.3f}" if count in values else "" for count in counts)
+        table.append([label(name), f"{mean:.3f}", *draws])
     return table
 
 
