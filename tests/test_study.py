@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,27 +115,40 @@ def test_what_is_there_is_not_made_again_and_what_was_cut_off_is(study, place, f
 
 @pytest.mark.slow
 def test_the_report_fills_in_its_pages_and_nothing_else(study, place, finished, monkeypatch, tmp_path):
-    (tmp_path / "methods").mkdir()
-    page = "before\n<!-- study:begin {} -->\nof yesterday\n<!-- study:end -->\nafter\n"
-    (tmp_path / "study.md").write_text(page.format("study"), encoding="utf-8")
-    (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")
-    words = ["--results", str(place / "results"), "--docs", str(tmp_path), "--resamples", "20"]
+    root, docs = STUDY.parents[1], tmp_path / "docs"
+    shutil.copytree(root / "docs", docs, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copy(root / "README.md", tmp_path)
+    before = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.md")}
+    words = ["--results", str(place / "results"), "--docs", str(docs), "--resamples", "20"]
     words += ["--study", str(place / "study.yaml"), "--least-seeds", "2"]
     monkeypatch.setattr(sys, "argv", ["report.py", *words])
     study["report"].main()
+    part = re.compile("(study:begin .* -->).*?(<!-- study:end)", re.DOTALL)
+    for path, text in before.items():
+        assert part.sub(r"\1\2", path.read_text(encoding="utf-8")) == part.sub(r"\1\2", text)
+    changed = {path.relative_to(tmp_path).as_posix() for path in before if path.read_text("utf-8") != before[path]}
+    of_methods = {f"docs/methods/{name}.md" for name in ("map", "temperature", "ivon", "swag", "ensemble", "isotropic")}
+    of_study = {"README.md", "docs/study.md", "docs/study-tables.md", "docs/choosing.md"}
+    assert changed == {*of_methods, *of_study, "docs/methods/divergence.md"}
     for name in ("study.md", "methods/ivon.md"):
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        assert text.startswith("before\n<!-- study:begin")
-        assert text.endswith("<!-- study:end -->\nafter\n")
-        assert "of yesterday" not in text
-        assert "IVON + T" in text
-    assert "12 of 12" in (tmp_path / "study.md").read_text(encoding="utf-8")  # six methods under two seeds
-    assert (tmp_path / "assets" / "study-draws.png").stat().st_size > 1000
-    (tmp_path / "methods" / "ivon.md").write_text(page.format("ivon"), encoding="utf-8")
+        assert "IVON + T" in (docs / name).read_text(encoding="utf-8")
+    assert "12 of 12" in (docs / "study.md").read_text(encoding="utf-8")  # six methods under two seeds
+    assert (docs / "assets" / "study-draws.png").stat().st_size > 1000
+    told = (docs / "methods" / "ivon.md").read_text(encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["report.py", *words[:-1], "3"])
     study["report"].main()
-    assert (tmp_path / "methods" / "ivon.md").read_text(encoding="utf-8") == page.format("ivon")
-    assert "Answers" not in (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert (docs / "methods" / "ivon.md").read_text(encoding="utf-8") == told
+    assert "Answers" not in (docs / "study.md").read_text(encoding="utf-8").partition("study:begin")[2]
+
+
+def test_every_part_that_is_made_of_lines_has_a_page_and_a_page_without_one_is_refused(study):
+    methods = yaml.safe_load((STUDY / "study.yaml").read_text(encoding="utf-8"))["methods"]
+    pages = {study["report"].PAGES.get(name, name) for name in methods if name != "base"}
+    for page in (*pages, "temperature", "divergence"):
+        text = (STUDY.parents[1] / "docs" / "methods" / f"{page}.md").read_text(encoding="utf-8")
+        assert "of today" in study["report"].filled(text, page, "of today")
+    with pytest.raises(ValueError, match="0 parts <!-- study:begin ivon -->"):
+        study["report"].filled(text, "ivon", "of today")
 
 
 def line(study, seed, row, log_p, labels, foreign=None):

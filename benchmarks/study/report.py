@@ -45,7 +45,7 @@ README = ("map", f"map{SCALED}", "ensemble", "swag", "laplace", "tfb", "ivon", "
 """Rows of the table in README.md."""
 ROOT = Path(__file__).parents[2]
 PAGES = {"multiswag": "swag", "blob elbo": "blob", "mc-dropout": "mc_dropout"}
-"""Rows that are told about on another page than that of their name."""
+"""Methods that are told about on another page than that of their name."""
 LEGEND = (
     "Differences with their 95 % intervals: the first named row less the other, so that less is better for NLL and "
     f"ECE. `=`: the interval is within the margin that matters ({MARGIN_WORDS}); else bold: better, in italics: worse "
@@ -56,9 +56,12 @@ Answered = list[tuple[Question, list[tuple[str, Difference]]]]
 
 
 def filled(text: str, name: str, content: str) -> str:
-    """Return a page with the part of a name replaced; as it was if it has none."""
+    """Return a page with the part of a name replaced; raises ``ValueError`` if it has none."""
     pattern = re.compile(rf"(<!-- study:begin {re.escape(name)} -->\n).*?(<!-- study:end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}{content.rstrip()}\n{found[2]}", text)
+    text, count = pattern.subn(lambda found: f"{found[1]}{content.rstrip()}\n{found[2]}", text)
+    if count != 1:
+        raise ValueError(f"{count} parts <!-- study:begin {name} --> where one is to be filled in")
+    return text
 
 
 def enough(every: Sequence[Line], least: int) -> list[Line]:
@@ -89,13 +92,17 @@ def study_page(found: Lines, answered: Answered, runs: str) -> str:
     parts += ["## Answers", "", LEGEND, ""]
     for question, differences in answered:
         if differences:
-            table = markdown(difference_table(differences))
-            parts += [f"### {question.asked}", "", f"{question.compared} {verdicts(differences)}", "", table, ""]
+            parts += [f"### {question.asked}", "", answer(question, differences), ""]
             parts += [line for picture in PICTURES.get(question.name, ()) for line in (picture, "")]
     goals = goals_table(found)
     if len(goals) > 1:
         parts += ["### Hoped for", "", markdown(goals, texts=3), ""]
     return "\n".join(parts)
+
+
+def answer(question: Question, differences: Sequence[tuple[str, Difference]]) -> str:
+    """Return what was compared for a question, how often each verdict was given, and the differences."""
+    return f"{question.compared} {verdicts(differences)}\n\n{markdown(difference_table(differences))}"
 
 
 def tables_page(found: Lines) -> str:
@@ -117,16 +124,36 @@ def verdicts(differences: Sequence[tuple[str, Difference]]) -> str:
     return f"{len(differences)} comparisons: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."
 
 
-def method_part(found: Lines, method: str) -> str:
-    """Return the table of a method's page: its rows in every cell beside MAP's."""
+def method_part(found: Lines, methods: Sequence[str]) -> str:
+    """Return the table of a page of methods: their rows in every cell beside MAP's."""
     parts = []
     for cell in found.cells:
-        own = [r for r in found.rows(cell) if r == method or r.startswith((f"{method}, ", f"{method} + "))]
+        own = [r for r in found.rows(cell) for m in methods if r == m or r.startswith((f"{m}, ", f"{m} + "))]
         if own:
             shown = ["map", f"map{SCALED}", f"map{WITHOUT_LABELS}", *own]
             shown = [row for row in dict.fromkeys(shown) if row in found.rows(cell)]
             parts += [f"{cell}:", "", markdown(cell_table(found, cell, shown)), ""]
     return "\n".join(["Mean ± standard deviation over the seeds; see [the study](../study.md).", "", *parts])
+
+
+def pages(found: Lines, answered: Answered) -> dict[tuple[str, str], str]:
+    """Return what to fill in besides the study's own page, by the page's name in the docs and its part."""
+    if not found.cells:
+        return {}
+    parts = {
+        ("study-tables.md", "tables"): tables_page(found),
+        ("choosing.md", "decision"): markdown(decision_table(found)),
+        ("../README.md", "readme"): markdown(decision_table(found, README)),
+        ("methods/temperature.md", "temperature"): method_part(found, ["map"]),
+    }
+    of_page: dict[str, list[str]] = {}
+    for method in dict.fromkeys(line["method"] for line in found.by_run.values() if line["method"] != "base"):
+        of_page.setdefault(PAGES.get(method, method), []).append(method)
+    parts |= {(f"methods/{page}.md", page): method_part(found, methods) for page, methods in of_page.items()}
+    for question, differences in answered:
+        if question.name == "divergence" and differences:
+            parts["methods/divergence.md", question.name] = answer(question, differences)
+    return parts
 
 
 def main() -> None:
@@ -151,19 +178,14 @@ def main() -> None:
         arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return
     parts = {("study.md", "study"): study_page(found, answered, progress(every, cells, len(seeds)))}
+    parts |= pages(found, answered)
+    texts = {path: path.read_text(encoding="utf-8") for path in (arguments.docs / name for name, _ in parts)}
+    for (name, part), content in parts.items():
+        texts[arguments.docs / name] = filled(texts[arguments.docs / name], part, content)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     if found.cells:
         figures.write(found, main_cells(found), arguments.docs / "assets")
-        parts["study-tables.md", "tables"] = tables_page(found)
-        parts["choosing.md", "decision"] = markdown(decision_table(found))
-        parts["methods/temperature.md", "temperature"] = method_part(found, "map")
-        parts["../README.md", "readme"] = markdown(decision_table(found, README))
-    for method in dict.fromkeys(line["method"] for line in found.by_run.values()):
-        parts[f"methods/{PAGES.get(method, method)}.md", method] = method_part(found, method)
-    for (name, part), content in parts.items():
-        path = arguments.docs / name
-        if path.exists():
-            text = filled(path.read_text(encoding="utf-8"), part, content)
-            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
