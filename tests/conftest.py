@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import tempfile
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # reports and counts; read on import
@@ -66,6 +68,7 @@ class Deprecations(logging.Handler):
 
 DEPRECATIONS = Deprecations()
 BEGUN = itertools.count()  # tests
+QUICK_VARIANTS = 3  # of a test function: what `-m "not slow"` runs
 for name in ("transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub", "torch"):
     logging.getLogger(name).addHandler(DEPRECATIONS)
 
@@ -102,6 +105,18 @@ def tokenizer():
 @pytest.fixture(params=KINDS)
 def kind(request):
     return KINDS[request.param]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark a test's many variants as slow but for a few, by the hash of their names; not where files are looked at."""
+    variants = defaultdict(list)
+    for item in items:
+        if item.path.parent != Path(__file__).parent and not item.get_closest_marker("slow"):
+            variants[item.path, getattr(item, "originalname", item.name)].append(item)
+    for of_one in variants.values():
+        for item in sorted(of_one, key=lambda item: zlib.crc32(item.name.encode()))[QUICK_VARIANTS:]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup():

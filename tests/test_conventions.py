@@ -135,7 +135,8 @@ def test_the_global_generator_is_seeded_in_one_forked_place():
 
 
 def test_no_family_of_posteriors_is_asked_for_outside_its_room():
-    named = {path: families() & set(asked_for(tree)) for path, tree in SOURCE.items() if "/posteriors/" not in path}
+    every = families()
+    named = {path: every & set(asked_for(tree)) for path, tree in SOURCE.items() if "/posteriors/" not in path}
     assert {path: names for path, names in named.items() if names} == {}
 
 

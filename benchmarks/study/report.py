@@ -152,7 +152,7 @@ def pages(found: Lines, answered: Answered) -> dict[tuple[str, str], str]:
     parts |= {(f"methods/{page}.md", page): method_part(found, methods) for page, methods in of_page.items()}
     for question, differences in answered:
         if question.name == "divergence" and differences:
-            parts["methods/divergence.md", question.name] = answer(question, differences)
+            parts["methods/divergence.md", question.name] = f"{LEGEND}\n\n{answer(question, differences)}"
     return parts
 
 

@@ -71,6 +71,7 @@ def test_a_stopped_comparison_goes_on_without_training_anything_twice_and_ends_i
     assert trainings["count"] == 8
 
 
+@pytest.mark.slow
 def test_the_files_hold_the_table_the_numbers_and_the_figures(finished):
     names = {p.name for p in finished.iterdir()}
     assert {"results.json", "results.md", "reliability.png", "risk-coverage.png", "overconfidence.png"} <= names
@@ -127,6 +128,7 @@ def test_a_task_without_a_test_split_is_refused(refused, words, home, tmp_path):
     assert "lacks a train or a test split" in refused(*words, "--data", tmp_path, "--out", tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_a_label_lets_a_method_be_there_twice_and_temperatures_are_chosen_on_validation_rows(bay, home, tmp_path):
     out = tmp_path / "out"
     words = [
@@ -171,6 +173,7 @@ def test_a_colon_makes_an_ensemble_of_any_method():
     assert build_method("ivon:3", ["sigma0=0.1"]) == Ensemble(3, Ivon(sigma0=0.1))
 
 
+@pytest.mark.slow
 def test_scaling_is_shown_for_every_method_and_helps_its_validation_rows(bay, home, tmp_path):
     out = tmp_path / "out"
     words = ["--methods", "map", "isotropic", "temperature", "--set", "isotropic.sigma=0.3", "--temperature-scaling"]

@@ -91,6 +91,7 @@ def test_train_and_what_goes_on_from_its_run_take_the_mean(bay, home, tmp_path):
     assert numbers(tmp_path / "fitted" / "evaluation.json")["draws"] == 1
 
 
+@pytest.mark.slow
 def test_compare_takes_the_mean_and_says_what_draws_add(bay, home, tmp_path):
     words = ["compare", *home.marbles(), *QUICK, "--methods", "map", "swag", "--resamples", "50"]
     words += ["--out", tmp_path / "out"]

@@ -66,6 +66,7 @@ def test_a_comparison_of_nothing_is_refused(tokenizer, tmp_path):
         compare(untested, {"map": Map()}, [0])
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_fitted_is_reported_and_the_others_are_compared(tokenizer, tmp_path, monkeypatch):
     fit, seen = Tfb.fit, []
 

@@ -54,6 +54,7 @@ def assert_same(found, wanted, bound):
 
 
 @pytest.mark.parametrize(("family", "readout"), ANSWERING)
+@pytest.mark.slow
 def test_answers_depend_on_the_example_the_draw_and_the_seed_alone(family, readout, tokenizer):
     model = make_model("llama")
     split = make_split("test", 13, 2, classes=False, readout=readout, before=OPENING)

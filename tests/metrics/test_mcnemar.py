@@ -51,6 +51,7 @@ def test_there_is_no_warning_without_a_loss_beyond_chance(quiet):
     assert "arning" not in found.table()
 
 
+@pytest.mark.slow
 def test_equal_predictors_are_warned_of_in_less_than_five_of_a_hundred_test_sets():
     # the test is exact and two-sided, so 2.5 % at most; 400 sets, more than 22 warnings has probability 1e-3
     rng = torch.Generator().manual_seed(0)

@@ -62,6 +62,7 @@ def assert_moments(draws, centre, covariance):
     assert ((found - covariance).abs() <= Z * error).all()
 
 
+@pytest.mark.slow
 def test_a_low_rank_gaussian_has_the_covariance_of_its_formula():
     p = low_rank()
     assert_moments(sample(p), vector(p.mean), dense_covariance(p))

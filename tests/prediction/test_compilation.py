@@ -65,6 +65,7 @@ def test_draws_are_the_same(quick, kind, tokenizer):
     torch.testing.assert_close(layers.log_probs.exp(), plain.log_probs.exp(), rtol=0, atol=close)
 
 
+@pytest.mark.slow
 def test_training_is_the_same(quick, tokenizer, tmp_path):
     found = []
     for compile_ in (False, True):
@@ -119,6 +120,7 @@ def layers_input(model):
 @TRACED
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q, v", "all linear"])
 @pytest.mark.parametrize("method", [bl.Map(), pytest.param(bl.Ivon(), marks=BROKEN), bl.Blob()], ids=lambda m: m.name)
+@pytest.mark.slow
 def test_a_layer_is_one_graph_where_a_method_puts_noise(method, targets, tokenizer, tmp_path):
     model, breaks = make_model(target_modules=targets), []
 

@@ -150,6 +150,7 @@ def test_a_base_in_float32_keeps_exact_draws():
         assert all(m.weight is w for m, w in zip((m for m in model.modules() if isinstance(m, nn.Linear)), weights, strict=True))  # fmt: skip  # noqa: E501
 
 
+@pytest.mark.slow
 def test_rounding_of_draws_to_bfloat16_is_below_that_of_the_base(multiplies_bf16):
     half = make_model("llama", torch.bfloat16, target_modules="all-linear")
     exact, posterior = copy.deepcopy(half).float(), gaussian(half)

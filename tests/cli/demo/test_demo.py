@@ -53,6 +53,7 @@ def test_it_asks_a_language_model_about_odds(bay, tiny_demo, tmp_path):
     check(bay("demo", "--task", "chance", *SMALL, *METHODS, "--out", out), out, truth=True)
 
 
+@pytest.mark.slow
 def test_it_compares_on_a_known_task_from_local_files(bay, tiny_demo, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     for place, seed in (("openbookqa/train", 0), ("openbookqa/test", 1), ("mmlu/mmlu_chemistry", 2)):
