@@ -148,7 +148,7 @@ def test_every_part_that_is_made_of_lines_has_a_page_and_a_page_without_one_is_r
         text = (STUDY.parents[1] / "docs" / "methods" / f"{page}.md").read_text(encoding="utf-8")
         assert "of today" in study["report"].filled(text, page, "of today")
     with pytest.raises(ValueError, match="0 parts <!-- study:begin ivon -->"):
-        study["report"].filled(text, "ivon", "of today")
+        study["report"].filled("a page without a part", "ivon", "of today")
 
 
 def line(study, seed, row, log_p, labels, foreign=None):

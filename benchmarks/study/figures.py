@@ -45,7 +45,7 @@ def by_draws(found: Lines, cells: Sequence[str], path: Path) -> None:
     for axes, cell in zip(panels, cells, strict=False):
         ticks: set[int] = set()
         for name, colour in COLOURS.items():
-            if len(scores := found.by_draws(cell, name, "nll")) > 1:
+            if scores := found.by_draws(cell, name, "nll"):
                 mean = fmean(found.values(cell, Row(name, "mean"), "nll"))
                 less = [score - mean for score in scores.values()]
                 axes.plot(list(scores), less, marker="o", markersize=3, linewidth=1, color=colour, label=label(name))

@@ -121,10 +121,10 @@ class Lines:
         return [float(self._on(cell, row, seed, score, None)) for seed in self.common(cell, row)]
 
     def by_draws(self, cell: str, name: str, score: str) -> dict[int, float]:
-        """Return a score of the first N draws by every N that all seeds have, averaged over the seeds."""
+        """Return a score of the first N draws by every N that all seeds have, averaged; nothing of a single N."""
         runs = [self.by_run[cell, name, seed]["by draws"] for seed in self.seeds(cell, name)]
         counts = sorted(set.intersection(*(set(map(int, run)) for run in runs))) if runs else []
-        return {count: fmean(run[str(count)][score] for run in runs) for count in counts}
+        return {count: fmean(run[str(count)][score] for run in runs) for count in counts if len(counts) > 1}
 
     def _scores(self, cell: str, row: Row, seed: int, score: str) -> Tensor:
         """Return a score of a row under one seed, as it is and on each resampled test set, [1 + R].

@@ -56,7 +56,7 @@ Answered = list[tuple[Question, list[tuple[str, Difference]]]]
 
 
 def filled(text: str, name: str, content: str) -> str:
-    """Return a page with the part of a name replaced; raises ``ValueError`` if it has none."""
+    """Return a page with the part of a name replaced; raises ``ValueError`` unless it has one."""
     pattern = re.compile(rf"(<!-- study:begin {re.escape(name)} -->\n).*?(<!-- study:end -->)", re.DOTALL)
     text, count = pattern.subn(lambda found: f"{found[1]}{content.rstrip()}\n{found[2]}", text)
     if count != 1:
@@ -138,8 +138,6 @@ def method_part(found: Lines, methods: Sequence[str]) -> str:
 
 def pages(found: Lines, answered: Answered) -> dict[tuple[str, str], str]:
     """Return what to fill in besides the study's own page, by the page's name in the docs and its part."""
-    if not found.cells:
-        return {}
     parts = {
         ("study-tables.md", "tables"): tables_page(found),
         ("choosing.md", "decision"): markdown(decision_table(found)),
@@ -178,7 +176,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return
     parts = {("study.md", "study"): study_page(found, answered, progress(every, cells, len(seeds)))}
-    parts |= pages(found, answered)
+    if found.cells:
+        parts |= pages(found, answered)
     texts = {path: path.read_text(encoding="utf-8") for path in (arguments.docs / name for name, _ in parts)}
     for (name, part), content in parts.items():
         texts[arguments.docs / name] = filled(texts[arguments.docs / name], part, content)

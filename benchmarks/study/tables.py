@@ -87,8 +87,7 @@ def _decided(lines: Lines, cell: str, row: Row) -> str:
 def by_draws(lines: Lines, cell: str, score: str) -> list[list[str]]:
     """Return a score of a cell's methods by the number of draws, averaged over the seeds, with the mean's beside it."""
     names = [name for name in lines.rows(cell) if ", " not in name and SCALED not in name]
-    every = {name: lines.by_draws(cell, name, score) for name in names}
-    found = {name: values for name, values in every.items() if len(values) > 1}
+    found = {name: values for name in names if (values := lines.by_draws(cell, name, score))}
     counts = sorted(set().union(*found.values()))
     table = [["", "mean", *map(str, counts)]]
     for name, values in found.items():

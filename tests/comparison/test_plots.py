@@ -242,8 +242,8 @@ def test_panels_are_at_most_four_side_by_side(panels, shape):
     assert grid(panels) == shape
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 8])
 def test_no_two_texts_of_a_figure_overlap_and_none_leaves_the_page(count):
     title = "What the fine-tuned models say, and how often they are right about it"
     picture = overconfidence_picture(predictions(count), LABELS, predictions(count, 50), TRUTH, title=title)

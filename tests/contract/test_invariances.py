@@ -53,8 +53,8 @@ def assert_same(found, wanted, bound):
         torch.testing.assert_close(one[..., :size], other[..., :size], rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize(("family", "readout"), ANSWERING)
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "readout"), ANSWERING)
 def test_answers_depend_on_the_example_the_draw_and_the_seed_alone(family, readout, tokenizer):
     model = make_model("llama")
     split = make_split("test", 13, 2, classes=False, readout=readout, before=OPENING)

@@ -87,9 +87,9 @@ def sharper(model, factor):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchors", ["train", "validation"])
 @pytest.mark.parametrize("factor", [1.0, 40.0])  # an unsure adapter, and one with a loss of next to nothing
-@pytest.mark.slow
 def test_the_loss_against_the_adapters_own_answers_ends_within_the_change_that_is_borne(anchors, factor, tokenizer):
     model, task = sharper(make_model(), factor), unlabelled(make_task(readout="likelihood"))
     start = Point(read(model))

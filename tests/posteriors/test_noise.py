@@ -208,9 +208,9 @@ def test_the_roots_of_a_posterior_are_taken_once(family):
     assert (first.count > 0, later.count) == (True, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3])  # Sobol's direction numbers torch makes on the CPU alone
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
-@pytest.mark.slow
 def test_numbers_for_an_accelerator_are_made_on_it(kind, sampling, monkeypatch):
     """On a pretended device, where an operation that mixes devices raises."""
     monkeypatch.setattr("bayeslora.posteriors.philox.AT_ONCE", 3)

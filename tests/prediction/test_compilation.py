@@ -117,10 +117,10 @@ def layers_input(model):
     return {"hidden_states": states, "position_embeddings": body.rotary_emb(states, torch.arange(12)[None])}
 
 
+@pytest.mark.slow
 @TRACED
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q, v", "all linear"])
 @pytest.mark.parametrize("method", [bl.Map(), pytest.param(bl.Ivon(), marks=BROKEN), bl.Blob()], ids=lambda m: m.name)
-@pytest.mark.slow
 def test_a_layer_is_one_graph_where_a_method_puts_noise(method, targets, tokenizer, tmp_path):
     model, breaks = make_model(target_modules=targets), []
 

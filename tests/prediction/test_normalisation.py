@@ -165,8 +165,8 @@ def test_the_gradient_is_that_of_the_scores_by_hand(kind, shared, tokenizer):
         torch.testing.assert_close(found[name], p.grad, **EXACT)
 
 
-@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", EVERY)
 def test_training_minimises_the_normalised_loss(kind, tokenizer, tmp_path):
     task = task_of(kind)
     model = make_model()

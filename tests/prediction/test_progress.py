@@ -65,8 +65,8 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FITS)
 def test_every_fit_shows_what_it_does_to_its_end_unless_told_not_to(name, tokenizer, capsys):
     (method, stages), task = FITS[name], make_task(readout="letters")
     method.fit(make_model("llama"), task, tokenizer=tokenizer)
